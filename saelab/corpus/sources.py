@@ -1,0 +1,164 @@
+"""What a corpus may be, and what one document is there:
+
+- ``demo``: the Python standard library; a file or a help topic, with a split of its own (saelab.demo.stdlib).
+- A .parquet, .jsonl, .ndjson, .json, .csv or .tsv file: a row.
+- Any other file is text: a piece of some 32 KiB, cut at a blank line or a line's end (of a file below 2 MiB: about a
+  64th of it, at least 1 KiB, so that a part of it can be held out).
+- A folder written by ``Dataset.save_to_disk``: a row.
+- Any other folder: all files below it of the first of these kinds that it holds: .parquet; .jsonl and .ndjson; text
+  (the suffixes of `TEXT`); .json; .csv and .tsv. In a folder of texts a file is a document; one above 1 MiB is
+  several, cut as above, all on the same side of the split. Names that begin with a dot are passed over.
+- Anything else is the id of a dataset on the Hugging Face Hub, streamed: a row.
+
+Rows hold text, or token ids (lists of int) that are taken as they are. Whether a document is held out depends on a hash
+of its name (a file among several) or else of its content, so never on order, and equal rows are on the same side. Files
+are read in parts, as documents are asked for; nothing is unpickled, no code of a dataset is run, nothing is written.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from saelab.corpus.documents import Document, Source, in_drawn_order, source_of_tasks
+from saelab.corpus.files import row_tasks, saved_dataset_tasks, text_parts
+from saelab.errors import SaelabError, SettingError, did_you_mean
+
+TEXT = frozenset(
+    "." + name
+    for names in (
+        "txt text md markdown rst adoc org tex htm html xml",
+        "py pyi c h cc cpp hpp cu rs go java kt scala js jsx ts tsx cs swift rb php pl lua jl r hs ml sh sql el lisp",
+    )
+    for name in names.split()
+)
+"""Suffixes of the files that are documents in a folder of texts."""
+_KINDS = [
+    frozenset({".parquet"}),
+    frozenset({".jsonl", ".ndjson"}),
+    TEXT,
+    frozenset({".json"}),
+    frozenset({".csv", ".tsv"}),
+]
+_SUFFIXES = frozenset().union(*_KINDS)
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Which text to read."""
+
+    source: str = "demo"
+    """``demo``, a local folder or file (text, JSON Lines, JSON, Parquet, CSV), or the id of a Hub dataset."""
+    text_column: str | None = None
+    """Column of a dataset that holds the text or token ids. Default: ``text``, else token ids in ``input_ids`` or
+    ``tokens``."""
+    split: str = "train"
+    """Which split of a dataset that has several: on the Hub, or saved as a DatasetDict."""
+    subset: str | None = None
+    """Which configuration of a Hub dataset that has several."""
+    held_out: float = 0.05
+    """Share of the documents that is never trained on, at least one of them. The demo has a split of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("source", "text_column", "split", "subset"):
+            if getattr(self, name) == "":
+                raise SettingError(f"{name}: is empty")
+        if not 0 < self.held_out < 1:
+            raise SettingError(
+                f"held_out: {self.held_out} is not between 0 and 1; evaluation needs some text of its own"
+            )
+
+
+def open_source(settings: CorpusSettings) -> Source:
+    """The source that `settings` name. Raises SaelabError if it is missing, empty, or of no known kind."""
+    if settings.source == "demo":
+        return _demo()
+    path = Path(settings.source).expanduser()
+    try:
+        if path.is_dir():
+            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+                return _saved_dataset(path, settings)
+            return _files(path, _files_below(path), settings)
+        if path.is_file():
+            return _files(path, [path], settings)
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError as error:
+        raise SaelabError(f"corpus: {error.filename or path} cannot be read: {error.strerror}") from error
+    nearest = did_you_mean(path.name, [*beside, "demo"])
+    if path.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(settings.source):
+        raise SaelabError(f"corpus: there is no file or folder {path}.{nearest}")
+    from saelab.corpus.hub import open_hub_dataset
+
+    return open_hub_dataset(settings.source, settings.subset, settings.split, settings.text_column, nearest)
+
+
+def _demo() -> Source:
+    train, held_out = _demo_documents()
+    digest = hashlib.blake2b(digest_size=16)
+    for document in train + held_out:
+        digest.update(f"{document.where()}\0{document.place}\0{document.content}\0".encode())
+
+    def documents(rng: random.Random) -> Iterator[Document]:
+        yield from rng.sample(train + held_out, len(train) + len(held_out))
+
+    about = f"the Python standard library ({len(train)} texts, {len(held_out)} held out)"
+    return Source(about, {"source": "demo", "text": digest.hexdigest(), "held_out": "by file"}, False, documents)
+
+
+@cache  # reading and comparing the library takes seconds, and a process may open it once per stage
+def _demo_documents() -> tuple[list[Document], list[Document]]:
+    from saelab.demo.stdlib import read_stdlib
+
+    library = read_stdlib()
+    train = [Document(1.0, text, partial(str, name)) for name, text in library.train.items()]
+    return train, [Document(0.0, text, partial(str, name)) for name, text in library.held_out.items()]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of the first kind that `folder` holds, by name."""
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    for kind in _KINDS:
+        chosen = sorted(path for path in found if path.suffix.lower() in kind)
+        if chosen:
+            return chosen
+    there = ", ".join(
+        f"{n} {suffix or 'without a suffix'}" for suffix, n in Counter(p.suffix for p in found).most_common(5)
+    )
+    raise SaelabError(
+        f"corpus: {folder} holds no file that can be read as a corpus ({there or 'it is empty'}); wanted are .parquet, "
+        ".jsonl, .json, .csv, or texts such as .txt and .md"
+    )
+
+
+def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
+    """The source that reads `paths`, all of one kind, which are `source` itself or lie below it."""
+    stats = [path.stat() for path in paths]
+    if not any(stat.st_size for stat in stats):
+        raise SaelabError(f"corpus: {source} is empty (0 bytes)")
+    names = [path.relative_to(source).as_posix() if path != source else path.name for path in paths]
+    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    identity = {"source": "files", "text": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()}
+    suffix = paths[0].suffix.lower()
+    about = str(source) if paths == [source] else f"{source} (files found below it: {len(paths)} {suffix})"
+    if suffix in _SUFFIXES - TEXT:
+        tasks = [task for path in paths for task in row_tasks(path)]
+        return source_of_tasks(tasks, about, identity, settings.text_column)
+    deciding = [None] if len(paths) == 1 else names  # a file alone is split within
+    parts = [part for path, name in zip(paths, deciding, strict=True) for part in text_parts(path, name)]
+    return Source(about, identity, False, partial(in_drawn_order, parts))
+
+
+def _saved_dataset(folder: Path, settings: CorpusSettings) -> Source:
+    tasks, fingerprint = saved_dataset_tasks(folder, settings.split)
+    identity = {"source": "saved dataset", "text": fingerprint}
+    return source_of_tasks(tasks, str(folder), identity, settings.text_column)

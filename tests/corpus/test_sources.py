@@ -1,0 +1,155 @@
+"""Which files of a folder are the corpus; and every kind of bad corpus gets one clear message."""
+
+import datasets
+import pytest
+
+from saelab.corpus import CorpusSettings, files
+from saelab.errors import SaelabError, SettingError
+from tests.corpus.made import TEXTS, documents, opened, refuses, write
+
+
+def test_a_folder_is_read_as_the_first_kind_it_holds(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl", [text.upper() for text in TEXTS])
+    (tmp_path / "README.md").write_text("not part of the corpus")
+    (tmp_path / ".hidden.parquet").write_text("nor this")
+    found = documents(list(opened(tmp_path, tokenizer).train_rows(seed=0)))
+    assert 300 < len(found) < 400
+    assert not any("README" in tokenizer.decode(document) for document in found)
+
+
+def test_a_saved_dataset_with_splits(tmp_path, tokenizer):
+    datasets.disable_progress_bars()
+    splits = {"train": TEXTS[:100], "extra": TEXTS[100:]}
+    data = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
+    datasets.DatasetDict(data).save_to_disk(tmp_path / "saved")
+    found = documents(list(opened(tmp_path / "saved", tokenizer, split="extra").train_rows(seed=0)))
+    assert {tokenizer.decode(document[:-1]) for document in found} <= set(TEXTS[100:])
+    refuses(tmp_path / "saved", tokenizer, "'extar'", "train, extra", "Nearest: extra", split="extar")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("held_out", 0.0), ("held_out", 1.0), ("source", ""), ("split", ""), ("text_column", "")]
+)
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(SettingError, match=f"^{name}: "):
+        CorpusSettings(**{name: value})
+
+
+def test_a_context_without_room_is_refused(tokenizer):
+    with pytest.raises(SettingError, match=r"^context: 1"):
+        opened("demo", tokenizer, context=1)
+
+
+def test_missing_files_offer_the_nearest(tmp_path, tokenizer):
+    write(tmp_path / "book.txt")
+    refuses(tmp_path / "bok.txt", tokenizer, "bok.txt", "Nearest: book.txt")
+    refuses(tmp_path / "nowhere" / "book", tokenizer, "no file or folder")
+
+
+def test_files_that_are_no_text(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine\n" * 2000 + b"\xff\xfe" + b"fine\n" * 2000)
+    refuses(path, tokenizer, str(path), "UTF-8", "0xff at byte 10000")
+    path.write_bytes(b"fine\n" * 10 + bytes(300))
+    refuses(path, tokenizer, str(path), "binary", "byte 50")
+    path.write_bytes(b"")
+    refuses(path, tokenizer, str(path), "empty")
+    path.write_bytes(b" \n" * 500)
+    refuses(path, tokenizer, str(path), "no text")
+    path.write_text("one short line")
+    refuses(path, tokenizer, str(path), "single document")
+
+
+def test_bad_bytes_in_datasets_are_located(tmp_path, tokenizer):
+    for name in ("a.jsonl", "a.csv"):
+        path = write(tmp_path / name)
+        data = path.read_bytes()
+        at = data.index(b"line 150") + 4
+        path.write_bytes(data[:at] + b"\xe9" + data[at + 1 :])
+        refuses(path, tokenizer, str(path), f"0xe9 at byte {at}")
+
+
+def test_json_that_does_not_parse(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(files, "PART", 1 << 10)
+    path = write(tmp_path / "a.jsonl")
+    lines = path.read_text().splitlines()
+    lines[120] = '{"text": "no end'
+    path.write_text("\n".join(lines))
+    refuses(path, tokenizer, f"{path}, line 121", "JSON")
+    lines[120] = '"a text alone"'
+    path.write_text("\n".join(lines))
+    refuses(path, tokenizer, f"{path}, line 121", "text, not an object")
+    lines[120] = '{"text": "half \\ud800 a character"}'
+    path.write_text("\n".join(lines))
+    refuses(path, tokenizer, f"{path}, line 121", "surrogate")
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n {"text": }]')
+    refuses(path, tokenizer, f"{path}, line 2", "JSON")
+    path.write_text('{\n "text": "an object on its own, over lines"\n}')
+    refuses(path, tokenizer, f"{path}, line 1", "list of objects")
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "saved", "a.csv"])
+def test_a_missing_text_column_names_those_there_are(tmp_path, tokenizer, kind):
+    refuses(write(tmp_path / kind, column="body"), tokenizer, "'text'", "id, body", "`text_column`")
+
+
+def test_a_row_that_is_not_text(tmp_path, tokenizer):
+    for value, what in ((None, "null"), (7, "int"), (["a"], "a list")):
+        refuses(write(tmp_path / "a.jsonl", [*TEXTS[:120], value, "more"]), tokenizer, "line 121", what, "not text")
+    refuses(write(tmp_path / "a.parquet", [*TEXTS[:120], None]), tokenizer, "row 120", "null")
+    refuses(write(tmp_path / "saved", [*TEXTS[:120], None]), tokenizer, "row 120", "null")
+    path = write(tmp_path / "a.jsonl")
+    path.write_text(path.read_text() + '{"body": "renamed"}\n')
+    refuses(path, tokenizer, "line 201", "no column 'text'", "body")
+
+
+def test_shards_with_other_columns(tmp_path, tokenizer):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write(folder / "a.parquet")
+    write(folder / "b.parquet", column="body")
+    refuses(folder, tokenizer, "b.parquet, row 0", "'text'", "id, body")
+
+
+def test_damaged_parquet(tmp_path, tokenizer):
+    path = write(tmp_path / "a.parquet")
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])
+    refuses(path, tokenizer, str(path), "Parquet")
+    path.write_bytes(data[:100] + bytes(len(data) // 2) + data[100 + len(data) // 2 :])
+    refuses(path, tokenizer, str(path), "damaged")
+
+
+def test_datasets_without_rows(tmp_path, tokenizer):
+    for name, text in (("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "id,text\n")):
+        (tmp_path / name).write_text(text)
+        refuses(tmp_path / name, tokenizer, name, "no rows")
+    refuses(write(tmp_path / "b.jsonl", ["", " \n"]), tokenizer, "no text")
+    refuses(write(tmp_path / "b.jsonl", ["the same"] * 9), tokenizer, "same one repeated")
+
+
+def test_folders_without_a_corpus(tmp_path, tokenizer):
+    refuses(tmp_path, tokenizer, "it is empty")
+    (tmp_path / "a.pkl").write_bytes(b"x")
+    refuses(tmp_path, tokenizer, "1 .pkl", ".parquet")
+    (tmp_path / "state.json").write_text("{}")
+    refuses(tmp_path, tokenizer, "saved dataset")
+
+
+def test_too_little_text_for_the_context(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", TEXTS[:5])
+    refuses(source, tokenizer, "fills no row of 5000 tokens", "context", context=5000)
+    with pytest.raises(SaelabError, match=r"held-out text .* fills no row"):
+        opened(source, tokenizer, context=300).held_out_rows(1)
+
+
+def test_files_that_cannot_be_read(tmp_path, tokenizer):
+    folder = write(tmp_path / "folder")
+    corpus = opened(folder, tokenizer)
+    (folder / "8.txt").unlink()
+    with pytest.raises(SaelabError, match=r"8\.txt cannot be read"):
+        list(corpus.train_rows(seed=0))
+    (folder / "8.txt").symlink_to("nowhere")
+    refuses(folder, tokenizer, "8.txt", "cannot be read")
