@@ -1,0 +1,91 @@
+"""Small random-weight models of several architectures, with a tokenizer of their own, as local Hugging Face folders."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from saelab.lm import LanguageModel, ModelSettings, load_language_model
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "for i in range(10): print(i, i ** 2)  # squares",
+    "A sparse autoencoder writes an activation as a sum of few directions.",
+    "def f(x):\n    return x + 1\n",
+]
+KINDS = ("gpt2", "gpt_neox", "llama")
+CONTEXT = 32
+
+
+def text(n: int) -> str:
+    """Some `n` lines of text in which words come back."""
+    return "\n".join(f"{SENTENCES[i % 4]} Line {i % 17}, word{i % 23} and word{i % 5}." for i in range(n))
+
+
+@functools.cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="saelab-tiny-")
+
+
+@functools.cache
+def model_folder(kind: str) -> Path:
+    """A 3-layer model of width 32 with random weights; GPT-2 and NeoX style tokenizers have BOS = EOS."""
+    from transformers import (
+        GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )  # fmt: skip
+
+    folder = Path(_root().name) / kind
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>"] if kind == "llama" else ["<|endoftext|>"]
+    bpe.train_from_iterator(
+        [text(50)],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[-1])
+    n = len(tokenizer)
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=n, n_positions=64, bos_token_id=0, eos_token_id=0)
+        )
+    elif kind == "gpt_neox":
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=n,
+                          max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
+        )  # fmt: skip
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+                        vocab_size=n, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+        )  # fmt: skip
+    with torch.no_grad():  # default weights are so small that every next token looks alike
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def language_model(kind: str) -> LanguageModel:
+    return load_language_model(ModelSettings(str(model_folder(kind))), "cpu")
+
+
+def random_rows(lm: LanguageModel, n: int, context: int = CONTEXT, seed: int = 0) -> torch.Tensor:
+    """Rows of ordinary tokens behind BOS, with one more special token inside every third row."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, len(lm.tokenizer), (n, context), generator=generator)
+    rows[:, 0] = lm.tokenizer.bos_token_id
+    rows[::3, context // 2] = lm.tokenizer.eos_token_id
+    return rows
