@@ -1,0 +1,1 @@
+"""Activations of a language model as shuffled batches: live in stream.py."""

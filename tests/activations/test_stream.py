@@ -1,0 +1,87 @@
+"""Every ordinary token comes out once, with its own activation, in an order that depends on the seed alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from saelab.activations.stream import ActivationBatch, ActivationSettings, read_activations, shuffled_batches
+from saelab.errors import SaelabError, SettingError
+from saelab.lm import LanguageModel
+from tests.tiny import CONTEXT, KINDS, language_model, random_rows
+
+SITE = "blocks.1.hook_resid_post"
+
+
+def stream(
+    lm: LanguageModel, rows: np.ndarray, *, batch: int = 50, buffer: int = 200, seed: int = 0
+) -> list[ActivationBatch]:
+    return list(shuffled_batches(read_activations(lm, rows, SITE, 4), batch, buffer, seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_ordinary_token_comes_out_once_with_its_own_activation(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 21)
+    batches = stream(lm, rows.numpy())
+    assert all(len(batch) == 50 for batch in batches[:-1]) and 0 < len(batches[-1]) <= 50
+    places = torch.cat([b.rows * CONTEXT + b.positions for b in batches])
+    assert torch.equal(places.sort().values, lm.ordinary(rows).flatten().nonzero().squeeze(1))
+    clean = lm.activations(rows, [SITE])[SITE]
+    for b in batches:
+        assert torch.equal(b.tokens, rows[b.rows, b.positions])
+        torch.testing.assert_close(b.values, clean[b.rows, b.positions], rtol=1e-4, atol=1e-5)
+    assert batches[0].values.dtype == torch.float32
+
+
+def test_the_order_depends_on_the_seed_alone_and_mixes_rows() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 21).numpy()
+
+    def order(seed: int) -> torch.Tensor:
+        return torch.cat([b.rows * CONTEXT + b.positions for b in stream(lm, rows, seed=seed)])
+
+    assert torch.equal(order(3), order(3))
+    assert not torch.equal(order(3), order(4))
+    assert len(stream(lm, rows)[0].rows.unique()) > 5  # a buffer of 200 tokens holds some 7 rows
+
+
+def test_bos_with_a_hundred_times_the_norm_reaches_nothing() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 8)
+    embedding = lm.model.get_input_embeddings().weight
+    bos = lm.tokenizer.bos_token_id
+    before = embedding[bos].clone()
+    try:
+        embedding.data[bos] = 100 * before.norm() * torch.nn.functional.normalize(torch.ones_like(before), dim=0)
+        norms = lm.activations(rows, ["blocks.0.hook_resid_pre"])["blocks.0.hook_resid_pre"].norm(dim=-1)
+        assert norms[:, 0].min() > 10 * norms[lm.ordinary(rows)].max()
+        values = torch.cat(
+            [
+                b.values
+                for b in shuffled_batches(read_activations(lm, rows.numpy(), "blocks.0.hook_resid_pre", 4), 50, 200, 0)
+            ]
+        )
+        assert values.norm(dim=1).max() < norms[:, 0].min() / 10
+    finally:
+        embedding.data[bos] = before
+
+
+def test_nan_activations_stop_with_site_row_and_position() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 6)
+    rows[rows == 17] = 18
+    rows[5, 9] = 17
+    site = "blocks.0.hook_resid_pre"  # later, attention carries it to earlier positions too: 0 * NaN is NaN
+    embedding = lm.model.get_input_embeddings().weight
+    before = embedding[17].clone()
+    try:
+        embedding.data[17] = torch.nan
+        with pytest.raises(SaelabError, match=rf"{site}.*row 5, position 9"):
+            list(read_activations(lm, rows.numpy(), site, 2))
+    finally:
+        embedding.data[17] = before
+
+
+def test_impossible_settings_name_their_field() -> None:
+    with pytest.raises(SettingError, match="buffer_tokens: 0"):
+        ActivationSettings(buffer_tokens=0)
