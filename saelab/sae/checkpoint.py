@@ -1,0 +1,99 @@
+"""A checkpoint is a SAELens folder: ``cfg.json`` and ``sae_weights.safetensors``, loadable by SAELens as it is.
+
+Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from saelab.errors import SaelabError
+from saelab.sae.model import SparseAutoencoder
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+FORMAT = 1
+
+
+def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
+    """Write `sae` to `folder`, each file complete or not there at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
+        "W_enc": sae.W_enc.detach().T.contiguous().cpu(),
+        "b_enc": sae.b_enc.detach().cpu(),
+        "W_dec": sae.W_dec.detach().contiguous().cpu(),
+        "b_dec": sae.b_dec.detach().cpu(),
+    }
+    metadata = {"sae_lens_version": "6.54.12", **sae.metadata}  # >= 6, or SAELens rebuilds and drops our metadata
+    metadata["saelab"] = {"format": FORMAT, **metadata.get("saelab", {})}
+    config = {
+        "architecture": "topk",
+        "d_in": sae.d_in,
+        "d_sae": sae.n_features,
+        "k": sae.k,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": metadata,
+    }
+    temporary = folder / (WEIGHTS + ".tmp")
+    save_file(tensors, temporary)
+    _replace(temporary, folder / WEIGHTS)
+    temporary = folder / (CONFIG + ".tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _replace(temporary, folder / CONFIG)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoencoder:
+    """The autoencoder in `path`, a checkpoint folder or a run folder with one under ``sae/``.
+
+    Raises SaelabError if there is none, or if it is not a TopK autoencoder that saelab can compute exactly.
+    """
+    path = Path(path)
+    folder = path / "sae" if (path / "sae" / CONFIG).is_file() else path
+    if not (folder / CONFIG).is_file():
+        raise SaelabError(f"{path}: no checkpoint here ({CONFIG} is missing; give a run folder or its sae/ folder)")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+        d_in, n_features, k = config["d_in"], config["d_sae"], config.get("k")
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
+    _check(config, folder)
+    sae = SparseAutoencoder(d_in, n_features, int(k), config.get("metadata") or {})
+    for name, parameter in sae.named_parameters():
+        tensor = tensors.get(name)
+        tensor = tensor.T if tensor is not None and name == "W_enc" else tensor
+        if tensor is None or tensor.shape != parameter.shape:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            raise SaelabError(f"{folder / WEIGHTS}: {name} is {found}")
+        parameter.data.copy_(tensor)
+    return sae.to(device).requires_grad_(False)
+
+
+def _check(config: dict[str, Any], folder: Path) -> None:
+    expected = {
+        "architecture": "topk",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }
+    for key, wanted in expected.items():
+        if config.get(key, wanted) != wanted:
+            raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {wanted!r} only")
+    if not isinstance(config.get("k"), int) or not 1 <= config["k"] <= config["d_sae"]:
+        raise SaelabError(f"{folder / CONFIG}: k is {config.get('k')!r}, not between 1 and d_sae")
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)

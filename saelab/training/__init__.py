@@ -1,0 +1,1 @@
+"""The training loop: batches of activations in, a trained autoencoder out."""

@@ -1,0 +1,83 @@
+"""A checkpoint comes back as it was, is a SAELens folder, and a damaged one is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saelab
+from saelab.errors import SaelabError
+from saelab.sae.checkpoint import save_sae
+from saelab.sae.model import SparseAutoencoder
+
+GOLDEN = Path(__file__).parents[1] / "data" / "saelens_topk"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(8, 16, 3, {"hook_name": "blocks.1.hook_resid_post", "saelab": {"seed": 5}})
+    sae.initialise(torch.randn(50, 8))
+    save_sae(sae, tmp_path / "run" / "sae")
+    return tmp_path / "run"
+
+
+def test_round_trip_from_the_run_folder_and_from_the_checkpoint(saved: Path) -> None:
+    x = torch.randn(20, 8)
+    one, two = saelab.load(saved), saelab.load(saved / "sae")
+    assert torch.equal(one(x), two(x))
+    assert one.metadata["saelab"] == {"format": 1, "seed": 5}
+    save_sae(one, saved / "again")
+    assert (saved / "again" / "sae_weights.safetensors").read_bytes() == (
+        saved / "sae" / "sae_weights.safetensors"
+    ).read_bytes()
+    assert not any(p.suffix == ".tmp" for p in saved.rglob("*"))
+
+
+def test_the_folder_is_what_saelens_reads(saved: Path) -> None:
+    config = json.loads((saved / "sae" / "cfg.json").read_text())
+    golden = json.loads((GOLDEN / "cfg.json").read_text())
+    assert golden.keys() <= config.keys()
+    assert config["architecture"] == "topk" and config["dtype"] == "float32" and config["k"] == 3
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    shapes = {name: tuple(t.shape) for name, t in load_file(saved / "sae" / "sae_weights.safetensors").items()}
+    assert shapes == {"W_enc": (8, 16), "b_enc": (16,), "W_dec": (16, 8), "b_dec": (8,)}
+
+
+def test_a_checkpoint_written_by_saelens_computes_what_saelens_computed() -> None:
+    sae = saelab.load(GOLDEN)
+    expected = load_file(GOLDEN / "expected.safetensors")
+    torch.testing.assert_close(sae.encode(expected["x"]).to_dense(), expected["acts"])
+    torch.testing.assert_close(sae(expected["x"]), expected["recon"])
+
+
+def test_what_cannot_be_loaded_is_an_error_that_says_why(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=r"no checkpoint here"):
+        saelab.load(tmp_path)
+
+    def damaged(change: dict) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved / "sae", folder)
+        config = json.loads((folder / "cfg.json").read_text())
+        (folder / "cfg.json").write_text(json.dumps(config | change))
+        return folder
+
+    with pytest.raises(SaelabError, match=r"architecture is 'gated'"):
+        saelab.load(damaged({"architecture": "gated"}))
+    with pytest.raises(SaelabError, match=r"normalize_activations is 'layer_norm'"):
+        saelab.load(damaged({"normalize_activations": "layer_norm"}))
+    with pytest.raises(SaelabError, match=r"k is 0"):
+        saelab.load(damaged({"k": 0}))
+    with pytest.raises(SaelabError, match=r"W_enc is of shape"):
+        saelab.load(damaged({"d_sae": 17}))
+    (damaged({}) / "sae_weights.safetensors").write_bytes(b"short")
+    with pytest.raises(SaelabError, match=r"damaged"):
+        saelab.load(tmp_path / "damaged")
+    tensors = load_file(saved / "sae" / "sae_weights.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "b_dec"}, damaged({}) / "sae_weights.safetensors")
+    with pytest.raises(SaelabError, match=r"b_dec is missing"):
+        saelab.load(tmp_path / "damaged")

@@ -1,0 +1,178 @@
+"""The autoencoder equals its dense formula, value and gradient; each loss trains exactly what it should."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.errors import SettingError
+from saelab.sae.allocation import token_choice
+from saelab.sae.model import SaeSettings, SparseAutoencoder, geometric_median
+
+D, F, K, N = 6, 20, 4, 30
+
+
+def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
+    torch.manual_seed(seed)
+    sae = SparseAutoencoder(D, F, K).double()
+    x = torch.randn(N, D, dtype=torch.float64) + 1
+    sae.initialise(x)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.3)
+    return sae, x
+
+
+def dense_pass(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, reconstruction) as one writes them down, through a mask of tokens x features."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    mask = torch.zeros_like(pre).scatter(1, pre.topk(sae.k).indices, 1.0)
+    z = pre.relu() * mask
+    return z, z @ sae.W_dec + sae.b_dec
+
+
+def test_a_training_pass_has_the_values_and_gradients_of_the_dense_formula() -> None:
+    sae, x = make_sae()
+    twin = copy.deepcopy(sae)
+    found = sae.training_pass(x, None, 1)
+    found.fvu.backward()
+    z, reconstruction = dense_pass(twin, x)
+    fvu = (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    fvu.backward()
+    torch.testing.assert_close(found.codes.to_dense(), z)
+    torch.testing.assert_close(found.fvu, fvu)
+    for (name, ours), dense in zip(sae.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, dense.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_encode_is_what_training_selects_and_does_not_depend_on_batch_mates() -> None:
+    sae, x = make_sae()
+    z, reconstruction = dense_pass(sae, x)
+    codes = sae.encode(x)
+    torch.testing.assert_close(codes.to_dense(), z)
+    torch.testing.assert_close(sae(x), reconstruction)
+    assert bool((codes.values > 0).all()) and bool((codes.l0() <= K).all())
+    alone = torch.cat([sae.encode(row[None]).to_dense() for row in x])
+    torch.testing.assert_close(alone, z)
+    assert torch.equal(sae.encode(x.view(5, 6, D)).to_dense(), codes.to_dense())
+    assert sae.encode(x[:0]).tokens == 0
+
+
+def test_encode_in_blocks_equals_encode_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = make_sae()
+    whole = sae.encode(x).to_dense()
+    monkeypatch.setattr("saelab.sae.model._ENCODE_ELEMENTS", 7 * F)
+    torch.testing.assert_close(sae.encode(x).to_dense(), whole)
+
+
+def test_token_choice_keeps_the_k_largest_and_never_a_value_from_below_zero() -> None:
+    torch.manual_seed(1)
+    pre = torch.randn(50, 12) - 1  # some tokens have fewer than k positives
+    dense = token_choice(pre, 3).to_dense()
+    best = pre.relu().topk(3).values.sum(1)
+    torch.testing.assert_close(dense.sum(1), best)  # the mask maximises what it keeps
+    assert bool(((dense == 0) | (dense == pre)).all())
+    assert torch.equal(token_choice(pre, 3).l0(), (pre > 0).sum(1).clamp_max(3))
+
+
+def test_aux_k_reaches_exactly_the_dead_features_it_selected_with_a_positive_pre_activation() -> None:
+    sae, x = make_sae()
+    dead = torch.tensor([1, 4, 7, 11, 13])
+    with torch.no_grad():
+        sae.b_enc[7] = -100  # all its pre-activations are negative: it may be selected, and receives nothing
+    k_aux = 3
+    sae.training_pass(x, dead, k_aux).aux.backward()
+
+    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()[:, dead]
+    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k_aux).indices, True) & (pre > 0)
+    expected = set(dead[chosen.any(0)].tolist())
+    assert 7 not in expected and expected
+    for gradient in (sae.W_enc.grad, sae.W_dec.grad, sae.b_enc.grad):
+        assert gradient is not None
+        reached = gradient.reshape(F, -1).abs().sum(1).nonzero().squeeze(1)
+        assert set(reached.tolist()) == expected
+    assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
+
+
+def test_aux_k_equals_its_dense_formula() -> None:
+    sae, x = make_sae()
+    twin = copy.deepcopy(sae)
+    dead = torch.tensor([0, 3, 8, 9])
+    sae.training_pass(x, dead, 2).aux.backward()
+    _, reconstruction = dense_pass(twin, x)
+    error = (x - reconstruction).detach()
+    pre = ((x - twin.b_dec.detach()) @ twin.W_enc.T + twin.b_enc)[:, dead]
+    mask = torch.zeros_like(pre).scatter(1, pre.topk(2).indices, 1.0)
+    explained = (pre.relu() * mask) @ twin.W_dec[dead]
+    aux = (error - explained).square().sum() / (error - error.mean(0)).square().sum()
+    aux.backward()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
+
+
+def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
+    sae, x = make_sae()
+    scaled = copy.deepcopy(sae)
+    with torch.no_grad():
+        scaled.b_enc.mul_(10)
+        scaled.b_dec.mul_(10)
+    dead = torch.tensor([1, 2])
+    ours, theirs = sae.training_pass(x, dead, 1), scaled.training_pass(10 * x, dead, 1)
+    torch.testing.assert_close(ours.fvu, theirs.fvu)
+    torch.testing.assert_close(ours.aux, theirs.aux)
+
+
+def test_folding_moves_the_input_scale_into_the_biases() -> None:
+    sae, x = make_sae()
+    scale = 3.7
+    folded = sae.folded(scale)
+    torch.testing.assert_close(folded(x), sae(x * scale) / scale)
+    assert torch.equal(folded.W_enc, sae.W_enc) and torch.equal(folded.W_dec, sae.W_dec)
+
+
+def test_an_orthogonal_dictionary_with_k_equal_to_all_features_is_the_identity() -> None:
+    q, _ = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))
+    sae = SparseAutoencoder(D, 2 * D, 2 * D).double()
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([q, -q]))
+        sae.W_enc.copy_(sae.W_dec)
+        sae.b_dec.normal_()
+    x = torch.randn(9, D, dtype=torch.float64)
+    torch.testing.assert_close(sae(x), x)
+
+
+def test_initialisation_has_unit_rows_and_no_better_common_scale() -> None:
+    sae, x = make_sae()
+    sae.initialise(x, "geometric_median")
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+    errors = []
+    for factor in (0.95, 1.0, 1.05):
+        changed = copy.deepcopy(sae)
+        changed.W_enc.data.mul_(factor)
+        errors.append((x - changed(x)).square().sum().item())
+    assert errors[1] == min(errors)
+
+
+def test_the_geometric_median_resists_an_outlier_and_has_the_least_summed_distance() -> None:
+    torch.manual_seed(0)
+    points = torch.randn(200, 3, dtype=torch.float64)
+    points[0] = 1e4
+    median = geometric_median(points)
+    assert median.norm() < 0.5 < points.mean(0).norm()
+    distance = torch.linalg.vector_norm
+    best = distance(points - median, dim=1).sum()
+    assert all(best <= distance(points - median - 0.05 * torch.randn(3), dim=1).sum() for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"k": 0}, "k: 0"),
+        ({"k": 9, "n_features": 8}, "k: 9"),
+        ({"aux": "ghost"}, "aux: 'ghost'"),
+        ({"n_features": 0}, "n_features: 0"),
+    ],
+)
+def test_impossible_settings_name_their_field(setting: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        SaeSettings(**setting)

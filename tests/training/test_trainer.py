@@ -1,0 +1,123 @@
+"""Training on planted data: the error falls, dead features revive, the same seed gives the same weights."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.errors import SettingError
+from saelab.sae.model import SaeSettings, SparseAutoencoder
+from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, remove_parallel_gradient, train
+
+D, TRUE = 16, 40
+
+
+def planted(batches: int, batch: int, seed: int = 0) -> Iterator[Tensor]:
+    """Sums of 3 of 40 fixed directions with positive strengths, and a little noise."""
+    generator = torch.Generator().manual_seed(123)
+    directions = torch.nn.functional.normalize(torch.randn(TRUE, D, generator=generator), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(batches):
+        chosen = torch.rand(batch, TRUE, generator=generator).topk(3).indices
+        strength = torch.rand(batch, 3, 1, generator=generator) + 0.5
+        yield (directions[chosen] * strength).sum(1) + 0.01 * torch.randn(batch, D, generator=generator)
+
+
+def run(settings: TrainingSettings, sae_settings: SaeSettings, seed: int = 0) -> tuple[SparseAutoencoder, list[dict]]:
+    torch.manual_seed(seed)
+    sae = SparseAutoencoder(D, sae_settings.n_features, sae_settings.k)
+    sae.initialise(next(planted(1, 1000)))
+    metrics: list[dict] = []
+    train(sae, planted(settings.steps, settings.batch, seed), settings, sae_settings, log=metrics.append)
+    return sae, metrics
+
+
+SETTINGS = TrainingSettings(tokens=150 * 256, batch=256, lr=3e-3)
+
+
+def test_the_error_falls_and_decoder_rows_stay_of_unit_length() -> None:
+    sae, metrics = run(SETTINGS, SaeSettings(n_features=64, k=3))
+    assert metrics[-1]["fvu"] < 0.6 * metrics[0]["fvu"]
+    assert metrics[-1]["tokens"] == SETTINGS.tokens and metrics[-1]["step"] == SETTINGS.steps - 1
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    short = dataclasses.replace(SETTINGS, tokens=20 * 256)
+    settings = SaeSettings(n_features=64, k=3)
+    one, two, other = (run(short, settings, seed)[0] for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.W_dec, other.W_dec)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
+    """Features that start too weak to be selected get no gradient from the reconstruction, so they stay dead without."""
+    left = {}
+    for aux in ("none", "aux_k"):
+        torch.manual_seed(seed)
+        sae = SparseAutoencoder(D, 64, 3)
+        sae.initialise(next(planted(1, 1000)))
+        sae.W_enc.data[20:] *= 0.01
+        metrics: list[dict] = []
+        train(sae, planted(SETTINGS.steps, 256, seed), SETTINGS, SaeSettings(64, 3, aux=aux), log=metrics.append)
+        left[aux] = metrics[-1]["dead"]
+    assert left["none"] == 44
+    assert left["aux_k"] < 22
+
+
+def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
+    sae = SparseAutoencoder(D, 32, 3)
+    sae.initialise(next(planted(1, 1000)))
+    calls = iter([False, False, True])
+    assert (
+        train(
+            sae,
+            planted(50, 64),
+            TrainingSettings(tokens=50 * 64, batch=64),
+            SaeSettings(32, 3),
+            should_stop=lambda: next(calls),
+        )
+        == 3 * 64
+    )
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    settings = TrainingSettings(tokens=100 * 10, batch=10, lr=1.0, warmup=0.1, decay=0.5)
+    rates = [learning_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[50] == 1.0
+    assert rates[99] == pytest.approx(1 / 50) and rates[50:] == sorted(rates[50:], reverse=True)
+    assert learning_rate(0, dataclasses.replace(settings, warmup=0.0, decay=0.0)) == 1.0
+
+
+def test_the_parallel_gradient_goes_and_the_rest_stays() -> None:
+    sae = SparseAutoencoder(D, 8, 2)
+    sae.initialise(torch.randn(100, D))
+    gradient = torch.randn(8, D)
+    sae.W_dec.grad = gradient.clone()
+    remove_parallel_gradient(sae)
+    left = sae.W_dec.grad
+    torch.testing.assert_close((left * sae.W_dec).sum(1), torch.zeros(8), atol=1e-6, rtol=0)
+    taken = gradient - left
+    torch.testing.assert_close(taken, (taken * sae.W_dec).sum(1, keepdim=True) * sae.W_dec, atol=1e-6, rtol=0)
+
+
+def test_dead_means_a_tenth_of_the_run_and_at_most_ten_million_tokens() -> None:
+    assert TrainingSettings(tokens=1_000_000).dead_after == 100_000
+    assert TrainingSettings(tokens=10**9).dead_after == MAX_DEAD_AFTER
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"tokens": 0}, "tokens: 0"),
+        ({"lr": -1}, "lr: -1"),
+        ({"warmup": 2}, "warmup: 2"),
+        ({"tokens": 10, "batch": 20}, "batch: 20"),
+    ],
+)
+def test_impossible_settings_name_their_field(setting: dict, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        TrainingSettings(**setting)
