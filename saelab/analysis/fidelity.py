@@ -1,0 +1,235 @@
+"""How much of the activations, and of what the model does with them, an autoencoder keeps.
+
+Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
+
+FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
+L0             mean number of active features per token
+cosine         mean cosine between x and xhat
+CE             mean loss in nats of the next token, where the token and the next one are both ordinary; clean, with the
+               reconstruction spliced in at the site, with zeros, and with the mean activation
+loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
+delta CE       CE_spliced - CE_clean
+KL             mean KL(clean || spliced) of the next-token distributions, over the same positions as CE
+never active   features that are active on none of the evaluated tokens, in inference mode
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saelab.codes import Codes
+from saelab.errors import SaelabError, SettingError
+from saelab.lm import LanguageModel
+from saelab.progress import Track, silent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+MIN_DEAD_TOKENS = 300_000
+"""Fewer held-out tokens than this say little about rare features; results say so."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    tokens: int = 300_000
+    """Held-out tokens for FVU, L0, cosine and never-active features; at least 300 k for a figure to report."""
+    ce_tokens: int = 65_536
+    """Of those, the tokens for CE and KL, which take four full runs of the model."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "ce_tokens", "rows_per_forward"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+
+
+class Autoencoder(Protocol):
+    """What fidelity needs of an autoencoder."""
+
+    n_features: int
+
+    def encode(self, x: Tensor) -> Codes: ...
+    def decode(self, codes: Codes) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The figures defined at the head of this file."""
+
+    site: str
+    tokens: int
+    ce_tokens: int
+    fvu: float
+    l0: float
+    cosine: float
+    never_active: int
+    n_features: int
+    ce_clean: float
+    ce_spliced: float
+    ce_zero_ablated: float
+    ce_mean_ablated: float
+    kl: float
+
+    @property
+    def delta_ce(self) -> float:
+        return self.ce_spliced - self.ce_clean
+
+    @property
+    def loss_recovered_zero(self) -> float:
+        return _recovered(self.ce_clean, self.ce_spliced, self.ce_zero_ablated)
+
+    @property
+    def loss_recovered_mean(self) -> float:
+        return _recovered(self.ce_clean, self.ce_spliced, self.ce_mean_ablated)
+
+    @property
+    def never_active_share(self) -> float:
+        return self.never_active / self.n_features
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """All figures by name, the derived ones too."""
+        derived = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean", "never_active_share")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One line per figure."""
+        import pandas as pd
+
+        return pd.DataFrame({"value": self.to_dict()})
+
+    def plot(self) -> "go.Figure":
+        """CE of the four runs, in nats per token."""
+        import plotly.graph_objects as go
+
+        bars = {
+            "clean": self.ce_clean,
+            "spliced": self.ce_spliced,
+            "mean-ablated": self.ce_mean_ablated,
+            "zero-ablated": self.ce_zero_ablated,
+        }
+        figure = go.Figure(go.Bar(x=list(bars), y=list(bars.values()), text=[f"{v:.3f}" for v in bars.values()]))
+        return figure.update_layout(yaxis_title="CE (nats/token)", title=f"{self.site}, {self.ce_tokens:,} tokens")
+
+
+def fidelity(
+    sae: Autoencoder,
+    lm: LanguageModel,
+    rows: Tensor,
+    site: str | None = None,
+    *,
+    ce_tokens: int = EvalSettings.ce_tokens,
+    rows_per_forward: int = EvalSettings.rows_per_forward,
+    track: Track = silent,
+) -> Fidelity:
+    """Evaluate `sae` on `rows` ``[rows, context]`` of token ids.
+
+    `site` defaults to the one the autoencoder was trained at. CE and KL are measured on the first rows that hold
+    `ce_tokens` tokens. Raises SaelabError if no site is known, if widths do not fit or if no ordinary token is there.
+    """
+    site = site or getattr(sae, "metadata", {}).get("hook_name")
+    if site is None:
+        raise SaelabError("fidelity: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
+    width, d_in = lm.width(site), getattr(sae, "d_in", None)
+    if d_in is not None and d_in != width:
+        raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
+    blocks = rows.to(lm.device).long().split(rows_per_forward)
+    if not any(lm.ordinary(block).any() for block in blocks):
+        raise SaelabError("fidelity: the rows hold no ordinary token")
+
+    code_sums, mean = _code_sums(sae, lm, site, track(iter(blocks), "reconstruction", rows.numel(), _size))
+    chosen = _first_blocks(lm, blocks, ce_tokens)
+    total = sum(block.numel() for block in chosen)
+    runs = _splice_sums(sae, lm, site, mean, track(iter(chosen), "spliced loss", total, _size))
+    return Fidelity(site=site, n_features=sae.n_features, **code_sums, **runs)
+
+
+def _size(block: Tensor) -> int:
+    return block.numel()
+
+
+def _first_blocks(lm: LanguageModel, blocks: tuple[Tensor, ...], tokens: int) -> list[Tensor]:
+    chosen, held = [], 0
+    for block in blocks:
+        chosen.append(block)
+        held += int(lm.ordinary(block).sum())
+        if held >= tokens:
+            break
+    return chosen
+
+
+@torch.no_grad()
+def _code_sums(sae: Autoencoder, lm: LanguageModel, site: str, blocks: Iterator[Tensor]) -> tuple[dict, Tensor]:
+    """FVU, L0, cosine and never-active features; and the mean activation, ``[d_in]`` float64."""
+    n, squares, errors, active, cosines = 0, 0.0, 0.0, 0, 0.0
+    total = fired = origin = None
+    for block in blocks:
+        x = lm.activations(block, [site])[site][lm.ordinary(block)].float()
+        if not len(x):
+            continue
+        codes = sae.encode(x)
+        reconstruction = sae.decode(codes).float()
+        if total is None or fired is None or origin is None:
+            origin = x.double().mean(0)  # sums about a point near the mean lose no digits to a large mean
+            total = torch.zeros_like(origin)
+            fired = torch.zeros(sae.n_features, dtype=torch.long, device=x.device)
+        centred = x.double() - origin
+        n += len(x)
+        total += centred.sum(0)
+        squares += centred.square().sum().item()
+        errors += (x.double() - reconstruction.double()).square().sum().item()
+        cosines += F.cosine_similarity(x, reconstruction, dim=1).double().sum().item()
+        active += int(codes.l0().sum())
+        fired += codes.firing_counts()
+    assert total is not None and fired is not None and origin is not None
+    deviation = squares - total.square().sum().item() / n
+    sums = {
+        "tokens": n,
+        "fvu": errors / deviation if deviation else float("nan"),  # all activations the same: nothing to explain
+        "l0": active / n,
+        "cosine": cosines / n,
+        "never_active": int((fired == 0).sum()),
+    }
+    return sums, origin + total / n
+
+
+@torch.no_grad()
+def _splice_sums(
+    sae: Autoencoder, lm: LanguageModel, site: str, mean: Tensor, blocks: Iterator[Tensor]
+) -> dict[str, float | int]:
+    replacements: dict[str, Callable[[Tensor], Tensor]] = {
+        "ce_spliced": lambda x: sae.decode(sae.encode(x.float())),
+        "ce_zero_ablated": torch.zeros_like,
+        "ce_mean_ablated": lambda x: mean.to(x.dtype).expand_as(x),
+    }
+    sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
+    n = 0
+    for block in blocks:
+        keep = lm.ordinary(block)
+        keep = keep[:, :-1] & keep[:, 1:]
+        targets = block[:, 1:][keep]
+        n += len(targets)
+        clean = _log_probabilities(lm.logits(block), keep)
+        sums["ce_clean"] += F.nll_loss(clean, targets, reduction="none").double().sum().item()
+        for name, replace in replacements.items():
+            other = _log_probabilities(lm.spliced_logits(block, site, replace), keep)
+            sums[name] += F.nll_loss(other, targets, reduction="none").double().sum().item()
+            if name == "ce_spliced":
+                sums["kl"] += F.kl_div(other, clean, reduction="none", log_target=True).sum(1).double().sum().item()
+    if not n:
+        raise SaelabError("fidelity: no position has an ordinary token followed by another, so there is no loss")
+    return {"ce_tokens": n} | {name: value / n for name, value in sums.items()}
+
+
+def _log_probabilities(logits: Tensor, keep: Tensor) -> Tensor:
+    return logits[:, :-1][keep].float().log_softmax(-1)
+
+
+def _recovered(clean: float, spliced: float, ablated: float) -> float:
+    """NaN where the ablation does no harm: then there is no loss to recover."""
+    return (ablated - spliced) / (ablated - clean) if ablated != clean else float("nan")

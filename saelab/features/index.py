@@ -1,0 +1,268 @@
+"""The feature database: one pass over held-out text, then everything a page shows, written once as Parquet.
+
+What is active where is kept in memory until the tables are written: 12 bytes per active feature and token, which at
+k = 32 is 400 bytes per token (140 MB for 350 k tokens), and about three times that while it is sorted.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from saelab.errors import SaelabError, SettingError
+from saelab.lm import LanguageModel
+from saelab.progress import Track, silent
+from saelab.sae.model import SparseAutoencoder
+
+BINS = 50
+LIST_LENGTH = 10
+"""Top and bottom logits, and neighbours, per feature."""
+
+_RESIDUAL = re.compile(
+    r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(mlp|attn)_out|hook_in|hook_out|(mlp|attn)\.hook_out)"
+)
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    tokens: int = 300_000
+    """Held-out tokens the database is made from."""
+    contexts: int = 20
+    """Strongest contexts kept per feature, at most one per row of text."""
+    window: int = 32
+    """Tokens shown of each context."""
+    rows_per_forward: int = 32
+    """Rows in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "contexts", "window", "rows_per_forward"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Every activation of every feature on the evaluated text, sorted by feature, then by place.
+
+    values ``[nnz]`` float32, features ``[nnz]`` int32, places ``[nnz]`` int64 (row * context + position);
+    offsets ``[n_features + 1]``: feature f holds entries ``offsets[f]`` up to ``offsets[f + 1]``.
+    """
+
+    values: Tensor
+    features: Tensor
+    places: Tensor
+    offsets: Tensor
+    n_tokens: int
+    """Ordinary tokens evaluated, active or not."""
+
+    @property
+    def n_features(self) -> int:
+        return len(self.offsets) - 1
+
+
+@torch.no_grad()
+def collect_activity(
+    sae: SparseAutoencoder, lm: LanguageModel, rows: Tensor, site: str, rows_per_forward: int, track: Track = silent
+) -> Activity:
+    """Run the autoencoder over the ordinary tokens of `rows` ``[rows, context]``."""
+    values, features, places, n_tokens, first = [], [], [], 0, 0
+    blocks = iter(rows.to(lm.device).long().split(rows_per_forward))
+    for block in track(blocks, "features", rows.numel(), lambda block: block.numel()):
+        keep = lm.ordinary(block)
+        codes = sae.encode(lm.activations(block, [site])[site][keep].float())
+        place = keep.flatten().nonzero().squeeze(1) + first
+        values.append(codes.values.cpu())
+        features.append(codes.features.int().cpu())
+        places.append(place[codes.row_of_entry()].cpu())
+        n_tokens += int(keep.sum())
+        first += block.numel()
+    all_features = torch.cat(features)
+    order = torch.argsort(all_features, stable=True)  # reading order stays within a feature
+    counts = torch.bincount(all_features, minlength=sae.n_features)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    return Activity(torch.cat(values)[order], all_features[order], torch.cat(places)[order], offsets, n_tokens)
+
+
+def build_features(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    rows: Tensor,
+    site: str,
+    folder: Path,
+    settings: FeatureSettings,
+    inputs: str,
+    *,
+    track: Track = silent,
+) -> dict[str, Any]:
+    """Write features.parquet, contexts.parquet and summary.json to `folder`; returns the summary.
+
+    `inputs` is recorded in the summary: it names what the tables were made from. The summary is written last, so a
+    folder that has one is complete.
+    """
+    activity = collect_activity(sae, lm, rows, site, settings.rows_per_forward, track)
+    if not activity.n_tokens:
+        raise SaelabError("features: the rows hold no ordinary token")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    vocabulary = _display(lm.tokenizer, len(lm.unembedding))
+    columns = statistics(activity) | _top_logits(sae, lm, site, vocabulary) | _neighbours(sae.W_dec)
+    _write(pa.table(columns), folder / "features.parquet")
+    _write(_contexts_table(activity, rows.cpu(), settings, vocabulary), folder / "contexts.parquet")
+    summary = {
+        "inputs": inputs,
+        "n_tokens": activity.n_tokens,
+        "n_features": sae.n_features,
+        "never_active": int((activity.offsets.diff() == 0).sum()),
+        "k": sae.k,
+        "site": site,
+        "model": lm.name,
+        "d_in": sae.d_in,
+    }
+    temporary = folder / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder / "summary.json")
+    return summary
+
+
+def statistics(activity: Activity) -> dict[str, Any]:
+    """Density, counts, mean and maximum over active tokens, and the histogram of activations, per feature.
+
+    Conserved: a feature's histogram sums to n_active, and n_active sums to the number of activations.
+    """
+    n, index = activity.n_features, activity.features.long()
+    n_active = activity.offsets.diff()
+    total = torch.zeros(n, dtype=torch.float64).index_add_(0, index, activity.values.double())
+    largest = torch.zeros(n).scatter_reduce_(0, index, activity.values, "amax")
+    bins = (activity.values / largest[index] * BINS).long().clamp_(max=BINS - 1)
+    histogram = torch.bincount(index * BINS + bins, minlength=n * BINS)
+    return {
+        "feature": pa.array(range(n), pa.int32()),
+        "density": (n_active.double() / activity.n_tokens).numpy(),
+        "n_active": n_active.numpy(),
+        "mean_activation": (total / n_active.clamp_min(1)).float().numpy(),
+        "max_activation": largest.numpy(),
+        "histogram": _lists(pa.array(histogram.numpy()), BINS, n),
+    }
+
+
+def strongest_places(activity: Activity, context: int, per_feature: int) -> tuple[Tensor, Tensor]:
+    """Entries of each feature's strongest places, one per row: (entry ``[m]``, rank within the feature ``[m]``).
+
+    Sorted by feature, then by falling activation; ties go to the earlier row and position.
+    """
+    by_value = torch.argsort(activity.values, descending=True, stable=True)
+    n_rows = int(activity.places.max()) // context + 1 if len(activity.places) else 1
+    group = activity.features.long() * n_rows + activity.places // context
+    by_group = by_value[torch.argsort(group[by_value], stable=True)]
+    is_peak = torch.ones(len(by_group), dtype=torch.bool)
+    is_peak[1:] = group[by_group][1:] != group[by_group][:-1]
+    peaks = by_group[is_peak]
+    peaks = peaks[torch.argsort(activity.values[peaks], descending=True, stable=True)]
+    peaks = peaks[torch.argsort(activity.features[peaks], stable=True)]
+    owner = activity.features[peaks].long()
+    counts = torch.bincount(owner, minlength=activity.n_features)
+    rank = torch.arange(len(peaks)) - (counts.cumsum(0) - counts)[owner]
+    return peaks[rank < per_feature], rank[rank < per_feature]
+
+
+def _contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings, vocabulary: list[str]) -> pa.Table:
+    context = rows.shape[1]
+    window = min(settings.window, context)
+    peaks, rank = strongest_places(activity, context, settings.contexts)
+    feature, place = activity.features[peaks].long(), activity.places[peaks]
+    row, position = place // context, place % context
+    start = (position - window * 2 // 3).clamp(0, context - window)  # what comes before explains more than what follows
+    places = (row * context + start)[:, None] + torch.arange(window)
+
+    size = rows.numel()
+    keys = activity.features.long() * size + activity.places  # sorted, as activity is
+    wanted = (feature[:, None] * size + places).flatten()
+    found = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
+    activations = torch.where(keys[found] == wanted, activity.values[found], 0.0) if len(keys) else torch.empty(0)
+
+    strings = pa.array(vocabulary, pa.string()).take(pa.array(rows.flatten()[places.flatten()].numpy()))
+    return pa.table({
+        "feature": pa.array(feature.numpy(), pa.int32()),
+        "rank": pa.array(rank.numpy(), pa.int16()),
+        "row": pa.array(row.numpy(), pa.int32()),
+        "position": pa.array(position.numpy(), pa.int32()),
+        "activation": activity.values[peaks].numpy(),
+        "peak": pa.array((position - start).numpy(), pa.int16()),
+        "tokens": _lists(strings, window, len(peaks)),
+        "activations": _lists(pa.array(activations.numpy()), window, len(peaks)),
+    })  # fmt: skip
+
+
+@torch.no_grad()
+def _top_logits(sae: SparseAutoencoder, lm: LanguageModel, site: str, vocabulary: list[str]) -> dict[str, pa.Array]:
+    """The tokens whose logit each decoder row moves most, either way: W_dec through the unembedding alone.
+
+    The final norm is left out, as in a plain logit lens. Empty lists where the site is not the residual stream or
+    a sum into it, for then the product means nothing.
+    """
+    unembedding = lm.unembedding.float()
+    columns: dict[str, pa.Array] = {}
+    fits = _RESIDUAL.fullmatch(site) is not None and unembedding.shape[1] == sae.d_in
+    n = min(LIST_LENGTH, len(unembedding)) if fits else 0
+    tops: dict[str, list[Tensor]] = {"top": [], "bottom": []}
+    ids: dict[str, list[Tensor]] = {"top": [], "bottom": []}
+    for rows in sae.W_dec.float().split(256):
+        logits = rows @ unembedding.T if fits else rows.new_empty(len(rows), 0)
+        for end in tops:
+            top = logits.topk(n, dim=1, largest=end == "top")
+            tops[end].append(top.values.cpu())
+            ids[end].append(top.indices.cpu())
+    for end in tops:
+        strings = pa.array(vocabulary, pa.string()).take(pa.array(torch.cat(ids[end]).flatten().numpy()))
+        columns[f"{end}_logit_tokens"] = _lists(strings, n, sae.n_features)
+        columns[f"{end}_logits"] = _lists(pa.array(torch.cat(tops[end]).flatten().numpy()), n, sae.n_features)
+    return columns
+
+
+@torch.no_grad()
+def _neighbours(W_dec: Tensor) -> dict[str, pa.Array]:
+    """The features whose decoder rows have the largest cosine with each, itself left out."""
+    unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
+    n = min(LIST_LENGTH, len(unit) - 1)
+    found, cosines = [], []
+    for start in range(0, len(unit), 1024):
+        block = unit[start : start + 1024] @ unit.T
+        own = torch.arange(len(block), device=block.device)
+        block[own, own + start] = -torch.inf
+        top = block.topk(n, dim=1)
+        found.append(top.indices.int().cpu())
+        cosines.append(top.values.cpu())
+    return {
+        "neighbours": _lists(pa.array(torch.cat(found).flatten().numpy()), n, len(unit)),
+        "neighbour_cosines": _lists(pa.array(torch.cat(cosines).flatten().numpy()), n, len(unit)),
+    }
+
+
+def _display(tokenizer: Any, size: int) -> list[str]:
+    """Every token id below `size` as text: bytes that are no UTF-8 of their own as U+FFFD, ids without a token as <id>."""
+    n = len(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
+    decoded = tokenizer.batch_decode([[i] for i in range(n)], clean_up_tokenization_spaces=False)
+    # SentencePiece marks a leading space with U+2581, and decoding one token alone would lose it
+    shown = [p.replace("\u2581", " ") if p and "\u2581" in p else d for p, d in zip(pieces, decoded, strict=True)]
+    return shown + [f"<{i}>" for i in range(n, size)]
+
+
+def _lists(flat: pa.Array, length: int, n: int) -> pa.Array:
+    """`n` lists of equal `length`."""
+    return pa.ListArray.from_arrays(pa.array([i * length for i in range(n + 1)], pa.int32()), flat)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,159 @@
+"""Fidelity is exact where it is known: the identity, the ablations, and the formulas written out in numpy."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.analysis.fidelity import fidelity
+from saelab.codes import Codes
+from saelab.errors import SaelabError
+from saelab.sae.model import SparseAutoencoder
+from tests.tiny import KINDS, language_model, random_rows
+
+SITE = "blocks.1.hook_resid_post"
+
+
+class Fixed:
+    """An autoencoder whose reconstruction is a given function of x; its codes only carry x along."""
+
+    n_features = 32
+    metadata = {"hook_name": SITE}
+
+    def __init__(self, reconstruct) -> None:  # noqa: ANN001
+        self.reconstruct = reconstruct
+
+    def encode(self, x: Tensor) -> Codes:
+        return Codes.from_topk(x, torch.arange(32).expand(len(x), 32), 32)
+
+    def decode(self, codes: Codes) -> Tensor:
+        return self.reconstruct(codes.values.view(-1, 32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_identity_recovers_everything_exactly(kind: str) -> None:
+    lm = language_model(kind)
+    result = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 12))
+    assert result.loss_recovered_zero == result.loss_recovered_mean == 1.0
+    assert result.delta_ce == 0.0 and result.kl == 0.0 and result.fvu == 0.0
+    assert result.cosine == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ablations_recover_exactly_nothing(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 12)
+    assert fidelity(Fixed(torch.zeros_like), lm, rows).loss_recovered_zero == 0.0
+    x = lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)].double()
+    mean = fidelity(Fixed(lambda z: x.mean(0).float().expand_as(z)), lm, rows)
+    assert mean.loss_recovered_mean == 0.0
+    assert mean.fvu == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_figure_is_its_formula(kind: str) -> None:
+    torch.manual_seed(0)
+    lm = language_model(kind)
+    rows = random_rows(lm, 12)
+    sae = SparseAutoencoder(32, 40, 5, {"hook_name": SITE})
+    ordinary = lm.ordinary(rows)
+    x = lm.activations(rows, [SITE])[SITE][ordinary]
+    sae.initialise(x)
+    found = fidelity(sae, lm, rows, rows_per_forward=5)
+
+    X, R = x.double().numpy(), sae(x).double().numpy()
+    z = sae.encode(x).to_dense().numpy()
+    assert found.tokens == len(X) == int(ordinary.sum())
+    assert found.fvu == pytest.approx(((X - R) ** 2).sum() / ((X - X.mean(0)) ** 2).sum(), rel=1e-6)
+    assert found.l0 == pytest.approx((z > 0).sum(1).mean())
+    assert found.never_active == int(((z > 0).sum(0) == 0).sum())
+    cosine = (X * R).sum(1) / np.linalg.norm(X, axis=1) / np.linalg.norm(R, axis=1)
+    assert found.cosine == pytest.approx(cosine.mean(), rel=1e-5)
+
+    def log_probabilities(logits: Tensor) -> np.ndarray:
+        return logits.double().log_softmax(-1).numpy()
+
+    clean, spliced = log_probabilities(lm.logits(rows)), log_probabilities(lm.spliced_logits(rows, SITE, sae))
+    ce_clean, ce_spliced, kl = [], [], []
+    for row in range(rows.shape[0]):
+        for t in range(rows.shape[1] - 1):
+            if ordinary[row, t] and ordinary[row, t + 1]:
+                ce_clean.append(-clean[row, t, rows[row, t + 1]])
+                ce_spliced.append(-spliced[row, t, rows[row, t + 1]])
+                kl.append((np.exp(clean[row, t]) * (clean[row, t] - spliced[row, t])).sum())
+    assert found.ce_tokens == len(ce_clean)
+    assert found.ce_clean == pytest.approx(np.mean(ce_clean), rel=1e-5)
+    assert found.ce_spliced == pytest.approx(np.mean(ce_spliced), rel=1e-5)
+    assert found.kl == pytest.approx(np.mean(kl), rel=1e-3)
+    zero = found.ce_zero_ablated
+    assert found.loss_recovered_zero == pytest.approx((zero - found.ce_spliced) / (zero - found.ce_clean))
+    assert found.to_frame().loc["delta_ce", "value"] == found.delta_ce
+    assert len(found.plot().data[0].x) == 4
+
+
+def test_bos_with_a_hundred_times_the_norm_is_in_no_figure() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 8)
+    site = "blocks.0.hook_resid_pre"  # before attention can carry BOS to other positions
+    sae = SparseAutoencoder(32, 40, 5)
+    sae.initialise(lm.activations(rows, [site])[site][lm.ordinary(rows)])
+    before = fidelity(sae, lm, rows, site)
+    embedding, bos = lm.model.get_input_embeddings().weight, lm.tokenizer.bos_token_id
+    kept = embedding[bos].clone()
+    tied = lm.model.get_output_embeddings().weight
+    lm.model.get_output_embeddings().weight = torch.nn.Parameter(tied.clone(), requires_grad=False)
+    try:
+        embedding.data[bos] = 100 * kept
+        after = fidelity(sae, lm, rows, site)
+        assert (after.fvu, after.l0, after.never_active, after.tokens) == (
+            before.fvu,
+            before.l0,
+            before.never_active,
+            before.tokens,
+        )
+        assert fidelity(Fixed(lambda x: x), lm, rows, site).loss_recovered_zero == 1.0
+    finally:
+        embedding.data[bos] = kept
+        lm.model.get_output_embeddings().weight = tied
+
+
+def test_a_mean_far_from_zero_costs_no_digits() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 8)
+    bias = lm.model.get_submodule("transformer.h.1.mlp.c_proj").bias
+    kept = bias.clone()
+    try:
+        bias.data += 3000.0
+        x = lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)].double()
+        noise = Fixed(lambda z: z + 0.5)
+        exact = (0.25 * x.numel()) / ((x - x.mean(0)) ** 2).sum().item()
+        assert fidelity(noise, lm, rows).fvu == pytest.approx(exact, rel=1e-3)
+    finally:
+        bias.data.copy_(kept)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 2)
+    with pytest.raises(SaelabError, match="width 32, the autoencoder has d_in 8"):
+        fidelity(SparseAutoencoder(8, 16, 2), lm, rows, SITE)
+    with pytest.raises(SaelabError, match="does not say its site"):
+        fidelity(SparseAutoencoder(32, 64, 2), lm, rows)
+    with pytest.raises(SaelabError, match="no ordinary token"):
+        fidelity(SparseAutoencoder(32, 64, 2), lm, torch.zeros(2, 5, dtype=torch.long), SITE)
+    no_pair = torch.zeros(2, 4, dtype=torch.long)
+    no_pair[:, 1] = 5
+    sae = SparseAutoencoder(32, 64, 2)
+    sae.initialise(torch.randn(50, 32))
+    with pytest.raises(SaelabError, match="no loss"):
+        fidelity(sae, lm, no_pair, SITE)
+
+
+def test_an_ablation_that_does_no_harm_leaves_loss_recovered_undefined() -> None:
+    lm = language_model("gpt2")
+    result = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 2))
+    harmless = dataclasses.replace(result, ce_zero_ablated=result.ce_clean)
+    assert math.isnan(harmless.loss_recovered_zero) and not math.isnan(harmless.loss_recovered_mean)
