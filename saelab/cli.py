@@ -1,0 +1,165 @@
+"""The command line: one thin command per stage."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saelab.errors import SaelabError
+
+app = typer.Typer(
+    help="Train sparse autoencoders on a language model's activations, look at the features, measure how far to trust them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as sae.k=64")]
+_Force = Annotated[bool, typer.Option("--force", help="replace an existing run folder")]
+_Port = Annotated[int, typer.Option(help="port of the explorer, on 127.0.0.1")]
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+@app.command()
+def demo(
+    overrides: _Overrides = None,
+    app: Annotated[bool, typer.Option("--app/--no-app", help="serve the explorer at the end")] = True,
+    port: _Port = 8501,
+) -> None:
+    """The whole job on the embedded model and corpus: train, evaluate, make features, serve the explorer.
+
+    Stages whose results still stand are not run again.
+
+    Example: saelab demo --no-app
+    """
+    from saelab import progress, run
+
+    folder = run.demo("quickstart", overrides or [], track=progress.bar, say=_say)
+    _print_evaluation(folder)
+    if app:
+        _serve([folder], port)
+
+
+@app.command()
+def train(config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+          overrides: _Overrides = None, force: _Force = False) -> None:  # fmt: skip
+    """Train an autoencoder as a config says.
+
+    Example: saelab train quickstart sae.k=64 out=runs/k64
+    """
+    from saelab import progress, run
+
+    folder = run.train(config, overrides or [], force=force, track=progress.bar, say=_say)
+    typer.echo(folder)
+
+
+@app.command(name="eval")
+def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
+    """Evaluate a run's autoencoder on held-out text: reconstruction, loss with it spliced in, never-active features.
+
+    Example: saelab eval runs/quickstart eval.ce_tokens=200e3
+    """
+    from saelab import progress
+    from saelab.run import evaluate as stage
+
+    stage(run, overrides or [], track=progress.bar, say=_say)
+    _print_evaluation(run)
+
+
+@app.command()
+def features(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
+    """Write a run's feature database from held-out text: densities, top contexts, logits, neighbours.
+
+    Example: saelab features runs/quickstart features.tokens=1e6
+    """
+    from saelab import progress
+    from saelab.run import features as stage
+
+    summary = stage(run, overrides or [], track=progress.bar, say=_say)
+    typer.echo(
+        f"{summary['n_features']:,} features on {summary['n_tokens']:,} held-out tokens, {summary['never_active']:,} "
+        f"never active; tables in {run / 'features'}"
+    )
+
+
+@app.command(name="app")
+def explorer(
+    runs: Annotated[list[Path] | None, typer.Argument(help="run folders, or folders of runs (default: runs)")] = None,
+    port: _Port = 8501,
+) -> None:
+    """Serve the explorer on 127.0.0.1 until Ctrl-C.
+
+    Example: saelab app runs
+    """
+    _serve(runs or [Path("runs")], port)
+
+
+def _print_evaluation(run: Path) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+
+    def number(name: str, digits: int) -> str:
+        return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
+
+    table = Table(title=f"{run}: {result['site']}, {result['tokens']:,} held-out tokens (CE on {result['ce_tokens']:,})",
+                  title_justify="left", show_header=False)  # fmt: skip
+    for label, value in (
+        ("FVU", number("fvu", 4)),
+        ("L0 (active features per token)", number("l0", 2)),
+        ("cosine(x, reconstruction)", number("cosine", 4)),
+        ("CE clean / spliced (nats/token)", f"{number('ce_clean', 4)} / {number('ce_spliced', 4)}"),
+        ("delta CE (nats/token)", number("delta_ce", 4)),
+        ("CE zero- / mean-ablated (nats/token)", f"{number('ce_zero_ablated', 4)} / {number('ce_mean_ablated', 4)}"),
+        ("loss recovered, zero / mean ablation", f"{number('loss_recovered_zero', 4)} / {number('loss_recovered_mean', 4)}"),
+        ("KL(clean || spliced) (nats/token)", number("kl", 4)),
+        (f"never active on {result['tokens']:,} tokens", f"{result['never_active']:,} of {result['n_features']:,} "
+                                                       f"({100 * result['never_active_share']:.2f}%)"),
+    ):  # fmt: skip
+        table.add_row(label, value)
+    Console(width=100).print(table)
+
+
+def _serve(runs: list[Path], port: int) -> None:
+    """Start Streamlit on the explorer, in place of this process."""
+    missing = [run for run in runs if not run.is_dir()]
+    if missing:
+        raise SaelabError(f"{missing[0]}: no such folder (`saelab train CONFIG` makes a run)")
+    package = Path(__file__).parent
+    main = next((p for p in (package / "_app" / "main.py", package.parent / "app" / "main.py") if p.is_file()), None)
+    if main is None:
+        raise SaelabError("the explorer's files are missing from this installation; install saelab again")
+    typer.echo(f"explorer: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    sys.stdout.flush()
+    command = [
+        sys.executable, "-m", "streamlit", "run", str(main), "--server.address=127.0.0.1", f"--server.port={port}",
+        "--server.headless=true", "--browser.gatherUsageStats=false", "--", *(str(run.resolve()) for run in runs),
+    ]  # fmt: skip
+    os.execv(sys.executable, command)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except SaelabError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
