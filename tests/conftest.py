@@ -1,0 +1,101 @@
+"""What every test gets: two threads, Hugging Face libraries offline and out of the user's cache, and `no_network`."""
+
+import atexit
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+# Read by torch and the Hugging Face libraries when they are first imported, so set before any test module is; torch
+# itself is not imported here, since many tests do without it.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(max(1, 2 // _workers))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.update(dict.fromkeys(OFFLINE, "1"))
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder of the process that started them
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saelab-tests-hf-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+def block_network(log: str) -> None:
+    """Let Python's sockets reach only this machine; every other attempt fails and is written to the file `log`.
+
+    Stands alone, because `no_network` also hands its source to child processes. Libraries that bring their own sockets
+    (hf-xet, gRPC) are not caught.
+    """
+    import ipaddress
+    import socket
+
+    def check(host: object) -> None:
+        if isinstance(host, bytes):
+            host = host.decode()
+        if not isinstance(host, str) or host in ("", "localhost"):
+            return
+        try:
+            local = ipaddress.ip_address(host.split("%")[0]).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"{host}\n")
+            raise OSError(f"no network in this test: {host}")
+
+    def guard(name: str, address_at: int) -> None:
+        original = getattr(socket.socket, name)
+
+        def method(self: socket.socket, *args: object) -> object:
+            address = args[address_at]
+            if isinstance(address, tuple):  # else the path of a Unix socket
+                check(address[0])
+            return original(self, *args)
+
+        setattr(socket.socket, name, method)
+
+    guard("connect", 0)
+    guard("connect_ex", 0)
+    guard("sendto", -1)
+    lookup = socket.getaddrinfo
+
+    def getaddrinfo(host: object, *args: object, **kwargs: object) -> object:
+        check(host)
+        return lookup(host, *args, **kwargs)  # type: ignore[arg-type]
+
+    socket.getaddrinfo = getaddrinfo  # type: ignore[assignment]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Only loopback can be reached, here and in Python child processes; an attempt to go further fails the test.
+
+    Yields the file that attempts are listed in, one host per line; a test that means to be refused deletes it.
+    Child processes do not see HF_HUB_OFFLINE and its like, for a user without a network has not set them either.
+    """
+    import socket
+
+    folder = tmp_path_factory.mktemp("no_network")
+    log = folder / "attempts.txt"
+    for name in ("connect", "connect_ex", "sendto"):  # noted by monkeypatch, which puts them back
+        monkeypatch.setattr(socket.socket, name, getattr(socket.socket, name))
+    monkeypatch.setattr(socket, "getaddrinfo", socket.getaddrinfo)
+    block_network(str(log))
+
+    start = folder / "sitecustomize.py"
+    start.write_text(f"{inspect.getsource(block_network)}\n\nblock_network({str(log)!r})\n", encoding="utf-8")
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    for variable in OFFLINE:
+        monkeypatch.delenv(variable, raising=False)
+    yield log
+    attempts = log.read_text(encoding="utf-8").split() if log.exists() else []
+    assert not attempts, f"reached for the network: {sorted(set(attempts))}"
+
+
+def pytest_report_header() -> str:
+    return f"saelab tests: {os.environ['OMP_NUM_THREADS']} torch threads, {sys.executable}"
