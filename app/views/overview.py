@@ -1,0 +1,106 @@
+"""A run as a whole: how well it reconstructs, how training went, and its settings."""
+
+import explorer_charts as charts
+import explorer_state as state
+import streamlit as st
+from explorer_html import facts_html, number
+
+from saelab.features import query
+
+# What eval.json may hold, in the order to read it: (name, title, unit, definition).
+FIGURES = [
+    ("fvu", "FVU", "", "squared error over squared deviation from the mean, each pooled over all evaluated tokens"),
+    ("l0", "L0", "features per token", "mean number of active features"),
+    ("cosine", "Cosine", "", "mean cosine between an activation vector and its reconstruction"),
+    ("ce_clean", "CE, clean", "nats per token", "loss of the next token, the model left as it is"),
+    ("ce_spliced", "CE, spliced", "nats per token", "with the reconstruction in place of the activations"),
+    ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: what the reconstruction costs"),
+    ("kl", "KL", "nats per token", "from the clean to the spliced distribution of the next token"),
+    ("ce_zero_ablated", "CE, zero-ablated", "nats per token", "with zeros in place of the activations"),
+    ("ce_mean_ablated", "CE, mean-ablated", "nats per token", "with the mean activation in place of each"),
+    (
+        "loss_recovered_zero",
+        "Loss recovered, zero ablation",
+        "share",
+        "(CE ablated - CE spliced) / (CE ablated - CE clean)",
+    ),
+    (
+        "loss_recovered_mean",
+        "Loss recovered, mean ablation",
+        "share",
+        "the same with the mean ablation, the harder test",
+    ),
+    ("never_active", "Never active", "features", "active on none of the evaluated tokens, in inference mode"),
+    ("never_active_share", "Never active", "share", "of all features"),
+    ("n_features", "Features", "", "of the autoencoder"),
+    ("tokens", "Evaluated on", "tokens", "N: held-out tokens; BOS and other special tokens are in none of the figures"),
+    ("ce_tokens", "CE and KL on", "tokens", "those that are followed by another ordinary token"),
+]
+NOT_SHOWN = ("inputs", "site")  # a hash of what the evaluation was made from; the site is told above
+
+CURVES = {
+    "fvu": "FVU of the batch",
+    "l0": "L0, active features per token",
+    "dead": "Dead while training, features",
+    "aux": "Auxiliary loss",
+    "lr": "Learning rate",
+    "gradient_norm": "Norm of the gradient",
+    "tokens_per_second": "Tokens per second",
+}
+
+
+def shown(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "undefined" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) >= 1e-3 else number(value)
+
+
+def draw_evaluation() -> None:
+    st.subheader("Evaluation", anchor=False)
+    found = state.read(query.evaluation)
+    if found is None:
+        st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` does it.")
+        return
+    headline = [("fvu", "FVU"), ("delta_ce", "delta CE, nats"), ("l0", "L0"), ("never_active", "Never active")]
+    present = [(name, title) for name, title in headline if name in found]
+    for column, (name, title) in zip(st.columns(max(1, len(present))), present, strict=False):
+        column.metric(title, shown(found[name]))
+    rows = [(title, shown(found[name]), unit, text) for name, title, unit, text in FIGURES if name in found]
+    known = {name for name, *_ in FIGURES} | set(NOT_SHOWN)
+    rows += [(name, shown(value), "", "") for name, value in found.items() if name not in known]
+    st.html(facts_html(rows))
+
+
+def draw_training() -> None:
+    st.subheader("Training", anchor=False)
+    metrics = state.read(query.metrics)
+    x = next((name for name in ("tokens", "step") if name in metrics), None)
+    if x is None:
+        st.info("No training metrics were logged.")
+        return
+    names = [name for name in CURVES if name in metrics]
+    names += [name for name in metrics if name not in CURVES and name not in ("tokens", "step")]
+    for start in range(0, len(names), 3):
+        for column, name in zip(st.columns(3, gap="medium"), names[start : start + 3], strict=False):
+            with column:
+                title = CURVES.get(name, name)
+                charts.draw(charts.curve(metrics, x, name, title), f"curve-{name}", f"{title} over training")
+
+
+def page() -> None:
+    run = state.current_run()
+    st.header(state.plain(st.session_state["run_name"]), anchor=False)
+    if run.has_features:
+        whole = state.read(query.summary)
+        st.caption(
+            state.plain(f"{whole.n_features:,} features of {whole.site} ({whole.d_in} wide) of the model {whole.model}")
+        )
+    else:
+        st.info(f"No features yet. `saelab features {state.code(str(run.path))}` makes them.")
+    draw_evaluation()
+    draw_training()
+    with st.expander("Settings, as resolved (config.yaml)"):
+        st.code(state.read(query.settings_text), language="yaml")
+
+
+page()
