@@ -1,4 +1,4 @@
-"""saelab: train sparse autoencoders on a language model's activations, look at their features, measure how far to trust them.
+"""Train sparse autoencoders on a language model's activations, look at their features, measure how far to trust them.
 
 Everything public is here and imported when first used, so that `import saelab` costs next to nothing.
 """

@@ -10,7 +10,7 @@ import typer
 from saelab.errors import SaelabError
 
 app = typer.Typer(
-    help="Train sparse autoencoders on a language model's activations, look at the features, measure how far to trust them.",
+    help="Train sparse autoencoders on a language model's activations, look at the features, measure them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -111,20 +111,23 @@ def _print_evaluation(run: Path) -> None:
     def number(name: str, digits: int) -> str:
         return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
 
-    table = Table(title=f"{run}: {result['site']}, {result['tokens']:,} held-out tokens (CE on {result['ce_tokens']:,})",
-                  title_justify="left", show_header=False)  # fmt: skip
+    title = f"{run}: {result['site']}, {result['tokens']:,} held-out tokens (CE on {result['ce_tokens']:,})"
+    never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
+    table = Table(title=title, title_justify="left", show_header=False)
     for label, value in (
         ("FVU", number("fvu", 4)),
         ("L0 (active features per token)", number("l0", 2)),
         ("cosine(x, reconstruction)", number("cosine", 4)),
-        ("CE clean / spliced (nats/token)", f"{number('ce_clean', 4)} / {number('ce_spliced', 4)}"),
+        ("CE clean (nats/token)", number("ce_clean", 4)),
+        ("CE spliced (nats/token)", number("ce_spliced", 4)),
         ("delta CE (nats/token)", number("delta_ce", 4)),
-        ("CE zero- / mean-ablated (nats/token)", f"{number('ce_zero_ablated', 4)} / {number('ce_mean_ablated', 4)}"),
-        ("loss recovered, zero / mean ablation", f"{number('loss_recovered_zero', 4)} / {number('loss_recovered_mean', 4)}"),
+        ("CE zero-ablated (nats/token)", number("ce_zero_ablated", 4)),
+        ("CE mean-ablated (nats/token)", number("ce_mean_ablated", 4)),
+        ("loss recovered, zero ablation", number("loss_recovered_zero", 4)),
+        ("loss recovered, mean ablation", number("loss_recovered_mean", 4)),
         ("KL(clean || spliced) (nats/token)", number("kl", 4)),
-        (f"never active on {result['tokens']:,} tokens", f"{result['never_active']:,} of {result['n_features']:,} "
-                                                       f"({100 * result['never_active_share']:.2f}%)"),
-    ):  # fmt: skip
+        (f"never active on {result['tokens']:,} tokens", never),
+    ):
         table.add_row(label, value)
     Console(width=100).print(table)
 

@@ -74,8 +74,7 @@ class Codes:
         return dense.index_put((self.row_of_entry(), self.features), self.values, accumulate=True)
 
     def to(self, device: torch.device | str) -> Self:
-        moved = (tensor.to(device) for tensor in (self.values, self.features, self.offsets))
-        return type(self)(*moved, self.n_features)
+        return type(self)(self.values.to(device), self.features.to(device), self.offsets.to(device), self.n_features)
 
 
 def concatenate(parts: list[Codes]) -> Codes:

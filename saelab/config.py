@@ -96,7 +96,7 @@ def find_config(name: str | Path) -> Path:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     """Settings from a YAML file, then ``section.key=value`` overrides. Raises SaelabError naming every bad field."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise SaelabError(f"{path}: not a text file (byte {error.start} is no UTF-8)") from error
     except (OSError, yaml.YAMLError) as error:
@@ -107,7 +107,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
 
 
 def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> RunSettings:
-    """Settings from a plain mapping, with overrides. Raises SaelabError naming every bad field and the nearest names."""
+    """Settings from a plain mapping, with overrides. Raises SaelabError naming every bad field, and what is near."""
     tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -121,7 +121,7 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
             if not isinstance(target, dict):
                 raise SaelabError(f"{override!r}: {section} is a single value, it has no key {last!r}")
         try:
-            target[last] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+            target[last] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as error:
             raise SaelabError(f"{override!r}: the value cannot be read as YAML: {error}") from error
     for section in _SHORT:

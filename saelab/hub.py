@@ -19,8 +19,8 @@ def ask_hub(question: Callable[[Any], Any]) -> Any:
     """``question(HfApi())``, within `TIMEOUT` seconds.
 
     Asked in a thread of its own and once only: the Hugging Face libraries retry for 23 seconds, with a line of log for
-    each attempt, and looking up an address can take longer than any timeout of a request. Raises HubUnreachable, or what
-    the Hub's client raises where the Hub did answer: HFValidationError, RepositoryNotFoundError.
+    each attempt, and looking up an address can take longer than any timeout of a request. Raises HubUnreachable,
+    or what the Hub's client raises where the Hub did answer: HFValidationError, RepositoryNotFoundError.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, constants

@@ -179,7 +179,7 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
     if not tokenizer.is_fast:
         raise SaelabError(f"model: {settings.name} has no fast tokenizer (tokenizer.json)")
     sites = _resolve_sites(model, folder)
-    return LanguageModel(settings.name, model.to(target), tokenizer, sites, _fingerprint(folder))
+    return LanguageModel(settings.name, nn.Module.to(model, target), tokenizer, sites, _fingerprint(folder))
 
 
 def resolve_device(name: str) -> torch.device:

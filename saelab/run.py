@@ -277,7 +277,7 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int) -> dict[str, Any
 
 @contextmanager
 def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C (or SIGTERM) only raises a flag, which the yielded function tells; a second one interrupts."""
+    """Within, a first Ctrl-C (or SIGTERM) only sets a flag, which the yielded function tells; a second interrupts."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield asked.is_set

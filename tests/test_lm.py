@@ -86,7 +86,7 @@ def test_bos_and_other_special_positions_stay_clean_in_a_splice(kind: str) -> No
     assert torch.equal(lm.spliced_logits(rows, site, ruin)[:, 0], lm.logits(rows)[:, 0])
 
 
-def ruin_at(ordinary: torch.Tensor, ruin):  # noqa: ANN001, ANN201
+def ruin_at(ordinary: torch.Tensor, ruin):
     def splice(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
         value[ordinary] = ruin(value[ordinary])
@@ -112,7 +112,7 @@ def test_errors_name_what_is_near() -> None:
 def test_a_model_that_cannot_be_had_is_one_message_within_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SaelabError, match="no config.json"):
+    with pytest.raises(SaelabError, match=r"no config\.json"):
         load_language_model(ModelSettings(str(tmp_path)))
     with pytest.raises(SaelabError, match="there is no folder"):
         load_language_model(ModelSettings(str(tmp_path / "nowhere")))
@@ -122,6 +122,6 @@ def test_a_model_that_cannot_be_had_is_one_message_within_five_seconds(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(SaelabError, match="the Hub cannot be reached .*hf download some/model"):
+    with pytest.raises(SaelabError, match=r"the Hub cannot be reached .*hf download some/model"):
         load_language_model(ModelSettings("some/model"))
     assert time.monotonic() - begin < 5

@@ -1,4 +1,4 @@
-"""train, eval and features on models and corpora of other kinds than the demo's, so that nothing works on that alone."""
+"""train, eval and features on models and corpora of other kinds than the demo's, so that nothing works on it alone."""
 
 import json
 import signal
@@ -168,7 +168,7 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
 def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = stages.read_activations
 
-    def broken(*arguments):  # noqa: ANN002, ANN202
+    def broken(*arguments):
         for n, batch in enumerate(read(*arguments)):
             if n == 26:  # the first 25 are the sample that training starts from
                 raise SaelabError("blocks.1.hook_resid_post: NaN at row 208")

@@ -33,7 +33,12 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 def model_folder(kind: str) -> Path:
     """A 3-layer model of width 32 with random weights; GPT-2 and NeoX style tokenizers have BOS = EOS."""
     from transformers import (
-        GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
         PreTrainedTokenizerFast,
     )  # fmt: skip
 
@@ -54,20 +59,16 @@ def model_folder(kind: str) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[-1])
     n = len(tokenizer)
     torch.manual_seed(0)
+    shared = {"vocab_size": n, "bos_token_id": 0, "eos_token_id": len(special) - 1}
+    rest = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=n, n_positions=64, bos_token_id=0, eos_token_id=0)
-        )
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **shared))
     elif kind == "gpt_neox":
-        model = GPTNeoXForCausalLM(
-            GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=n,
-                          max_position_embeddings=64, bos_token_id=0, eos_token_id=0)
-        )  # fmt: skip
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **rest, **shared))
     else:
         model = LlamaForCausalLM(
-            LlamaConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                        vocab_size=n, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
-        )  # fmt: skip
+            LlamaConfig(max_position_embeddings=64, num_key_value_heads=2, tie_word_embeddings=False, **rest, **shared)
+        )
     with torch.no_grad():  # default weights are so small that every next token looks alike
         for parameter in model.parameters():
             if parameter.ndim == 2:

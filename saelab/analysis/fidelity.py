@@ -15,7 +15,7 @@ never active   features that are active on none of the evaluated tokens, in infe
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,9 @@ def _first_blocks(lm: LanguageModel, blocks: tuple[Tensor, ...], tokens: int) ->
 
 
 @torch.no_grad()
-def _code_sums(sae: Autoencoder, lm: LanguageModel, site: str, blocks: Iterator[Tensor]) -> tuple[dict, Tensor]:
+def _code_sums(
+    sae: Autoencoder, lm: LanguageModel, site: str, blocks: Iterator[Tensor]
+) -> tuple[dict[str, Any], Tensor]:
     """FVU, L0, cosine and never-active features; and the mean activation, ``[d_in]`` float64."""
     n, squares, errors, active, cosines = 0, 0.0, 0.0, 0, 0.0
     total = fired = origin = None
@@ -201,7 +203,7 @@ def _code_sums(sae: Autoencoder, lm: LanguageModel, site: str, blocks: Iterator[
 @torch.no_grad()
 def _splice_sums(
     sae: Autoencoder, lm: LanguageModel, site: str, mean: Tensor, blocks: Iterator[Tensor]
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     replacements: dict[str, Callable[[Tensor], Tensor]] = {
         "ce_spliced": lambda x: sae.decode(sae.encode(x.float())),
         "ce_zero_ablated": torch.zeros_like,

@@ -71,6 +71,7 @@ def _revision(name: str, nearest: str) -> str:
         ) from error
     except HubUnreachable as error:
         raise SaelabError(
-            f"corpus: the Hub dataset {name} cannot be reached ({error}). {local} Without a network, use `corpus: demo`, "
-            f"a local file or folder, or a copy made elsewhere: `hf download {name} --repo-type dataset --local-dir DIR`."
+            f"corpus: the Hub dataset {name} cannot be reached ({error}). {local} Without a network, use "
+            "`corpus: demo`, a local file or folder, or a copy made elsewhere: "
+            f"`hf download {name} --repo-type dataset --local-dir DIR`."
         ) from error

@@ -113,8 +113,9 @@ def build_features(
     (folder / "summary.json").unlink(missing_ok=True)
     vocabulary = _display(lm.tokenizer, len(lm.unembedding))
     columns = statistics(activity) | _top_logits(sae, lm, site, vocabulary) | _neighbours(sae.W_dec)
-    _write(pa.table(columns), folder / "features.parquet")
-    _write(_contexts_table(activity, rows.cpu(), settings, vocabulary), folder / "contexts.parquet")
+    _write(pa.table(columns), folder / "features.parquet", row_group=1024)
+    contexts = _contexts_table(activity, rows.cpu(), settings, vocabulary)
+    _write(contexts, folder / "contexts.parquet", row_group=256 * settings.contexts)
     summary = {
         "inputs": inputs,
         "n_tokens": activity.n_tokens,
@@ -246,7 +247,7 @@ def _neighbours(W_dec: Tensor) -> dict[str, pa.Array]:
 
 
 def _display(tokenizer: Any, size: int) -> list[str]:
-    """Every token id below `size` as text: bytes that are no UTF-8 of their own as U+FFFD, ids without a token as <id>."""
+    """Every token id below `size` as text: bytes that are no UTF-8 alone as U+FFFD, ids without a token as <id>."""
     n = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
     decoded = tokenizer.batch_decode([[i] for i in range(n)], clean_up_tokenization_spaces=False)
@@ -260,9 +261,10 @@ def _lists(flat: pa.Array, length: int, n: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array([i * length for i in range(n + 1)], pa.int32()), flat)
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _write(table: pa.Table, path: Path, row_group: int) -> None:
+    """A reader of one feature decodes one row group, so those are small."""
     temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd")
+    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -63,11 +63,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-        d_in, n_features, k = config["d_in"], config["d_sae"], config.get("k")
+        d_in, n_features = int(config["d_in"]), int(config["d_sae"])
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
     _check(config, folder)
-    sae = SparseAutoencoder(d_in, n_features, int(k), config.get("metadata") or {})
+    sae = SparseAutoencoder(d_in, n_features, config["k"], config.get("metadata") or {})
     for name, parameter in sae.named_parameters():
         tensor = tensors.get(name)
         tensor = tensor.T if tensor is not None and name == "W_enc" else tensor

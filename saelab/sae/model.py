@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from saelab.codes import Codes, concatenate
 from saelab.errors import SettingError
@@ -64,7 +65,10 @@ class TrainingPass(NamedTuple):
 
 
 class SparseAutoencoder(nn.Module):
-    """A TopK sparse autoencoder. Parameters: W_enc, W_dec ``[n_features, d_in]``, b_enc ``[n_features]``, b_dec ``[d_in]``."""
+    """A TopK sparse autoencoder.
+
+    Parameters: W_enc and W_dec ``[n_features, d_in]``, b_enc ``[n_features]``, b_dec ``[d_in]``.
+    """
 
     def __init__(self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -98,14 +102,16 @@ class SparseAutoencoder(nn.Module):
 
         `dead` are the indices of dead features for the auxiliary loss; None leaves it out.
         """
-        centred = x - self.b_dec
-        with torch.no_grad():
-            pre = self._pre(centred)
+        with torch.no_grad(), record_function("encoder matmul"):
+            pre = self._pre(x - self.b_dec)
+        with torch.no_grad(), record_function("selection"):
             pattern = token_choice(pre, self.k)
             raw = pre.gather(1, pattern.features.view(len(x), self.k)).flatten()
-        values = sddmm(pattern, centred, self.W_enc, self.b_enc, known=raw).relu()
-        codes = Codes(values, pattern.features, pattern.offsets, self.n_features)
-        reconstruction = self.decode(codes)
+        with record_function("decode"):
+            centred = x - self.b_dec
+            values = sddmm(pattern, centred, self.W_enc, self.b_enc, known=raw).relu()
+            codes = Codes(values, pattern.features, pattern.offsets, self.n_features)
+            reconstruction = self.decode(codes)
         aux = x.new_zeros(())
         if dead is not None and len(dead):
             aux = aux_k(x, reconstruction, pre, centred, self.W_enc, self.b_enc, self.W_dec, dead, k_aux)

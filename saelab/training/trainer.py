@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from saelab.errors import SettingError
 from saelab.sae.model import SaeSettings, SparseAutoencoder
@@ -80,12 +81,14 @@ def train(
 
         dead = (silent_for >= settings.dead_after).nonzero().squeeze(1) if sae_settings.aux == "aux_k" else None
         losses = sae.training_pass(x, dead, k_aux)
-        optimiser.zero_grad()
-        (losses.fvu + sae_settings.aux_coefficient * losses.aux).backward()
-        remove_parallel_gradient(sae)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
-        optimiser.step()
-        sae.renormalise_decoder()
+        with record_function("backward"):
+            (losses.fvu + sae_settings.aux_coefficient * losses.aux).backward()
+        with record_function("optimiser"):
+            remove_parallel_gradient(sae)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            sae.renormalise_decoder()
 
         tokens += len(x)
         silent_for += len(x)

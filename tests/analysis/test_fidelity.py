@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ class Fixed:
     """An autoencoder whose reconstruction is a given function of x; its codes only carry x along."""
 
     n_features = 32
-    metadata = {"hook_name": SITE}
+    metadata: ClassVar = {"hook_name": SITE}
 
-    def __init__(self, reconstruct) -> None:  # noqa: ANN001
+    def __init__(self, reconstruct) -> None:
         self.reconstruct = reconstruct
 
     def encode(self, x: Tensor) -> Codes:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from saelab.corpus import hub
 from tests.corpus.made import TEXTS, documents, opened, refuses
 
 

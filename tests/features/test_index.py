@@ -122,8 +122,8 @@ def test_no_activity_at_all_still_makes_whole_tables(tmp_path: Path) -> None:
 
 
 def test_ties_go_to_the_earlier_place_and_order_is_kept() -> None:
-    activity = Activity(torch.tensor([1.0, 1.0, 3.0]), torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([2, 5, 4]),
-                        torch.tensor([0, 2, 3]), 8)  # fmt: skip
+    features, places = torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([2, 5, 4])
+    activity = Activity(torch.tensor([1.0, 1.0, 3.0]), features, places, torch.tensor([0, 2, 3]), 8)
     entries, ranks = strongest_places(activity, context=4, per_feature=5)
     assert entries.tolist() == [0, 1, 2] and ranks.tolist() == [0, 1, 0]
     one_row, _ = strongest_places(activity, context=8, per_feature=5)

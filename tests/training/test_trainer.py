@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
-    """Features that start too weak to be selected get no gradient from the reconstruction, so they stay dead without."""
+    """Features that start too weak to be selected get no gradient from the reconstruction; aux_k gives them one."""
     left = {}
     for aux in ("none", "aux_k"):
         torch.manual_seed(seed)

@@ -1,0 +1,101 @@
+"""The command as a user types it: a mistake is one message and exit code 2, and nothing is left behind."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import model_folder, text
+
+
+def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-m", "saelab.cli", *map(str, arguments)],
+        cwd=cwd, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
+    top = saelab("--help", cwd=tmp_path)
+    assert top.returncode == 0
+    for command in ("demo", "train", "eval", "features", "app"):
+        assert command in top.stdout
+        assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "quickstart", "sae.k=0"], "sae.k: 0 is not between"),
+        (["train", "quickstart", "sae.k=5000"], "sae.k: 5000 is not between 1 and n_features"),
+        (["train", "quickstart", "sae.kk=5"], "sae.kk: no such setting. Nearest: k"),
+        (["train", "quickstart", "site=blocks.2.hook_residpost"], "Nearest: blocks.2.hook_resid_post"),
+        (["train", "nowhere.yaml"], "no such file"),
+        (["train", "binary.yaml"], "not a text file"),
+        (["train", "quickstart", "corpus=binary.yaml"], "binary.yaml"),
+        (["train", "quickstart", "corpus=missing.txt"], "missing.txt"),
+        (["eval", "."], "not a run folder"),
+        (["features", "runs"], "not a run folder"),
+        (["app", "missing"], "no such folder"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\x00\xff\xfe\x80" * 40)
+    result = saelab(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["binary.yaml"]
+
+
+def test_a_model_that_cannot_be_reached_is_said_soon_and_without_a_librarys_log(
+    tmp_path: Path, no_network: Path
+) -> None:
+    result = saelab("train", "quickstart", "model=nobody/nothing", cwd=tmp_path)
+    no_network.unlink(missing_ok=True)  # the attempt is what this is about
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "the Hub cannot be reached" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
+    small = ["sae.n_features=256", "sae.k=8", "training.tokens=20000", "activations.buffer_tokens=8192",
+             "eval.tokens=4000", "eval.ce_tokens=2000", "features.tokens=4000"]  # fmt: skip
+    result = saelab("demo", "--no-app", *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "quickstart"
+    assert json.loads((run / "train.json").read_text())["complete"]
+    assert json.loads((run / "eval.json").read_text())["fvu"] < 1
+    assert (run / "features" / "summary.json").is_file()
+    assert "FVU" in result.stdout and "never active on 4," in result.stdout
+    begin = time.monotonic()
+    again = saelab("demo", "--no-app", *small, cwd=tmp_path)
+    assert again.stderr.count("up to date") == 3, again.stderr
+    assert time.monotonic() - begin < 120
+    taken = saelab("train", "quickstart", *small, cwd=tmp_path)
+    assert taken.returncode == 2 and "--force" in taken.stderr
+
+
+def test_train_eval_and_features_as_commands_on_gpt2_and_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text(2000))
+    (tmp_path / "mine.yaml").write_text(f"""
+out: runs/mine
+model: {model_folder("gpt2")}
+corpus: book.txt
+site: blocks.1.hook_resid_post
+context: 32
+sae: {{n_features: 64, k: 4}}
+training: {{tokens: 4e3, batch: 200, lr: 3e-3}}
+eval: {{tokens: 1e3, ce_tokens: 500}}
+features: {{tokens: 1e3}}
+""")
+    for arguments in (["train", "mine.yaml"], ["eval", "runs/mine"], ["features", "runs/mine", "features.window=8"]):
+        result = saelab(*arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "mine" / "features" / "contexts.parquet").is_file()

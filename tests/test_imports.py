@@ -1,0 +1,45 @@
+"""What loads what: a command that only reads never loads a model library, the core loads with torch alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def loaded(code: str) -> set[str]:
+    """Top-level modules in sys.modules after running `code` in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_the_numerical_core_needs_torch_numpy_and_safetensors_alone() -> None:
+    found = loaded("import saelab.kernels, saelab.sae.checkpoint, saelab.training.trainer, saelab.codes")
+    assert "torch" in found
+    heavy = {"transformers", "transformer_lens", "datasets", "pydantic", "typer", "rich", "pandas", "pyarrow", "yaml"}
+    assert not found & heavy
+
+
+def test_transformer_lens_comes_with_a_model_only() -> None:
+    found = loaded("import saelab.run, saelab.cli, saelab.lm")
+    assert "transformer_lens" not in found and "transformers" not in found
+
+
+@pytest.mark.parametrize("name", ["load", "train", "fidelity", "features", "evaluate", "Codes", "open_corpus"])
+def test_public_names_are_there(name: str) -> None:
+    import saelab
+
+    assert callable(getattr(saelab, name)) and name in dir(saelab)
+
+
+def test_features_stays_callable_once_its_modules_are_imported(tmp_path) -> None:  # noqa: ANN001
+    import saelab
+    import saelab.features.query
+    from saelab.errors import SaelabError
+
+    with pytest.raises(SaelabError, match="not a run folder"):
+        saelab.features(tmp_path)
+    with pytest.raises(AttributeError):
+        saelab.no_such_name  # noqa: B018
