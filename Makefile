@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 APP ?= 1
+FORCE ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -20,12 +21,12 @@ DEV := $(VENV)/.dev
 
 help:
 	@echo "make demo        install, then the whole job on the embedded model and text, then the explorer on 127.0.0.1:8501"
-	@echo "make demo APP=0  the same without the explorer"
+	@echo "make demo APP=0  the same without the explorer (FORCE=1: replace a run made from something else)"
 	@echo "make install     create $(VENV) and install saelab into it"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make lint        ruff: rules and formatting"
-	@echo "make types       pyright on saelab/"
+	@echo "make types       pyright on saelab/ and app/"
 	@echo "make imports     which room may import which"
 	@echo "make clean       remove $(VENV) and what tools and builds left behind (runs/ stays)"
 	@echo ""
@@ -63,7 +64,7 @@ $(DEV): $(INSTALLED)
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	@$(BIN)/saelab demo $(if $(filter 0,$(APP)),--no-app)
+	@$(BIN)/saelab demo $(if $(filter 0,$(APP)),--no-app) $(if $(FORCE),--force)
 
 test: $(DEV)
 	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -31,6 +31,7 @@ def demo(
     overrides: _Overrides = None,
     app: Annotated[bool, typer.Option("--app/--no-app", help="serve the explorer at the end")] = True,
     port: _Port = 8501,
+    force: _Force = False,
 ) -> None:
     """The whole job on the embedded model and corpus: train, evaluate, make features, serve the explorer.
 
@@ -40,7 +41,7 @@ def demo(
     """
     from saelab import progress, run
 
-    folder = run.demo("quickstart", overrides or [], track=progress.bar, say=_say)
+    folder = run.demo("quickstart", overrides or [], force=force, track=progress.bar, say=_say)
     _print_evaluation(folder)
     if app:
         _serve([folder], port)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
         shutil.rmtree(run)
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    record = {"inputs": inputs, "complete": False, "tokens": 0}
+    _write_json(run / "train.json", record)
     begin, seen = time.monotonic(), 0
     t = settings.training
     batches = shuffled_batches(chain(head, read), t.batch, settings.activations.buffer_tokens, settings.seed)
-    bounded = track(batches, "training", t.steps * t.batch, len)
+    bounded = track(islice(batches, t.steps), "training", t.steps * t.batch, len)
     complete = False
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
 
@@ -141,9 +143,9 @@ def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
             finished = sae.folded(scale)
             finished.metadata |= _metadata(job, scale, inputs, seen)
             save_sae(finished, run / "sae")
-            record = {
-                "inputs": inputs, "complete": complete, "tokens": seen, "seconds": time.monotonic() - begin,
-                "input_scale": scale, "python": platform.python_version(), "torch": torch.__version__,
+            record |= {
+                "complete": complete, "tokens": seen, "seconds": time.monotonic() - begin, "input_scale": scale,
+                "python": platform.python_version(), "torch": torch.__version__,
             }  # fmt: skip
             _write_json(run / "train.json", record)
     say(f"{'trained' if complete else 'stopped'} after {seen:,} tokens; checkpoint in {run / 'sae'}")
@@ -189,16 +191,21 @@ def _features(job: Job, run: Path, track: Track) -> dict[str, Any]:
     )
 
 
-def demo(config: Config, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = _quiet) -> Path:
-    """Train, evaluate and make features, leaving out each stage whose result in the run folder still stands."""
+def demo(
+    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = _quiet
+) -> Path:
+    """Train, evaluate and make features, leaving out each stage whose result in the run folder still stands.
+
+    A training that was cut short is done again. A run made from something else is replaced only with `force`.
+    """
     job = Job(settings_of(config, overrides))
     run = Path(job.settings.out)
     trained = _read_json(run / "train.json")
     if trained.get("complete") and trained.get("inputs") == job.training_inputs() and (run / "sae" / CONFIG).is_file():
         say(f"training: {run} is up to date")
     else:
-        # only what this very command left unfinished or for other settings is replaced; see _check_free
-        _train(job, force=True, track=track, say=say)
+        cut_short = not trained.get("complete") and trained.get("inputs") == job.training_inputs()
+        _train(job, force or cut_short, track, say)
         if not _read_json(run / "train.json").get("complete"):
             raise SaelabError(f"{run}: training was interrupted; run the same command again to start over")
     if _read_json(run / "eval.json").get("inputs") == job.result_inputs(run, job.settings.eval):

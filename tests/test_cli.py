@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import model_folder, text
-
 
 def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-m", "saelab.cli", *map(str, arguments)],
         cwd=cwd, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=240,
+        check=False,
     )  # fmt: skip
 
 
@@ -80,22 +79,3 @@ def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 120
     taken = saelab("train", "quickstart", *small, cwd=tmp_path)
     assert taken.returncode == 2 and "--force" in taken.stderr
-
-
-def test_train_eval_and_features_as_commands_on_gpt2_and_a_text_file(tmp_path: Path) -> None:
-    (tmp_path / "book.txt").write_text(text(2000))
-    (tmp_path / "mine.yaml").write_text(f"""
-out: runs/mine
-model: {model_folder("gpt2")}
-corpus: book.txt
-site: blocks.1.hook_resid_post
-context: 32
-sae: {{n_features: 64, k: 4}}
-training: {{tokens: 4e3, batch: 200, lr: 3e-3}}
-eval: {{tokens: 1e3, ce_tokens: 500}}
-features: {{tokens: 1e3}}
-""")
-    for arguments in (["train", "mine.yaml"], ["eval", "runs/mine"], ["features", "runs/mine", "features.window=8"]):
-        result = saelab(*arguments, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    assert (tmp_path / "runs" / "mine" / "features" / "contexts.parquet").is_file()

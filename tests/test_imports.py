@@ -34,7 +34,7 @@ def test_public_names_are_there(name: str) -> None:
     assert callable(getattr(saelab, name)) and name in dir(saelab)
 
 
-def test_features_stays_callable_once_its_modules_are_imported(tmp_path) -> None:  # noqa: ANN001
+def test_features_stays_callable_once_its_modules_are_imported(tmp_path) -> None:
     import saelab
     import saelab.features.query
     from saelab.errors import SaelabError

@@ -136,10 +136,16 @@ def test_demo_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> Non
     said.clear()
     stages.demo(config, ["features.window=8"], say=said.append)
     assert len([line for line in said if "up to date" in line]) == 2
+    with pytest.raises(SaelabError, match="--force"):  # trained for other settings: not this command's to replace
+        stages.demo(config, ["sae.k=5"])
     said.clear()
-    stages.demo(config, ["sae.k=5"], say=said.append)
+    stages.demo(config, ["sae.k=5"], force=True, say=said.append)
     assert not [line for line in said if "up to date" in line]
     assert saelab.load(tmp_path / "run").k == 5
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    (tmp_path / "run" / "train.json").write_text(json.dumps(record | {"complete": False}))  # as after Ctrl-C
+    stages.demo(config, ["sae.k=5"])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
 
 
 def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -> None:

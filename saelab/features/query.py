@@ -286,8 +286,9 @@ def _parquet(run: Path | str, name: Path, columns: list[str], where: tuple | Non
     path = Path(run) / name
 
     def read() -> pa.Table:
-        # An open file, not a path: pyarrow would take a path such as "run=3/..." for a partitioned data set.
-        with path.open("rb") as file:
+        # An open file, not a path: pyarrow would take a path such as "run=3/..." for a partitioned data set. And a file
+        # of its own kind: its threads may let go of a Python one after the interpreter's end, which aborts the process.
+        with pa.OSFile(str(path)) as file:
             return pq.read_table(file, columns=columns, filters=[where] if where else None)
 
     table = _read(path, "a Parquet file of the feature database", _remake(run), read)

@@ -74,7 +74,7 @@ def train(
     optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     silent_for = torch.zeros(sae.n_features, dtype=torch.long, device=sae.W_dec.device)  # tokens since last active
     tokens, begin = 0, time.monotonic()
-    for step, x in zip(range(settings.steps), batches):  # noqa: B905 - the shorter of the two ends the run
+    for x, step in zip(batches, range(settings.steps), strict=False):  # the shorter of the two ends the run
         rate = learning_rate(step, settings)
         for group in optimiser.param_groups:
             group["lr"] = rate

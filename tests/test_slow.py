@@ -1,0 +1,100 @@
+"""Several processes, and the README's own code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import model_folder, text
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+CLI = [sys.executable, "-m", "saelab.cli"]
+
+
+def output(command: list[str], cwd: Path) -> str:
+    """What `command` prints; it must succeed."""
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(*arguments: str, cwd: Path) -> str:
+    return output([*CLI, *arguments], cwd)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_train_eval_and_features_as_commands(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text(2000))
+    (tmp_path / "mine.yaml").write_text(f"""
+out: runs/mine
+model: {model_folder(kind)}
+corpus: book.txt
+site: blocks.1.hook_resid_post
+context: 32
+sae: {{n_features: 64, k: 4}}
+training: {{tokens: 4e3, batch: 200, lr: 3e-3}}
+eval: {{tokens: 1e3, ce_tokens: 500}}
+features: {{tokens: 1e3}}
+""")
+    check("train", "mine.yaml", cwd=tmp_path)
+    assert "FVU" in check("eval", "runs/mine", cwd=tmp_path)
+    assert "64 features" in check("features", "runs/mine", "features.window=8", cwd=tmp_path)
+    assert (tmp_path / "runs" / "mine" / "features" / "contexts.parquet").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_leaves_a_checkpoint_that_evaluates(number: int, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text(5000))
+    overrides = [
+        f"model={model_folder('gpt2')}", "corpus=book.txt", "site=blocks.1.hook_resid_post", "context=32", "out=run",
+        "sae.n_features=64", "sae.k=4", "training.tokens=1e9", "training.batch=200",
+        "activations.buffer_tokens=2000", "eval.tokens=1000", "eval.ce_tokens=500",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*CLI, "train", "quickstart", *overrides], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "finishing the step" in errors and "stopped after" in errors and "Traceback" not in errors
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert not record["complete"] and record["tokens"] > 0
+    assert "FVU" in check("eval", "run", cwd=tmp_path)
+
+
+def test_the_readmes_code_runs_as_it_stands(tmp_path: Path) -> None:
+    script, notebook = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    small = [
+        "sae.n_features=256",
+        "training.tokens=20000",
+        "eval.tokens=4000",
+        "eval.ce_tokens=2000",
+        "features.tokens=4000",
+    ]
+    check("demo", "--no-app", *small, cwd=tmp_path)
+    script = script.replace("500_000", "20_000")  # nothing else is changed
+    for code in (script, notebook):
+        assert output([sys.executable, "-c", code], tmp_path)
+
+
+def test_the_script_runs(tmp_path: Path) -> None:
+    code = (ROOT / "scripts" / "train.py").read_text(encoding="utf-8")
+    small = code.replace("tokens=1_000_000", "tokens=40_000").replace("n_features=4096", "n_features=256")
+    small = small.replace("held_out_rows(300_000)", "held_out_rows(8_000)")
+    (tmp_path / "train.py").write_text(small)
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "delta_ce" in done.stdout and (tmp_path / "runs" / "script" / "features" / "summary.json").is_file()
