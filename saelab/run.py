@@ -106,7 +106,6 @@ def train(
 def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
     settings, run = job.settings, Path(job.settings.out)
     _check_free(run, force)
-    torch.manual_seed(settings.seed)
     lm, inputs = job.lm, job.training_inputs()
     read = read_activations(
         lm, _rows(job.corpus, settings.seed, say), settings.site, settings.activations.rows_per_forward
@@ -258,6 +257,7 @@ def _initialise(
     sample = torch.cat([batch.values for batch in head])
     d_in = sample.shape[1]
     scale = math.sqrt(d_in / sample.square().sum(1).double().mean().item())
+    torch.manual_seed(settings.seed)
     sae = SparseAutoencoder(d_in, settings.sae.n_features, settings.sae.k).to(lm.device)
     sae.initialise(sample * scale, settings.sae.b_dec_init)
     return head, scale, sae

@@ -31,7 +31,6 @@ TRAINING = TrainingSettings(tokens=1_000_000, batch=1024, lr=2e-3)
 
 
 def main() -> None:
-    torch.manual_seed(SEED)
     lm = load_language_model(ModelSettings("demo"), device="auto")
     corpus = open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT)
 
@@ -40,6 +39,7 @@ def main() -> None:
     head = list(itertools.islice(activations, 4))
     sample = torch.cat([batch.values for batch in head])
     scale = math.sqrt(sample.shape[1] / sample.square().sum(1).mean().item())  # E||x||^2 = d_in
+    torch.manual_seed(SEED)
     sae = SparseAutoencoder(sample.shape[1], SAE.n_features, SAE.k).to(lm.device)
     sae.initialise(sample * scale)
 
