@@ -4,7 +4,6 @@ A run folder holds config.yaml, metrics.jsonl, train.json, sae/ (the checkpoint)
 result records the hash of what it was made from, so that a stage can tell whether an earlier result still stands.
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -14,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,91 +23,40 @@ from torch import Tensor
 
 from saelab.activations.stream import ActivationBatch, read_activations, shuffled_batches
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Fidelity, fidelity
-from saelab.config import RunSettings, find_config, load_config, settings_from
-from saelab.corpus import Corpus, open_corpus
+from saelab.config import RunSettings, load_config
+from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.features.index import build_features
-from saelab.lm import LanguageModel, load_language_model
+from saelab.job import Config, Job, Say, quiet, settings_of
+from saelab.lm import LanguageModel
 from saelab.progress import Track, silent
-from saelab.sae.checkpoint import CONFIG, WEIGHTS, load, save_sae
+from saelab.sae.checkpoint import CONFIG, load, save_sae
 from saelab.sae.model import SparseAutoencoder
 from saelab.training import trainer
 
 SAMPLE_TOKENS = 32_768
 """Activations that b_dec, the input scale and the encoder's first scale are set from."""
 
-Config = str | Path | Mapping[str, Any] | RunSettings
-Say = Callable[[str], None]
-
-
-def _quiet(message: str) -> None:
-    """A Say that says nothing."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Settings with the model and the text they name, each loaded when first needed."""
-
-    settings: RunSettings
-
-    @cached_property
-    def lm(self) -> LanguageModel:
-        lm = load_language_model(self.settings.model, self.settings.device)
-        lm.site(self.settings.site)
-        if lm.max_context is not None and self.settings.context > lm.max_context:
-            raise SaelabError(f"context: {lm.name} takes at most {lm.max_context} tokens, not {self.settings.context}")
-        return lm
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        return open_corpus(self.settings.corpus, self.lm.tokenizer, self.settings.context)
-
-    def held_out(self, tokens: int) -> Tensor:
-        return torch.from_numpy(self.corpus.held_out_rows(tokens))
-
-    def training_inputs(self) -> str:
-        """Hash of everything the trained weights depend on."""
-        settings = asdict(self.settings)
-        parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
-        parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
-        return _hash(parts)
-
-    def result_inputs(self, run: Path, section: Any) -> str:
-        """Hash of everything a result on held-out text depends on."""
-        weights = hashlib.sha256((run / "sae" / WEIGHTS).read_bytes()).hexdigest()
-        return _hash({
-            "weights": weights, "settings": asdict(section), "model": self.lm.fingerprint,
-            "dtype": self.settings.model.dtype, "corpus": self.corpus.fingerprint, "site": self.settings.site,
-        })  # fmt: skip
-
-
-def settings_of(config: Config, overrides: Iterable[str] = ()) -> RunSettings:
-    """Settings from a file, a shipped config's name, a mapping, or settings as they are."""
-    if isinstance(config, RunSettings):
-        return settings_from(asdict(config), overrides)
-    if isinstance(config, Mapping):
-        return settings_from(config, overrides)
-    return load_config(find_config(config), overrides)
-
 
 def train(
-    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = _quiet
+    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = quiet
 ) -> Path:
     """Train an autoencoder as `config` says; returns the run folder.
 
     An existing run folder is never overwritten without `force`. Ctrl-C finishes the step and saves a checkpoint.
     """
-    return _train(Job(settings_of(config, overrides)), force, track, say)
+    return _train(Job(settings_of(config, overrides), say), force, track)
 
 
-def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
-    settings, run = job.settings, Path(job.settings.out)
+def _train(job: Job, force: bool, track: Track) -> Path:
+    settings, run, say = job.settings, Path(job.settings.out), job.say
     _check_free(run, force)
     lm, inputs = job.lm, job.training_inputs()
     read = read_activations(
         lm, _rows(job.corpus, settings.seed, say), settings.site, settings.activations.rows_per_forward
     )
-    head, scale, sae = _initialise(settings, lm, read)
+    head = _first_buffer(settings, read, track)
+    scale, sae = _initialise(settings, lm, head)
 
     if run.exists():
         shutil.rmtree(run)
@@ -120,7 +66,7 @@ def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
     _write_json(run / "train.json", record)
     begin, seen = time.monotonic(), 0
     t = settings.training
-    batches = shuffled_batches(chain(head, read), t.batch, settings.activations.buffer_tokens, settings.seed)
+    batches = shuffled_batches(chain(_drain(head), read), t.batch, settings.activations.buffer_tokens, settings.seed)
     bounded = track(islice(batches, t.steps), "training", t.steps * t.batch, len)
     complete = False
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
@@ -151,13 +97,13 @@ def _train(job: Job, force: bool, track: Track, say: Say) -> Path:
     return run
 
 
-def evaluate(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = _quiet) -> Fidelity:
+def evaluate(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> Fidelity:
     """Evaluate the autoencoder of a run folder on held-out text; writes eval.json."""
-    run, job = _open_run(run, overrides)
-    return _evaluate(job, run, track, say)
+    run, job = _open_run(run, overrides, say)
+    return _evaluate(job, run, track)
 
 
-def _evaluate(job: Job, run: Path, track: Track, say: Say) -> Fidelity:
+def _evaluate(job: Job, run: Path, track: Track) -> Fidelity:
     s = job.settings.eval
     sae = load(run, job.lm.device)
     result = fidelity(
@@ -165,7 +111,7 @@ def _evaluate(job: Job, run: Path, track: Track, say: Say) -> Fidelity:
         ce_tokens=s.ce_tokens, rows_per_forward=s.rows_per_forward, track=track,
     )  # fmt: skip
     if result.tokens < MIN_DEAD_TOKENS:
-        say(
+        job.say(
             f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} say "
             "little about rare features"
         )
@@ -174,10 +120,10 @@ def _evaluate(job: Job, run: Path, track: Track, say: Say) -> Fidelity:
 
 
 def features(
-    run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = _quiet
+    run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet
 ) -> dict[str, Any]:
     """Write the feature database of a run folder from held-out text; returns its summary."""
-    run, job = _open_run(run, overrides)
+    run, job = _open_run(run, overrides, say)
     return _features(job, run, track)
 
 
@@ -191,26 +137,26 @@ def _features(job: Job, run: Path, track: Track) -> dict[str, Any]:
 
 
 def demo(
-    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = _quiet
+    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = quiet
 ) -> Path:
     """Train, evaluate and make features, leaving out each stage whose result in the run folder still stands.
 
     A training that was cut short is done again. A run made from something else is replaced only with `force`.
     """
-    job = Job(settings_of(config, overrides))
+    job = Job(settings_of(config, overrides), say)
     run = Path(job.settings.out)
     trained = _read_json(run / "train.json")
     if trained.get("complete") and trained.get("inputs") == job.training_inputs() and (run / "sae" / CONFIG).is_file():
         say(f"training: {run} is up to date")
     else:
         cut_short = not trained.get("complete") and trained.get("inputs") == job.training_inputs()
-        _train(job, force or cut_short, track, say)
+        _train(job, force or cut_short, track)
         if not _read_json(run / "train.json").get("complete"):
             raise SaelabError(f"{run}: training was interrupted; run the same command again to start over")
     if _read_json(run / "eval.json").get("inputs") == job.result_inputs(run, job.settings.eval):
         say("evaluation: up to date")
     else:
-        _evaluate(job, run, track, say)
+        _evaluate(job, run, track)
     if _read_json(run / "features" / "summary.json").get("inputs") == job.result_inputs(run, job.settings.features):
         say("features: up to date")
     else:
@@ -218,11 +164,11 @@ def demo(
     return run
 
 
-def _open_run(run: str | Path, overrides: Iterable[str]) -> tuple[Path, Job]:
+def _open_run(run: str | Path, overrides: Iterable[str], say: Say) -> tuple[Path, Job]:
     run = Path(run)
     if not (run / "config.yaml").is_file() or not (run / "sae" / CONFIG).is_file():
         raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")
-    return run, Job(load_config(run / "config.yaml", overrides))
+    return run, Job(load_config(run / "config.yaml", overrides), say)
 
 
 def _check_free(run: Path, force: bool) -> None:
@@ -244,23 +190,38 @@ def _rows(corpus: Corpus, seed: int, say: Say) -> Iterator[np.ndarray]:
         say(f"the corpus came to its end: epoch {epoch + 1} begins")
 
 
-def _initialise(
-    settings: RunSettings, lm: LanguageModel, read: Iterator[ActivationBatch]
-) -> tuple[list[ActivationBatch], float, SparseAutoencoder]:
-    """The first activations (they are trained on too), the input scale, and the autoencoder started from them.
+def _first_buffer(settings: RunSettings, read: Iterator[ActivationBatch], track: Track) -> list[ActivationBatch]:
+    """What the shuffle buffer is first filled with; training starts from a part of it."""
+    wanted = min(max(settings.activations.buffer_tokens, SAMPLE_TOKENS), settings.training.tokens)
 
-    The scale makes E||x||^2 = d_in over the sample.
-    """
-    head: list[ActivationBatch] = []
-    while sum(map(len, head)) < min(SAMPLE_TOKENS, settings.training.tokens):
-        head.append(next(read))
-    sample = torch.cat([batch.values for batch in head])
+    def first() -> Iterator[ActivationBatch]:
+        held = 0
+        while held < wanted:
+            batch = next(read)
+            held += len(batch)
+            yield batch
+
+    return list(track(first(), "first buffer", wanted, len))
+
+
+def _drain(batches: list[ActivationBatch]) -> Iterator[ActivationBatch]:
+    """The batches in order, each let go of as it leaves."""
+    batches.reverse()
+    while batches:
+        yield batches.pop()
+
+
+def _initialise(
+    settings: RunSettings, lm: LanguageModel, head: list[ActivationBatch]
+) -> tuple[float, SparseAutoencoder]:
+    """The input scale, which makes E||x||^2 = d_in over the first activations, and the autoencoder they start."""
+    sample = torch.cat([batch.values for batch in head[: 1 + SAMPLE_TOKENS // len(head[0])]])[:SAMPLE_TOKENS]
     d_in = sample.shape[1]
     scale = math.sqrt(d_in / sample.square().sum(1).double().mean().item())
     torch.manual_seed(settings.seed)
     sae = SparseAutoencoder(d_in, settings.sae.n_features, settings.sae.k).to(lm.device)
     sae.initialise(sample * scale, settings.sae.b_dec_init)
-    return head, scale, sae
+    return scale, sae
 
 
 def _metadata(job: Job, scale: float, inputs: str, tokens: int) -> dict[str, Any]:
@@ -302,10 +263,6 @@ def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _hash(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,13 @@ def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
+def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The message of a mistake: one line, and nothing beside it but what is being loaded."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("model: ", "corpus: "))]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
@@ -47,8 +54,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(arguments: list[str], message:
     (tmp_path / "binary.yaml").write_bytes(b"\x00\xff\xfe\x80" * 40)
     result = saelab(*arguments, cwd=tmp_path)
     assert result.returncode == 2
-    assert message in result.stderr and result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1
+    assert message in the_one_error(result)
     assert [p.name for p in tmp_path.iterdir()] == ["binary.yaml"]
 
 
@@ -57,8 +63,8 @@ def test_a_model_that_cannot_be_reached_is_said_soon_and_without_a_librarys_log(
 ) -> None:
     result = saelab("train", "quickstart", "model=nobody/nothing", cwd=tmp_path)
     no_network.unlink(missing_ok=True)  # the attempt is what this is about
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert "the Hub cannot be reached" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2
+    assert "the Hub cannot be reached" in the_one_error(result)
     assert not list(tmp_path.iterdir())
 
 

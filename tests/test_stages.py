@@ -14,7 +14,7 @@ import torch
 import saelab
 from saelab import run as stages
 from saelab.errors import SaelabError
-from saelab.run import settings_of
+from saelab.job import Job, settings_of
 from tests.tiny import CONTEXT, model_folder, text
 
 SMALL = {
@@ -61,15 +61,15 @@ def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path
 
     sae = saelab.load(run)
     assert sae.metadata["hook_name"] == small(tmp_path, kind)["site"]
-    lm = stages.Job(settings_of(run / "config.yaml")).lm
-    rows = stages.Job(settings_of(run / "config.yaml")).held_out(1500)
+    lm = Job(settings_of(run / "config.yaml")).lm
+    rows = Job(settings_of(run / "config.yaml")).held_out(1500)
     assert saelab.fidelity(sae, lm, rows, ce_tokens=600).fvu == pytest.approx(result.fvu, rel=1e-6)
 
 
 def test_the_saved_weights_apply_to_unscaled_activations(tmp_path: Path) -> None:
     run = saelab.train(small(tmp_path))
     sae = saelab.load(run)
-    job = stages.Job(settings_of(run / "config.yaml"))
+    job = Job(settings_of(run / "config.yaml"))
     scale = json.loads((run / "train.json").read_text())["input_scale"]
     assert scale != pytest.approx(1.0, abs=0.05)
     rows = job.held_out(1500)

@@ -69,7 +69,8 @@ def read_activations(
                 f"{site}: {lm.name} gives NaN or infinite activations at row {int(batch.rows[bad])}, position "
                 f"{int(batch.positions[bad])}; a wider `model: {{dtype: float32}}` may help"
             )
-        yield batch
+        if len(batch):
+            yield batch
         first += len(block)
 
 
