@@ -1,6 +1,7 @@
 """The command line: one thin command per stage."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ app = typer.Typer(
 
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as sae.k=64")]
 _Force = Annotated[bool, typer.Option("--force", help="replace an existing run folder")]
-_Port = Annotated[int, typer.Option(help="port of the explorer, on 127.0.0.1")]
+_Port = Annotated[int, typer.Option(min=1, max=65535, help="port of the explorer, on 127.0.0.1")]
 
 
 def _say(message: str) -> None:
@@ -112,9 +113,9 @@ def _print_evaluation(run: Path) -> None:
     def number(name: str, digits: int) -> str:
         return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
 
-    title = f"{run}: {result['site']}, {result['tokens']:,} held-out tokens (CE on {result['ce_tokens']:,})"
+    typer.echo(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for label, value in (
         ("FVU", number("fvu", 4)),
         ("L0 (active features per token)", number("l0", 2)),
@@ -142,6 +143,14 @@ def _serve(runs: list[Path], port: int) -> None:
     main = next((p for p in (package / "_app" / "main.py", package.parent / "app" / "main.py") if p.is_file()), None)
     if main is None:
         raise SaelabError("the explorer's files are missing from this installation; install saelab again")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that has just ended counts as one
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SaelabError(
+                f"port {port} of 127.0.0.1 cannot be had ({error.strerror}); try --port {port + 1}"
+            ) from error
     typer.echo(f"explorer: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     sys.stdout.flush()
     command = [

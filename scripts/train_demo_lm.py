@@ -14,7 +14,6 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=SPECIAL, eos_token=SPECIAL, model_max_length=CONTEXT)
 
 
-def make_model(compute_dtype: torch.dtype) -> LlamaForCausalLM:
+def make_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -73,13 +72,6 @@ def rows_of(documents: list[list[int]], seed: int) -> np.ndarray:
     rng.shuffle(order)
     rows = np.stack(list(pack(order, CONTEXT, bos=0, eos=0)))
     return rows[np.random.default_rng(seed).permutation(len(rows))]
-
-
-def epochs(documents: list[list[int]], first: int) -> Iterator[tuple[int, np.ndarray]]:
-    epoch = first
-    while True:
-        yield epoch, rows_of(documents, epoch)
-        epoch += 1
 
 
 def repeat_segments(rows: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -180,7 +172,7 @@ def main() -> None:
     print(f"{sum(map(len, documents)):,} training tokens, {sum(map(len, held_documents)):,} held out, "
           f"{bytes_per_token:.3f} bytes per token", flush=True)  # fmt: skip
 
-    model = make_model(dtype).to(args.device)
+    model = make_model().to(args.device)
     run = torch.compile(model) if args.compile else model
     optimisers = make_optimisers(model, args)
     step = tokens = epoch = cursor = 0

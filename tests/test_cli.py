@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,15 @@ def test_a_model_that_cannot_be_reached_is_said_soon_and_without_a_librarys_log(
     assert result.returncode == 2
     assert "the Hub cannot be reached" in the_one_error(result)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = saelab("app", ".", "--port", port, cwd=tmp_path)
+    assert result.returncode == 2 and f"try --port {port + 1}" in the_one_error(result)
 
 
 @pytest.mark.usefixtures("no_network")

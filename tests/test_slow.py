@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -86,6 +88,23 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path: Path) -> None:
     script = script.replace("500_000", "20_000")  # nothing else is changed
     for code in (script, notebook):
         assert output([sys.executable, "-c", code], tmp_path)
+
+
+def test_the_demo_model_is_trained_resumed_and_written_as_a_hugging_face_folder(tmp_path: Path) -> None:
+    from saelab.lm import ModelSettings, load_language_model
+
+    library, out = tmp_path / "library", tmp_path / "model"
+    for package in ("json", "email", "unittest"):
+        source = Path(sysconfig.get_path("stdlib")) / package
+        shutil.copytree(source, library / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
+    script = [sys.executable, str(ROOT / "scripts" / "train_demo_lm.py"), "--corpus", str(library), "--rows", "4",
+              "--work", str(tmp_path / "work"), "--out", str(out), "--warmup", "2", "--device", "cpu"]  # fmt: skip
+    output([*script, "--tokens", "4096"], tmp_path)
+    assert "resumed at step 4" in output([*script, "--tokens", "8192"], tmp_path)
+    measured = json.loads((out / "measured.json").read_text())
+    assert measured["training_tokens"] == 8192 and 0 < measured["sample_loss"] < 10
+    lm = load_language_model(ModelSettings(str(out)), "cpu")
+    assert lm.width("blocks.2.hook_resid_post") == 256 and lm.tokenizer.bos_token_id == 0
 
 
 def test_the_script_runs(tmp_path: Path) -> None:
