@@ -5,7 +5,7 @@ Needs torch >= 2.9, transformers, tokenizers and safetensors; the text comes fro
 for the hidden matrices, AdamW for embeddings and norms; the learning rate rises, stays, and falls linearly to zero over
 the last `--decay` of the tokens. Run it again with the same `--work` folder and it goes on from its last checkpoint.
 
-    python scripts/train_demo_lm.py --work work/demo_lm --out saelab/demo/model --tokens 30e6
+    python scripts/train_demo_lm.py --work runs/demo_lm --out saelab/demo/model --tokens 30e6
 """
 
 import argparse
