@@ -7,6 +7,7 @@ modules underneath, with sdpa attention and a forward pass that stops after the 
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab import demo
-from saelab.errors import SaelabError, SettingError, did_you_mean
+from saelab.errors import SaelabError, SettingError, brief, did_you_mean
 from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickled weights, no code
@@ -93,6 +94,8 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[[Tensor], None]:
             def read(value: Tensor) -> None:
+                if not value.is_floating_point():
+                    raise SaelabError(f"site: {name} of {self.name} holds token ids, no activations")
                 found[name] = value.reshape(*rows.shape, -1)
                 if len(found) == len(wanted):
                     raise _Stop
@@ -174,11 +177,14 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
             folder, dtype=getattr(torch, settings.dtype), attn_implementation="sdpa", use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise SaelabError(f"model: {settings.name} in {folder} does not load: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of several libraries: damaged files, unknown architectures, missing packages
+        raise SaelabError(f"model: {settings.name} in {folder} does not load: {brief(error)}") from error
     if not tokenizer.is_fast:
         raise SaelabError(f"model: {settings.name} has no fast tokenizer (tokenizer.json)")
-    sites = _resolve_sites(model, folder)
+    try:
+        sites = _resolve_sites(model, folder)
+    except Exception as error:  # TransformerLens' own kinds, for architectures it does not know
+        raise SaelabError(f"model: TransformerLens cannot read {settings.name}: {brief(error)}") from error
     return LanguageModel(settings.name, nn.Module.to(model, target), tokenizer, sites, _fingerprint(folder))
 
 
@@ -190,6 +196,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SaelabError(f"device: {name!r} is not auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SaelabError(f"device: {name!r} is not auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SaelabError(
             f"device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs; `device: cpu` works"
@@ -241,7 +249,7 @@ def _hub_folder(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
-        if list(folder.glob("*.safetensors")):
+        if _is_whole(folder):
             return folder
     except LocalEntryNotFoundError:
         pass  # not downloaded so far
@@ -259,7 +267,20 @@ def _hub_folder(name: str) -> Path:
     if not any(file.rfilename.endswith(".safetensors") for file in files):
         raise SaelabError(f"model: {name} has no safetensors weights, and saelab does not unpickle files")
     disable_progress_bars()
-    return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # gated, cut off, or no room: the client and its transport each have their own kinds
+        raise SaelabError(f"model: {name} cannot be downloaded: {brief(error)}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot holds all it needs: a download may have been cut off."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return tokenizer and all((folder / name).is_file() for name in {"config.json", *weights})
 
 
 def _fingerprint(folder: Path) -> str:

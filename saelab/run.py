@@ -6,6 +6,7 @@ result records the hash of what it was made from, so that a stage can tell wheth
 
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -72,7 +73,7 @@ def _train(job: Job, force: bool, track: Track) -> Path:
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
 
         def log(line: dict[str, Any]) -> None:
-            metrics.write(json.dumps(line) + "\n")
+            metrics.write(json.dumps(_jsonable(line)) + "\n")
             metrics.flush()
 
         def scaled() -> Iterator[Tensor]:
@@ -173,9 +174,13 @@ def _open_run(run: str | Path, overrides: Iterable[str], say: Say) -> tuple[Path
 
 def _check_free(run: Path, force: bool) -> None:
     """A run folder may be replaced if asked; anything else is left alone, whatever was asked."""
-    if not run.exists():
+    if not run.exists() and not run.is_symlink():
+        parent = next(folder for folder in run.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise SaelabError(f"out: {run} cannot be made, for {parent} is no folder one may write to")
         return
-    if not run.is_dir() or (any(run.iterdir()) and not (run / "config.yaml").is_file()):
+    marks = (run / "config.yaml", run / "train.json")
+    if run.is_symlink() or not run.is_dir() or (any(run.iterdir()) and not all(mark.is_file() for mark in marks)):
         raise SaelabError(f"out: {run} exists and is no run folder; choose another with out=FOLDER")
     if not force and any(run.iterdir()):
         raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
@@ -232,12 +237,12 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int) -> dict[str, Any
         "model_class_name": "TransformerBridge",
         "hook_name": s.site,
         "context_size": s.context,
-        "prepend_bos": tokenizer.bos_token_id is not None,
+        "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
         "dataset_path": s.corpus.source,
         "exclude_special_tokens": True,
         "training_architecture": "topk",
         "saelab": {
-            "inputs": inputs, "tokens": tokens, "seed": s.seed, "input_scale": scale, "folded": False,
+            "inputs": inputs, "tokens": tokens, "seed": s.seed, "input_scale": scale, "model_folded": False,
             "model_fingerprint": job.lm.fingerprint, "aux": s.sae.aux,
         },
     }  # fmt: skip

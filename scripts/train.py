@@ -1,4 +1,4 @@
-"""The run of `saelab train`, `eval` and `features` as a script to copy and change.
+"""The steps of `saelab train`, `eval` and `features` as a script to copy and change. It overwrites runs/script.
 
 python scripts/train.py
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
     batches = shuffled_batches(itertools.chain(head, activations), TRAINING.batch, buffer_tokens=131_072, seed=SEED)
     batches = bar(batches, "training", TRAINING.tokens, len)
-    train(sae, (batch.values * scale for batch in batches), TRAINING, SAE, log=lambda line: None)
+    train(sae, (batch.values * scale for batch in batches), TRAINING, SAE)
 
     sae = sae.folded(scale).requires_grad_(False)  # from here on it takes activations as the model gives them
     sae.metadata |= {"model_name": lm.name, "hook_name": SITE, "context_size": CONTEXT}

@@ -19,7 +19,9 @@ def test_the_shipped_configs_are_valid_and_say_what_their_yaml_says() -> None:
     assert quickstart.model.name == quickstart.corpus.source == "demo"
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2e6", 2e6), ("1.5E+3", 1500.0), (".5", 0.5), ("3", 3.0)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("2e6", 2e6), ("1.5E+3", 1500.0), (".5", 0.5), ("3", 3.0), ("010", 10.0)]
+)
 def test_numbers_are_those_of_yaml_1_2(text: str, value: float, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(f"out: x\nsite: y\ntraining: {{lr: {text}}}\n")
@@ -32,6 +34,11 @@ def test_yes_and_on_are_words_and_names_stay_text(tmp_path: Path) -> None:
     path.write_text("out: on\nsite: yes\nmodel: no\n")
     settings = load_config(path)
     assert (settings.out, settings.site, settings.model.name) == ("on", "yes", "no")
+
+
+def test_dates_and_sexagesimals_stay_text_and_whole_numbers_are_whole() -> None:
+    settings = settings_from(BASE, ["out=2026-01-02", "site=1:30", "seed=7"])
+    assert (settings.out, settings.site, settings.seed) == ("2026-01-02", "1:30", 7)
 
 
 def test_overrides_reach_sections_and_their_short_forms(tmp_path: Path) -> None:

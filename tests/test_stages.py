@@ -104,6 +104,12 @@ def test_an_existing_run_is_replaced_only_with_force_and_another_folder_never(tm
     (mine / "thesis.txt").write_text("precious")
     with pytest.raises(SaelabError, match="is no run folder"):
         saelab.train(config, [f"out={mine}"], force=True)
+    (mine / "config.yaml").write_text("a: 1")  # a common name: it does not make a run folder
+    with pytest.raises(SaelabError, match="is no run folder"):
+        saelab.train(config, [f"out={mine}"], force=True)
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(SaelabError, match="is no run folder"):
+        saelab.train(config, [f"out={tmp_path / 'link'}"], force=True)
     assert (mine / "thesis.txt").read_text() == "precious"
 
 
@@ -115,6 +121,11 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
         (f"corpus={tmp_path / 'nowhere.txt'}", "nowhere.txt"),
         (f"model={tmp_path / 'nowhere'}", "there is no folder"),
         ("device=cuda:99", "device"),
+        ("device=mps", "is not auto, cpu, cuda or cuda:N"),
+        ("training.batch=1", "at least 2 are needed"),
+        ("sae.aux_coefficient=.nan", "aux_coefficient: nan"),
+        ("site=embed.hook_in", "holds token ids"),
+        (f"out={tmp_path / 'book.txt' / 'run'}", "cannot be made"),
     ]:
         with pytest.raises(SaelabError, match=message):
             saelab.train(config, [override])

@@ -2,7 +2,8 @@
 
 The buffer fills up; a random half of it goes out as batches; new activations take the places that became free, and so
 on until the rows end and the rest goes out. Every ordinary token of the rows comes out exactly once, in an order that
-depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in + 24)`` bytes, beside one forward pass and one batch.
+depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in + 24)`` bytes, beside one forward pass and one batch; on
+a GPU up to twice that while a run fills its first buffer.
 """
 
 from collections.abc import Iterable, Iterator

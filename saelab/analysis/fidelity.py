@@ -138,6 +138,10 @@ def fidelity(
     width, d_in = lm.width(site), getattr(sae, "d_in", None)
     if d_in is not None and d_in != width:
         raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
+    if isinstance(sae, torch.nn.Module) and (place := next(sae.parameters()).device) != lm.device:
+        raise SaelabError(
+            f"fidelity: the autoencoder is on {place}, the model on {lm.device}; move it with sae.to(...)"
+        )
     blocks = rows.to(lm.device).long().split(rows_per_forward)
     if not any(lm.ordinary(block).any() for block in blocks):
         raise SaelabError("fidelity: the rows hold no ordinary token")

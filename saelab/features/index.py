@@ -1,7 +1,7 @@
 """The feature database: one pass over held-out text, then everything a page shows, written once as Parquet.
 
-What is active where is kept in memory until the tables are written: 12 bytes per active feature and token, which at
-k = 32 is 400 bytes per token (140 MB for 350 k tokens), and about three times that while it is sorted.
+What is active where is kept in memory until the tables are written: 16 bytes per active feature and token, which at
+k = 32 is 512 bytes per token (154 MB for 300 k tokens), and about three times that while it is sorted.
 """
 
 import json

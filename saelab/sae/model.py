@@ -6,6 +6,7 @@ The encoder is kept as rows too, ``W_enc [n_features, d_in]``: then both gradien
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ class SaeSettings:
             raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
         if self.aux not in ("none", "aux_k"):
             raise SettingError(f"aux: {self.aux!r} is not none or aux_k")
-        if self.aux_coefficient < 0:
-            raise SettingError(f"aux_coefficient: {self.aux_coefficient} is negative")
+        if not 0 <= self.aux_coefficient < math.inf:
+            raise SettingError(f"aux_coefficient: {self.aux_coefficient} is not a number from 0 up")
         if self.aux_features is not None and self.aux_features < 1:
             raise SettingError(f"aux_features: {self.aux_features} is not a positive number")
         if self.b_dec_init not in ("mean", "geometric_median"):
@@ -86,7 +87,7 @@ class SparseAutoencoder(nn.Module):
         flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
         block = max(1, _ENCODE_ELEMENTS // self.n_features)
         parts = [token_choice(self._pre(piece - self.b_dec), self.k).compact() for piece in flat.split(block)]
-        return concatenate(parts) if parts else token_choice(flat.new_empty(0, self.n_features), self.k)
+        return concatenate(parts)
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction of each token, ``[tokens, d_in]``."""

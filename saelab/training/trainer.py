@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from saelab.errors import SettingError
+from saelab.errors import SaelabError, SettingError
 from saelab.sae.model import SaeSettings, SparseAutoencoder
 
 MAX_DEAD_AFTER = 10_000_000
@@ -44,6 +44,8 @@ class TrainingSettings:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a share between 0 and 1")
+        if self.batch < 2:
+            raise SettingError(f"batch: {self.batch} token has no variance to explain; at least 2 are needed")
         if self.batch > self.tokens:
             raise SettingError(f"batch: {self.batch} is more than the {self.tokens} tokens of the run")
 
@@ -69,6 +71,7 @@ def train(
     """Train `sae` in place on batches ``[batch, d_in]`` scaled so that E||x||^2 = d_in; returns the tokens seen.
 
     Ends after ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true.
+    Raises SaelabError, before the weights change, where the gradient is not finite.
     """
     k_aux = sae_settings.aux_features or max(1, sae.d_in // 2)
     optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -86,6 +89,8 @@ def train(
         with record_function("optimiser"):
             remove_parallel_gradient(sae)
             gradient_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+            if not math.isfinite(gradient_norm):
+                raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
             optimiser.step()
             optimiser.zero_grad()
             sae.renormalise_decoder()

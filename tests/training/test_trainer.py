@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.errors import SettingError
+from saelab.errors import SaelabError, SettingError
 from saelab.sae.model import SaeSettings, SparseAutoencoder
 from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, remove_parallel_gradient, train
 
@@ -82,6 +82,14 @@ def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
         )
         == 3 * 64
     )
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:
+    sae = SparseAutoencoder(D, 32, 3)
+    sae.initialise(next(planted(1, 1000)))
+    with pytest.raises(SaelabError, match="not finite at step 0"):
+        train(sae, iter([torch.ones(64, D)]), TrainingSettings(tokens=64, batch=64), SaeSettings(32, 3))
+    assert all(torch.isfinite(p).all() for p in sae.parameters())
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
