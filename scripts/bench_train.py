@@ -1,8 +1,8 @@
 """Time the training step: tokens per second, and milliseconds per stage of the very loop that training runs.
 
 The data are random; dead features do not occur in so few steps, so no auxiliary loss is in the figures. Tokens per
-second are taken over whole steps without the profiler, the stages with it in a run of their own, medians both. Stages are
-timed on CPUs only: a GPU runs them behind the interpreter's back.
+second are taken over whole steps without the profiler, the stages with it in a run of their own, medians both. Stages
+are timed on CPUs only: a GPU runs them behind the interpreter's back.
 
     python scripts/bench_train.py                       # the quickstart's shape, and a GPT-2-sized one
     python scripts/bench_train.py --shape 4096,1024,32768,64 --json bench.json
