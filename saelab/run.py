@@ -190,7 +190,12 @@ def _rows(corpus: Corpus, seed: int, say: Say) -> Iterator[np.ndarray]:
     """Rows without end: epoch after epoch, each in an order of its own."""
     epoch = 0
     while True:
-        yield from corpus.train_rows(seed=seed, epoch=epoch)
+        ordinary = False
+        for row in corpus.train_rows(seed=seed, epoch=epoch):
+            ordinary = ordinary or not corpus.special_ids.issuperset(row.tolist())
+            yield row
+        if not ordinary:  # another epoch would bring no more
+            raise SaelabError("corpus: its training rows hold special tokens only, so there is nothing to train on")
         epoch += 1
         say(f"the corpus came to its end: epoch {epoch + 1} begins")
 

@@ -4,8 +4,10 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -203,3 +205,14 @@ def test_reduced_precision_models_train_and_evaluate(tmp_path: Path) -> None:
     run = saelab.train(small(tmp_path), ["model.dtype=bfloat16"])
     result = saelab.evaluate(run)
     assert saelab.load(run).W_dec.dtype == torch.float32 and result.fvu < 1
+
+
+def test_rows_of_special_tokens_only_end_with_a_message() -> None:
+    class OnlySpecial:
+        special_ids = frozenset({0})
+
+        def train_rows(self, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
+            yield from np.zeros((3, CONTEXT), dtype=np.int32)
+
+    with pytest.raises(SaelabError, match="special tokens only"):
+        list(stages._rows(OnlySpecial(), 0, print))
