@@ -1,32 +1,62 @@
 """Sparse codes: which features are active on each token, and how strongly. The common currency of all rooms."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from saelab.errors import SaelabError, brief
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
     """A ragged CSR matrix ``[tokens, n_features]``: token t holds entries ``offsets[t]`` up to ``offsets[t + 1]``.
 
-    values    ``[nnz]``         activations
-    features  ``[nnz]`` int64   which feature each value belongs to
-    offsets   ``[tokens + 1]`` int64
+    values    ``[nnz]``         activations; a slot that was not filled has value 0 and counts for nothing
+    features  ``[nnz]``         int64 or int32, which feature each value belongs to
+    offsets   ``[tokens + 1]``  int64 or int32
     """
 
     values: Tensor
     features: Tensor
     offsets: Tensor
     n_features: int
+    _derived: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What was computed from features and offsets alone, kept for all codes of the pattern (`with_values`)."""
 
     @classmethod
     def from_topk(cls, values: Tensor, features: Tensor, n_features: int) -> Self:
         """Equally long rows, ``[tokens, k]`` each; zero values are kept (`compact` drops them)."""
         tokens, k = values.shape
-        offsets = torch.arange(0, tokens * k + 1, k, device=values.device) if k else values.new_zeros(tokens + 1).long()
+        offsets = torch.arange(tokens + 1, device=values.device) * k
         return cls(values.flatten(), features.flatten(), offsets, n_features)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, scores: Tensor) -> Self:
+        """The entries of `scores` where `mask` is true, both ``[tokens, n_features]``; in order of feature.
+
+        How many there are has to be known to make them, so a GPU is waited for.
+        """
+        rows, features = mask.nonzero(as_tuple=True)
+        return cls(scores[rows, features], features, _ends(mask.sum(1)), mask.shape[1])
+
+    @classmethod
+    def from_triples(cls, tokens: Tensor, features: Tensor, values: Tensor, shape: tuple[int, int]) -> Self:
+        """Entries ``(token, feature, value)``, ``[nnz]`` each in any order, of a matrix of `shape`.
+
+        Entries of one token keep their order. ValueError where an index is out of range.
+        """
+        n_tokens, n_features = shape
+        for name, index, size in (("token", tokens, n_tokens), ("feature", features, n_features)):
+            if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
+                raise ValueError(f"a {name} is out of the range of the {size} there are")
+        order = tokens.argsort(stable=True)
+        return cls(values[order], features[order], _ends(_histogram(tokens, n_tokens)), n_features)
 
     @property
     def tokens(self) -> int:
@@ -46,27 +76,45 @@ class Codes:
         offsets = self.offsets[start : stop + 1] - first
         return type(self)(self.values[first:last], self.features[first:last], offsets, self.n_features)
 
+    def with_values(self, values: Tensor) -> Self:
+        """The same pattern with other values ``[nnz]``; it is sorted by feature once for both (`transpose`)."""
+        return type(self)(values, self.features, self.offsets, self.n_features, self._derived)
+
     def row_of_entry(self) -> Tensor:
         """The token each entry belongs to, ``[nnz]`` int64."""
-        counts = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(self.tokens, device=counts.device), counts, output_size=self.nnz)
+        if "row_of_entry" not in self._derived:
+            tokens = torch.arange(self.tokens, device=self.offsets.device)
+            counts = self.offsets.diff()
+            self._derived["row_of_entry"] = torch.repeat_interleave(tokens, counts, output_size=self.nnz)
+        return self._derived["row_of_entry"]
+
+    def transpose(self) -> Self:
+        """The codes of ``[n_features, tokens]``: per feature the tokens it is active on, in their order.
+
+        The pattern is sorted at the first call, for all codes that share it; later calls only gather the values.
+        """
+        if "by_feature" not in self._derived:
+            order = self.features.int().argsort(stable=True)  # int32 sorts twice as fast as int64
+            self._derived["by_feature"] = order
+            self._derived["tokens_by_feature"] = self.row_of_entry()[order]
+            self._derived["offsets_by_feature"] = _ends(_histogram(self.features, self.n_features))
+        derived = self._derived
+        values = self.values[derived["by_feature"]]
+        return type(self)(values, derived["tokens_by_feature"], derived["offsets_by_feature"], self.tokens)
 
     def compact(self) -> Self:
         """The same matrix without entries of value zero."""
         keep = self.values != 0
-        kept = torch.cat([self.offsets.new_zeros(1), keep.cumsum(0)])
+        kept = _ends(keep)
         return type(self)(self.values[keep], self.features[keep], kept[self.offsets], self.n_features)
 
     def l0(self) -> Tensor:
         """Active features per token, ``[tokens]`` int64: entries with a value above zero."""
-        active = torch.cat([self.offsets.new_zeros(1), (self.values > 0).cumsum(0)])
-        return active[self.offsets].diff()
+        return _ends(self.values > 0)[self.offsets].diff()
 
     def firing_counts(self) -> Tensor:
         """On how many tokens each feature is active (value above zero), ``[n_features]`` int64."""
-        return torch.zeros(self.n_features, dtype=torch.long, device=self.values.device).index_add_(
-            0, self.features, (self.values > 0).long()
-        )
+        return _histogram(self.features, self.n_features, self.values > 0)
 
     def to_dense(self) -> Tensor:
         """``[tokens, n_features]``."""
@@ -79,12 +127,69 @@ class Codes:
 
 def concatenate(parts: list[Codes]) -> Codes:
     """The codes of all tokens of `parts`, in order. All parts share n_features."""
-    shifts = torch.tensor([0] + [part.nnz for part in parts[:-1]]).cumsum(0).tolist()
-    offsets = [part.offsets[:-1] + shift for part, shift in zip(parts, shifts, strict=True)]
-    end = torch.tensor([sum(part.nnz for part in parts)], device=parts[0].offsets.device)
-    return Codes(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.features for part in parts]),
-        torch.cat([*offsets, end]),
-        parts[0].n_features,
-    )
+    if len({part.n_features for part in parts}) != 1:
+        raise ValueError(f"codes of {sorted({part.n_features for part in parts})} features cannot be joined")
+    offsets, nnz = [parts[0].offsets], parts[0].nnz
+    for part in parts[1:]:
+        offsets.append(part.offsets[1:] + nnz)
+        nnz += part.nnz
+    values, features = torch.cat([part.values for part in parts]), torch.cat([part.features for part in parts])
+    return Codes(values, features, torch.cat(offsets), parts[0].n_features)
+
+
+def save(codes: Codes, path: Path | str) -> None:
+    """Write `codes` as a safetensors file: values, features and offsets, n_features in the metadata.
+
+    A file is replaced only once the new one is complete.
+    """
+    path = Path(path)
+    tensors = {"values": codes.values, "features": codes.features, "offsets": codes.offsets}
+    unfinished = path.with_name(path.name + ".tmp")
+    metadata = {"n_features": str(codes.n_features)}
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def load(path: Path | str) -> Codes:
+    """The codes that `save` wrote to `path`. SaelabError where the file is missing, damaged or holds no codes."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("values", "features", "offsets")}
+            codes = Codes(**tensors, n_features=int(metadata["n_features"]))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SaelabError(f"{path}: no codes can be read from it ({brief(error)})") from error
+    wrong = _inconsistency(codes)
+    if wrong:
+        raise SaelabError(f"{path}: {wrong}; write the codes once more")
+    return codes
+
+
+def _inconsistency(codes: Codes) -> str:
+    """What makes these tensors no CSR matrix, or ""."""
+    index_types = (torch.int32, torch.int64)
+    if any(t.ndim != 1 for t in (codes.values, codes.features, codes.offsets)) or not len(codes.offsets):
+        return "values, features and offsets are not three lists"
+    if not codes.values.is_floating_point() or {codes.features.dtype, codes.offsets.dtype} - set(index_types):
+        return "values are not floating-point numbers, or features and offsets not integers"
+    if len(codes.values) != len(codes.features):
+        return f"{len(codes.values)} values but {len(codes.features)} features"
+    if int(codes.offsets[0]) != 0 or int(codes.offsets[-1]) != codes.nnz or bool((codes.offsets.diff() < 0).any()):
+        return f"offsets do not rise from 0 to the {codes.nnz} entries"
+    if codes.nnz and not (int(codes.features.min()) >= 0 and int(codes.features.max()) < codes.n_features):
+        return f"a feature is out of the range of the {codes.n_features} there are"
+    return ""
+
+
+def _histogram(index: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
+    """How often each number below `size` occurs in `index`, where `counted` is true: ``[size]`` int64.
+
+    Not bincount, which waits for a GPU. Sums of integers are the same in any order.
+    """
+    ones = torch.ones_like(index, dtype=torch.long) if counted is None else counted.long()
+    return torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index.long(), ones)
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Where rows of these lengths begin, and where the last one ends: ``[n]`` -> ``[n + 1]`` int64."""
+    return torch.cat([torch.zeros(1, dtype=torch.long, device=counts.device), counts.cumsum(0)])

@@ -1,5 +1,5 @@
-"""The two sparse products everything else is made of: `spmm` (decode) and `sddmm` (values at a pattern)."""
+"""The two sparse products everything else is made of, `spmm` (decode) and `sddmm` (values at a pattern), and `topk`."""
 
-from saelab.kernels.products import sddmm, spmm
+from saelab.kernels.products import sddmm, spmm, topk
 
-__all__ = ["sddmm", "spmm"]
+__all__ = ["sddmm", "spmm", "topk"]

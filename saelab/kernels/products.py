@@ -1,67 +1,146 @@
-"""The sparse products with their gradients: one autograd function each, above whichever back-end computes them.
+"""The sparse products with their gradients, and the exact top-k: one dispatch function each, above whichever back-end
+computes them.
 
-Gradients stay sparse: no tensor of tokens x features and none of nnz x d is ever made.
+A back-end is a module of four functions, `spmm`, `spmm_transposed`, `sddmm` and `topk`. The device of the tensors
+chooses it (CPU: `cpu`; CUDA and ROCm: `gpu`, written in Triton; any other: `reference`, dense); the environment
+variable SAELAB_KERNELS (cpu, triton or reference) forces one. The autograd functions here are shared by all of them.
+
+Gradients stay sparse: outside `reference` no tensor of tokens x features and none of nnz x d is ever made. Sums are
+accumulated in float32, or in float64 where an input is float64. Gradients cannot be differentiated once more.
 """
 
+import importlib
+import os
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saelab.codes import Codes
-from saelab.kernels import cpu
+from saelab.errors import SaelabError
+
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
 
 
 def spmm(codes: Codes, table: Tensor) -> Tensor:
     """Sum of rows of `table` weighted by `codes`; ``codes.to_dense() @ table``.
 
-    table ``[n_features, d]`` -> ``[tokens, d]``. Gradients reach ``codes.values`` and `table`.
+    table ``[n_features, d]`` -> ``[tokens, d]``, in the promoted dtype of values and table (float32, bfloat16, float16
+    or float64 each). Gradients reach ``codes.values`` and `table`. Non-contiguous input is copied. Entries of value 0
+    count for nothing. ValueError where shapes do not fit; features out of range are not looked for.
     """
-    return _Spmm.apply(codes.values, codes.features, codes.offsets, table)
+    _check_shapes(codes, codes.tokens, table)
+    return _Spmm.apply(codes.values, codes, table)
 
 
-def sddmm(pattern: Codes, a: Tensor, b: Tensor, bias: Tensor | None = None, *, known: Tensor | None = None) -> Tensor:
-    """Dot products of rows of `a` and `b` where `pattern` is set; ``(a @ b.T + bias)[pattern]``.
+def sddmm(
+    pattern: Codes,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    centre: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Dot products of rows of `a` and `b` where `pattern` is set; ``((a - centre) @ b.T + bias)[pattern]``.
 
-    a ``[tokens, d]``, b ``[n_features, d]``, bias ``[n_features]`` -> ``[nnz]``. Gradients reach `a`, `b` and `bias`;
-    the values of `pattern` are not read. `known` is the result where the caller has it already (from the dense
-    product it selected on): it is returned as it is, and only the gradients are computed here.
+    a ``[tokens, d]``, b ``[n_features, d]``, bias ``[n_features]``, centre ``[d]`` -> ``[nnz]``, in the promoted dtype
+    of what is given. Gradients reach `a`, `b`, `bias` and `centre`; the values of `pattern` are not read.
+    Non-contiguous input is copied. `known` is the result where the caller has it already (from the dense product it
+    selected on): it is returned as it is, and only the gradients are computed here. ValueError where shapes do not
+    fit; features out of range are not looked for.
     """
-    return _Sddmm.apply(pattern.features, pattern.offsets, a, b, bias, known)
+    _check_shapes(pattern, len(a), b, a)
+    return _Sddmm.apply(pattern, a, b, bias, centre, known)
+
+
+@torch.no_grad()
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of each token and their features: scores ``[tokens, n_features]`` -> two ``[tokens, k]``.
+
+    Exact, sorted by falling value, ties to the lower feature (-0 and 0 are a tie, NaN counts as largest). Values have
+    the dtype of `scores`, features are int64. No gradient. Equals the first k of a stable sort of each row.
+    """
+    if scores.ndim != 2 or not 0 <= k <= scores.shape[1]:
+        raise ValueError(f"topk: {k} of scores {list(scores.shape)}")
+    return _backend(scores).topk(scores, k)
 
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, features: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(values, features, offsets, table)
-        return cpu.spmm(Codes(values, features, offsets, len(table)), table)
+    def forward(ctx: Any, values: Tensor, codes: Codes, table: Tensor) -> Tensor:
+        values, table = values.contiguous(), table.contiguous()
+        ctx.save_for_backward(values, table)
+        ctx.pattern = codes
+        return _backend(table).spmm(codes.with_values(values), table)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        values, features, offsets, table = ctx.saved_tensors
-        codes = Codes(values, features, offsets, len(table))
-        grad = grad.contiguous()
-        d_values = cpu.sddmm(codes, grad, table) if ctx.needs_input_grad[0] else None
-        d_table = cpu.spmm_transposed(codes, grad) if ctx.needs_input_grad[3] else None
-        return d_values, None, None, d_table
+        values, table = ctx.saved_tensors
+        codes, grad, backend = ctx.pattern.with_values(values), grad.contiguous(), _backend(table)
+        d_values = backend.sddmm(codes, grad, table).to(values.dtype) if ctx.needs_input_grad[0] else None
+        d_table = backend.spmm_transposed(codes, grad).to(table.dtype) if ctx.needs_input_grad[2] else None
+        return d_values, None, d_table
 
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, offsets: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, known: Tensor | None
+        ctx: Any, pattern: Codes, a: Tensor, b: Tensor, bias: Tensor | None, centre: Tensor | None, known: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(features, offsets, a, b)
+        a, b = (a if centre is None else a - centre).contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        ctx.pattern = pattern
         if known is not None:
             return known.clone()
-        products = cpu.sddmm(Codes(a.new_empty(len(features)), features, offsets, len(b)), a, b)
-        return products if bias is None else products + bias[features]
+        products = _backend(a).sddmm(pattern, a, b)
+        return products if bias is None else products + bias[pattern.features]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        features, offsets, a, b = ctx.saved_tensors
-        codes = Codes(grad.contiguous(), features, offsets, len(b))
-        d_a = cpu.spmm(codes, b) if ctx.needs_input_grad[2] else None
-        d_b = cpu.spmm_transposed(codes, a.contiguous()) if ctx.needs_input_grad[3] else None
-        d_bias = grad.new_zeros(len(b)).index_add_(0, features, grad) if ctx.needs_input_grad[4] else None
-        return None, None, d_a, d_b, d_bias, None
+        a, b = ctx.saved_tensors
+        codes, backend = ctx.pattern.with_values(grad.contiguous()), _backend(a)
+        _, wants_a, wants_b, wants_bias, wants_centre, _ = ctx.needs_input_grad
+        d_a = backend.spmm(codes, b) if wants_a else None
+        d_b = backend.spmm_transposed(codes, a).to(b.dtype) if wants_b else None
+        d_bias = d_centre = None
+        if wants_bias or wants_centre:
+            # Not index_add: on a GPU that adds in any order. d_centre needs no gradient [tokens, d] of `a`.
+            per_feature = backend.spmm_transposed(codes, a.new_ones(len(a), 1)).squeeze(1)
+            d_bias = per_feature if wants_bias else None
+            d_centre = -(per_feature.to(b.dtype) @ b) if wants_centre else None
+        return None, d_a, d_b, d_bias, d_centre, None
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    """The module that computes on the device of `tensor`, or the one that SAELAB_KERNELS names."""
+    forced = os.environ.get("SAELAB_KERNELS", "")
+    if forced and forced not in _MODULES:
+        raise SaelabError(f"SAELAB_KERNELS: {forced!r} is not one of {', '.join(_MODULES)}")
+    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type, "reference")
+    try:
+        module = importlib.import_module(f"saelab.kernels.{_MODULES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise SaelabError(
+            "The kernels for GPUs need triton, which is not installed: pip install triton. "
+            "SAELAB_KERNELS=reference does without it, slowly and with dense tensors."
+        ) from error
+    if name == "triton" and tensor.device.type == "cpu" and not module.INTERPRETED:
+        raise SaelabError("SAELAB_KERNELS=triton: the tensors are on the CPU, Triton computes on a GPU. Unset it.")
+    return module
+
+
+def _check_shapes(codes: Codes, tokens: int, table: Tensor, rows: Tensor | None = None) -> None:
+    matrices = [table] if rows is None else [rows, table]
+    if any(m.ndim != 2 or m.shape[1] != table.shape[-1] for m in matrices) or (tokens, len(table)) != (
+        codes.tokens,
+        codes.n_features,
+    ):
+        shapes = " and ".join(str(list(m.shape)) for m in matrices)
+        raise ValueError(f"{shapes} do not fit codes of [{codes.tokens}, {codes.n_features}]")
