@@ -147,6 +147,8 @@ def save(codes: Codes, path: Path | str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     metadata = {"n_features": str(codes.n_features)}
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
