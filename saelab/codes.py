@@ -1,9 +1,10 @@
 """Sparse codes: which features are active on each token, and how strongly. The common currency of all rooms."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab.errors import SaelabError, brief
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +29,8 @@ class Codes:
     features: Tensor
     offsets: Tensor
     n_features: int
-    _derived: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """What was computed from features and offsets alone, kept for all codes of the pattern (`with_values`)."""
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What was computed from features and offsets alone (`once`)."""
 
     @classmethod
     def from_topk(cls, values: Tensor, features: Tensor, n_features: int) -> Self:
@@ -80,27 +83,34 @@ class Codes:
         """The same pattern with other values ``[nnz]``; it is sorted by feature once for both (`transpose`)."""
         return type(self)(values, self.features, self.offsets, self.n_features, self._derived)
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, called once for all codes that share the pattern (`with_values`).
+
+        It may depend on features and offsets alone.
+        """
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
+
     def row_of_entry(self) -> Tensor:
         """The token each entry belongs to, ``[nnz]`` int64."""
-        if "row_of_entry" not in self._derived:
-            tokens = torch.arange(self.tokens, device=self.offsets.device)
-            counts = self.offsets.diff()
-            self._derived["row_of_entry"] = torch.repeat_interleave(tokens, counts, output_size=self.nnz)
-        return self._derived["row_of_entry"]
+        tokens = torch.arange(self.tokens, device=self.offsets.device)
+        return self.once(
+            "rows", lambda: torch.repeat_interleave(tokens, self.offsets.diff(), output_size=len(self.features))
+        )
 
     def transpose(self) -> Self:
         """The codes of ``[n_features, tokens]``: per feature the tokens it is active on, in their order.
 
         The pattern is sorted at the first call, for all codes that share it; later calls only gather the values.
         """
-        if "by_feature" not in self._derived:
-            order = self.features.int().argsort(stable=True)  # int32 sorts twice as fast as int64
-            self._derived["by_feature"] = order
-            self._derived["tokens_by_feature"] = self.row_of_entry()[order]
-            self._derived["offsets_by_feature"] = _ends(_histogram(self.features, self.n_features))
-        derived = self._derived
-        values = self.values[derived["by_feature"]]
-        return type(self)(values, derived["tokens_by_feature"], derived["offsets_by_feature"], self.tokens)
+        order, pattern = self.once("transpose", self._sort_by_feature)
+        return pattern.with_values(self.values[order])
+
+    def _sort_by_feature(self) -> tuple[Tensor, Self]:
+        order = self.features.int().argsort(stable=True)  # int32 sorts twice as fast as int64
+        offsets = _ends(_histogram(self.features, self.n_features))
+        return order, type(self)(self.values.new_empty(0), self.row_of_entry()[order], offsets, self.tokens)
 
     def compact(self) -> Self:
         """The same matrix without entries of value zero."""

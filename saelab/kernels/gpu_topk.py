@@ -1,0 +1,168 @@
+"""The exact k largest scores per token, for GPUs, in Triton; reads the scores once where torch.topk reads them often.
+
+What bounds it is that one reading, T * F * s bytes. Four kernels, of which only the first sees all scores:
+
+1. the largest score of every group of G neighbouring features;
+2. the k groups with the largest maxima, ties to the lower group. They hold the k largest scores, ties to the lower
+   feature: a score outside them is preceded by the maxima of k groups, each larger, or equal and of a lower feature;
+3. the k largest among the k * G scores of these groups;
+4. those in order.
+
+With G = sqrt(F / k), steps 2 and 3 see about sqrt(F * k) scores each, F / G + k * G of the F together. They find the
+k-th largest bit by bit: scores become integers of the same order, and the largest integer that k of them reach is built
+from its highest bit down, with one count per bit. What is larger stays, and ties from the lowest feature up fill the
+rest. Nothing waits for the host, and the result is the only one there is.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from saelab.kernels import reference
+from saelab.kernels.launch import launch
+
+DIRECT = 4096
+"""Up to so many features, step 3 reads them all and the steps before it are left out."""
+MOST_K = 512
+MOST_CANDIDATES = 16384
+"""What one program of steps 2 and 3 holds, 16 to 32 numbers per thread."""
+_SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+"""Lowest bits of a float32 that are the same for all numbers of the dtype."""
+_jit: Any = triton.jit
+"""For kernels called by kernels: a type checker holds that such a call, an error outside of kernels, never returns."""
+
+
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of every row in falling order, ties to the lower feature: two ``[tokens, k]``.
+
+    scores ``[tokens, n_features]`` in float32, bfloat16 or float16. A full sort for float64, for k above 512, and where
+    k * n_features is above some 2^27.
+    """
+    tokens, n = scores.shape
+    group = 0 if n <= DIRECT else group_size(n, k)
+    groups = -(-n // group) if group else n
+    if scores.dtype not in _SPARE_BITS or k > min(MOST_K, groups) or max(groups, k * group) > MOST_CANDIDATES:
+        return reference.topk(scores, k)
+    values = scores.new_empty(tokens, k)
+    features = torch.empty(tokens, k, dtype=torch.long, device=scores.device)
+    if not values.numel():
+        return values, features
+    scores = scores.contiguous()
+    best = chosen = torch.empty(tokens, k, dtype=torch.int32, device=scores.device)
+    if group:
+        best = torch.empty_like(chosen)
+        maxima = scores.new_empty(tokens, groups)
+        grid, options = maxima_launch(tokens, groups, group)
+        launch(_maxima, grid, maxima, scores, n, groups, **options)
+        launch(_choose, (tokens,), best, maxima, best, groups, k, **choose_options(groups, 0, scores.dtype))
+    launch(_choose, (tokens,), chosen, scores, best, n, k, **choose_options(k * group or n, group, scores.dtype))
+    launch(_order, (tokens,), values, features, chosen, scores, n, k, **order_options(k))
+    return values, features
+
+
+@triton.jit
+def _as_integers(scores):
+    """int32 in the order of the scores; -0 and 0 are equal and NaN is largest."""
+    bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    ordered = tl.where(size == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(size > 0x7F800000, 0x7FFFFFFF, ordered)
+
+
+@triton.jit
+def _maxima(maxima, scores, n, groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """The largest score of some neighbouring groups of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    order = _as_integers(tl.load(scores + token * n + index, mask=index < n, other=float("-inf")))
+    largest = tl.max(order, 1)
+    largest = (largest ^ ((largest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(maxima + token * groups + group, largest, mask=group < groups)
+
+
+@_jit
+def _candidates(scores, groups, token, n, k, place, GROUP: tl.constexpr, SPARE_BITS: tl.constexpr):
+    """Features of the candidates at `place`, in rising order, and their scores as integers; -2^(31 - SPARE_BITS), less
+    than any score's, where there is none."""
+    index = place
+    if GROUP > 0:
+        group = tl.load(groups + token * k + place // GROUP, mask=place < k * GROUP, other=0)
+        index = tl.where(place < k * GROUP, group * GROUP + place % GROUP, n)
+    order = _as_integers(tl.load(scores + token * n + index, mask=index < n, other=0.0)) >> SPARE_BITS
+    return index, tl.where(index < n, order, -(1 << (31 - SPARE_BITS)))
+
+
+@triton.jit
+def _choose(
+    chosen, scores, groups, n, k,
+    GROUP: tl.constexpr, CANDIDATES: tl.constexpr, AT_ONCE: tl.constexpr, SPARE_BITS: tl.constexpr,
+):  # fmt: skip
+    """The k best of one token in rising order of feature, among all n or, with GROUP > 0, those of k `groups`."""
+    token = tl.program_id(0).to(tl.int64)
+    _, everything = _candidates(scores, groups, token, n, k, tl.arange(0, CANDIDATES), GROUP, SPARE_BITS)
+    kth = tl.where(tl.sum((everything >= 0).to(tl.int32)) >= k, 0, -(1 << (31 - SPARE_BITS)))
+    for bit in range(31 - SPARE_BITS):
+        higher = kth + (1 << (30 - SPARE_BITS - bit))
+        kth = tl.where(tl.sum((everything >= higher).to(tl.int32)) >= k, higher, kth)
+    room = k - tl.sum((everything > kth).to(tl.int32))
+
+    # The candidates once more, from the cache and in parts: a scan over all of them needs too many registers.
+    larger_so_far, ties_so_far = room * 0, room * 0
+    for first in range(0, CANDIDATES, AT_ONCE):
+        place = first + tl.arange(0, AT_ONCE)
+        index, order = _candidates(scores, groups, token, n, k, place, GROUP, SPARE_BITS)
+        larger, tie = order > kth, order == kth
+        seen = tl.cumsum(larger.to(tl.int32) + (tie.to(tl.int32) << 16))  # two counts in one scan
+        ties = ties_so_far + (seen >> 16)
+        slot = larger_so_far + (seen & 0xFFFF) + tl.minimum(ties, room) - 1
+        tl.store(chosen + token * k + slot, index, mask=larger | (tie & (ties <= room)))
+        larger_so_far += tl.sum(larger.to(tl.int32))
+        ties_so_far += tl.sum(tie.to(tl.int32))
+
+
+@triton.jit
+def _order(values, features, chosen, scores, n, k, SLOTS: tl.constexpr, OTHERS: tl.constexpr):
+    """The k chosen of one token by falling score: each goes to the place that as many of the others precede."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    feature = tl.load(chosen + token * k + slot, mask=slot < k, other=0)
+    score = tl.load(scores + token * n + feature)
+    mine = _as_integers(score)[None, :]
+    place = tl.zeros([SLOTS], tl.int32)
+    for first in range(0, k, OTHERS):
+        other = first + tl.arange(0, OTHERS)
+        their_feature = tl.load(chosen + token * k + other, mask=other < k, other=0)
+        theirs = _as_integers(tl.load(scores + token * n + their_feature))[:, None]
+        before = (theirs > mine) | ((theirs == mine) & (other[:, None] < slot[None, :]))
+        place += tl.sum((before & (other < k)[:, None]).to(tl.int32), 0)
+    tl.store(values + token * k + place, score, mask=slot < k)
+    tl.store(features + token * k + place, feature.to(tl.int64), mask=slot < k)
+
+
+def group_size(n: int, k: int) -> int:
+    """Features per group, a power of two near sqrt(n / k) and at least 4."""
+    return max(4, 2 ** round(math.log2(n / max(1, k)) / 2))
+
+
+def maxima_launch(tokens: int, groups: int, group: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and compile-time options of step 1: 4096 scores per program."""
+    per_program = max(1, 4096 // group)
+    return (tokens, -(-groups // per_program)), {"GROUP": group, "GROUPS": per_program, "num_warps": 4}
+
+
+def choose_options(candidates: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time options of steps 2 (group 0, all candidates) and 3 (the `candidates` of k groups)."""
+    size = max(16, triton.next_power_of_2(candidates))
+    sizes = {"GROUP": group, "CANDIDATES": size, "AT_ONCE": min(size, 2048)}
+    return {**sizes, "SPARE_BITS": _SPARE_BITS[dtype], "num_warps": max(1, min(16, size // 512))}
+
+
+def order_options(k: int) -> dict[str, Any]:
+    """Compile-time options of step 4."""
+    slots = max(16, triton.next_power_of_2(k))
+    return {"SLOTS": slots, "OTHERS": 8, "num_warps": max(1, min(8, slots // 128))}

@@ -1,0 +1,13 @@
+"""Starting a Triton kernel; imports without Triton."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel` on the device that its first argument is on, which need not be the current one."""
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **options)
