@@ -1,0 +1,115 @@
+"""Compile every Triton kernel for GPUs that need not be here, with the options it is launched with; a table of what
+the compilers say.
+
+    python tests/kernels/compile_kernels.py [TARGET ...]        sm_80 sm_90 gfx942 are the targets
+
+Prints one JSON object per kernel and target: its name, case, target, registers and bytes or registers spilled. Not run
+in a process that has TRITON_INTERPRET set: there, kernels cannot be compiled.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from saelab.kernels import gpu, gpu_topk
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+INDEX = torch.int64
+
+
+def cases() -> Iterator[tuple[str, Any, list[torch.dtype | str], dict[str, Any]]]:
+    """A name, the kernel, the types of its run-time arguments and its compile-time options, as `gpu` launches it."""
+    for d, table in ((2048, torch.bfloat16), (768, torch.float32), (1, torch.float32), (2048, torch.float64)):
+        exact = tl.float64 if table == torch.float64 else tl.float32
+        wide = torch.promote_types(table, torch.float32)
+        name = f"d {d}, {str(table).removeprefix('torch.')}"
+        _, options = gpu.spmm_launch((2048, d), exact)
+        matrix = [wide, INDEX, INDEX, table]
+        yield f"spmm, {name}", gpu._sum_rows, [wide, *matrix, wide, INDEX, "i32"], {"SPLIT": 0, "ADD": False, **options}
+        split = {"SPLIT": gpu.SPLIT, **options}
+        for add in (False, True):
+            arguments: list[torch.dtype | str] = [wide, *matrix, wide, INDEX, "i32"]
+            yield f"spmm_transposed, {name}, add {add}", gpu._sum_rows, arguments, {"ADD": add, **split}
+        yield f"spmm_transposed, {name}", gpu._sum_pieces, [wide, *matrix, INDEX, INDEX, "i32", "i32"], split
+        _, options = gpu.sddmm_launch(65536, d, exact)
+        arguments = [wide, INDEX, INDEX, wide, table, "i32", "i32"]
+        yield f"sddmm, {name}", gpu._dot_products, arguments, options
+    for n, k, scores in ((24576, 32, torch.float32), (65536, 64, torch.bfloat16), (262144, 512, torch.float16)):
+        name = f"{k} of {n}, {str(scores).removeprefix('torch.')}"
+        group = gpu_topk.group_size(n, k)
+        groups = triton.cdiv(n, group)
+        _, options = gpu_topk.maxima_launch(2048, groups, group)
+        yield f"topk, {name}", gpu_topk._maxima, [scores, scores, "i32", "i32"], options
+        arguments = [torch.int32, scores, torch.int32, "i32", "i32"]
+        for candidates, among in ((groups, 0), (k * group, group)):
+            options = gpu_topk.choose_options(candidates, among, scores)
+            yield f"topk, {name}, among {candidates}", gpu_topk._choose, arguments, options
+        arguments = [scores, INDEX, torch.int32, scores, "i32", "i32"]
+        yield f"topk, {name}", gpu_topk._order, arguments, gpu_topk.order_options(k)
+
+
+def compile_kernel(kernel: Any, types: list[torch.dtype | str], options: dict[str, Any], target: GPUTarget) -> Any:
+    """What triton.compile returns; pointers are promised to be aligned, as torch's are, and numbers are not."""
+    options = dict(options)
+    run_time = {"num_warps": options.pop("num_warps")}
+    names = kernel.arg_names[: len(types)]
+    assert set(kernel.arg_names[len(types) :]) == set(options), f"{kernel.__name__}: options do not fit"
+    signature = {n: t if isinstance(t, str) else POINTERS[t] for n, t in zip(names, types, strict=True)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if not isinstance(t, str)}
+    signature |= dict.fromkeys(options, "constexpr")
+    return triton.compile(ASTSource(kernel, signature, options, aligned), target=target, options=run_time)
+
+
+def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
+    """Registers per thread, and what did not fit into them and went to memory: bytes (CUDA), bytes and registers (AMD).
+
+    Scalar registers that AMD's compiler moves into lanes of vector registers, masks mostly, are none of these.
+    """
+    if target.backend == "cuda":
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            found = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        numbers = {key: int(re.findall(rf"\b{key}:(\d+)", found)[-1]) for key in ("REG", "STACK", "LOCAL")}
+        return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
+    found = compiled.asm["amdgcn"]
+    numbers = {
+        key: int(re.findall(rf"\.{key}:\s+(\d+)", found)[-1])
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    }
+    spilled = numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]
+    return {"registers": numbers["vgpr_count"], "spilled": spilled}
+
+
+def main(names: list[str]) -> None:
+    for case, kernel, types, options in cases():
+        for name in names or TARGETS:
+            found = resources(compile_kernel(kernel, types, options, TARGETS[name]), TARGETS[name])
+            print(json.dumps({"kernel": kernel.__name__, "case": case, "target": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:  # compiled anew, not taken from an earlier run
+        os.environ["TRITON_CACHE_DIR"] = folder
+        main(sys.argv[1:])

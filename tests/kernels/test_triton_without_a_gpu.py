@@ -1,0 +1,48 @@
+"""The Triton kernels where there is no GPU: their numerics in Triton's interpreter, and what GPU compilers say to them.
+
+Both need a process of their own: whether kernels are interpreted is decided when triton is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """What a Python process prints; the test fails, with all of it, where the process does."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "SAELAB_"))} | environment
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, env=variables, cwd=HERE.parent.parent
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_numerics_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    tests = [HERE / "test_products.py", HERE / "test_topk.py"]
+    run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests, TRITON_INTERPRET="1")
+
+
+def test_every_kernel_compiles_for_every_target_without_spills() -> None:
+    triton = pytest.importorskip("triton")
+    from saelab.kernels import gpu, gpu_topk
+
+    rows = [json.loads(line) for line in run(HERE / "compile_kernels.py", PYTHONPATH=os.getcwd()).splitlines()]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
+    assert [row for row in rows if row["spilled"]] == []
+    kernels = {
+        name
+        for module in (gpu, gpu_topk)
+        for name, found in vars(module).items()
+        if isinstance(found, triton.JITFunction)
+    }
+    called_by_others = {"_weighted_sum", "_as_integers", "_candidates"}
+    assert {row["kernel"] for row in rows} == kernels - called_by_others
