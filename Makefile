@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS_VENV ?= .venv-peers
 TORCH_INDEX ?=
 APP ?= 1
 FORCE ?=
@@ -9,15 +10,17 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PEERS_PIP := $(PEERS_VENV)/bin/python -m pip -qq --disable-pip-version-check
 
 # A stamp is touched only after its step has succeeded, so an interrupted installation is taken up where it stopped.
 MADE := $(VENV)/.made
 TORCH := $(VENV)/.torch
 INSTALLED := $(VENV)/.installed
 DEV := $(VENV)/.dev
+PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow lint types imports clean
+.PHONY: help demo install test test-slow lint types imports bench-peers clean
 
 help:
 	@echo "make demo        install, then the whole job on the embedded model and text, then the explorer on 127.0.0.1:8501"
@@ -28,7 +31,8 @@ help:
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make types       pyright on saelab/ and app/"
 	@echo "make imports     which room may import which"
-	@echo "make clean       remove $(VENV) and what tools and builds left behind (runs/ stays)"
+	@echo "make bench-peers create $(PEERS_VENV) with the libraries that 'saelab bench train --peers' measures against (3 GB)"
+	@echo "make clean       remove $(VENV), $(PEERS_VENV) and what tools and builds left behind (runs/ stays)"
 	@echo ""
 	@echo "PYTHON=...       the interpreter that $(VENV) is made from, 3.11 or newer (python3)"
 	@echo "TORCH_INDEX=...  where torch, and torch alone, comes from: https://download.pytorch.org/whl/cpu has builds without"
@@ -82,6 +86,20 @@ types: $(DEV)
 imports: $(DEV)
 	@$(BIN)/lint-imports
 
+# torchvision comes with nnsight and diffusers, which none of the three needs here; where it is a build for another device
+# than torch's, `import transformers` fails.
+$(PEERS): constraints-peers.txt
+	@echo "creating $(PEERS_VENV): torch, then sae-lens, eai-sparsify and dictionary-learning"
+	@"$(PYTHON)" -m venv "$(PEERS_VENV)"
+	@$(PEERS_PIP) install -c constraints-peers.txt $(if $(TORCH_INDEX),--no-deps --index-url "$(TORCH_INDEX)") torch
+	@$(PEERS_PIP) install -c constraints-peers.txt sae-lens eai-sparsify dictionary-learning
+	@$(PEERS_PIP) uninstall -y torchvision
+	@$(PEERS_VENV)/bin/python -c "import sae_lens, sparsify, dictionary_learning.trainers.top_k"
+	@touch $@
+
+bench-peers: $(PEERS)
+	@echo "saelab bench train --peers $(PEERS_VENV)/bin/python"
+
 clean:
-	rm -rf "$(VENV)" build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf "$(VENV)" "$(PEERS_VENV)" build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""How fast things are, ours and other libraries'. Benchmarks, never tests with a clock."""

@@ -1,0 +1,269 @@
+"""Time another library's training step: its own TopK autoencoder in its own training loop, on the batch ours gets.
+
+A script on its own (torch and the peer, nothing of saelab), run by the interpreter that has the peer:
+
+    PYTHON peer_step.py --peer sparsify --variant as_shipped --shape 2048,768,24576,32
+
+prints one line of JSON. A step lasts from one request for a batch to the next, so all that the peer's loop does counts:
+loss, backward, clipping, optimiser, decoder norms, bookkeeping of dead features. The batch is the same at every step
+and in every process: ``randn [batch, d_in]`` from a generator with the given seed; no step's time depends on more of it
+than its shape. No feature can die in so few steps, so no auxiliary loss is computed.
+
+Variants: `as_shipped`, fp32 and the library's own call of torch.optim.Adam (never fused); `fp32_fused`, the same with
+``fused=True``; `bf16_fused`, fused and under bf16 autocast, where the library itself would place it.
+"""
+
+# The peers live in an environment of their own.
+# pyright: reportMissingImports=false
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+DISTRIBUTIONS = {
+    "sparsify": "eai-sparsify",
+    "sparsify_signum": "eai-sparsify",
+    "dictionary_learning": "dictionary-learning",
+    "sae_lens": "sae-lens",
+}
+VARIANTS = ("as_shipped", "fp32_fused", "bf16_fused")
+
+LEAVES_OUT = {
+    "sparsify": (
+        "sparsify's Trainer.fit over a stand-in for the language model. Left out: that model's forward pass and wandb. "
+        "Its optimizer='adam' (without bitsandbytes: torch.optim.Adam), not its default. Its trainer clips no gradient."
+    ),
+    "sparsify_signum": (
+        "The same with its default optimiser, schedule-free SignSGD: it is no Adam, but what `python -m sparsify` runs."
+    ),
+    "dictionary_learning": (
+        "dictionary_learning's trainSAE with TopKTrainer. Left out: its activation buffer, wandb, and the running "
+        "threshold, which it starts at step 1000."
+    ),
+    "sae_lens": (
+        "sae_lens' SAETrainer.fit with TopKTrainingSAE, dense activations (the default). Left out: its activation store, "
+        "evaluations and wandb. It does not renormalise the decoder: it scales activations by the decoder's norms."
+    ),
+}
+"""What each peer's figures contain, and what they do not."""
+
+
+class Enough(Exception):
+    """Ends a peer's loop once its steps are timed."""
+
+
+class Source:
+    """Hands out the batch and notes when it is asked for; raises Enough after `steps` timed steps, or `seconds`."""
+
+    def __init__(self, x: Tensor, warmup: int, steps: int, seconds: float) -> None:
+        self.x, self.warmup, self.steps, self.seconds = x, warmup, steps, seconds
+        self.asked: list[float] = []
+
+    def __iter__(self) -> "Source":
+        return self
+
+    def __next__(self) -> Tensor:
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+        self.asked.append(time.perf_counter())
+        timed = self.asked[self.warmup :]
+        if len(timed) > self.steps or (len(timed) > 3 and timed[-1] - timed[0] > self.seconds):
+            raise Enough
+        return self.x
+
+    def step_ms(self) -> list[float]:
+        """Milliseconds of each timed step."""
+        timed = self.asked[self.warmup :]
+        return [1000 * (end - begin) for begin, end in pairwise(timed)]
+
+
+class StandIn(nn.Module):
+    """What sparsify's Trainer asks of a language model; the "activations" of its module `source` are the batch."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = _Site(source)
+        self.device = source.x.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.source(input_ids)
+
+
+class _Site(nn.Module):
+    def __init__(self, batches: Source) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] != len(self.batches.x):  # its probe for the width
+            return self.batches.x[None, :1]
+        return next(self.batches)[None]
+
+
+def sparsify(source: Source, variant: str, n_features: int, k: int, seed: int, optimiser: str = "adam") -> None:
+    """sparsify/trainer.py: Trainer.__init__ and Trainer.fit, whole: its hook, loss, backward and optimiser calls."""
+    from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
+    from transformers import get_linear_schedule_with_warmup
+
+    # sparse_coder.py decorates `forward` (encoder, decoder and loss; not the backward pass) with bf16 autocast on CUDA
+    # devices only. On a CPU it ships as fp32; its bf16 variant is the same decoration for this device.
+    plain = getattr(SparseCoder.forward, "__wrapped__", SparseCoder.forward)
+    if variant == "fp32_fused":
+        SparseCoder.forward = plain
+    elif variant == "bf16_fused":
+        SparseCoder.forward = torch.autocast(source.x.device.type, dtype=torch.bfloat16)(plain)
+
+    batch = len(source.x)
+    rows = [{"input_ids": torch.zeros(batch, dtype=torch.long)}] * 100_000  # one row of `batch` tokens is one step
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            SparseCoderConfig(num_latents=n_features, k=k), batch_size=1, optimizer=optimiser, hookpoints=["source"],
+            init_seeds=[seed], save_dir=folder, log_to_wandb=False,
+        )  # fmt: skip
+        trainer = Trainer(config, rows, StandIn(source))
+        if variant != "as_shipped":
+            (shipped,) = trainer.optimizers
+            (sae,) = trainer.saes.values()
+            fused = torch.optim.Adam(sae.parameters(), lr=shipped.param_groups[0]["initial_lr"], fused=True)
+            trainer.optimizers = [fused]
+            trainer.lr_schedulers = [get_linear_schedule_with_warmup(fused, config.lr_warmup_steps, len(rows))]
+        trainer.fit()
+
+
+def sparsify_signum(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
+    sparsify(source, variant, n_features, k, seed, optimiser="signum")
+
+
+def dictionary_learning(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
+    """dictionary_learning/training.py trainSAE, with trainers/top_k.py TopKTrainer (its `update` is the step)."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+    from dictionary_learning.trainers.trainer import get_lr_schedule
+    from dictionary_learning.training import trainSAE
+
+    class FusedTopKTrainer(TopKTrainer):
+        def __init__(self, **settings) -> None:
+            super().__init__(**settings)
+            self.optimizer = torch.optim.Adam(self.ae.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
+            schedule = get_lr_schedule(self.steps, self.warmup_steps, decay_start=self.decay_start)
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lr_lambda=schedule)
+
+    device = str(source.x.device)
+    settings = {
+        "trainer": TopKTrainer if variant == "as_shipped" else FusedTopKTrainer, "steps": 100_000, "seed": seed,
+        "activation_dim": source.x.shape[1], "dict_size": n_features, "k": k, "layer": 0, "lm_name": "",
+        "device": device,
+    }  # fmt: skip
+    low = variant == "bf16_fused"
+    # trainSAE puts each `update` under autocast, but on a CPU under nothing: there the same is put around it here.
+    with torch.autocast("cpu", torch.bfloat16) if low and device == "cpu" else contextlib.nullcontext():
+        trainSAE(source, [settings], steps=100_000, device=device,
+                 autocast_dtype=torch.bfloat16 if low else torch.float32)  # fmt: skip
+
+
+def sae_lens(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
+    """sae_lens/training/sae_trainer.py: SAETrainer.fit, on saes/topk_sae.py TopKTrainingSAE with its defaults."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.optim import get_lr_scheduler
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(seed)
+    batch, d_in = source.x.shape
+    device = str(source.x.device)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=n_features, k=k, device=device))
+    config = SAETrainerConfig(
+        total_training_samples=100_000 * batch, train_batch_size_samples=batch, lr_end=3e-5, device=device,
+        autocast=variant == "bf16_fused",
+    )  # fmt: skip
+    trainer = SAETrainer(config, sae, source)
+    if variant != "as_shipped":
+        trainer.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
+        )
+        trainer.lr_scheduler = get_lr_scheduler(
+            config.lr_scheduler_name, optimizer=trainer.optimizer, training_steps=config.total_training_steps,
+            lr=config.lr, warm_up_steps=config.lr_warm_up_steps, decay_steps=config.lr_decay_steps,
+            lr_end=config.lr_end, num_cycles=config.n_restart_cycles,
+        )  # fmt: skip
+    trainer.fit()
+
+
+PEERS = {f.__name__: f for f in (sparsify, sparsify_signum, dictionary_learning, sae_lens)}
+
+
+def measure(
+    peer: str, variant: str, shape: tuple[int, int, int, int], *, seed: int = 0, warmup: int = 2, steps: int = 10,
+    seconds: float = 15.0, device: str = "cpu",
+) -> dict:  # fmt: skip
+    """``{"peer", "variant", "version", "step_ms", "all_ms", "leaves_out"}``: the median step, and every one timed."""
+    batch, d_in, n_features, k = shape
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(device)
+    source = Source(x, warmup, steps, seconds)
+    with contextlib.suppress(Enough):
+        PEERS[peer](source, variant, n_features, k, seed)
+    ms = source.step_ms()
+    return {
+        "peer": peer, "variant": variant, "version": importlib.metadata.version(DISTRIBUTIONS[peer]),
+        "step_ms": statistics.median(ms), "all_ms": ms, "leaves_out": LEAVES_OUT[peer],
+    }  # fmt: skip
+
+
+def versions() -> dict:
+    """The peers this interpreter has, with their versions, beside its torch."""
+    found = {}
+    for distribution in sorted(set(DISTRIBUTIONS.values())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[distribution] = importlib.metadata.version(distribution)
+    return {"torch": torch.__version__, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", action="store_true", help="only say which peers are here")
+    parser.add_argument("--peer", choices=PEERS)
+    parser.add_argument("--variant", choices=VARIANTS, default="as_shipped")
+    parser.add_argument("--shape", default="2048,768,24576,32", help="batch,d_in,n_features,k")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="no further step once the timed ones took this long"
+    )
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    for name in ("WANDB_MODE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "disabled" if name == "WANDB_MODE" else "1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.versions:
+        print(json.dumps(versions()))
+        return
+    if not args.peer:
+        parser.error("--peer is needed")
+    with contextlib.redirect_stdout(sys.stderr):  # peers print
+        batch, d_in, n_features, k = map(int, args.shape.split(","))
+        result = measure(
+            args.peer, args.variant, (batch, d_in, n_features, k), seed=args.seed, warmup=args.warmup, steps=args.steps,
+            seconds=args.seconds, device=args.device,
+        )  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
