@@ -174,7 +174,7 @@ def sddmm_launch(nnz: int, d: int, exact: Any) -> tuple[tuple[int], dict[str, An
 
 
 def _tile(d: int, exact: Any) -> dict[str, Any]:
-    """Columns and entries that a program holds: at most 4096 numbers on 128 threads, 32 registers of sums each.
+    """Columns and entries that a program holds: 4096 sums on 128 threads, 32 registers each; half of them in float64.
 
     The block of columns is the one of 512, 256 and 128 that wastes least, for d = 768 is no power of two.
     """
@@ -182,7 +182,7 @@ def _tile(d: int, exact: Any) -> dict[str, Any]:
     block = min(
         (size for size in (512, 256, 128) if size <= widest), key=lambda n: (-(-d // n) * n, -n), default=widest
     )
-    entries = 8 if block == 512 or exact == tl.float64 else 16
+    entries = (8 if block == 512 else 16) // (2 if exact == tl.float64 else 1)
     return {"BLOCK": block, "ENTRIES": entries, "EXACT": exact, "num_warps": max(1, min(4, block * entries // 1024))}
 
 

@@ -27,7 +27,7 @@ from saelab.kernels.launch import launch
 
 DIRECT = 4096
 """Up to so many features, step 3 reads them all and the steps before it are left out."""
-MOST_K = 512
+MOST_K = 2048
 MOST_CANDIDATES = 16384
 """What one program of steps 2 and 3 holds, 16 to 32 numbers per thread."""
 _SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -39,13 +39,13 @@ _jit: Any = triton.jit
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first k of every row in falling order, ties to the lower feature: two ``[tokens, k]``.
 
-    scores ``[tokens, n_features]`` in float32, bfloat16 or float16. A full sort for float64, for k above 512, and where
-    k * n_features is above some 2^27.
+    scores ``[tokens, n_features]`` in float32, bfloat16 or float16. A full sort for float64, for k above 2048, and
+    where k * n_features is above some 2^27.
     """
     tokens, n = scores.shape
-    group = 0 if n <= DIRECT else group_size(n, k)
-    groups = -(-n // group) if group else n
-    if scores.dtype not in _SPARE_BITS or k > min(MOST_K, groups) or max(groups, k * group) > MOST_CANDIDATES:
+    group = group_size(n, k)
+    groups = -(-n // group) if group else 0
+    if scores.dtype not in _SPARE_BITS or k > MOST_K or max(groups, k * group or n) > MOST_CANDIDATES:
         return reference.topk(scores, k)
     values = scores.new_empty(tokens, k)
     features = torch.empty(tokens, k, dtype=torch.long, device=scores.device)
@@ -145,8 +145,10 @@ def _order(values, features, chosen, scores, n, k, SLOTS: tl.constexpr, OTHERS: 
 
 
 def group_size(n: int, k: int) -> int:
-    """Features per group, a power of two near sqrt(n / k) and at least 4."""
-    return max(4, 2 ** round(math.log2(n / max(1, k)) / 2))
+    """Features per group, a power of two near sqrt(n / k) and at least 4; 0 where step 3 sees all features."""
+    if n <= DIRECT or n < 4 * k or not k:
+        return 0
+    return max(4, 2 ** round(math.log2(n / k) / 2))
 
 
 def maxima_launch(tokens: int, groups: int, group: int) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -165,4 +167,4 @@ def choose_options(candidates: int, group: int, dtype: torch.dtype) -> dict[str,
 def order_options(k: int) -> dict[str, Any]:
     """Compile-time options of step 4."""
     slots = max(16, triton.next_power_of_2(k))
-    return {"SLOTS": slots, "OTHERS": 8, "num_warps": max(1, min(8, slots // 128))}
+    return {"SLOTS": slots, "OTHERS": min(8, 4096 // slots), "num_warps": max(1, min(8, slots // 128))}

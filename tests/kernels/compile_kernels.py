@@ -35,49 +35,66 @@ POINTERS = {
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 INDEX = torch.int64
+Arguments = list[torch.dtype | int]
 
 
-def cases() -> Iterator[tuple[str, Any, list[torch.dtype | str], dict[str, Any]]]:
-    """A name, the kernel, the types of its run-time arguments and its compile-time options, as `gpu` launches it."""
-    for d, table in ((2048, torch.bfloat16), (768, torch.float32), (1, torch.float32), (2048, torch.float64)):
-        exact = tl.float64 if table == torch.float64 else tl.float32
-        wide = torch.promote_types(table, torch.float32)
+def cases() -> Iterator[tuple[str, Any, Arguments, dict[str, Any]]]:
+    """A name, the kernel, its run-time arguments (tensors by dtype) and its compile-time options, as `gpu` launches it.
+
+    d is one of 512-wide blocks, of 256-wide ones, odd, and 1 (sums per feature); float64 needs most registers.
+    """
+    float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
+    for d, table in ((2048, bfloat16), (768, float32), (701, float32), (1, float32), (2048, float64)):
+        exact = tl.float64 if table == float64 else tl.float32
+        wide = torch.promote_types(table, float32)
         name = f"d {d}, {str(table).removeprefix('torch.')}"
         _, options = gpu.spmm_launch((2048, d), exact)
-        matrix = [wide, INDEX, INDEX, table]
-        yield f"spmm, {name}", gpu._sum_rows, [wide, *matrix, wide, INDEX, "i32"], {"SPLIT": 0, "ADD": False, **options}
+        matrix: Arguments = [wide, INDEX, INDEX, table]
+        yield f"spmm, {name}", gpu._sum_rows, [wide, *matrix, wide, INDEX, d], {"SPLIT": 0, "ADD": False, **options}
         split = {"SPLIT": gpu.SPLIT, **options}
         for add in (False, True):
-            arguments: list[torch.dtype | str] = [wide, *matrix, wide, INDEX, "i32"]
+            arguments = [wide, *matrix, wide, INDEX, d]
             yield f"spmm_transposed, {name}, add {add}", gpu._sum_rows, arguments, {"ADD": add, **split}
-        yield f"spmm_transposed, {name}", gpu._sum_pieces, [wide, *matrix, INDEX, INDEX, "i32", "i32"], split
+        yield f"spmm_transposed, {name}", gpu._sum_pieces, [wide, *matrix, INDEX, INDEX, d, 24576], split
         _, options = gpu.sddmm_launch(65536, d, exact)
-        arguments = [wide, INDEX, INDEX, wide, table, "i32", "i32"]
-        yield f"sddmm, {name}", gpu._dot_products, arguments, options
-    for n, k, scores in ((24576, 32, torch.float32), (65536, 64, torch.bfloat16), (262144, 512, torch.float16)):
+        yield f"sddmm, {name}", gpu._dot_products, [wide, INDEX, INDEX, wide, table, 65536, d], options
+    for n, k, scores in (
+        (24576, 32, float32),
+        (65536, 64, bfloat16),
+        (2**18, 512, torch.float16),
+        (65537, 2048, float32),
+    ):
         name = f"{k} of {n}, {str(scores).removeprefix('torch.')}"
         group = gpu_topk.group_size(n, k)
-        groups = triton.cdiv(n, group)
+        groups = -(-n // group)
         _, options = gpu_topk.maxima_launch(2048, groups, group)
-        yield f"topk, {name}", gpu_topk._maxima, [scores, scores, "i32", "i32"], options
-        arguments = [torch.int32, scores, torch.int32, "i32", "i32"]
-        for candidates, among in ((groups, 0), (k * group, group)):
+        yield f"topk, {name}", gpu_topk._maxima, [scores, scores, n, groups], options
+        for candidates, among, width in ((groups, 0, groups), (k * group, group, n)):
             options = gpu_topk.choose_options(candidates, among, scores)
+            arguments = [torch.int32, scores, torch.int32, width, k]
             yield f"topk, {name}, among {candidates}", gpu_topk._choose, arguments, options
-        arguments = [scores, INDEX, torch.int32, scores, "i32", "i32"]
-        yield f"topk, {name}", gpu_topk._order, arguments, gpu_topk.order_options(k)
+        yield f"topk, {name}", gpu_topk._order, [scores, INDEX, torch.int32, scores, n, k], gpu_topk.order_options(k)
 
 
-def compile_kernel(kernel: Any, types: list[torch.dtype | str], options: dict[str, Any], target: GPUTarget) -> Any:
-    """What triton.compile returns; pointers are promised to be aligned, as torch's are, and numbers are not."""
+def compile_kernel(kernel: Any, arguments: Arguments, options: dict[str, Any], target: GPUTarget) -> Any:
+    """What triton.compile returns, specialised as a launch would be: for addresses and numbers that 16 divides, for 1,
+    and on AMD for tensors below 2 GB."""
     options = dict(options)
     run_time = {"num_warps": options.pop("num_warps")}
-    names = kernel.arg_names[: len(types)]
-    assert set(kernel.arg_names[len(types) :]) == set(options), f"{kernel.__name__}: options do not fit"
-    signature = {n: t if isinstance(t, str) else POINTERS[t] for n, t in zip(names, types, strict=True)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if not isinstance(t, str)}
-    signature |= dict.fromkeys(options, "constexpr")
-    return triton.compile(ASTSource(kernel, signature, options, aligned), target=target, options=run_time)
+    names = kernel.arg_names[: len(arguments)]
+    assert set(kernel.arg_names[len(arguments) :]) == set(options), f"{kernel.__name__}: options do not fit"
+    signature, known = {}, {}
+    for i, (name, argument) in enumerate(zip(names, arguments, strict=True)):
+        if argument == 1:
+            options[name] = 1
+            continue
+        signature[name] = "i32" if isinstance(argument, int) else POINTERS[argument]
+        if not isinstance(argument, int) or argument % 16 == 0:
+            known[i,] = [["tt.divisibility", 16]]
+        if not isinstance(argument, int) and target.backend == "hip":
+            known[i,] += [["tt.pointer_range", 32]]
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    return triton.compile(ASTSource(kernel, signature, options, known), target=target, options=run_time)
 
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
@@ -103,9 +120,9 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
 
 
 def main(names: list[str]) -> None:
-    for case, kernel, types, options in cases():
+    for case, kernel, arguments, options in cases():
         for name in names or TARGETS:
-            found = resources(compile_kernel(kernel, types, options, TARGETS[name]), TARGETS[name])
+            found = resources(compile_kernel(kernel, arguments, options, TARGETS[name]), TARGETS[name])
             print(json.dumps({"kernel": kernel.__name__, "case": case, "target": name, **found}), flush=True)
 
 

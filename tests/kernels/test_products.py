@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.codes import Codes
-from saelab.kernels import products, sddmm, spmm
+from saelab.kernels import products, sddmm, spmm, topk
 from tests.kernels.problems import DTYPES, INTERPRETED, assert_rounded, at_pattern, problems, ragged, some
 
 
@@ -135,9 +135,12 @@ def test_rows_that_are_not_contiguous_are_copied(device: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(dense, (values, table, left)))
 
 
-def test_results_and_gradients_are_the_same_bits_every_time(device: str) -> None:
+def test_results_and_gradients_are_the_same_bits_every_time(
+    device: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPLIT", 8, raising=False)
     torch.manual_seed(0)
-    tokens, n_features, d = (400, 3, 5) if INTERPRETED else (2000, 40, 100)
+    tokens, n_features, d = (30, 3, 5) if INTERPRETED else (2000, 40, 100)
     pattern = Codes.from_topk(*torch.randn(tokens, n_features).topk(2), n_features).to(device)
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((tokens, d), (n_features, d), (n_features,))]
 
@@ -235,6 +238,39 @@ def test_no_tensor_is_as_large_as_the_dense_codes_or_all_gathered_rows(backend: 
     with Largest() as largest:
         (spmm(codes, table).sum() + sddmm(codes, left, table).sum()).backward()
     assert 0 < largest.elements <= n_features * d < min(tokens * n_features, tokens * k * d)
+
+
+class NothingWaited(TorchDispatchMode):
+    """Refuses the operations whose result, or its shape, the host would have to wait for on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "repeat_interleave")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
+        if (any(name.startswith(waits) for waits in self.WAITING) and not kwargs.get("output_size")) or masks:
+            raise AssertionError(f"{func} waits for a GPU")
+        return func(*args, **kwargs)
+
+
+def test_nothing_in_a_step_would_wait_for_a_gpu(
+    backend: str, device: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend != "triton":
+        pytest.skip("the other back-ends may look at numbers")
+    monkeypatch.setattr(module, "SPLIT", 4)
+    torch.manual_seed(0)
+    scores = torch.randn(20, 5, device=device)
+    shapes = ((20, 4), (5, 4), (5,), (4,), (5, 4))
+    leaves = left, w_enc, bias, centre, w_dec = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    with NothingWaited():
+        pattern = Codes.from_topk(*topk(scores, 2), 5)
+        codes = pattern.with_values(sddmm(pattern, left, w_enc, bias, centre=centre).relu())
+        torch.autograd.grad(spmm(codes, w_dec).square().sum(), leaves)
+        codes.firing_counts(), codes.l0()
+    with NothingWaited(), pytest.raises(AssertionError, match="waits for a GPU"):
+        codes.compact()
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (5, 2)), ((4, 3), (6, 3)), ((3, 3), (5, 3)), ((4,), (5, 3))])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.kernels import topk
-from tests.kernels.problems import DTYPES, some
+from tests.kernels.problems import DTYPES, INTERPRETED, some
 
 
 def check(scores: Tensor, k: int) -> None:
@@ -43,14 +43,18 @@ def test_topk_is_the_beginning_of_a_stable_sort(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, k", [(5000, 1), (5000, 33), (4097, 513), (6001, 512), (20_000, 100)])
+@pytest.mark.parametrize("n, k", [(5000, 1), (5000, 33), (4097, 513), (6001, 512), (5000, 1300), (20_000, 100)])
 def test_topk_of_long_rows_with_ties_across_groups(device: str, dtype: torch.dtype, n: int, k: int) -> None:
+    if INTERPRETED and k > 1000 and dtype != torch.float32:
+        pytest.skip("takes the interpreter too long")
     torch.manual_seed(n + k)
     scores = torch.randn(4, n)
     scores[1] = (scores[1] * 2).round()
     scores[2] = 0
     scores[2, ::2] = -0.0
     scores[3] = scores[3].sort().values  # all that is wanted is in the last groups
+    if INTERPRETED:
+        scores = scores[1:3] if k < 1000 else scores[1:2]
     check(scores.to(dtype).to(device), k)
 
 
