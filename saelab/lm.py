@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saelab import demo
 from saelab.errors import SaelabError, SettingError, brief, did_you_mean
 from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 
+_LOGITS_AT_ONCE = 2**26
+"""Logits that one pass of `activations_and_gradients` makes, if a single row does not make more (268 MB in float32)."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # no pickled weights, no code
 
 
@@ -86,6 +89,14 @@ class LanguageModel:
         """True where a token is not BOS or another special token: bool ``[rows, context]``."""
         return ~torch.isin(rows, self.special_ids.to(rows.device))
 
+    def scored(self, rows: Tensor) -> Tensor:
+        """True where the next token's loss counts, both tokens being ordinary: bool ``[rows, context]``.
+
+        A row's last position has no next token and is False.
+        """
+        ordinary = self.ordinary(rows)
+        return F.pad(ordinary[:, :-1] & ordinary[:, 1:], (0, 1))
+
     @torch.no_grad()
     def activations(self, rows: Tensor, sites: Iterable[str]) -> dict[str, Tensor]:
         """Activations ``[rows, context, d_in]`` in the model's dtype at every site, from one pass that stops there."""
@@ -94,8 +105,7 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[[Tensor], None]:
             def read(value: Tensor) -> None:
-                if not value.is_floating_point():
-                    raise SaelabError(f"site: {name} of {self.name} holds token ids, no activations")
+                self._check_floating(name, value)
                 found[name] = value.reshape(*rows.shape, -1)
                 if len(found) == len(wanted):
                     raise _Stop
@@ -109,8 +119,49 @@ class LanguageModel:
                 self._forward(rows)
             except _Stop:
                 return found
-        missing = ", ".join(name for name in wanted if name not in found)
-        raise SaelabError(f"site: {self.name} never runs {missing} in a forward pass")
+        raise self._never_runs(*(name for name in wanted if name not in found))
+
+    def activations_and_gradients(self, rows: Tensor, site: str) -> tuple[Tensor, Tensor]:
+        """Activations at `site`, in the model's dtype, and the loss's gradient, float32: ``[rows, context, d_in]``.
+
+        The loss is the cross-entropy of the next token in the clean run, in nats, summed over the positions that are
+        `scored`; so g at a position is what its activation does to all later losses of its row, whatever the number of
+        rows. It knows the tokens to come: fit for training, not for evaluation. At a row's last position it is 0, and
+        so are all others behind the row's last scored one. Like a splice, it goes through what reads the site's value.
+
+        One full forward pass, and a backward pass that ends at the site. Memory, beside the activations that the
+        backward pass keeps above the site: two copies of the logits, one of them float32, of ``2**26 / (context *
+        vocabulary)`` rows, at least one; more rows are done in turn. Raises SaelabError where the site holds no
+        activations or the loss does not depend on it.
+        """
+        vocabulary = len(self.unembedding)
+        together = max(1, _LOGITS_AT_ONCE // (rows.shape[1] * vocabulary))
+        pairs = [self._values_and_gradients(block, site) for block in rows.split(together)]
+        return torch.cat([values for values, _ in pairs]), torch.cat([gradients for _, gradients in pairs])
+
+    def _values_and_gradients(self, rows: Tensor, site: str) -> tuple[Tensor, Tensor]:
+        ids, leaf = rows.to(self.device).long(), None
+
+        def cut(value: Tensor) -> Tensor:
+            """Make the value a leaf: parameters are frozen, so the graph begins here."""
+            nonlocal leaf
+            self._check_floating(site, value)
+            leaf = value.detach().requires_grad_()
+            return leaf
+
+        with torch.enable_grad(), self._hook(self.site(site), cut):
+            logits = self._forward(ids)
+        if leaf is None:
+            raise self._never_runs(site)
+        if not logits.requires_grad:
+            raise SaelabError(f"site: the loss of {self.name} does not depend on {site}")
+        # The loss itself is not needed, and its gradient at the logits is softmax - one-hot: two copies of the logits
+        # where autograd through the cross-entropy keeps four.
+        slope = logits.detach().float().softmax(-1)
+        slope.scatter_add_(-1, ids.roll(-1, 1)[..., None], slope.new_full((*ids.shape, 1), -1.0))
+        slope.masked_fill_(~self.scored(ids)[..., None], 0.0)
+        (gradient,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+        return leaf.detach().reshape(*rows.shape, -1), gradient.reshape(*rows.shape, -1).float()
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
@@ -133,6 +184,13 @@ class LanguageModel:
 
         with self._hook(self.site(site), splice):
             return self._forward(rows)
+
+    def _check_floating(self, site: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            raise SaelabError(f"site: {site} of {self.name} holds token ids, no activations")
+
+    def _never_runs(self, *sites: str) -> SaelabError:
+        return SaelabError(f"site: {self.name} never runs {', '.join(sites)} in a forward pass")
 
     def _forward(self, rows: Tensor) -> Tensor:
         if self.max_context is not None and rows.shape[1] > self.max_context:

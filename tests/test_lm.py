@@ -1,13 +1,17 @@
 """Activations read from the Hugging Face modules are those of TransformerLens' bridge, on three architectures."""
 
+import copy
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from saelab import lm as lm_module
 from saelab.errors import SaelabError
-from saelab.lm import ModelSettings, load_language_model, resolve_device
+from saelab.lm import LanguageModel, ModelSettings, load_language_model, resolve_device
 from tests.tiny import CONTEXT, KINDS, language_model, model_folder, random_rows
 
 SITES = [
@@ -84,6 +88,161 @@ def test_bos_and_other_special_positions_stay_clean_in_a_splice(kind: str) -> No
     assert seen == [int(ordinary.sum())] * 2
     # at BOS nothing earlier can differ, so its logits are the clean ones to the last bit
     assert torch.equal(lm.spliced_logits(rows, site, ruin)[:, 0], lm.logits(rows)[:, 0])
+
+
+GRADIENT_SITES = [
+    "blocks.1.hook_resid_post",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.attn.hook_z",
+    "blocks.1.hook_mlp_out",
+]
+
+
+def summed_loss(lm: LanguageModel, logits: Tensor, rows: Tensor) -> Tensor:
+    """The loss as papers write it, token by token."""
+    ordinary, log_p = lm.ordinary(rows), logits.log_softmax(-1)
+    places = [
+        (row, t)
+        for row in range(rows.shape[0])
+        for t in range(rows.shape[1] - 1)
+        if ordinary[row, t] and ordinary[row, t + 1]
+    ]
+    assert places
+    return torch.stack([-log_p[row, t, rows[row, t + 1]] for row, t in places]).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("site", GRADIENT_SITES)
+def test_gradients_are_autograds_on_the_plain_model(kind: str, site: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 4)
+    values, gradients = lm.activations_and_gradients(rows, site)
+    torch.testing.assert_close(values, lm.activations(rows, [site])[site], rtol=1e-5, atol=1e-5)
+
+    plain = copy.deepcopy(lm.model).requires_grad_(True)  # nothing frozen: the graph of every layer is there
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor) -> None:
+        value.retain_grad()
+        kept.append(value)
+
+    place = lm.site(site)
+    module = plain.get_submodule(place.module)
+    if place.side == "hook_in":
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    else:
+        module.register_forward_hook(lambda _, __, out: keep(out[0] if isinstance(out, tuple) else out))
+    summed_loss(lm, plain(input_ids=rows, use_cache=False).logits, rows).backward()
+    expected = kept[0].grad
+    assert expected is not None and expected.norm() > 1
+    assert gradients.dtype == torch.float32
+    torch.testing.assert_close(gradients, expected.reshape(gradients.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_finite_differences_of_the_summed_loss(kind: str) -> None:
+    tiny = language_model(kind)
+    lm = LanguageModel(kind, copy.deepcopy(tiny.model).double(), tiny.tokenizer, tiny.sites, "")
+    rows, site = random_rows(lm, 3), "blocks.1.hook_resid_post"
+    step, tolerance = (1e-3, 1e-3) if kind == "llama" else (1e-5, 1e-5)  # its norms are in float32 whatever the model
+    values, gradients = lm.activations_and_gradients(rows, site)
+    assert values.dtype == torch.float64
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        direction = torch.randn(values.shape, generator=generator, dtype=torch.float64)
+
+        def loss(sign: float, direction: Tensor = direction) -> float:
+            with lm._hook(lm.site(site), lambda x: x + sign * step * direction):
+                return summed_loss(lm, lm.logits(rows), rows).item()
+
+        slope = (loss(1) - loss(-1)) / (2 * step)
+        expected = (gradients.double() * direction).sum().item()
+        assert slope == pytest.approx(expected, abs=tolerance * gradients.norm().item())
+
+
+def test_a_rows_gradients_depend_on_no_other_row_and_not_on_how_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("gpt2")
+    rows, site = random_rows(lm, 7), "blocks.1.hook_resid_post"
+    values, gradients = lm.activations_and_gradients(rows, site)
+    alone = lm.activations_and_gradients(rows[2:3], site)[1]
+    torch.testing.assert_close(alone, gradients[2:3], rtol=1e-4, atol=1e-5)
+    forwards = []
+    handle = lm.model.register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(lm_module, "_LOGITS_AT_ONCE", 2 * CONTEXT * len(lm.unembedding))
+    split = lm.activations_and_gradients(rows, site)
+    monkeypatch.setattr(lm_module, "_LOGITS_AT_ONCE", 1)
+    one_by_one = lm.activations_and_gradients(rows, site)
+    handle.remove()
+    assert len(forwards) == 4 + 7
+    for found in (split, one_by_one):
+        torch.testing.assert_close(found[0], values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_know_the_tokens_to_come_which_is_why_evaluation_does_without(kind: str) -> None:
+    lm = language_model(kind)
+    rows, site, place = random_rows(lm, 2), "blocks.1.hook_resid_post", 20
+    other = rows.clone()
+    other[:, place] = torch.where(rows[:, place] == 50, 51, 50)
+    values, gradients = lm.activations_and_gradients(rows, site)
+    others, changed = lm.activations_and_gradients(other, site)
+    torch.testing.assert_close(values[:, :place], others[:, :place], rtol=1e-4, atol=1e-5)
+    moved = (gradients - changed).abs().amax(-1)
+    assert (moved[1, 1:place] > 1e-3).all()  # row 0 has a special token at 16; those behind it matter all the same
+    assert moved[0, place - 1] > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_are_in_no_loss_and_the_last_position_has_no_gradient(kind: str) -> None:
+    lm = language_model(kind)
+    rows, site = random_rows(lm, 3), "blocks.2.hook_resid_post"  # the last: a position matters to its own logits only
+    scored = lm.scored(rows)
+    assert scored.shape == rows.shape and not scored[:, 0].any() and not scored[:, -1].any()
+    middle = CONTEXT // 2
+    assert not scored[0, middle - 1 : middle + 1].any() and scored[0, middle + 1] and scored[1, middle]
+    assert int(scored.sum()) == 3 * (CONTEXT - 2) - 2
+    gradients = lm.activations_and_gradients(rows, site)[1]
+    assert torch.equal(gradients.abs().amax(-1) > 0, scored)
+    earlier = lm.activations_and_gradients(rows, "blocks.0.hook_resid_post")[1]
+    assert (earlier[:, -1] == 0).all() and (earlier[:, 0] != 0).any()
+    rows[0, 10:] = lm.tokenizer.eos_token_id
+    cut_short = lm.activations_and_gradients(rows, "blocks.0.hook_resid_post")[1]
+    assert (cut_short[0, 9:] == 0).all() and (cut_short[0, 8] != 0).any()
+    nothing = torch.full((2, 5), lm.tokenizer.bos_token_id)
+    assert (lm.activations_and_gradients(nothing, site)[1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_touch_no_parameter_and_nothing_below_the_site(kind: str) -> None:
+    lm = language_model(kind)
+    below: list[bool] = []
+    module = lm.model.get_submodule(lm.site("blocks.0.hook_out").module)
+    handle = module.register_forward_hook(
+        lambda _, __, out: below.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+    )
+    with torch.no_grad():  # the caller's own mode does not matter
+        values, gradients = lm.activations_and_gradients(random_rows(lm, 2), "blocks.1.hook_resid_post")
+    handle.remove()
+    assert below == [False]
+    assert all(p.grad is None and not p.requires_grad for p in lm.model.parameters())
+    assert not values.requires_grad and not gradients.requires_grad
+
+
+def test_gradients_of_a_bfloat16_model_are_float32_and_errors_name_the_site() -> None:
+    tiny = language_model("llama")
+    lm = LanguageModel("tiny", copy.deepcopy(tiny.model).bfloat16(), tiny.tokenizer, tiny.sites, "")
+    rows, site = random_rows(lm, 2), "blocks.1.hook_resid_post"
+    values, gradients = lm.activations_and_gradients(rows, site)
+    assert values.dtype == torch.bfloat16 and gradients.dtype == torch.float32
+    wide = tiny.activations_and_gradients(rows, site)[1]
+    assert F.cosine_similarity(gradients.flatten(), wide.flatten(), dim=0) > 0.99
+    with pytest.raises(SaelabError, match="holds token ids"):
+        lm.activations_and_gradients(rows, "embed.hook_in")
+    with pytest.raises(SaelabError, match=r"Nearest: .*blocks\.1\.hook_resid_post"):
+        lm.activations_and_gradients(rows, "blocks.1.hook_residpost")
 
 
 def ruin_at(ordinary: torch.Tensor, ruin):

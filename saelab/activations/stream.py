@@ -2,8 +2,8 @@
 
 The buffer fills up; a random half of it goes out as batches; new activations take the places that became free, and so
 on until the rows end and the rest goes out. Every ordinary token of the rows comes out exactly once, in an order that
-depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in + 24)`` bytes, beside one forward pass and one batch; on
-a GPU up to twice that while a run fills its first buffer.
+depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in + 24)`` bytes, ``buffer_tokens * (8 * d_in + 24)`` with
+gradients, beside one pass of the model and one batch; on a GPU up to twice that while a run fills its first buffer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from saelab.lm import LanguageModel
 @dataclass(frozen=True)
 class ActivationSettings:
     buffer_tokens: int = 131_072
-    """Tokens that are shuffled together; at d_in 256, 137 MB."""
+    """Tokens that are shuffled together; at d_in 256, 137 MB, with gradients 272 MB."""
     rows_per_forward: int = 32
     """Rows in one forward pass of the language model."""
 
@@ -43,36 +43,50 @@ class ActivationBatch:
     """Number of the row in the order read, ``[tokens]`` int64."""
     positions: Tensor
     """Position in the row, BOS being 0, ``[tokens]`` int64."""
+    gradients: Tensor | None = None
+    """Of the model's loss at the site, ``[tokens, d_in]`` float32 (`LanguageModel.activations_and_gradients`)."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 def read_activations(
-    lm: LanguageModel, rows: Iterable[np.ndarray], site: str, rows_per_forward: int
+    lm: LanguageModel, rows: Iterable[np.ndarray], site: str, rows_per_forward: int, *, gradients: bool = False
 ) -> Iterator[ActivationBatch]:
     """Activations of every ordinary token of `rows` in reading order, one batch per forward pass.
 
-    Raises SaelabError, with site, row and position, where the model gives NaN or infinity.
+    With `gradients`, batches carry those of the model's loss too. Positions behind a row's last scored one (its last
+    token, and what a special token at its end cuts off) are then left out: no loss depends on them, at any site, so
+    their gradient would say "worthless" where it only does not know. Raises SaelabError, with site, row and position, where the model gives NaN or infinity.
     """
     rows = iter(rows)
     first = 0
     while block := list(islice(rows, rows_per_forward)):
         ids = torch.from_numpy(np.stack(block)).long().to(lm.device)
-        values = lm.activations(ids, [site])[site].float()
         keep = lm.ordinary(ids)
+        if gradients:
+            keep &= lm.scored(ids).flip(1).cumsum(1).flip(1) > 0
+            values, slopes = lm.activations_and_gradients(ids, site)
+            slopes = slopes[keep]
+        else:
+            values, slopes = lm.activations(ids, [site])[site], None
         row, position = keep.nonzero(as_tuple=True)
-        batch = ActivationBatch(values[keep], ids[keep], row + first, position)
-        finite = torch.isfinite(batch.values).all(1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            raise SaelabError(
-                f"{site}: {lm.name} gives NaN or infinite activations at row {int(batch.rows[bad])}, position "
-                f"{int(batch.positions[bad])}; a wider `model: {{dtype: float32}}` may help"
-            )
+        batch = ActivationBatch(values[keep].float(), ids[keep], row + first, position, slopes)
+        _check_finite(batch, lm, site)
         if len(batch):
             yield batch
         first += len(block)
+
+
+def _check_finite(batch: ActivationBatch, lm: LanguageModel, site: str) -> None:
+    for what, values in (("activations", batch.values), ("gradients", batch.gradients)):
+        if values is None or (finite := torch.isfinite(values).all(1)).all():
+            continue
+        bad = int((~finite).nonzero()[0])
+        raise SaelabError(
+            f"{site}: {lm.name} gives NaN or infinite {what} at row {int(batch.rows[bad])}, position "
+            f"{int(batch.positions[bad])}; a wider `model: {{dtype: float32}}` may help"
+        )
 
 
 def shuffled_batches(
@@ -101,7 +115,8 @@ def shuffled_batches(
 
 
 def _fields(batch: ActivationBatch) -> tuple[Tensor, ...]:
-    return batch.values, batch.tokens, batch.rows, batch.positions
+    fields = (batch.values, batch.tokens, batch.rows, batch.positions)
+    return fields if batch.gradients is None else (*fields, batch.gradients)
 
 
 def _select(batch: ActivationBatch, index: Tensor | slice) -> ActivationBatch:

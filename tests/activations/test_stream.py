@@ -82,6 +82,56 @@ def test_nan_activations_stop_with_site_row_and_position() -> None:
         embedding.data[17] = before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_travel_with_their_tokens_and_last_positions_stay_out(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 21)
+    batches = list(shuffled_batches(read_activations(lm, rows.numpy(), SITE, 4, gradients=True), 50, 200, 0))
+    places = torch.cat([b.rows * CONTEXT + b.positions for b in batches])
+    expected = lm.ordinary(rows)
+    expected[:, -1] = False
+    assert torch.equal(places.sort().values, expected.flatten().nonzero().squeeze(1))
+    values, gradients = lm.activations_and_gradients(rows, SITE)
+    for b in batches:
+        assert torch.equal(b.tokens, rows[b.rows, b.positions])
+        torch.testing.assert_close(b.values, values[b.rows, b.positions], rtol=1e-4, atol=1e-5)
+        assert b.gradients is not None and b.gradients.dtype == torch.float32
+        torch.testing.assert_close(b.gradients, gradients[b.rows, b.positions], rtol=1e-4, atol=1e-4)
+    assert all(batch.gradients is None for batch in stream(lm, rows.numpy()))
+
+
+def test_gradients_do_not_change_the_order() -> None:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(500, 3, generator=generator)
+    ids = torch.arange(500)
+    parts = ids.split(64)
+
+    def order(gradients: torch.Tensor | None) -> torch.Tensor:
+        batches = (
+            ActivationBatch(values[p], p, p, p, None if gradients is None else gradients[p]) for p in parts
+        )  # fmt: skip
+        return torch.cat([b.tokens for b in shuffled_batches(batches, 20, 100, 7)])
+
+    assert torch.equal(order(None), order(-values))
+    assert torch.equal(order(None).sort().values, ids)
+
+
+def test_infinite_gradients_stop_with_site_row_and_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 6)
+    clean = lm.activations_and_gradients
+
+    def spoilt(ids: torch.Tensor, site: str) -> tuple[torch.Tensor, torch.Tensor]:
+        values, gradients = clean(ids, site)
+        gradients[1, -1] = torch.nan  # of no token that is read
+        gradients[1, 9, 3] = torch.inf
+        return values, gradients
+
+    monkeypatch.setattr(lm, "activations_and_gradients", spoilt)
+    with pytest.raises(SaelabError, match=rf"{SITE}.*infinite gradients at row 1, position 9"):
+        list(read_activations(lm, rows.numpy(), SITE, 2, gradients=True))
+
+
 def test_impossible_settings_name_their_field() -> None:
     with pytest.raises(SettingError, match="buffer_tokens: 0"):
         ActivationSettings(buffer_tokens=0)
