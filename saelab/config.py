@@ -4,6 +4,7 @@ A section is a frozen dataclass that checks itself; here unknown keys and wrong 
 names the field. Numbers are YAML 1.2's: ``2e6`` and ``1e-4`` are numbers.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.index import FeatureSettings
 from saelab.lm import ModelSettings
-from saelab.sae.model import SaeSettings
+from saelab.sae.settings import SaeSettings
 from saelab.training.trainer import TrainingSettings
 
 
@@ -55,7 +56,7 @@ class RunSettings:
 
 
 _ADAPTER = TypeAdapter(RunSettings)
-_SHORT = {"model": "name", "corpus": "source"}
+_SHORT = {"model": "name", "corpus": "source", "sae.affinity": "name", "sae.allocation": "name", "sae.aux": "name"}
 """Sections that may be given as one string: `model: gpt2` is `model: {name: gpt2}`."""
 
 
@@ -108,15 +109,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
 
 def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> RunSettings:
     """Settings from a plain mapping, with overrides. Raises SaelabError naming every bad field, and what is near."""
-    tree: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    tree: dict[str, Any] = copy.deepcopy(dict(raw))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise SaelabError(f"{override!r}: an override is written section.key=value, for example sae.k=64")
         *sections, last = key.split(".")
         target = tree
-        for section in sections:
-            _expand(target, section)
+        for i, section in enumerate(sections):
+            _expand(tree, ".".join(sections[: i + 1]))
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise SaelabError(f"{override!r}: {section} is a single value, it has no key {last!r}")
@@ -135,9 +136,15 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
     raise SaelabError(f"{where}: " + "; ".join(problems))
 
 
-def _expand(tree: dict[str, Any], section: str) -> None:
-    if section in _SHORT and isinstance(tree.get(section), str):
-        tree[section] = {_SHORT[section]: tree[section]}
+def _expand(tree: dict[str, Any], path: str) -> None:
+    """Write out the section at `path` where it is given as one string."""
+    *above, section = path.split(".")
+    for key in above:
+        tree = tree.get(key, {})
+        if not isinstance(tree, dict):
+            return
+    if path in _SHORT and isinstance(tree.get(section), str):
+        tree[section] = {_SHORT[path]: tree[section]}
 
 
 def _unknown_keys(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ from saelab.lm import LanguageModel
 from saelab.progress import Track, silent
 from saelab.sae.checkpoint import CONFIG, load, save_sae
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.thresholds import calibrate
 from saelab.training import trainer
 
 SAMPLE_TOKENS = 32_768
 """Activations that b_dec, the input scale and the encoder's first scale are set from."""
+
+CALIBRATION_TOKENS = 200_000
+"""Held-out activations that inference thresholds are set on."""
+_ARCHITECTURE = {"token_choice": "topk", "mutual_choice": "batchtopk", "feature_choice": "feature_choice"}
 
 
 def train(
@@ -54,8 +60,9 @@ def _train(job: Job, force: bool, track: Track) -> Path:
     _check_free(run, force)
     lm, inputs = job.lm, job.training_inputs()
     read = read_activations(
-        lm, _rows(job.corpus, settings.seed, say), settings.site, settings.activations.rows_per_forward
-    )
+        lm, _rows(job.corpus, settings.seed, say), settings.site, settings.activations.rows_per_forward,
+        gradients=settings.sae.beta > 0,
+    )  # fmt: skip
     head = _first_buffer(settings, read, track)
     scale, sae = _initialise(settings, lm, head)
 
@@ -65,7 +72,7 @@ def _train(job: Job, force: bool, track: Track) -> Path:
     (run / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     record = {"inputs": inputs, "complete": False, "tokens": 0}
     _write_json(run / "train.json", record)
-    begin, seen = time.monotonic(), 0
+    begin, seen, learnt = time.monotonic(), 0, {}
     t = settings.training
     batches = shuffled_batches(chain(_drain(head), read), t.batch, settings.activations.buffer_tokens, settings.seed)
     bounded = track(islice(batches, t.steps), "training", t.steps * t.batch, len)
@@ -76,18 +83,20 @@ def _train(job: Job, force: bool, track: Track) -> Path:
             metrics.write(json.dumps(_jsonable(line)) + "\n")
             metrics.flush()
 
-        def scaled() -> Iterator[Tensor]:
+        def scaled() -> Iterator[trainer.Batch]:
             nonlocal seen
             for batch in bounded:
-                yield batch.values * scale
+                yield batch.values * scale if batch.gradients is None else (batch.values * scale, batch.gradients)
                 seen += len(batch)  # the next is asked for, so the step on this one is done
 
         try:
-            seen = trainer.train(sae, scaled(), t, settings.sae, log=log, should_stop=interrupted)
-            complete = seen >= t.steps * t.batch
+            trained = trainer.train(sae, scaled(), t, settings.sae, log=log, should_stop=interrupted)
+            seen, complete = trained.tokens, trained.tokens >= t.steps * t.batch
+            if trained.densities is not None:
+                learnt |= _calibrate(job, sae, scale, trained, track)
         finally:  # also when the data turn out bad: what was learnt so far is kept
             finished = sae.folded(scale)
-            finished.metadata |= _metadata(job, scale, inputs, seen)
+            finished.metadata |= _metadata(job, scale, inputs, seen, learnt)
             save_sae(finished, run / "sae")
             record |= {
                 "complete": complete, "tokens": seen, "seconds": time.monotonic() - begin, "input_scale": scale,
@@ -234,7 +243,36 @@ def _initialise(
     return scale, sae
 
 
-def _metadata(job: Job, scale: float, inputs: str, tokens: int) -> dict[str, Any]:
+def _calibrate(
+    job: Job, sae: SparseAutoencoder, scale: float, trained: trainer.Trained, track: Track
+) -> dict[str, Any]:
+    """Give `sae`, trained on ``scale * x``, the threshold that takes the place of its batch-wide allocation.
+
+    It is set on held-out text behind the rows that evaluation reads. Returns what the checkpoint says of it.
+    """
+    assert trained.densities is not None
+    settings = job.settings
+    rows = job.held_out(settings.eval.tokens + CALIBRATION_TOKENS)
+    wanted = -(-CALIBRATION_TOKENS // (settings.context - 1))
+    if len(rows) * (settings.context - 1) < settings.eval.tokens + CALIBRATION_TOKENS:
+        job.say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
+    blocks = iter(rows[-wanted:].split(settings.eval.rows_per_forward))
+    lm, site = job.lm, settings.site
+
+    def activations() -> Iterator[Tensor]:
+        for block in track(blocks, "calibration", min(len(rows), wanted) * rows.shape[1], lambda block: block.numel()):
+            ids = block.to(lm.device).long()
+            yield lm.activations(ids, [site])[site][lm.ordinary(ids)].float() * scale
+
+    calibration = calibrate(sae.pre_activations, activations(), trained.densities, wanted * settings.context)
+    sae.threshold = calibration.threshold.to(sae.W_dec).reshape(-1)
+    flagged = int(calibration.flagged.sum())
+    if flagged:
+        job.say(f"note: {flagged:,} features expect fewer than 10 hits in calibration; their thresholds are rough")
+    return {"calibration_tokens": calibration.tokens, "rough_thresholds": flagged, "curve": trained.curve}
+
+
+def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str, Any]) -> dict[str, Any]:
     """What the checkpoint says of its origin: SAELens' keys, and ours under `saelab`."""
     s, tokenizer = job.settings, job.lm.tokenizer
     return {
@@ -245,10 +283,10 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int) -> dict[str, Any
         "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
         "dataset_path": s.corpus.source,
         "exclude_special_tokens": True,
-        "training_architecture": "topk",
+        "training_architecture": _ARCHITECTURE[s.sae.allocation.name],
         "saelab": {
             "inputs": inputs, "tokens": tokens, "seed": s.seed, "input_scale": scale, "model_folded": False,
-            "model_fingerprint": job.lm.fingerprint, "aux": s.sae.aux,
+            "model_fingerprint": job.lm.fingerprint, **asdict(s.sae), **learnt, "beta": s.sae.beta,
         },
     }  # fmt: skip
 

@@ -82,7 +82,7 @@ class _Spmm(torch.autograd.Function):
         values, table = ctx.saved_tensors
         codes, grad, backend = ctx.pattern.with_values(values), grad.contiguous(), _backend(table)
         d_values = backend.sddmm(codes, grad, table).to(values.dtype) if ctx.needs_input_grad[0] else None
-        d_table = backend.spmm_transposed(codes, grad).to(table.dtype) if ctx.needs_input_grad[2] else None
+        d_table = _table_gradient(backend, codes, grad, table) if ctx.needs_input_grad[2] else None
         return d_values, None, d_table
 
 
@@ -106,7 +106,7 @@ class _Sddmm(torch.autograd.Function):
         codes, backend = ctx.pattern.with_values(grad.contiguous()), _backend(a)
         _, wants_a, wants_b, wants_bias, wants_centre, _ = ctx.needs_input_grad
         d_a = backend.spmm(codes, b) if wants_a else None
-        d_b = backend.spmm_transposed(codes, a).to(b.dtype) if wants_b else None
+        d_b = _table_gradient(backend, codes, a, b) if wants_b else None
         d_bias = d_centre = None
         if wants_bias or wants_centre:
             # Not index_add: on a GPU that adds in any order. d_centre needs no gradient [tokens, d] of `a`.
@@ -114,6 +114,29 @@ class _Sddmm(torch.autograd.Function):
             d_bias = per_feature if wants_bias else None
             d_centre = -(per_feature.to(b.dtype) @ b) if wants_centre else None
         return None, d_a, d_b, d_bias, d_centre, None
+
+
+def accumulate_in_place(table: Tensor) -> None:
+    """From now on add the gradients of parameter `table` to ``table.grad``, zero now, instead of returning them.
+
+    A gradient as large as the table is then neither allocated nor added once more in every step. What does not go
+    through these products still reaches ``table.grad`` as usual; `torch.autograd.grad` no longer sees what does.
+    """
+    table.grad = torch.zeros_like(table)
+    table.accumulates_in_place = True  # type: ignore[attr-defined]
+
+
+def return_gradients(table: Tensor) -> None:
+    """Undo `accumulate_in_place`."""
+    table.grad = None
+    table.accumulates_in_place = False  # type: ignore[attr-defined]
+
+
+def _table_gradient(backend: ModuleType, codes: Codes, rows: Tensor, table: Tensor) -> Tensor | None:
+    if getattr(table, "accumulates_in_place", False) and table.grad is not None:
+        backend.spmm_transposed(codes, rows, table.grad)
+        return None
+    return backend.spmm_transposed(codes, rows).to(table.dtype)
 
 
 def _backend(tensor: Tensor) -> ModuleType:

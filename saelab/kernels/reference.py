@@ -14,9 +14,10 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
     return _product(codes.to_dense(), table)
 
 
-def spmm_transposed(codes: Codes, rows: Tensor) -> Tensor:
-    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``."""
-    return _product(codes.to_dense().T, rows)
+def spmm_transposed(codes: Codes, rows: Tensor, into: Tensor | None = None) -> Tensor:
+    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``; added to `into` where given."""
+    product = _product(codes.to_dense().T, rows)
+    return product if into is None else into.add_(product)
 
 
 def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """A checkpoint is a SAELens folder: ``cfg.json`` and ``sae_weights.safetensors``, loadable by SAELens as it is.
 
-Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``.
+Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. Token choice is
+SAELens' ``topk``. Mutual and feature choice are its ``jumprelu``, whose threshold there is one per feature: a
+pre-activation is active where it exceeds it.
 """
 
 import json
@@ -29,12 +31,14 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
         "b_dec": sae.b_dec.detach().cpu(),
     }
     metadata = {"sae_lens_version": "6.54.12", **sae.metadata}  # >= 6, or SAELens rebuilds and drops our metadata
-    metadata["saelab"] = {"format": FORMAT, **metadata.get("saelab", {})}
+    metadata["saelab"] = {"format": FORMAT, "k": sae.k, "beta": sae.beta, **metadata.get("saelab", {})}
+    if sae.threshold is not None:
+        tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features).contiguous().cpu()
     config = {
-        "architecture": "topk",
+        "architecture": "topk" if sae.threshold is None else "jumprelu",
         "d_in": sae.d_in,
         "d_sae": sae.n_features,
-        "k": sae.k,
+        **({"k": sae.k} if sae.threshold is None else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -54,7 +58,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
 def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """The autoencoder in `path`, a checkpoint folder or a run folder with one under ``sae/``.
 
-    Raises SaelabError if there is none, or if it is not a TopK autoencoder that saelab can compute exactly.
+    Raises SaelabError if there is none, or if it is no TopK or JumpReLU autoencoder that saelab can compute exactly.
     """
     path = Path(path)
     folder = path / "sae" if (path / "sae" / CONFIG).is_file() else path
@@ -67,8 +71,16 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
     _check(config, folder)
-    sae = SparseAutoencoder(d_in, n_features, config["k"], config.get("metadata") or {})
-    for name, parameter in sae.named_parameters():
+    metadata = config.get("metadata") or {}
+    ours = metadata.get("saelab") or {}
+    jumprelu = config.get("architecture") == "jumprelu"
+    # a JumpReLU autoencoder of another trainer has no budget; it is not asked for one
+    sae = SparseAutoencoder(d_in, n_features, ours.get("k", n_features) if jumprelu else config["k"], metadata)
+    sae.beta = float(ours.get("beta", 0.0))
+    if jumprelu:
+        sae.threshold = torch.empty(n_features)
+    wanted = dict(sae.named_parameters()) | ({"threshold": sae.threshold} if sae.threshold is not None else {})
+    for name, parameter in wanted.items():
         tensor = tensors.get(name)
         tensor = tensor.T if tensor is not None and name == "W_enc" else tensor
         if tensor is None or tensor.shape != parameter.shape:
@@ -80,7 +92,6 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
 
 def _check(config: dict[str, Any], folder: Path) -> None:
     expected = {
-        "architecture": "topk",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
@@ -89,8 +100,13 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     for key, wanted in expected.items():
         if config.get(key, wanted) != wanted:
             raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {wanted!r} only")
-    if not isinstance(config.get("k"), int) or not 1 <= config["k"] <= config["d_sae"]:
-        raise SaelabError(f"{folder / CONFIG}: k is {config.get('k')!r}, not between 1 and d_sae")
+    architecture, k = config.get("architecture"), config.get("k")
+    if architecture not in ("topk", "jumprelu"):
+        raise SaelabError(
+            f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk and jumprelu only"
+        )
+    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= config["d_sae"]):
+        raise SaelabError(f"{folder / CONFIG}: k is {k!r}, not between 1 and d_sae")
 
 
 def _replace(temporary: Path, final: Path) -> None:

@@ -1,11 +1,18 @@
-"""Losses on a batch: reconstruction and AuxK. Both are ratios, so they do not depend on the scale of the data."""
+"""Losses on a batch: reconstruction and the auxiliary one. Both are ratios, so the scale of the data does not matter.
+
+The auxiliary loss asks features that are not used enough to explain the error that the others leave. Which features
+those are is all that sets its two forms apart:
+
+aux_k      dead ones: not active for a number of tokens (Gao et al. 2024, arXiv 2406.04093, app. A.2)
+aux_zipf   under-used ones: `under_used` below (Ayonrinde 2024, arXiv 2411.02124, says that it generalises aux_k to
+           under-used features; the formula here is our reconstruction)
+"""
 
 import torch
 from torch import Tensor
 
 from saelab.codes import Codes
 from saelab.kernels import sddmm, spmm
-from saelab.sae.allocation import token_choice
 
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -13,25 +20,32 @@ def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
     return (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
 
 
-def aux_k(
-    x: Tensor, reconstruction: Tensor, pre: Tensor, centred: Tensor,
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int,
-) -> Tensor:  # fmt: skip
-    """How badly the dead features explain the error: ``||e - ehat||^2 / ||e - mean e||^2`` (Gao et al. 2024, app. A.2).
+def auxiliary(
+    error: Tensor, strongest: Codes, exact: bool, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+) -> tuple[Tensor, Codes]:
+    """How badly chosen features explain the error: ``||e - ehat||^2 / ||e - mean e||^2``; and the codes of ehat.
 
-    e = x - reconstruction (detached); ehat decodes, without bias, the k_aux largest pre-activations among the `dead`
-    features (indices ``[n_dead]``), those at or below zero with value 0. The gradient reaches the encoder and decoder
-    rows of exactly the dead features selected with a positive pre-activation. b_dec receives none: neither side of
-    the ratio holds it, and `centred` is detached here.
-
-    pre ``[tokens, n_features]`` and centred = x - b_dec ``[tokens, d]`` are those of the forward pass. A ratio that is
-    not finite (no error left) counts as 0.
+    e ``[tokens, d_in]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
+    -inf in empty slots; they are the values themselves where `exact`, else the values are computed again. ehat decodes
+    those above zero, without bias. The gradient reaches the encoder and decoder rows of exactly these features. b_dec
+    receives none: neither side of the ratio holds it, and `centred` = x - b_dec is detached here. A ratio that is not
+    finite (no error left) counts as 0.
     """
-    error = (x - reconstruction).detach()
-    chosen = token_choice(pre.detach()[:, dead], min(k_aux, len(dead)))
-    pattern = Codes(chosen.values, dead[chosen.features], chosen.offsets, len(W_enc))
-    raw = pre.detach()[pattern.row_of_entry(), pattern.features]
-    values = sddmm(pattern, centred.detach(), W_enc, b_enc, known=raw).relu()
-    explained = spmm(Codes(values, pattern.features, pattern.offsets, len(W_enc)), W_dec)
+    error = error.detach()
+    filled = strongest.values > -torch.inf
+    known = torch.where(filled, strongest.values, 0.0) if exact else None
+    values = sddmm(strongest, centred.detach(), W_enc, b_enc, known=known).relu() * filled
+    codes = strongest.with_values(values)
+    explained = spmm(codes, W_dec)
     ratio = (error - explained).square().sum() / (error - error.mean(0)).square().sum()
-    return torch.where(torch.isfinite(ratio), ratio, torch.zeros_like(ratio))
+    return torch.where(torch.isfinite(ratio), ratio, 0.0), codes
+
+
+def under_used(densities: Tensor, expected: Tensor, share: float, uniform: float) -> Tensor:
+    """Features active on less than `share` of the tokens expected of their rank: bool ``[n_features]``.
+
+    densities ``[n_features]``, and expected, what the capped Zipf curve gives each feature's rank. Only features below
+    the `uniform` density k / n_features count: the densest ones may lie under a curve of another shape than theirs
+    without being in any danger.
+    """
+    return (densities < share * expected) & (densities < uniform)

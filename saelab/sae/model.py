@@ -1,13 +1,12 @@
-"""The sparse autoencoder: x -> sparse codes -> reconstruction (TopK: Gao et al. 2024, arXiv 2406.04093).
+"""The sparse autoencoder: x -> sparse codes -> reconstruction.
 
-    pre = (x - b_dec) W_enc^T + b_enc        codes = top k of relu(pre)        xhat = codes W_dec + b_dec
+    pre = (x - b_dec) W_enc^T + b_enc        codes = pre where it is selected        xhat = codes W_dec + b_dec
 
-The encoder is kept as rows too, ``W_enc [n_features, d_in]``: then both gradients are the same sparse product.
+What is selected: affinity.py, allocation.py, and for inference thresholds.py. The encoder is kept as rows too,
+``W_enc [n_features, d_in]``: then both gradients are the same sparse product.
 """
 
 import copy
-import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,79 +14,77 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from saelab.codes import Codes, concatenate
-from saelab.errors import SettingError
 from saelab.kernels import sddmm, spmm
-from saelab.sae.allocation import token_choice
-from saelab.sae.losses import aux_k, batch_fvu
+from saelab.sae.affinity import alignment, worth
+from saelab.sae.allocation import Rule, TokenChoice
+from saelab.sae.losses import auxiliary, batch_fvu
+from saelab.sae.selection import Encoder, Scratch, Wanted, pre_activations, select
 
-_ENCODE_ELEMENTS = 2**25
-"""Pre-activations held at once by `encode`: 128 MB in float32."""
+MULTI_FACTOR = 4
+"""Multi-TopK reconstructs once more with so many times the budget (Gao et al. 2024, app. B)."""
 
-
-@dataclass(frozen=True)
-class SaeSettings:
-    n_features: int = 4096
-    """Number of features (latents)."""
-    k: int = 32
-    """Features that may be active on a token."""
-    aux: str = "aux_k"
-    """Auxiliary loss for dead features: none or aux_k."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the auxiliary loss."""
-    aux_features: int | None = None
-    """Dead features the auxiliary loss may use per token; default d_in / 2."""
-    b_dec_init: str = "mean"
-    """What b_dec starts from: mean or geometric_median of the first activations."""
-
-    def __post_init__(self) -> None:
-        if self.n_features < 1:
-            raise SettingError(f"n_features: {self.n_features} is not a positive number")
-        if not 1 <= self.k <= self.n_features:
-            raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
-        if self.aux not in ("none", "aux_k"):
-            raise SettingError(f"aux: {self.aux!r} is not none or aux_k")
-        if not 0 <= self.aux_coefficient < math.inf:
-            raise SettingError(f"aux_coefficient: {self.aux_coefficient} is not a number from 0 up")
-        if self.aux_features is not None and self.aux_features < 1:
-            raise SettingError(f"aux_features: {self.aux_features} is not a positive number")
-        if self.b_dec_init not in ("mean", "geometric_median"):
-            raise SettingError(f"b_dec_init: {self.b_dec_init!r} is not mean or geometric_median")
+LIFT = 1e-3
+"""The pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
 
 
 class TrainingPass(NamedTuple):
-    """What one training step computes on a batch."""
+    """What one training step computes on a batch; all losses are scalars with gradients."""
 
     codes: Codes
-    """The selected entries, with their gradients; k per token, value 0 where fewer were positive."""
+    """The selected entries, with their gradients."""
     fvu: Tensor
     """Batch FVU, the reconstruction loss."""
+    multi: Tensor
+    """Batch FVU of the reconstruction with four times the budget; 0 where it was not asked for."""
     aux: Tensor
-    """Auxiliary loss before its coefficient; 0 where no feature is dead."""
+    """Auxiliary loss before its coefficient; 0 where no feature is wanted."""
+    reached: Tensor
+    """Share of the wanted features that the auxiliary loss sends a gradient to; 0 where none is wanted."""
 
 
 class SparseAutoencoder(nn.Module):
-    """A TopK sparse autoencoder.
+    """A sparse autoencoder.
 
     Parameters: W_enc and W_dec ``[n_features, d_in]``, b_enc ``[n_features]``, b_dec ``[d_in]``.
     """
 
+    threshold: Tensor | None
+    """What a pre-activation must exceed to be active in inference: ``[1]`` (one for all: mutual choice), or
+    ``[n_features]`` (feature choice). None: every token keeps its k largest (token choice)."""
+
     def __init__(self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.d_in, self.n_features, self.k = d_in, n_features, k
+        self.beta = 0.0
+        """Weight of the gradient in the affinity it was trained with; evaluation does without, but for the oracle."""
         self.metadata = metadata or {}
         """Where the autoencoder comes from: model, site, context and our own facts (the checkpoint's metadata)."""
         self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.empty(n_features, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("threshold", None, persistent=False)
+        self._scratch = Scratch()
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Codes:
-        """Active features of each token: x ``[..., d_in]`` -> codes over the flattened tokens, values above 0 only."""
-        flat = x.reshape(-1, self.d_in).to(self.W_enc.dtype)
-        block = max(1, _ENCODE_ELEMENTS // self.n_features)
-        parts = [token_choice(self._pre(piece - self.b_dec), self.k).compact() for piece in flat.split(block)]
-        return concatenate(parts)
+    def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes:
+        """Active features of each token: x ``[..., d_in]`` -> codes over the flattened tokens, values above 0 only.
+
+        A token's features do not depend on the other tokens given. With `gradients` of the language model's loss, in
+        the shape of x, selection is by the gradient affinity, as in training: an oracle, for they know the next token.
+        """
+        centred = x.reshape(-1, self.d_in).to(self.W_enc.dtype) - self.b_dec
+        aligned = None if gradients is None else alignment(gradients.reshape(-1, self.d_in), self.beta)
+        if self.threshold is None:
+            selections, _ = select(self._encoder(), centred, [TokenChoice(self.k)], aligned, low=False)
+            return selections[0].pattern.with_values(selections[0].pre).compact()
+        parts, cut = [], self.threshold.clamp_min(0)
+        for tile, pre in pre_activations(self._encoder(), centred, low=False):
+            scores = pre
+            if aligned is not None:
+                scores = worth(pre, aligned.gradients[tile.tokens] @ self.W_dec.T, aligned.beta)
+            parts.append(Codes.from_mask(scores > cut, pre))
+        return concatenate(parts) if parts else Codes.from_mask(centred.new_empty(0, self.n_features).bool(), centred)
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction of each token, ``[tokens, d_in]``."""
@@ -98,28 +95,44 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction in the shape and dtype of x ``[..., d_in]``."""
         return self.decode(self.encode(x)).view(x.shape).to(x.dtype)
 
-    def training_pass(self, x: Tensor, dead: Tensor | None, k_aux: int) -> TrainingPass:
+    @torch.no_grad()
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """The dense pre-activations of a few tokens: x ``[tokens, d_in]`` -> ``[tokens, n_features]``."""
+        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
+
+    def training_pass(
+        self, x: Tensor, rule: Rule, *, gradients: Tensor | None = None, beta: float = 0.0, low: bool = False,
+        multi: bool = False, wanted: Wanted | None = None,
+    ) -> TrainingPass:  # fmt: skip
         """Codes and losses of a batch ``[tokens, d_in]``, differentiable.
 
-        `dead` are the indices of dead features for the auxiliary loss; None leaves it out.
+        `rule` allocates the budget; `gradients` ``[tokens, d_in]`` and `beta` make the affinity; `low` lets bfloat16
+        propose the candidates; `multi` adds the reconstruction with four times the budget; `wanted` are the features
+        that the auxiliary loss is for.
         """
-        with torch.no_grad(), record_function("encoder matmul"):
-            pre = self._pre(x - self.b_dec)
-        with torch.no_grad(), record_function("selection"):
-            pattern = token_choice(pre, self.k)
-            raw = pre.gather(1, pattern.features.view(len(x), self.k)).flatten()
+        rules = [rule.times(MULTI_FACTOR), rule] if multi else [rule]
+        with torch.no_grad():
+            aligned = None if gradients is None else alignment(gradients, beta)
+            selections, strongest = select(self._encoder(), x - self.b_dec, rules, aligned, low, wanted)
         with record_function("decode"):
-            centred = x - self.b_dec
-            values = sddmm(pattern, centred, self.W_enc, self.b_enc, known=raw).relu()
-            codes = Codes(values, pattern.features, pattern.offsets, self.n_features)
-            reconstruction = self.decode(codes)
-        aux = x.new_zeros(())
-        if dead is not None and len(dead):
-            aux = aux_k(x, reconstruction, pre, centred, self.W_enc, self.b_enc, self.W_dec, dead, k_aux)
-        return TrainingPass(codes, batch_fvu(x, reconstruction), aux)
+            codes = []
+            for pattern, pre in selections:
+                filled = (pattern.values > 0).to(pre.dtype)
+                values = sddmm(pattern, x, self.W_enc, self.b_enc, centre=self.b_dec, known=pre).relu() * filled
+                codes.append(pattern.with_values(values))
+            reconstruction = self.decode(codes[-1])
+            fvu = batch_fvu(x, reconstruction)
+            multi_fvu = batch_fvu(x, self.decode(codes[0])) if multi else x.new_zeros(())
+        aux = reached = x.new_zeros(())
+        if wanted is not None and strongest is not None:
+            aux, explaining = auxiliary(
+                x - reconstruction, strongest, not low, x - self.b_dec, self.W_enc, self.b_enc, self.W_dec
+            )
+            reached = (explaining.firing_counts() > 0).sum() / wanted.mask.sum().clamp_min(1)
+        return TrainingPass(codes[-1], fvu, multi_fvu, aux, reached)
 
-    def _pre(self, centred: Tensor) -> Tensor:
-        return torch.addmm(self.b_enc, centred, self.W_enc.T)
+    def _encoder(self) -> Encoder:
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach(), self._scratch)
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, b_dec_init: str = "mean") -> None:
@@ -146,12 +159,27 @@ class SparseAutoencoder(nn.Module):
     def folded(self, scale: float) -> "SparseAutoencoder":
         """The same function on unscaled data, for an autoencoder trained on ``scale * x``.
 
-        The biases are divided by the scale and the matrices untouched, because relu and top-k commute with a scale.
+        Biases and threshold are divided by the scale, the matrices untouched: relu and selection commute with a scale.
         """
         folded = copy.deepcopy(self)
         folded.b_enc.div_(scale)
         folded.b_dec.div_(scale)
+        if folded.threshold is not None:
+            folded.threshold = folded.threshold / scale
         return folded
+
+    @torch.no_grad()
+    def lift(self, x: Tensor, mask: Tensor) -> None:
+        """Raise the bias of those features of `mask` that no token of x activates, until the nearest one just does.
+
+        No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss: this is the
+        remedy. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
+        """
+        for start in range(0, self.n_features, 4096):
+            rows = slice(start, start + 4096)
+            highest = torch.addmm(self.b_enc[rows], x - self.b_dec, self.W_enc[rows].T).amax(0)
+            short = torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
+            self.b_enc[rows] += short
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The training loop. Order of a step: backward, decoder-parallel gradient out, clip, Adam, unit decoder rows."""
+"""The training loop. A step: who gets the budget, forward, backward, the optimiser's step (optim.py), who fired."""
 
 import math
 import time
@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from saelab.errors import SaelabError, SettingError
-from saelab.sae.model import SaeSettings, SparseAutoencoder
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.selection import Wanted
+from saelab.sae.settings import SaeSettings
+from saelab.training.budget import Budget, Usage
+from saelab.training.optim import adam, release
+from saelab.training.optim import step as optimiser_step
 
 MAX_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 0.10
@@ -59,55 +63,84 @@ class TrainingSettings:
         return min(MAX_DEAD_AFTER, round(DEAD_SHARE * self.tokens))
 
 
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Activations ``[batch, d_in]``, or those and the gradients of the language model's loss there."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves behind beside the weights."""
+
+    tokens: int
+    """Tokens seen."""
+    densities: Tensor | None
+    """What an inference threshold has to reproduce (thresholds.py): for mutual choice the mean density, a scalar; for
+    feature choice each feature's, ``[n_features]``; None for token choice, which needs no threshold."""
+    curve: tuple[float, float] | None = None
+    """Feature choice: exponent and shift of the capacities."""
+
+
 def train(
     sae: SparseAutoencoder,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     settings: TrainingSettings,
     sae_settings: SaeSettings,
     *,
     log: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> int:
-    """Train `sae` in place on batches ``[batch, d_in]`` scaled so that E||x||^2 = d_in; returns the tokens seen.
+) -> Trained:
+    """Train `sae` in place on batches scaled so that E||x||^2 = d_in.
 
-    Ends after ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true.
-    Raises SaelabError, before the weights change, where the gradient is not finite.
+    A batch is x ``[batch, d_in]``, or (x, gradients) where the affinity needs gradients. Ends after
+    ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true. Raises
+    SaelabError, before the weights change, where the gradient is not finite (on a GPU, which is not waited for,
+    at the next line of metrics; the weights do not change in between).
     """
-    k_aux = sae_settings.aux_features or max(1, sae.d_in // 2)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    silent_for = torch.zeros(sae.n_features, dtype=torch.long, device=sae.W_dec.device)  # tokens since last active
+    sae.beta = sae_settings.beta
+    device, aux = sae.W_dec.device, sae_settings.aux
+    optimiser = adam(sae, settings.lr)
+    usage = Usage(sae.n_features, sae_settings, settings.dead_after, device)
+    budget = Budget(sae_settings, usage, settings.steps)
     tokens, begin = 0, time.monotonic()
-    for x, step in zip(batches, range(settings.steps), strict=False):  # the shorter of the two ends the run
+    for batch, step in zip(batches, range(settings.steps), strict=False):  # the shorter of the two ends the run
+        x, gradients = batch if isinstance(batch, tuple) else (batch, None)
+        if gradients is None and sae.beta:
+            raise SaelabError("training: the gradient affinity needs batches of (activations, gradients)")
         rate = learning_rate(step, settings)
         for group in optimiser.param_groups:
             group["lr"] = rate
 
-        dead = (silent_for >= settings.dead_after).nonzero().squeeze(1) if sae_settings.aux == "aux_k" else None
-        losses = sae.training_pass(x, dead, k_aux)
+        mask = usage.wanted(len(x))
+        if mask is not None and aux.lift:
+            sae.lift(x, mask)
+        losses = sae.training_pass(
+            x, budget.rule(step, len(x)), gradients=gradients, beta=sae.beta,
+            low=sae_settings.selection == "bfloat16", multi=sae_settings.multi_topk,
+            wanted=None if mask is None else Wanted(mask, aux.features or max(1, sae.d_in // 2)),
+        )  # fmt: skip
         with record_function("backward"):
-            (losses.fvu + sae_settings.aux_coefficient * losses.aux).backward()
+            (losses.fvu + losses.multi / 8 + aux.coefficient * losses.aux).backward()
         with record_function("optimiser"):
-            remove_parallel_gradient(sae)
-            gradient_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
-            if not math.isfinite(gradient_norm):
-                raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
-            optimiser.step()
-            optimiser.zero_grad()
-            sae.renormalise_decoder()
+            norm = optimiser_step(sae, optimiser, settings.clip)
+        counts = losses.codes.firing_counts()
+        usage.observe(counts, len(x))
 
         tokens += len(x)
-        silent_for += len(x)
-        silent_for[losses.codes.features[losses.codes.values > 0]] = 0
-        if step % settings.log_every == 0 or step == settings.steps - 1:
+        logged = step % settings.log_every == 0 or step == settings.steps - 1
+        if (logged or device.type == "cpu") and not math.isfinite(norm):
+            raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
+        if logged:
             seconds = time.monotonic() - begin
             log({
                 "step": step, "tokens": tokens, "lr": rate, "fvu": losses.fvu.item(), "aux": losses.aux.item(),
-                "l0": (losses.codes.values > 0).sum().item() / len(x), "gradient_norm": gradient_norm.item(),
-                "dead": int((silent_for >= settings.dead_after).sum()), "tokens_per_second": tokens / seconds,
+                "l0": counts.sum().item() / len(x), "gradient_norm": norm.item(), "dead": int(usage.dead().sum()),
+                "wanted": 0 if mask is None else int(mask.sum()), "reached": losses.reached.item(),
+                "tokens_per_second": tokens / seconds,
             })  # fmt: skip
         if should_stop():
             break
-    return tokens
+    release(sae)
+    return Trained(tokens, budget.target(), budget.curve)
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
@@ -115,11 +148,3 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     rise = (step + 1) / max(1.0, settings.warmup * settings.steps)
     fall = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.lr * min(1.0, rise, fall)
-
-
-@torch.no_grad()
-def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
-    """Take out the part of the decoder's gradient that would change the length of its (unit) rows."""
-    gradient = sae.W_dec.grad
-    assert gradient is not None
-    gradient.addcmul_(torch.linalg.vecdot(gradient, sae.W_dec)[:, None], sae.W_dec, value=-1)

@@ -29,7 +29,7 @@ def test_round_trip_from_the_run_folder_and_from_the_checkpoint(saved: Path) -> 
     x = torch.randn(20, 8)
     one, two = saelab.load(saved), saelab.load(saved / "sae")
     assert torch.equal(one(x), two(x))
-    assert one.metadata["saelab"] == {"format": 1, "seed": 5}
+    assert one.metadata["saelab"] == {"format": 1, "k": 3, "beta": 0.0, "seed": 5}
     save_sae(one, saved / "again")
     assert (saved / "again" / "sae_weights.safetensors").read_bytes() == (
         saved / "sae" / "sae_weights.safetensors"
@@ -47,9 +47,31 @@ def test_the_folder_is_what_saelens_reads(saved: Path) -> None:
     assert shapes == {"W_enc": (8, 16), "b_enc": (16,), "W_dec": (16, 8), "b_dec": (8,)}
 
 
-def test_a_checkpoint_written_by_saelens_computes_what_saelens_computed() -> None:
-    sae = saelab.load(GOLDEN)
-    expected = load_file(GOLDEN / "expected.safetensors")
+@pytest.mark.parametrize("threshold", [torch.tensor([0.3]), torch.linspace(-1, 1, 16)])
+def test_a_threshold_is_saved_as_the_jumprelu_of_saelens(tmp_path: Path, threshold: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(8, 16, 3)
+    x = torch.randn(50, 8)
+    sae.initialise(x)
+    sae.threshold = threshold
+    save_sae(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    golden = Path(__file__).parents[1] / "data" / "saelens_jumprelu" / "cfg.json"
+    assert config["architecture"] == "jumprelu" and "k" not in config
+    assert json.loads(golden.read_text()).keys() <= config.keys()
+    assert tensors["threshold"].shape == (16,) and len(tensors) == 5
+    pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    dense = pre.relu() * (pre > tensors["threshold"])
+    torch.testing.assert_close(saelab.load(tmp_path).encode(x).to_dense(), dense)
+    assert saelab.load(tmp_path).k == 3
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_checkpoint_written_by_saelens_computes_what_saelens_computed(architecture: str) -> None:
+    golden = GOLDEN.with_name(f"saelens_{architecture}")
+    sae = saelab.load(golden)
+    expected = load_file(golden / "expected.safetensors")
     torch.testing.assert_close(sae.encode(expected["x"]).to_dense(), expected["acts"])
     torch.testing.assert_close(sae(expected["x"]), expected["recon"])
 

@@ -6,11 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.errors import SettingError
-from saelab.sae.allocation import token_choice
-from saelab.sae.model import SaeSettings, SparseAutoencoder, geometric_median
+from saelab.sae import selection
+from saelab.sae.allocation import FeatureChoice, MutualChoice, Rule, TokenChoice
+from saelab.sae.model import SparseAutoencoder, TrainingPass, geometric_median
+from saelab.sae.selection import Wanted
 
 D, F, K, N = 6, 20, 4, 30
+TOKEN = TokenChoice(K)
+
+
+def mask_of(features: Tensor) -> Tensor:
+    return torch.zeros(F, dtype=torch.bool).index_fill_(0, features, True)
+
+
+def with_aux(sae: SparseAutoencoder, x: Tensor, features: Tensor, k_aux: int, low: bool = False) -> TrainingPass:
+    return sae.training_pass(x, TOKEN, wanted=Wanted(mask_of(features), k_aux), low=low)
 
 
 def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
@@ -34,7 +44,7 @@ def dense_pass(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_training_pass_has_the_values_and_gradients_of_the_dense_formula() -> None:
     sae, x = make_sae()
     twin = copy.deepcopy(sae)
-    found = sae.training_pass(x, None, 1)
+    found = sae.training_pass(x, TOKEN)
     found.fvu.backward()
     z, reconstruction = dense_pass(twin, x)
     fvu = (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
@@ -58,34 +68,36 @@ def test_encode_is_what_training_selects_and_does_not_depend_on_batch_mates() ->
     assert sae.encode(x[:0]).tokens == 0
 
 
-def test_encode_in_blocks_equals_encode_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sae, x = make_sae()
-    whole = sae.encode(x).to_dense()
-    monkeypatch.setattr("saelab.sae.model._ENCODE_ELEMENTS", 7 * F)
-    torch.testing.assert_close(sae.encode(x).to_dense(), whole)
+@pytest.mark.parametrize("low", [False, True])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, low: bool) -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(D, 300, K)
+    x = torch.randn(200, D)
+    sae.initialise(x)
+    rules: list[Rule] = [TOKEN, MutualChoice(K), FeatureChoice(torch.arange(300) % 6, 5 * 150)]
+    wanted = Wanted(torch.arange(300) % 3 == 0, 7)
+    whole = [sae.training_pass(x, rule, wanted=wanted, low=low) for rule in rules]
+    monkeypatch.setitem(selection._TILE_ELEMENTS, "cpu", 64 * 200)
+    for rule, before in zip(rules, whole, strict=True):
+        after = sae.training_pass(x, rule, wanted=wanted, low=low)
+        torch.testing.assert_close(after.codes.to_dense(), before.codes.to_dense())
+        if not low:  # bfloat16 alone picks the auxiliary loss's features, and rounds as the tile's shape has it
+            torch.testing.assert_close(after.aux, before.aux)
 
 
-def test_token_choice_keeps_the_k_largest_and_never_a_value_from_below_zero() -> None:
-    torch.manual_seed(1)
-    pre = torch.randn(50, 12) - 1  # some tokens have fewer than k positives
-    dense = token_choice(pre, 3).to_dense()
-    best = pre.relu().topk(3).values.sum(1)
-    torch.testing.assert_close(dense.sum(1), best)  # the mask maximises what it keeps
-    assert bool(((dense == 0) | (dense == pre)).all())
-    assert torch.equal(token_choice(pre, 3).l0(), (pre > 0).sum(1).clamp_max(3))
-
-
-def test_aux_k_reaches_exactly_the_dead_features_it_selected_with_a_positive_pre_activation() -> None:
+@pytest.mark.parametrize("low", [False, True])
+def test_the_auxiliary_loss_reaches_exactly_those_it_selected_with_a_positive_pre_activation(low: bool) -> None:
     sae, x = make_sae()
     dead = torch.tensor([1, 4, 7, 11, 13])
     with torch.no_grad():
         sae.b_enc[7] = -100  # all its pre-activations are negative: it may be selected, and receives nothing
     k_aux = 3
-    sae.training_pass(x, dead, k_aux).aux.backward()
+    with_aux(sae, x, dead, k_aux, low).aux.backward()
 
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()[:, dead]
     chosen = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k_aux).indices, True) & (pre > 0)
     expected = set(dead[chosen.any(0)].tolist())
+    assert with_aux(sae, x, dead, k_aux, low).reached.item() == pytest.approx(len(expected) / len(dead))
     assert 7 not in expected and expected
     for gradient in (sae.W_enc.grad, sae.W_dec.grad, sae.b_enc.grad):
         assert gradient is not None
@@ -98,7 +110,7 @@ def test_aux_k_equals_its_dense_formula() -> None:
     sae, x = make_sae()
     twin = copy.deepcopy(sae)
     dead = torch.tensor([0, 3, 8, 9])
-    sae.training_pass(x, dead, 2).aux.backward()
+    with_aux(sae, x, dead, 2).aux.backward()
     _, reconstruction = dense_pass(twin, x)
     error = (x - reconstruction).detach()
     pre = ((x - twin.b_dec.detach()) @ twin.W_enc.T + twin.b_enc)[:, dead]
@@ -117,7 +129,7 @@ def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
         scaled.b_enc.mul_(10)
         scaled.b_dec.mul_(10)
     dead = torch.tensor([1, 2])
-    ours, theirs = sae.training_pass(x, dead, 1), scaled.training_pass(10 * x, dead, 1)
+    ours, theirs = with_aux(sae, x, dead, 1), with_aux(scaled, 10 * x, dead, 1)
     torch.testing.assert_close(ours.fvu, theirs.fvu)
     torch.testing.assert_close(ours.aux, theirs.aux)
 
@@ -164,15 +176,54 @@ def test_the_geometric_median_resists_an_outlier_and_has_the_least_summed_distan
     assert all(best <= distance(points - median - 0.05 * torch.randn(3), dim=1).sum() for _ in range(20))
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"k": 0}, "k: 0"),
-        ({"k": 9, "n_features": 8}, "k: 9"),
-        ({"aux": "ghost"}, "aux: 'ghost'"),
-        ({"n_features": 0}, "n_features: 0"),
-    ],
-)
-def test_impossible_settings_name_their_field(setting: dict, message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        SaeSettings(**setting)
+def test_multi_topk_adds_the_reconstruction_with_four_times_the_budget() -> None:
+    sae, x = make_sae()
+    twin = copy.deepcopy(sae)
+    found = sae.training_pass(x, TOKEN, multi=True)
+    (found.fvu + found.multi / 8).backward()
+    _, reconstruction = dense_pass(twin, x)
+    wide = copy.copy(twin)
+    wide.k = 4 * K
+    _, wider = dense_pass(wide, x)
+    deviation = (x - x.mean(0)).square().sum()
+    ((x - reconstruction).square().sum() / deviation + (x - wider).square().sum() / deviation / 8).backward()
+    torch.testing.assert_close(found.codes.to_dense(), dense_pass(twin, x)[0])
+    for ours, dense in zip(sae.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, dense.grad)
+
+
+def test_bfloat16_proposes_and_float32_decides() -> None:
+    """The same entries as in float32, whose cut the margin surrounds, with the same values."""
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(64, 2048, 16)
+    x = torch.randn(256, 64) * torch.logspace(1, -1, 64)  # some dimensions weigh more than others, as in a model
+    sae.initialise(x)
+    uniform = FeatureChoice(torch.full((2048,), 2), 2 * 2048)
+    for rule in (TokenChoice(16), MutualChoice(16), uniform):
+        exact, low = (sae.training_pass(x, rule, low=low).codes for low in (False, True))
+        assert torch.equal(exact.features, low.features) and torch.equal(exact.offsets, low.offsets)
+        torch.testing.assert_close(low.values, exact.values, rtol=1e-5, atol=1e-5)
+
+
+def test_lifting_gives_silent_features_a_token_and_leaves_the_others_alone() -> None:
+    sae, x = make_sae()
+    with torch.no_grad():
+        sae.b_enc[3] = sae.b_enc[5] = -100
+    before = sae.b_enc.clone()
+    sae.lift(x, mask_of(torch.tensor([2, 3])))
+    active = (sae.pre_activations(x) > 0).sum(0)
+    assert active[3] == 1 and active[5] == 0
+    unchanged = torch.arange(F) != 3
+    assert torch.equal(sae.b_enc[unchanged], before[unchanged])
+
+
+@pytest.mark.parametrize("threshold", [torch.tensor([0.4]), torch.linspace(-1, 1, F)])
+def test_a_threshold_makes_a_feature_depend_on_its_token_alone(threshold: Tensor) -> None:
+    sae, x = make_sae()
+    sae.threshold = threshold.double()
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    expected = torch.where(pre > sae.threshold.clamp_min(0), pre, 0.0)
+    torch.testing.assert_close(sae.encode(x).to_dense(), expected)
+    torch.testing.assert_close(torch.cat([sae.encode(row[None]).to_dense() for row in x]), expected)
+    assert sae.encode(x[:0]).tokens == 0
+    torch.testing.assert_close(sae.folded(2.0).encode(x / 2).to_dense(), expected / 2)

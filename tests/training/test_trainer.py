@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError, SettingError
-from saelab.sae.model import SaeSettings, SparseAutoencoder
-from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, remove_parallel_gradient, train
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.settings import AuxSettings, SaeSettings
+from saelab.training.optim import remove_parallel_gradient
+from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, train
 
 D, TRUE = 16, 40
 
@@ -62,7 +64,13 @@ def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
         sae.initialise(next(planted(1, 1000)))
         sae.W_enc.data[20:] *= 0.01
         metrics: list[dict] = []
-        train(sae, planted(SETTINGS.steps, 256, seed), SETTINGS, SaeSettings(64, 3, aux=aux), log=metrics.append)
+        train(
+            sae,
+            planted(SETTINGS.steps, 256, seed),
+            SETTINGS,
+            SaeSettings(64, 3, aux=AuxSettings(aux)),
+            log=metrics.append,
+        )
         left[aux] = metrics[-1]["dead"]
     assert left["none"] == 44
     assert left["aux_k"] < 22
@@ -72,16 +80,9 @@ def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
     sae = SparseAutoencoder(D, 32, 3)
     sae.initialise(next(planted(1, 1000)))
     calls = iter([False, False, True])
-    assert (
-        train(
-            sae,
-            planted(50, 64),
-            TrainingSettings(tokens=50 * 64, batch=64),
-            SaeSettings(32, 3),
-            should_stop=lambda: next(calls),
-        )
-        == 3 * 64
-    )
+    settings = TrainingSettings(tokens=50 * 64, batch=64)
+    trained = train(sae, planted(50, 64), settings, SaeSettings(32, 3), should_stop=lambda: next(calls))
+    assert trained.tokens == 3 * 64
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:

@@ -1,0 +1,41 @@
+"""What a match of a token and a feature is worth: the score that allocations maximise the sum of.
+
+activation    the pre-activation itself (its positive part: no allocation picks what is at or below zero)
+gradient      z (1 + beta |d . g|), z the pre-activation, d the feature's decoder direction and g the gradient of the
+              language model's loss at the token (gradient-aware TopK: Olmo et al. 2024, arXiv 2411.10397)
+
+z |d . g| is the first-order change of the loss if the feature were removed from the token. The paper's abstract gives
+the score; that plain z is added, that g comes from the clean run's cross-entropy summed over the row, and that g is
+divided by its root mean square over the batch, are our reconstruction. Neither d nor g receives a gradient through the
+score: it only decides what is selected. g has seen the next token, so evaluation selects by activation.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Alignment(NamedTuple):
+    """What the gradient affinity adds to activations."""
+
+    gradients: Tensor
+    """g of each token with root mean square 1 over the batch, ``[tokens, d_in]``."""
+    beta: float
+
+
+def alignment(gradients: Tensor, beta: float) -> Alignment | None:
+    """Normalise `gradients` ``[tokens, d_in]`` over the batch; None where beta is 0, which is plain activation."""
+    if beta == 0:
+        return None
+    g = gradients.detach().to(torch.promote_types(gradients.dtype, torch.float32))
+    return Alignment(g / g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny), beta)
+
+
+def worth(pre: Tensor, aligned: Tensor, beta: float, *, out: Tensor | None = None) -> Tensor:
+    """``pre * (1 + beta * |aligned|)``; pre and aligned = d . g of one shape, `out` may be `aligned` itself.
+
+    The factor is positive, so what is at or below zero stays there.
+    """
+    magnitude = torch.abs(aligned, out=out)
+    return torch.addcmul(pre, pre, magnitude, value=beta, out=out)

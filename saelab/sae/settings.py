@@ -1,0 +1,120 @@
+"""Settings of an autoencoder: its size, and which affinity, allocation and auxiliary loss it is trained with."""
+
+import math
+from dataclasses import dataclass, field
+
+from saelab.errors import SettingError
+
+
+def _one_of(field_name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SettingError(f"{field_name}: {value!r} is not {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _curve(exponent: float | None, shift: float | None) -> None:
+    """Both or neither of a Zipf curve's parameters are given, and give a falling curve."""
+    if (exponent is None) != (shift is None):
+        raise SettingError("exponent: a Zipf curve takes both exponent and shift, or neither (then it is fitted)")
+    if exponent is not None and not 0 <= exponent < math.inf:
+        raise SettingError(f"exponent: {exponent} is not a number from 0 up")
+    if shift is not None and not 0 <= shift < math.inf:
+        raise SettingError(f"shift: {shift} is not a number from 0 up")
+
+
+@dataclass(frozen=True)
+class AffinitySettings:
+    name: str = "activation"
+    """What decides the selection: activation, or gradient (the activation weighted by its effect on the LM's loss)."""
+    beta: float = 1.0
+    """Weight of the gradient's part; 0 is activation."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("activation", "gradient"))
+        if not 0 <= self.beta < math.inf:
+            raise SettingError(f"beta: {self.beta} is not a number from 0 up")
+
+
+@dataclass(frozen=True)
+class AllocationSettings:
+    name: str = "token_choice"
+    """Who holds the budget of k per token: token_choice (TopK), mutual_choice (the batch) or feature_choice."""
+    capacity: str = "zipf"
+    """Feature choice: how capacities fall with a feature's rank by density, zipf or uniform."""
+    exponent: float | None = None
+    """Feature choice: exponent of the Zipf curve; without it, fitted when feature choice begins."""
+    shift: float | None = None
+    """Feature choice: shift of the rank in the Zipf curve; without it, fitted."""
+    after: float = 0.5
+    """Feature choice: share of the steps, the first ones, trained by mutual choice while densities are measured."""
+    refresh: int = 100
+    """Feature choice: steps between two rankings of the features."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("token_choice", "mutual_choice", "feature_choice"))
+        _one_of("capacity", self.capacity, ("zipf", "uniform"))
+        _curve(self.exponent, self.shift)
+        if not 0 <= self.after <= 1:
+            raise SettingError(f"after: {self.after} is not a share between 0 and 1")
+        if self.refresh < 1:
+            raise SettingError(f"refresh: {self.refresh} is not a positive number")
+
+
+@dataclass(frozen=True)
+class AuxSettings:
+    name: str = "aux_k"
+    """Auxiliary loss: none, aux_k (for dead features) or aux_zipf (for under-used ones too)."""
+    coefficient: float = 1 / 32
+    """Weight of the auxiliary loss."""
+    features: int | None = None
+    """Features it may use per token; default d_in / 2."""
+    exponent: float | None = None
+    """aux_zipf: exponent of the curve of expected densities; without it, fitted to the densities of the run so far."""
+    shift: float | None = None
+    """aux_zipf: shift of the rank in that curve; without it, fitted."""
+    share: float = 0.5
+    """aux_zipf: a feature is under-used below this share of its expected density."""
+    lift: bool = False
+    """Raise the bias of wanted features that no token of a batch activates: no gradient reaches those otherwise."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("none", "aux_k", "aux_zipf"))
+        if not 0 <= self.coefficient < math.inf:
+            raise SettingError(f"coefficient: {self.coefficient} is not a number from 0 up")
+        if self.features is not None and self.features < 1:
+            raise SettingError(f"features: {self.features} is not a positive number")
+        _curve(self.exponent, self.shift)
+        if not 0 < self.share <= 1:
+            raise SettingError(f"share: {self.share} is not a share above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class SaeSettings:
+    n_features: int = 4096
+    """Number of features (latents)."""
+    k: int = 32
+    """Features active on a token, on average over a batch at most."""
+    affinity: AffinitySettings = field(default_factory=AffinitySettings)
+    """activation, or gradient."""
+    allocation: AllocationSettings = field(default_factory=AllocationSettings)
+    """token_choice, mutual_choice or feature_choice."""
+    aux: AuxSettings = field(default_factory=AuxSettings)
+    """none, aux_k or aux_zipf."""
+    multi_topk: bool = False
+    """Also reconstruct with four times the budget, at an eighth of the weight."""
+    selection: str = "float32"
+    """Precision of the scores that propose what is selected: float32 or bfloat16. The choice itself is float32."""
+    b_dec_init: str = "mean"
+    """What b_dec starts from: mean or geometric_median of the first activations."""
+
+    def __post_init__(self) -> None:
+        if self.n_features < 1:
+            raise SettingError(f"n_features: {self.n_features} is not a positive number")
+        if not 1 <= self.k <= self.n_features:
+            raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
+        _one_of("selection", self.selection, ("float32", "bfloat16"))
+        _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
+
+    @property
+    def beta(self) -> float:
+        """Weight of the gradient in the affinity, 0 for plain activation."""
+        return self.affinity.beta if self.affinity.name == "gradient" else 0.0
