@@ -342,9 +342,8 @@ def measure_shape(shape: Shape, device: torch.device, args: argparse.Namespace, 
             "ratio": result["step_ms"] / mine["ms_per_step"] if mine else None, "version": result["version"],
         }  # fmt: skip
         if result["replaced"]:
-            note(
-                f"{peer}: stand-ins for {', '.join(result['replaced'])}; its step uses only a schedule of the rate of these"
-            )
+            names = ", ".join(result["replaced"])
+            note(f"{peer}: stand-ins for {names}; its step uses no more of them than a schedule of the rate")
         print(f"{shape} {peer} {variant}: {result['step_ms']:.2f} ms", flush=True)
     token_choice = None
     for case in ALLOCATIONS:
