@@ -1,0 +1,179 @@
+"""Thresholds give fresh tokens the density asked for, exactly as a full sort would set them, whatever the batches."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saelab.sae import thresholds
+from saelab.sae.capacity import expected_densities
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.thresholds import calibrate
+
+D, F, K = 32, 200, 8
+
+
+def encoder(seed: int = 0) -> Callable[[Tensor], Tensor]:
+    """Pre-activations of features that differ in scale and bias, so that no common rule can be right for all."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(D, F, generator=generator) * torch.linspace(0.3, 2, F)
+    b = torch.randn(F, generator=generator)
+    return lambda x: x @ W + b
+
+
+def data(tokens: int, seed: int) -> Tensor:
+    """Heavy-tailed activations ``[tokens, D]``."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(tokens, 1, generator=generator) + 0.2
+    return torch.randn(tokens, D, generator=generator) * scale
+
+
+def of_features(tokens: int = 1000) -> Tensor:
+    """The densities of a Zipf curve, some of the densest features capped, in random order ``[F]``."""
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(3))
+    return expected_densities(F, K, tokens, 1.3, 0.0)[order]
+
+
+def by_full_sort(pre: Tensor, densities: Tensor) -> Tensor:
+    """The quantile of each column of relu(pre) (of the whole, for a scalar), as one writes it down."""
+    columns = pre.relu().double().reshape(-1, 1) if densities.ndim == 0 else pre.relu().double()
+    found = []
+    for column, density in zip(columns.T, densities.reshape(-1).tolist(), strict=True):
+        falling = [*column.sort(descending=True).values.tolist(), 0.0]
+        place = density * (len(column) + 1)
+        low = max(1, int(place))
+        here, after = falling[low - 1], falling[min(low, len(falling) - 1)]
+        found.append(here + max(0.0, math.log(place / low) / math.log1p(1 / low)) * (after - here))
+    return torch.tensor(found).reshape(densities.shape)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 60),
+    batch=st.integers(1, 60),
+    per_feature=st.booleans(),
+    announced=st.sampled_from([None, 0, 25]),
+    seed=st.integers(0, 100),
+)
+def test_equals_a_full_sort_of_all_pre_activations(
+    tokens: int, batch: int, per_feature: bool, announced: int | None, seed: int
+) -> None:
+    pre = torch.randn(tokens, 7, generator=torch.Generator().manual_seed(seed))
+    pre = (pre * 4).round() / 4 if seed % 2 else pre  # half of the cases are full of ties
+    pre[:, 0] = -1
+    densities = torch.rand(7, generator=torch.Generator().manual_seed(seed + 1)).double() if per_feature else None
+    densities = torch.tensor(0.2, dtype=torch.float64) if densities is None else densities
+    most = None if announced is None else tokens + announced
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "_BLOCK_ENTRIES", 20)  # blocks of two tokens, and it forgets often
+        found = calibrate(lambda x: x, iter(pre.split(batch)), densities, most)
+    torch.testing.assert_close(found.threshold, by_full_sort(pre, densities))
+    assert found.threshold.dtype == pre.dtype and (found.threshold >= 0).all()
+    assert found.tokens == tokens
+    torch.testing.assert_close(found.expected_hits, densities * tokens * (1 if per_feature else 7))
+    assert torch.equal(found.flagged, found.expected_hits < 10)
+
+
+def test_how_the_tokens_are_batched_does_not_matter_nor_does_their_order() -> None:
+    x, pre = data(3000, 1), encoder()
+    one = calibrate(pre, [x], of_features())
+    many = calibrate(pre, x[torch.randperm(len(x))].split(70), of_features())
+    torch.testing.assert_close(one.threshold, many.threshold)
+
+
+def test_held_out_l0_and_density_follow_a_common_threshold() -> None:
+    """Mutual choice: k features per token on average on fresh tokens."""
+    pre, tokens = encoder(), 20_000
+    found = calibrate(pre, data(tokens, 1).split(512), torch.tensor(K / F, dtype=torch.float64))
+    assert found.threshold.ndim == 0
+    active = pre(data(tokens, 2)) > found.threshold
+    assert active.sum(1).double().mean() == pytest.approx(K, rel=0.03)
+
+
+def test_held_out_l0_and_density_follow_thresholds_of_features() -> None:
+    """Feature choice: k per token within 3%, and within 10% the density of every tenth of the ranks."""
+    pre, tokens = encoder(), 40_000
+    densities = of_features()
+    found = calibrate(pre, data(tokens, 1).split(512), densities)
+    active = pre(data(tokens, 2)) > found.threshold
+    reachable = densities.minimum((pre(data(tokens, 1)) > 0).double().mean(0))  # relu: no more than all positives
+    assert active.sum(1).double().mean() == pytest.approx(float(reachable.sum()), rel=0.03)
+    for tenth in densities.argsort(descending=True).split(F // 10):
+        assert active[:, tenth].double().mean() == pytest.approx(float(reachable[tenth].mean()), rel=0.1)
+
+
+@pytest.mark.parametrize(("capacity", "lowest", "highest"), [(1, 0.5, 0.7), (2, 0.68, 0.82), (32, 0.95, 1.02)])
+def test_the_mean_of_batch_minima_would_be_biased(capacity: int, lowest: float, highest: float) -> None:
+    """The usual estimate, over batches in which each feature has `capacity` tokens: why quantiles are used here."""
+    size, batches = 64 * capacity, 2000 // capacity
+    pre = encoder()
+    minima = torch.stack([pre(data(size, s)).topk(capacity, dim=0).values[-1] for s in range(batches)]).mean(0)
+    fresh = pre(data(100_000, 10_001))
+    density = capacity / size
+    assert lowest < (fresh > minima).double().mean() / density < highest
+    x = torch.cat([data(size, s) for s in range(batches)])
+    ours = calibrate(pre, [x], torch.full((F,), density, dtype=torch.float64)).threshold
+    assert (fresh > ours).double().mean() / density == pytest.approx(1, abs=0.02)
+
+
+def test_a_fractional_number_of_hits_is_not_biased() -> None:
+    """Densities that ask for 2.4 of 100 samples get 0.024 of fresh ones, on average over many features."""
+    many = 4000
+    generator = torch.Generator().manual_seed(5)
+    densities = torch.full((many,), 0.024, dtype=torch.float64)
+    found = calibrate(lambda x: x, [torch.randn(100, many, generator=generator)], densities)
+    fresh = torch.randn(2000, many, generator=generator) > found.threshold
+    assert fresh.double().mean() == pytest.approx(0.024, rel=0.03)
+    assert found.flagged.all()
+
+
+def test_features_of_few_expected_hits_are_flagged() -> None:
+    densities = torch.tensor([0.5, 0.11, 0.09, 0.001], dtype=torch.float64)
+    found = calibrate(lambda x: x, [torch.randn(100, 4)], densities)
+    assert found.flagged.tolist() == [False, False, True, True]
+    assert found.threshold[3] == found.threshold[3].clamp_min(0) and found.threshold.isfinite().all()
+
+
+def test_memory_follows_the_budget() -> None:
+    """While 20,000 tokens of 200 features pass, entries held stay near k * tokens, of 25 times as many."""
+    held = []
+    original = thresholds._Largest._prune
+
+    def prune(self: thresholds._Largest) -> None:
+        held.append(len(self.values) + sum(len(values) for _, values in self._pending))
+        original(self)
+
+    def batches() -> Iterator[Tensor]:
+        for seed in range(40):
+            yield data(500, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "_BLOCK_ENTRIES", 500 * F)
+        patch.setattr(thresholds._Largest, "_prune", prune)
+        calibrate(encoder(), batches(), of_features(), 20_000)
+    assert max(held) < 3 * K * 20_000
+
+
+def test_more_tokens_than_announced_and_none_at_all_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than the 5"):
+        calibrate(encoder(), [data(3, 0), data(3, 1)], of_features(), 5)
+    with pytest.raises(ValueError, match="not a single token"):
+        calibrate(encoder(), [], of_features())
+
+
+def test_an_autoencoder_with_thresholds_encodes_every_token_by_itself() -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(D, F, K)
+    sae.initialise(data(500, 1))
+    found = calibrate(sae.pre_activations, [data(4000, 2)], of_features())
+    sae.threshold = found.threshold
+    x = data(50, 3)
+    together = sae.encode(x).to_dense()
+    alone = torch.cat([sae.encode(token[None]).to_dense() for token in x])
+    near = ((sae.pre_activations(x) - found.threshold).abs() < 1e-5 * found.threshold).float()
+    torch.testing.assert_close(together * (1 - near), alone * (1 - near), rtol=1e-5, atol=1e-5)
+    assert (together > 0).any()
