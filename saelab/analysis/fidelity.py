@@ -11,11 +11,19 @@ loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and
 delta CE       CE_spliced - CE_clean
 KL             mean KL(clean || spliced) of the next-token distributions, over the same positions as CE
 never active   features that are active on none of the evaluated tokens, in inference mode
+share below    share of features that are active on less than 1e-4 (1e-5) of the evaluated tokens
+
+Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
+which sees the next token and is not to be compared with other autoencoders' figures. Its gradients are those of the
+clean run at the same positions, for the spliced loss too; a row's last position has none, so selection there is plain.
+Gradients are normalised over the rows of one forward pass, as over the batch in training, so in this mode alone
+`rows_per_forward` touches the figures.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+INFERENCE = "inference"
+ORACLE = "oracle: sees the next token"
 MIN_DEAD_TOKENS = 300_000
 """Fewer held-out tokens than this say little about rare features; results say so."""
 
@@ -58,11 +68,19 @@ class Autoencoder(Protocol):
     def decode(self, codes: Codes) -> Tensor: ...
 
 
+class GradientAware(Autoencoder, Protocol):
+    """What the oracle needs: selection that takes the loss's gradients, in the shape of x."""
+
+    def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes: ...
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """The figures defined at the head of this file."""
 
     site: str
+    mode: str
+    """`INFERENCE` or `ORACLE`."""
     tokens: int
     ce_tokens: int
     fvu: float
@@ -75,6 +93,8 @@ class Fidelity:
     ce_zero_ablated: float
     ce_mean_ablated: float
     kl: float
+    counts: Tensor = field(repr=False, compare=False)
+    """On how many of the evaluated tokens each feature is active, ``[n_features]`` int64; not in `to_dict`."""
 
     @property
     def delta_ce(self) -> float:
@@ -92,10 +112,22 @@ class Fidelity:
     def never_active_share(self) -> float:
         return self.never_active / self.n_features
 
+    @property
+    def share_below_1e4(self) -> float:
+        return self.share_below(1e-4)
+
+    @property
+    def share_below_1e5(self) -> float:
+        return self.share_below(1e-5)
+
+    def share_below(self, density: float) -> float:
+        """Share of features active on less than `density` of the evaluated tokens, the never active ones included."""
+        return (self.counts.double() / self.tokens < density).double().mean().item()
+
     def to_dict(self) -> dict[str, float | int | str]:
-        """All figures by name, the derived ones too."""
-        derived = ("delta_ce", "loss_recovered_zero", "loss_recovered_mean", "never_active_share")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        """All figures by name, the derived ones too; without the counts."""
+        stored = [entry.name for entry in fields(self) if entry.name != "counts"]
+        return {name: getattr(self, name) for name in (*stored, *_DERIVED)}
 
     def to_frame(self) -> "pd.DataFrame":
         """One line per figure."""
@@ -117,6 +149,16 @@ class Fidelity:
         return figure.update_layout(yaxis_title="CE (nats/token)", title=f"{self.site}, {self.ce_tokens:,} tokens")
 
 
+_DERIVED = (
+    "delta_ce",
+    "loss_recovered_zero",
+    "loss_recovered_mean",
+    "never_active_share",
+    "share_below_1e4",
+    "share_below_1e5",
+)
+
+
 def fidelity(
     sae: Autoencoder,
     lm: LanguageModel,
@@ -125,12 +167,14 @@ def fidelity(
     *,
     ce_tokens: int = EvalSettings.ce_tokens,
     rows_per_forward: int = EvalSettings.rows_per_forward,
+    oracle: bool = False,
     track: Track = silent,
 ) -> Fidelity:
     """Evaluate `sae` on `rows` ``[rows, context]`` of token ids.
 
     `site` defaults to the one the autoencoder was trained at. CE and KL are measured on the first rows that hold
-    `ce_tokens` tokens. Raises SaelabError if no site is known, if widths do not fit or if no ordinary token is there.
+    `ce_tokens` tokens. `oracle` selects by the gradient affinity, as the head of this file says. Raises SaelabError if
+    no site is known, if widths do not fit, if no ordinary token is there or if there is no such selection.
     """
     site = site or getattr(sae, "metadata", {}).get("hook_name")
     if site is None:
@@ -142,15 +186,17 @@ def fidelity(
         raise SaelabError(
             f"fidelity: the autoencoder is on {place}, the model on {lm.device}; move it with sae.to(...)"
         )
+    if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
+        raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so there is no oracle of it")
     blocks = rows.to(lm.device).long().split(rows_per_forward)
     if not any(lm.ordinary(block).any() for block in blocks):
         raise SaelabError("fidelity: the rows hold no ordinary token")
 
-    code_sums, mean = _code_sums(sae, lm, site, track(iter(blocks), "reconstruction", rows.numel(), _size))
+    code_sums, mean = _code_sums(sae, lm, site, oracle, track(iter(blocks), "reconstruction", rows.numel(), _size))
     chosen = _first_blocks(lm, blocks, ce_tokens)
     total = sum(block.numel() for block in chosen)
-    runs = _splice_sums(sae, lm, site, mean, track(iter(chosen), "spliced loss", total, _size))
-    return Fidelity(site=site, n_features=sae.n_features, **code_sums, **runs)
+    runs = _splice_sums(sae, lm, site, oracle, mean, track(iter(chosen), "spliced loss", total, _size))
+    return Fidelity(site=site, mode=ORACLE if oracle else INFERENCE, n_features=sae.n_features, **code_sums, **runs)
 
 
 def _size(block: Tensor) -> int:
@@ -167,18 +213,31 @@ def _first_blocks(lm: LanguageModel, blocks: tuple[Tensor, ...], tokens: int) ->
     return chosen
 
 
+def _read(lm: LanguageModel, block: Tensor, site: str, oracle: bool) -> tuple[Tensor, Tensor | None]:
+    """Activations of the ordinary tokens, ``[tokens, d_in]`` float32, and for the oracle the gradients there."""
+    keep = lm.ordinary(block)
+    if not oracle:
+        return lm.activations(block, [site])[site][keep].float(), None
+    values, gradients = lm.activations_and_gradients(block, site)
+    return values[keep].float(), gradients[keep]
+
+
+def _encode(sae: Autoencoder, x: Tensor, gradients: Tensor | None) -> Codes:
+    return sae.encode(x) if gradients is None else cast(GradientAware, sae).encode(x, gradients=gradients)
+
+
 @torch.no_grad()
 def _code_sums(
-    sae: Autoencoder, lm: LanguageModel, site: str, blocks: Iterator[Tensor]
+    sae: Autoencoder, lm: LanguageModel, site: str, oracle: bool, blocks: Iterator[Tensor]
 ) -> tuple[dict[str, Any], Tensor]:
-    """FVU, L0, cosine and never-active features; and the mean activation, ``[d_in]`` float64."""
+    """FVU, L0, cosine and firing counts; and the mean activation, ``[d_in]`` float64."""
     n, squares, errors, active, cosines = 0, 0.0, 0.0, 0, 0.0
     total = fired = origin = None
     for block in blocks:
-        x = lm.activations(block, [site])[site][lm.ordinary(block)].float()
+        x, gradients = _read(lm, block, site, oracle)
         if not len(x):
             continue
-        codes = sae.encode(x)
+        codes = _encode(sae, x, gradients)
         reconstruction = sae.decode(codes).float()
         if total is None or fired is None or origin is None:
             origin = x.double().mean(0)  # sums about a point near the mean lose no digits to a large mean
@@ -200,25 +259,29 @@ def _code_sums(
         "l0": active / n,
         "cosine": cosines / n,
         "never_active": int((fired == 0).sum()),
+        "counts": fired.cpu(),
     }
     return sums, origin + total / n
 
 
 @torch.no_grad()
 def _splice_sums(
-    sae: Autoencoder, lm: LanguageModel, site: str, mean: Tensor, blocks: Iterator[Tensor]
+    sae: Autoencoder, lm: LanguageModel, site: str, oracle: bool, mean: Tensor, blocks: Iterator[Tensor]
 ) -> dict[str, Any]:
+    gradients: Tensor | None = None  # of the block at hand
+
     replacements: dict[str, Callable[[Tensor], Tensor]] = {
-        "ce_spliced": lambda x: sae.decode(sae.encode(x.float())),
+        "ce_spliced": lambda x: sae.decode(_encode(sae, x.float(), gradients)),
         "ce_zero_ablated": torch.zeros_like,
         "ce_mean_ablated": lambda x: mean.to(x.dtype).expand_as(x),
     }
     sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
     n = 0
     for block in blocks:
-        keep = lm.ordinary(block)
-        keep = keep[:, :-1] & keep[:, 1:]
-        targets = block[:, 1:][keep]
+        keep = lm.scored(block)
+        targets = block.roll(-1, 1)[keep]
+        if oracle:
+            _, gradients = _read(lm, block, site, oracle)
         n += len(targets)
         clean = _log_probabilities(lm.logits(block), keep)
         sums["ce_clean"] += F.nll_loss(clean, targets, reduction="none").double().sum().item()
@@ -233,7 +296,7 @@ def _splice_sums(
 
 
 def _log_probabilities(logits: Tensor, keep: Tensor) -> Tensor:
-    return logits[:, :-1][keep].float().log_softmax(-1)
+    return logits[keep].float().log_softmax(-1)
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:

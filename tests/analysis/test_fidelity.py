@@ -1,6 +1,7 @@
 """Fidelity is exact where it is known: the identity, the ablations, and the formulas written out in numpy."""
 
 import dataclasses
+import json
 import math
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.analysis.fidelity import fidelity
+from saelab.analysis.fidelity import INFERENCE, ORACLE, fidelity
 from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.sae.model import SparseAutoencoder
@@ -70,7 +71,13 @@ def test_every_figure_is_its_formula(kind: str) -> None:
     assert found.tokens == len(X) == int(ordinary.sum())
     assert found.fvu == pytest.approx(((X - R) ** 2).sum() / ((X - X.mean(0)) ** 2).sum(), rel=1e-6)
     assert found.l0 == pytest.approx((z > 0).sum(1).mean())
-    assert found.never_active == int(((z > 0).sum(0) == 0).sum())
+    counts = (z > 0).sum(0)
+    assert found.counts.tolist() == counts.tolist()
+    assert found.counts.sum().item() == pytest.approx(found.l0 * found.tokens)
+    assert found.never_active == int((counts == 0).sum())
+    for density in (0.0, 1e-5, 1e-4, 0.02, 1.0):
+        assert found.share_below(density) == pytest.approx((counts / len(X) < density).mean())
+    assert found.share_below_1e4 == found.share_below(1e-4) and found.share_below_1e5 == found.share_below(1e-5)
     cosine = (X * R).sum(1) / np.linalg.norm(X, axis=1) / np.linalg.norm(R, axis=1)
     assert found.cosine == pytest.approx(cosine.mean(), rel=1e-5)
 
@@ -91,6 +98,7 @@ def test_every_figure_is_its_formula(kind: str) -> None:
     assert found.kl == pytest.approx(np.mean(kl), rel=1e-3)
     zero = found.ce_zero_ablated
     assert found.loss_recovered_zero == pytest.approx((zero - found.ce_spliced) / (zero - found.ce_clean))
+    assert found.mode == INFERENCE
     assert found.to_frame().loc["delta_ce", "value"] == found.delta_ce
     assert len(found.plot().data[0].x) == 4
 
@@ -158,3 +166,89 @@ def test_an_ablation_that_does_no_harm_leaves_loss_recovered_undefined() -> None
     result = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 2))
     harmless = dataclasses.replace(result, ce_zero_ablated=result.ce_clean)
     assert math.isnan(harmless.loss_recovered_zero) and not math.isnan(harmless.loss_recovered_mean)
+
+
+class Selective(Fixed):
+    """Keeps each token's 8 largest dimensions by |x| (1 + beta |g|), g as given; remembers what it was given."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__(lambda x: x)
+        self.beta = beta
+        self.seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes:
+        self.seen.append((x, gradients))
+        scores = x.abs() if gradients is None else x.abs() * (1 + self.beta * gradients.abs())
+        chosen = scores.topk(8).indices
+        return Codes.from_topk(x.gather(1, chosen), chosen, 32)
+
+    def decode(self, codes: Codes) -> Tensor:
+        return codes.to_dense()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 8)
+    sae = Selective(1e3)
+    found = fidelity(sae, lm, rows, rows_per_forward=8, oracle=True)
+    assert found.mode == ORACLE == found.to_dict()["mode"] == found.to_frame().loc["mode", "value"]
+    ordinary = lm.ordinary(rows)
+    values, gradients = lm.activations_and_gradients(rows, SITE)
+    assert len(sae.seen) == 2  # once for FVU, once for the spliced loss
+    for x, g in sae.seen:
+        assert g is not None
+        torch.testing.assert_close(x, values[ordinary], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(g, gradients[ordinary], rtol=1e-4, atol=1e-4)
+        last = (ordinary.nonzero()[:, 1] == rows.shape[1] - 1).nonzero().squeeze(1)
+        assert len(last) == len(rows) and (g[last] == 0).all()
+
+    x, g = values[ordinary], gradients[ordinary]
+    kept = sae.decode(sae.encode(x, gradients=g))
+    assert found.fvu == pytest.approx(((x - kept).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
+    log_p = lm.spliced_logits(rows, SITE, lambda _: kept).log_softmax(-1)
+    scored = lm.scored(rows)
+    loss = -log_p.gather(2, rows.roll(-1, 1)[..., None]).squeeze(2)[scored].mean().item()
+    assert found.ce_spliced == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_oracle_touches_selection_and_nothing_else() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 8)
+    plain_sae = Selective(1e3)
+    plain, oracle = fidelity(plain_sae, lm, rows), fidelity(Selective(1e3), lm, rows, oracle=True)
+    assert all(g is None for _, g in plain_sae.seen) and plain.mode == INFERENCE
+    same = ("site", "tokens", "ce_tokens", "n_features", "ce_clean", "ce_zero_ablated", "ce_mean_ablated")
+    before, after = plain.to_dict(), oracle.to_dict()
+    assert set(before) == set(after)
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+    assert oracle.fvu > plain.fvu  # for the largest |x| leave the least
+    assert oracle.ce_spliced != plain.ce_spliced
+    for found in (plain, oracle):
+        assert found.counts.sum().item() == pytest.approx(found.l0 * found.tokens)
+
+    unweighted = fidelity(Selective(0.0), lm, rows, oracle=True)
+    assert {**unweighted.to_dict(), "mode": INFERENCE} == before
+    with pytest.raises(SaelabError, match="takes no gradients"):
+        fidelity(Fixed(lambda x: x), lm, rows, oracle=True)
+
+
+def test_our_autoencoder_with_beta_0_is_its_own_oracle() -> None:
+    torch.manual_seed(0)
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 8)
+    sae = SparseAutoencoder(32, 64, 4, {"hook_name": SITE})
+    sae.initialise(lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
+    plain = fidelity(sae, lm, rows)
+    assert dataclasses.replace(fidelity(sae, lm, rows, oracle=True), mode=INFERENCE) == plain
+    sae.beta = 3.0
+    assert fidelity(sae, lm, rows) == plain
+    oracle = fidelity(sae, lm, rows, oracle=True)
+    assert oracle.fvu != plain.fvu and oracle.delta_ce != plain.delta_ce
+
+
+def test_what_is_written_is_figures_and_words_alone() -> None:
+    lm = language_model("gpt2")
+    written = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 3)).to_dict()
+    assert json.loads(json.dumps(written)) == written
+    assert "counts" not in written and {"never_active", "never_active_share", "share_below_1e4"} <= set(written)
