@@ -1,9 +1,10 @@
 """Activations straight from the model, shuffled across rows through a bounded buffer; nothing touches the disk.
 
 The buffer fills up; a random half of it goes out as batches; new activations take the places that became free, and so
-on until the rows end and the rest goes out. Every ordinary token of the rows comes out exactly once, in an order that
-depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in + 24)`` bytes, ``buffer_tokens * (8 * d_in + 24)`` with
-gradients, beside one pass of the model and one batch; on a GPU up to twice that while a run fills its first buffer.
+on until the rows end and the rest goes out. Every ordinary token of the rows comes out exactly once (with gradients:
+every one that a loss depends on), in an order that depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in +
+24)`` bytes, ``buffer_tokens * (8 * d_in + 24)`` with gradients, beside one pass of the model and one batch; on a GPU up
+to twice that while a run fills its first buffer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -56,8 +57,9 @@ def read_activations(
     """Activations of every ordinary token of `rows` in reading order, one batch per forward pass.
 
     With `gradients`, batches carry those of the model's loss too. Positions behind a row's last scored one (its last
-    token, and what a special token at its end cuts off) are then left out: no loss depends on them, at any site, so
-    their gradient would say "worthless" where it only does not know. Raises SaelabError, with site, row and position, where the model gives NaN or infinity.
+    token, and the one before a special token that ends it) are then left out: no loss depends on them at any site, so
+    their gradient would say "worthless" where it only does not know. Raises SaelabError, with site, row and position,
+    where the model gives NaN or infinity.
     """
     rows = iter(rows)
     first = 0

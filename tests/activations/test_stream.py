@@ -100,6 +100,19 @@ def test_gradients_travel_with_their_tokens_and_last_positions_stay_out(kind: st
     assert all(batch.gradients is None for batch in stream(lm, rows.numpy()))
 
 
+def test_positions_that_no_loss_depends_on_stay_out_and_those_before_an_inner_special_token_do_not() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 3)
+    middle = CONTEXT // 2  # special in row 0: the token before it has no loss of its own, but later ones read it
+    rows[1, -1] = lm.tokenizer.eos_token_id
+    rows[2, 9:] = lm.tokenizer.eos_token_id
+    (batch,) = read_activations(lm, rows.numpy(), SITE, 4, gradients=True)
+    found = [batch.positions[batch.rows == row].tolist() for row in range(3)]
+    inside = [t for t in range(1, CONTEXT - 1) if t != middle]
+    assert found == [inside, list(range(1, CONTEXT - 2)), list(range(1, 8))]
+    assert batch.gradients is not None and (batch.gradients.abs().amax(1) > 0).all()
+
+
 def test_gradients_do_not_change_the_order() -> None:
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(500, 3, generator=generator)
