@@ -19,6 +19,8 @@ def show_train(record: dict[str, Any]) -> None:
         + ", ".join(f"{name} {value}" for name, value in shape.items())
         + f"; medians of {record['rounds']} rounds of {record['steps']} steps"
     )
+    others = record["used_by_others"]
+    console.print(f"others used {others['median']:.0%} of the processors meanwhile, {others['max']:.0%} at most")
     console.print(_ours(record))
     if record["peers"]:
         console.print(_peers(record))

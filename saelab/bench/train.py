@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,9 @@ AGAINST = {"as_shipped": "bf16_selection", "fp32_fused": "fp32", "bf16_fused": "
 """Which of ours each variant of a peer is compared with."""
 SECONDS = 8.0
 """Timed steps of one process stop after this long (three are always taken)."""
+
+BUSY = 0.1
+"""A machine of which others take a larger share than this, while something is measured, is called busy."""
 
 Say = Callable[[str], None]
 
@@ -102,6 +106,9 @@ def bench(
     record["allocations"] = {case: statistics.median(values) for case, values in relative.items()}
     if growth:
         record["growth"] = processes.growth()
+    record["used_by_others"] = {
+        "median": statistics.median(processes.used_by_others), "max": max(processes.used_by_others)
+    }  # fmt: skip
     return record
 
 
@@ -111,6 +118,9 @@ class Processes:
     def __init__(self, shape: Shape, steps: int, threads: int, say: Say) -> None:
         self.shape, self.steps, self.threads, self.say = shape, steps, threads, say
         self.label = ""
+        self.used_by_others: list[float] = []
+        """Share of the machine's processors that others took while each measurement ran. A step of many short parallel
+        regions suffers most from it: every region waits for the thread that was put off."""
 
     def ours(self, case: str, measure: str) -> dict[str, Any]:
         result = self._run([sys.executable, "-m", ours.__name__, "--case", case, "--measure", measure], self.shape)
@@ -151,6 +161,7 @@ class Processes:
             "--seconds", str(SECONDS),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        began, busy, own = time.monotonic(), _busy_seconds(), _child_seconds()
         try:
             done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -159,11 +170,31 @@ class Processes:
         if done.returncode or not lines:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise SaelabError(f"bench: `{' '.join(command)}` failed: {last[:300]}")
+        processors = (os.cpu_count() or 1) * (time.monotonic() - began)
+        others = max(0.0, (_busy_seconds() - busy) - (_child_seconds() - own)) / processors
+        self.used_by_others.append(others)
+        if others > BUSY:
+            self.say(f"others took {others:.0%} of this machine's processors: the next figure is not to be trusted")
         return json.loads(lines[-1])
 
     def _tell(self, what: str, result: dict[str, Any]) -> None:
         figure = f": {result['step_ms']:.1f} ms" if "step_ms" in result else ""
         self.say(f"{self.label}: {what}{figure}")
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that this machine spent on anything since it started; 0 where the system does not say."""
+    statistics_of_system = Path("/proc/stat")
+    if not statistics_of_system.exists():
+        return 0.0
+    user, nice, system, _idle, _waiting, *rest = map(int, statistics_of_system.read_text().split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def _child_seconds() -> float:
+    """Processor seconds of the child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def machine() -> dict[str, Any]:

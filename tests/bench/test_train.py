@@ -59,6 +59,7 @@ def test_a_source_ends_after_its_steps_or_its_seconds() -> None:
 
 def canned(self: train.Processes, command: list[str], shape: Shape, steps: int | None = None) -> dict[str, Any]:
     """What a measurement of each kind returns, made up."""
+    self.used_by_others.append(0.25)
     if "--versions" in command:
         return {"torch": "2.0", "eai-sparsify": "1.0", "sae-lens": "6.0"}
     if "--peer" in command:
