@@ -1,0 +1,204 @@
+"""Every affinity, allocation and auxiliary loss on the demo language model: one table, equal tokens, several seeds.
+
+All autoencoders see the same activations, read once; a seed sets their order and the initial weights. Each is then
+evaluated in inference mode on held-out text: allocations over a batch by their calibrated thresholds, the gradient
+affinity by plain activations. Rows labelled "oracle" select by the gradient, which has seen the next token.
+
+under half the curve   share of ranks whose density is below half of one reference curve, the Zipf fit of the first
+                       seed's TopK, the same for all
+median density         of all features, the never active included
+
+    python scripts/compare_on_demo.py --json results.json          # some half an hour on two cores
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab import CorpusSettings, ModelSettings, SparseAutoencoder, fidelity, load_language_model, open_corpus
+from saelab.activations.stream import read_activations
+from saelab.analysis.fidelity import Fidelity
+from saelab.corpus import Corpus
+from saelab.lm import LanguageModel
+from saelab.progress import bar
+from saelab.sae.capacity import ZipfFit, expected_densities, fit_zipf
+from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
+from saelab.sae.thresholds import calibrate
+from saelab.training.trainer import TrainingSettings, train
+
+SITE, CONTEXT = "blocks.2.hook_resid_post", 256
+HELD_OUT, CE_TOKENS, CALIBRATION = 300_000, 32_768, 80_000
+SAMPLE = 32_768
+
+
+def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
+    def of(affinity: str = "activation", beta: float = 1.0, allocation: str = "token_choice", aux: str = "aux_k",
+           capacity: str = "zipf", selection: str = "float32") -> SaeSettings:  # fmt: skip
+        return SaeSettings(
+            n_features, k, AffinitySettings(affinity, beta), AllocationSettings(allocation, capacity), AuxSettings(aux),
+            selection=selection,
+        )  # fmt: skip
+
+    return {
+        "TopK (token choice)": of(),
+        "TopK, bf16 selection": of(selection="bfloat16"),
+        "TopK, no auxiliary loss": of(aux="none"),
+        "TopK, aux_zipf": of(aux="aux_zipf"),
+        "mutual choice": of(allocation="mutual_choice"),
+        "feature choice, uniform": of(allocation="feature_choice", capacity="uniform"),
+        "feature choice, Zipf": of(allocation="feature_choice"),
+        "gradient TopK, beta 0.3": of("gradient", 0.3),
+        "gradient TopK, beta 1": of("gradient", 1.0),
+        "gradient TopK, beta 3": of("gradient", 3.0),
+    }
+
+
+class Data:
+    """Training activations with gradients, held-out rows to calibrate on and others to evaluate on."""
+
+    def __init__(self, lm: LanguageModel, corpus: Corpus, tokens: int) -> None:
+        batches, held = [], 0
+        read = read_activations(lm, corpus.train_rows(seed=0), SITE, rows_per_forward=32, gradients=True)
+        for batch in bar(read, "activations and gradients", tokens, len):
+            batches.append(batch)
+            held += len(batch)
+            if held >= tokens:
+                break
+        self.x = torch.cat([batch.values for batch in batches])[:tokens]
+        self.gradients = torch.cat([batch.gradients for batch in batches if batch.gradients is not None])[:tokens]
+        self.scale = math.sqrt(self.x.shape[1] / self.x[:SAMPLE].square().sum(1).double().mean().item())
+        rows = torch.from_numpy(corpus.held_out_rows(HELD_OUT + CALIBRATION))
+        split = -(-HELD_OUT // (CONTEXT - 1))
+        self.rows, calibration = rows[:split], rows[split:]
+        ids = calibration.long().split(32)
+        self.calibration = [lm.activations(i, [SITE])[SITE][lm.ordinary(i)].float() * self.scale for i in ids]
+
+    def batches(self, seed: int, size: int, gradients: bool) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
+        for chosen in order.split(size):
+            x = self.x[chosen] * self.scale
+            yield (x, self.gradients[chosen]) if gradients else x
+
+
+def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int) -> tuple[SparseAutoencoder, float]:
+    """A trained autoencoder for unscaled activations, and the seconds its training took."""
+    torch.manual_seed(seed)
+    sae = SparseAutoencoder(data.x.shape[1], settings.n_features, settings.k)
+    sae.initialise(data.x[:SAMPLE] * data.scale)
+    begin = time.monotonic()
+    trained = train(sae, data.batches(seed, training.batch, settings.beta > 0), training, settings)
+    seconds = time.monotonic() - begin
+    if trained.densities is not None:
+        tokens = sum(len(x) for x in data.calibration)
+        sae.threshold = calibrate(sae.pre_activations, data.calibration, trained.densities, tokens).threshold
+        sae.threshold = sae.threshold.to(sae.W_dec).reshape(-1)
+    return sae.folded(data.scale).requires_grad_(False), seconds
+
+
+def figures(result: Fidelity, curve: Tensor) -> dict[str, float]:
+    densities = (result.counts.double() / result.tokens).sort(descending=True).values
+    return {
+        "fvu": result.fvu, "delta_ce": result.delta_ce, "loss_recovered_zero": result.loss_recovered_zero,
+        "loss_recovered_mean": result.loss_recovered_mean, "l0": result.l0, "never_active": result.never_active_share,
+        "below_1e4": result.share_below_1e4, "below_1e5": result.share_below_1e5,
+        "under_half_curve": (densities < 0.5 * curve).double().mean().item(),
+        "median_density": densities.median().item(),
+    }  # fmt: skip
+
+
+COLUMNS = {
+    "fvu": ("FVU", 4, 1), "delta_ce": ("delta CE (nats)", 4, 1), "loss_recovered_zero": ("recovered, zero", 4, 1),
+    "loss_recovered_mean": ("recovered, mean", 4, 1), "l0": ("L0", 2, 1), "never_active": ("never active (%)", 2, 100),
+    "below_1e4": ("density < 1e-4 (%)", 1, 100), "below_1e5": ("density < 1e-5 (%)", 2, 100),
+    "under_half_curve": ("under half the curve (%)", 1, 100),
+}  # fmt: skip
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: mean over seeds, and half the range behind a ±."""
+    lines = ["| method | " + " | ".join(title for title, _, _ in COLUMNS.values()) + " |", "|---" * 10 + "|"]
+    for name, seeds in rows.items():
+        cells = []
+        for key, (_, digits, factor) in COLUMNS.items():
+            values = [factor * seed[key] for seed in seeds]
+            spread = (max(values) - min(values)) / 2
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(rows: dict[str, list[dict[str, float]]], better: str, worse: str, key: str) -> str:
+    """Whether `better` is below `worse` in `key` for every seed."""
+    differences = [a[key] - b[key] for a, b in zip(rows[better], rows[worse], strict=True)]
+    verdict = "shown" if max(differences) < 0 else "refuted" if min(differences) > 0 else "not shown"
+    title, digits, factor = COLUMNS[key]
+    listed = ", ".join(f"{factor * d:+.{digits}f}" for d in differences)
+    return f"- {better} below {worse} in {title}: {verdict} (differences by seed: {listed})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--n-features", type=int, default=8192)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--only", nargs="*", help="methods whose name begins with one of these")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    lm = load_language_model(ModelSettings("demo"), device="cpu")
+    data = Data(lm, open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT), args.tokens)
+    training = TrainingSettings(tokens=args.tokens, batch=args.batch, lr=args.lr, log_every=10**9)
+    rows: dict[str, list[dict[str, float]]] = {}
+    curve: tuple[ZipfFit, Tensor] | None = None
+    for seed in range(args.seeds):
+        for name, settings in methods(args.n_features, args.k).items():
+            if args.only and not name.startswith(tuple(args.only)):
+                continue
+            sae, seconds = run(data, settings, training, seed)
+            modes = {name: False} | ({f"{name} (oracle: sees the next token)": True} if settings.beta else {})
+            for label, oracle in modes.items():
+                result = fidelity(sae, lm, data.rows[: -(-args.held_out // (CONTEXT - 1))], SITE, ce_tokens=CE_TOKENS,
+                                  oracle=oracle)  # fmt: skip
+                if curve is None:
+                    fit = fit_zipf(result.counts / result.tokens)
+                    expected = expected_densities(args.n_features, args.k, args.batch, fit.exponent, fit.shift)
+                    curve = fit, expected
+                line = figures(result, curve[1]) | {"training_seconds": seconds}
+                rows.setdefault(label, []).append(line)
+                print(f"seed {seed}  {label:56} " + "  ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
+            write(args, curve, rows)
+    assert curve is not None
+    print(f"\nreference curve: exponent {curve[0].exponent:.3f}, shift {curve[0].shift:.1f}, R2 {curve[0].r2:.3f}\n")
+    print(table(rows) + "\n")
+    claims = [
+        ("mutual choice", "TopK (token choice)", "fvu"),
+        ("feature choice, Zipf", "TopK (token choice)", "never_active"),
+        ("feature choice, Zipf", "mutual choice", "never_active"),
+        ("TopK, aux_zipf", "TopK (token choice)", "never_active"),
+        ("TopK, aux_zipf", "TopK (token choice)", "under_half_curve"),
+        *((f"gradient TopK, beta {beta}", "TopK (token choice)", "delta_ce") for beta in ("0.3", "1", "3")),
+    ]
+    print("\n".join(paired(rows, *claim) for claim in claims if claim[0] in rows and claim[1] in rows))
+
+
+def write(args: argparse.Namespace, curve: tuple[ZipfFit, Tensor] | None, rows: dict[str, Any]) -> None:
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        record = {"settings": settings, "curve": vars(curve[0]) if curve else None, "torch": torch.__version__,
+                  "rows": rows}  # fmt: skip
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
