@@ -243,6 +243,10 @@ def test_gradients_of_a_bfloat16_model_are_float32_and_errors_name_the_site() ->
         lm.activations_and_gradients(rows, "embed.hook_in")
     with pytest.raises(SaelabError, match=r"Nearest: .*blocks\.1\.hook_resid_post"):
         lm.activations_and_gradients(rows, "blocks.1.hook_residpost")
+    module = lm.model.get_submodule(lm.site("blocks.2.hook_out").module)
+    module.register_forward_hook(lambda _, __, out: out.detach() if isinstance(out, Tensor) else (out[0].detach(),))
+    with pytest.raises(SaelabError, match=r"does not depend on blocks\.1\.hook_resid_post"):
+        lm.activations_and_gradients(rows, site)
 
 
 def ruin_at(ordinary: torch.Tensor, ruin):

@@ -15,7 +15,8 @@ share below    share of features that are active on less than 1e-4 (1e-5) of the
 
 Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
 which sees the next token and is not to be compared with other autoencoders' figures. Its gradients are those of the
-clean run at the same positions, for the spliced loss too; a row's last position has none, so selection there is plain.
+clean run at the same positions, for the spliced loss too; they are 0 at a row's last position and wherever no loss
+follows, so selection there is plain.
 Gradients are normalised over the rows of one forward pass, as over the batch in training, so in this mode alone
 `rows_per_forward` touches the figures.
 """
