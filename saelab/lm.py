@@ -130,7 +130,7 @@ class LanguageModel:
         so are all others behind the row's last scored one. Like a splice, it goes through what reads the site's value.
 
         One full forward pass, and a backward pass that ends at the site. Memory, beside the activations that the
-        backward pass keeps above the site: two copies of the logits, one of them float32, of ``2**26 / (context *
+        backward pass keeps above the site: at most three float32 copies of the logits of ``2**26 / (context *
         vocabulary)`` rows, at least one; more rows are done in turn. Raises SaelabError where the site holds no
         activations or the loss does not depend on it.
         """
@@ -155,9 +155,9 @@ class LanguageModel:
             raise self._never_runs(site)
         if not logits.requires_grad:
             raise SaelabError(f"site: the loss of {self.name} does not depend on {site}")
-        # The loss itself is not needed, and its gradient at the logits is softmax - one-hot: two copies of the logits
-        # where autograd through the cross-entropy keeps four.
-        slope = logits.detach().float().softmax(-1)
+        # The loss itself is not needed, and its gradient at the logits is softmax - one-hot: fewer copies of the
+        # logits than autograd through the cross-entropy keeps.
+        slope = logits.detach().softmax(-1, dtype=torch.float32)
         slope.scatter_add_(-1, ids.roll(-1, 1)[..., None], slope.new_full((*ids.shape, 1), -1.0))
         slope.masked_fill_(~self.scored(ids)[..., None], 0.0)
         (gradient,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))

@@ -10,7 +10,7 @@ CE             mean loss in nats of the next token, where the token and the next
 loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
 delta CE       CE_spliced - CE_clean
 KL             mean KL(clean || spliced) of the next-token distributions, over the same positions as CE
-never active   features that are active on none of the evaluated tokens, in inference mode
+never active   features that are active on none of the evaluated tokens
 share below    share of features that are active on less than 1e-4 (1e-5) of the evaluated tokens
 
 Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
@@ -147,7 +147,8 @@ class Fidelity:
             "zero-ablated": self.ce_zero_ablated,
         }
         figure = go.Figure(go.Bar(x=list(bars), y=list(bars.values()), text=[f"{v:.3f}" for v in bars.values()]))
-        return figure.update_layout(yaxis_title="CE (nats/token)", title=f"{self.site}, {self.ce_tokens:,} tokens")
+        title = f"{self.site}, {self.ce_tokens:,} tokens" + (f", {self.mode}" if self.mode != INFERENCE else "")
+        return figure.update_layout(yaxis_title="CE (nats/token)", title=title)
 
 
 _DERIVED = (

@@ -100,7 +100,7 @@ def test_every_figure_is_its_formula(kind: str) -> None:
     assert found.loss_recovered_zero == pytest.approx((zero - found.ce_spliced) / (zero - found.ce_clean))
     assert found.mode == INFERENCE
     assert found.to_frame().loc["delta_ce", "value"] == found.delta_ce
-    assert len(found.plot().data[0].x) == 4
+    assert len(found.plot().data[0].x) == 4 and INFERENCE not in found.plot().layout.title.text
 
 
 def test_bos_with_a_hundred_times_the_norm_is_in_no_figure() -> None:
@@ -193,6 +193,7 @@ def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str)
     sae = Selective(1e3)
     found = fidelity(sae, lm, rows, rows_per_forward=8, oracle=True)
     assert found.mode == ORACLE == found.to_dict()["mode"] == found.to_frame().loc["mode", "value"]
+    assert found.plot().layout.title.text.endswith(ORACLE)
     ordinary = lm.ordinary(rows)
     values, gradients = lm.activations_and_gradients(rows, SITE)
     assert len(sae.seen) == 2  # once for FVU, once for the spliced loss
