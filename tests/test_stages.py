@@ -125,7 +125,7 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
         ("device=cuda:99", "device"),
         ("device=mps", "is not auto, cpu, cuda or cuda:N"),
         ("training.batch=1", "at least 2 are needed"),
-        ("sae.aux_coefficient=.nan", "aux_coefficient: nan"),
+        ("sae.aux.coefficient=.nan", "aux.coefficient: nan"),
         ("site=embed.hook_in", "holds token ids"),
         (f"out={tmp_path / 'book.txt' / 'run'}", "cannot be made"),
     ]:

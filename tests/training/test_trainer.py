@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saelab.errors import SaelabError, SettingError
 from saelab.sae.model import SparseAutoencoder
-from saelab.sae.settings import AuxSettings, SaeSettings
+from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.optim import remove_parallel_gradient
 from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, train
 
@@ -74,6 +74,61 @@ def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
         left[aux] = metrics[-1]["dead"]
     assert left["none"] == 44
     assert left["aux_k"] < 22
+
+
+def test_lifting_lets_aux_k_reach_features_whose_pre_activations_are_all_negative() -> None:
+    reached = {}
+    for lift in (False, True):
+        torch.manual_seed(0)
+        sae = SparseAutoencoder(D, 64, 3)
+        sae.initialise(next(planted(1, 1000)))
+        sae.b_enc.data[40:] = -50
+        metrics: list[dict] = []
+        settings = SaeSettings(64, 3, aux=AuxSettings("aux_k", lift=lift))
+        train(sae, planted(SETTINGS.steps, 256), SETTINGS, settings, log=metrics.append)
+        reached[lift] = metrics[-1]["dead"]
+    assert reached[False] >= 24 > reached[True]
+
+
+@pytest.mark.parametrize("affinity", ["activation", "gradient"])
+@pytest.mark.parametrize("allocation", ["token_choice", "mutual_choice", "feature_choice"])
+@pytest.mark.parametrize("aux", ["none", "aux_k", "aux_zipf"])
+@pytest.mark.parametrize("selection", ["float32", "bfloat16"])
+def test_every_affinity_allocation_and_auxiliary_loss_trains(
+    affinity: str, allocation: str, aux: str, selection: str
+) -> None:
+    torch.manual_seed(0)
+    settings = SaeSettings(
+        64, 3, AffinitySettings(affinity), AllocationSettings(allocation, refresh=20), AuxSettings(aux),
+        selection=selection, multi_topk=aux == "none",
+    )  # fmt: skip
+    sae = SparseAutoencoder(D, 64, 3)
+    sae.initialise(next(planted(1, 1000)))
+    readout = torch.randn(D)  # the gradient of a fixed readout's square
+    metrics: list[dict] = []
+    batches = ((x, (x @ readout)[:, None] * readout) for x in planted(SETTINGS.steps, 256))
+    trained = train(sae, batches, SETTINGS, settings, log=metrics.append)
+    assert metrics[-1]["fvu"] < 0.7 * metrics[0]["fvu"]
+    assert metrics[-1]["l0"] == pytest.approx(3, rel=0.1)
+    assert (trained.densities is None) == (allocation == "token_choice")
+    assert all(p.grad is None for p in sae.parameters())
+
+
+def test_beta_zero_is_topk_to_the_bit() -> None:
+    short = dataclasses.replace(SETTINGS, tokens=20 * 256)
+    plain, _ = run(short, SaeSettings(64, 3))
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(D, 64, 3)
+    sae.initialise(next(planted(1, 1000)))
+    batches = ((x, torch.randn_like(x)) for x in planted(20, 256))
+    train(sae, batches, short, SaeSettings(64, 3, AffinitySettings("gradient", 0.0)))
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), plain.parameters(), strict=True))
+
+
+def test_the_gradient_affinity_without_gradients_is_an_error() -> None:
+    sae = SparseAutoencoder(D, 64, 3)
+    with pytest.raises(SaelabError, match=r"needs batches of \(activations, gradients\)"):
+        train(sae, planted(2, 256), SETTINGS, SaeSettings(64, 3, AffinitySettings("gradient")))
 
 
 def test_training_ends_when_asked_after_the_step_it_is_in() -> None:

@@ -1,0 +1,98 @@
+"""The gradient affinity: its formula, its limits, and that nothing learns through it."""
+
+import pytest
+import torch
+
+from saelab.sae.affinity import alignment, worth
+from saelab.sae.allocation import MutualChoice, Rule, TokenChoice
+from saelab.sae.model import SparseAutoencoder
+
+D, F, K, N = 8, 40, 4, 60
+
+
+@pytest.fixture
+def case() -> tuple[SparseAutoencoder, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(D, F, K)
+    x = torch.randn(N, D)
+    sae.initialise(x)
+    return sae, x, torch.randn(N, D)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7, 1e6])
+@pytest.mark.parametrize("low", [False, True])
+def test_training_selects_by_the_formula(case: tuple, beta: float, low: bool) -> None:
+    sae, x, g = case
+    z = sae.pre_activations(x).relu()
+    aligned = (g / g.square().mean().sqrt()) @ sae.W_dec.T
+    score = z * (1 + beta * aligned.abs()) if beta < 1e6 else z * aligned.abs()  # the limit
+    rules: list[Rule] = [TokenChoice(K), MutualChoice(K)]
+    for rule in rules:
+        codes = sae.training_pass(x, rule, gradients=g, beta=beta, low=low).codes
+        flat = score.detach()
+        if isinstance(rule, TokenChoice):
+            mask = torch.zeros_like(flat).scatter(1, flat.topk(K, dim=1).indices, 1)
+        else:
+            mask = torch.zeros(N * F).scatter(0, flat.flatten().topk(K * N).indices, 1).view(N, F)
+        torch.testing.assert_close(codes.to_dense(), (z * mask).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sign_and_the_scale_of_the_gradient_do_not_matter(case: tuple) -> None:
+    sae, x, g = case
+    codes = [sae.training_pass(x, TokenChoice(K), gradients=s * g, beta=1.0).codes for s in (1.0, -1.0, 1e-4)]
+    assert all(torch.equal(codes[0].features, other.features) for other in codes[1:])
+
+
+def test_nothing_learns_through_the_score(case: tuple) -> None:
+    """The gradients are those of the chosen entries under plain TopK: the score only chose them."""
+    sae, x, g = case
+    g.requires_grad_(True)
+    found = sae.training_pass(x, TokenChoice(K), gradients=g, beta=2.0)
+    found.fvu.backward()
+    assert g.grad is None
+    mask = found.codes.to_dense() > 0
+    got = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
+    sae.zero_grad()
+    z = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu() * mask
+    error = x - (z @ sae.W_dec + sae.b_dec)
+    (error.square().sum() / (x - x.mean(0)).square().sum()).backward()
+    for ours, dense in zip(got, sae.parameters(), strict=True):
+        torch.testing.assert_close(ours, dense.grad)
+
+
+def test_evaluation_selects_by_activation_and_the_oracle_by_gradient(case: tuple) -> None:
+    sae, x, g = case
+    plain = sae.encode(x)
+    sae.beta = 5.0
+    assert torch.equal(sae.encode(x).features, plain.features)
+    oracle = sae.encode(x, gradients=g)
+    trained = sae.training_pass(x, TokenChoice(K), gradients=g, beta=5.0).codes
+    torch.testing.assert_close(oracle.to_dense(), trained.to_dense().detach())
+    assert not torch.equal(oracle.to_dense(), plain.to_dense())
+    sae.threshold = torch.tensor([0.5])
+    score = worth(sae.pre_activations(x), (g / g.square().mean().sqrt()) @ sae.W_dec.T, 5.0)
+    expected = torch.where(score > 0.5, sae.pre_activations(x), 0.0)
+    torch.testing.assert_close(sae.encode(x, gradients=g).to_dense(), expected.detach())
+
+
+def test_the_score_is_the_first_order_change_of_a_loss() -> None:
+    """|z d.g| against what removing the feature does to a smooth loss."""
+    torch.manual_seed(1)
+    x = torch.randn(200, D, dtype=torch.float64, requires_grad=True)
+    readout = torch.randn(D, 5, dtype=torch.float64)
+
+    def loss(at: torch.Tensor) -> torch.Tensor:
+        return (at @ readout).tanh().square().sum(1)
+
+    (g,) = torch.autograd.grad(loss(x).sum(), x)
+    d = torch.nn.functional.normalize(torch.randn(200, D, dtype=torch.float64), dim=1)
+    z = 0.05 * torch.rand(200, dtype=torch.float64)
+    change = (loss(x) - loss(x - z[:, None] * d)).abs().detach()
+    predicted = (z * (d * g).sum(1)).abs()
+    assert torch.corrcoef(torch.stack([change, predicted]))[0, 1] > 0.9
+
+
+def test_no_gradient_at_all_is_plain_activation() -> None:
+    assert alignment(torch.randn(3, 2), 0.0) is None
+    nothing = alignment(torch.zeros(3, 2), 1.0)
+    assert nothing is not None and not nothing.gradients.any()
