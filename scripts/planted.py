@@ -1,0 +1,194 @@
+"""Which way of training finds features that are known to be there: every method on the same planted dictionaries.
+
+    python scripts/planted.py [--seeds N] [--tokens N] [--json FILE]
+
+What is planted and how it is scored: saelab/analysis/planted.py. Per seed a new dictionary, new tokens and new random
+starts, the same for every method; all train on the same tokens in the same order. k is the mean number of planted
+features of a token, and inference is set so that as many are active (within 2%, checked). The tables and the verdicts
+are printed as Markdown; a verdict is computed from the differences between two methods of one seed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from saelab.analysis.planted import Planted, Sample, Scores, draw, learn, plant, random_dictionary, score, set_l0
+from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
+from saelab.training.trainer import TrainingSettings
+
+D_IN, N_TRUE, L0, EXPONENT, SHIFT, NOISE = 128, 512, 8, 1.0, 10.0, 0.2
+BATCH, LR = 512, 5e-3
+CALIBRATION, HELD_OUT = 32_768, 131_072
+TOLERANCE = 0.02
+
+ALLOCATIONS = {
+    "token choice": AllocationSettings("token_choice"),
+    "mutual choice": AllocationSettings("mutual_choice"),
+    "feature choice, Zipf": AllocationSettings("feature_choice"),
+    "feature choice, uniform": AllocationSettings("feature_choice", capacity="uniform"),
+}
+AUXILIARIES = ("none", "aux_k", "aux_zipf")
+RANDOM = "random dictionary"
+
+Table = dict[str, list[Scores]]
+"""The scores of each method, one per seed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two methods, which scores lower; the differences are paired by seed."""
+
+    claim: str
+    differences: list[float]
+
+    @property
+    def verdict(self) -> str:
+        """Shown where every seed agrees with the claim."""
+        if all(difference < 0 for difference in self.differences):
+            return "shown"
+        opposite = all(difference > 0 for difference in self.differences)
+        return "not shown (the opposite in every seed)" if opposite else "not shown"
+
+
+def methods(n_features: int) -> dict[str, SaeSettings]:
+    """Every method by its name."""
+    found = {}
+    for allocation, settings in ALLOCATIONS.items():
+        for aux in AUXILIARIES if "uniform" not in allocation else AUXILIARIES[:1]:
+            found[f"{allocation}; {aux}"] = SaeSettings(n_features, L0, allocation=settings, aux=AuxSettings(aux))
+    for allocation in ("token choice", "mutual choice"):
+        found[f"{allocation}, gradient; aux_k"] = SaeSettings(
+            n_features, L0, AffinitySettings("gradient"), ALLOCATIONS[allocation], AuxSettings("aux_k")
+        )
+    return found
+
+
+def run_seed(seed: int, tokens: int, say: Callable[[str], None]) -> dict[str, Scores]:
+    """Every method's scores on the dictionary of one seed."""
+    planted = plant(D_IN, N_TRUE, L0, exponent=EXPONENT, shift=SHIFT, noise=NOISE, seed=seed)
+    data, calibration, held_out = (
+        draw(planted, n, 10 * seed + part) for part, n in enumerate((tokens, CALIBRATION, HELD_OUT), start=1)
+    )
+    scores = {}
+    training = TrainingSettings(tokens, BATCH, LR, log_every=100)
+    for name, settings in methods(N_TRUE).items():
+        begin = time.monotonic()
+        sae, densities, _ = learn(settings, training, data, seed)
+        k = set_l0(sae, densities, L0, calibration.x)
+        scores[name] = score(sae, planted, held_out, k)
+        say(f"seed {seed}: {name}: FVU {scores[name].fvu:.4f} in {time.monotonic() - begin:.0f} s")
+    scores[RANDOM] = random_scores(planted, data, calibration, held_out, seed)
+    return scores
+
+
+def random_scores(planted: Planted, data: Sample, calibration: Sample, held_out: Sample, seed: int) -> Scores:
+    sae = random_dictionary(SaeSettings(N_TRUE, L0), data, seed)
+    return score(sae, planted, held_out, set_l0(sae, None, L0, calibration.x))
+
+
+def comparisons(table: Table) -> list[Comparison]:
+    """The four claims, each for every pair of methods that differ in nothing else."""
+
+    def pair(claim: str, lower: str, higher: str, figure: Callable[[Scores], float]) -> Comparison:
+        both = zip(table[lower], table[higher], strict=True)
+        return Comparison(f"{claim}: {lower} < {higher}", [figure(a) - figure(b) for a, b in both])
+
+    found = []
+    for aux in AUXILIARIES:
+        found.append(pair("FVU", f"mutual choice; {aux}", f"token choice; {aux}", lambda s: s.fvu))
+    for aux in AUXILIARIES:
+        for other in ("token choice", "mutual choice"):
+            found.append(pair("dead", f"feature choice, Zipf; {aux}", f"{other}; {aux}", lambda s: s.dead))
+    for allocation in list(ALLOCATIONS)[:3]:
+        zipf, k = f"{allocation}; aux_zipf", f"{allocation}; aux_k"
+        found.append(pair("dead", zipf, k, lambda s: s.dead))
+        found.append(pair("under-used", zipf, k, lambda s: s.under_used))
+    worst = [min(scores, key=lambda s: s.recovered) for scores in zip(*_trained(table), strict=True)]
+    differences = [r.recovered - w.recovered / 10 for r, w in zip(table[RANDOM], worst, strict=True)]
+    found.append(Comparison(f"recovered: {RANDOM} < a tenth of the worst trained method", differences))
+    return found
+
+
+def _trained(table: Table) -> list[list[Scores]]:
+    return [scores for name, scores in table.items() if name != RANDOM]
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def report(table: Table, tokens: int) -> str:
+    """Both tables as Markdown."""
+    seeds = len(next(iter(table.values())))
+    setting = (
+        f"{N_TRUE} planted features in {D_IN} dimensions (Zipf exponent {EXPONENT:g}, shift {SHIFT:g}, {L0} active on "
+        f"a token, noise {NOISE:g} of the signal); {N_TRUE} features learnt from {tokens:,} tokens (batch {BATCH}, lr "
+        f"{LR:g}); scored on {HELD_OUT:,} others. Mean ± standard deviation over {seeds} seeds."
+    )
+    lines = [
+        setting,
+        "",
+        "| method | inference k | L0 | recovered | mean cosine | FVU | dead % | under-used % | delta CE |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, scores in table.items():
+        cells = [spread([s.k for s in scores], 2), spread([s.l0 for s in scores], 2)]
+        cells += [spread([getattr(s, field) for s in scores]) for field in ("recovered", "mean_cosine")]
+        cells.append(spread([s.fvu for s in scores], 4))
+        cells += [spread([100 * getattr(s, field) for s in scores], 1) for field in ("dead", "under_used")]
+        cells.append(spread([s.delta_ce for s in scores], 4))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    off = [
+        f"{name} ({s.l0:.2f}, seed {seed})"
+        for name, scores in table.items()
+        for seed, s in enumerate(scores)
+        if abs(s.l0 / L0 - 1) > TOLERANCE
+    ]
+    lines += ["", f"L0 further than 2% from {L0}: {', '.join(off) or 'none'}.", ""]
+    lines += ["| claim | difference per seed | mean ± sd | verdict |", "|---|---|---|---|"]
+    for comparison in comparisons(table):
+        each = ", ".join(f"{difference:+.4f}" for difference in comparison.differences)
+        lines.append(f"| {comparison.claim} | {each} | {spread(comparison.differences, 4)} | {comparison.verdict} |")
+    return "\n".join(lines)
+
+
+def as_json(table: Table, tokens: int) -> dict:
+    names = [field.name for field in fields(Scores)]
+    return {
+        "planted": {
+            "d_in": D_IN, "n_true": N_TRUE, "l0": L0, "exponent": EXPONENT, "shift": SHIFT, "noise": NOISE,
+        },
+        "training": {"tokens": tokens, "batch": BATCH, "lr": LR},
+        "machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "figures": names,
+        "methods": {name: [asdict(s) for s in scores] for name, scores in table.items()},
+        "claims": [asdict(c) | {"verdict": c.verdict} for c in comparisons(table)],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="dictionaries to average over (3)")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each method (1,000,000)")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure of every seed there")
+    options = parser.parse_args()
+    table: Table = {}
+    for seed in range(options.seeds):
+        for name, scores in run_seed(seed, options.tokens, lambda line: print(line, file=sys.stderr)).items():
+            table.setdefault(name, []).append(scores)
+    print(report(table, options.tokens))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(as_json(table, options.tokens), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
