@@ -166,6 +166,7 @@ def _print_evaluation(run: Path) -> None:
         ("loss recovered, mean ablation", number("loss_recovered_mean", 4)),
         ("KL(clean || spliced) (nats/token)", number("kl", 4)),
         (f"never active on {result['tokens']:,} tokens", never),
+        ("density below 1e-4 (share of features)", number("share_below_1e4", 4)),
     ):
         table.add_row(label, value)
     Console(width=100).print(table)

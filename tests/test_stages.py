@@ -68,6 +68,30 @@ def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path
     assert saelab.fidelity(sae, lm, rows, ce_tokens=600).fvu == pytest.approx(result.fvu, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sae.allocation=mutual_choice", "sae.selection=bfloat16"],
+        ["sae.allocation={name: feature_choice, capacity: uniform}", "sae.aux=aux_zipf"],
+        ["sae.affinity.beta=2", "sae.affinity.name=gradient", "sae.multi_topk=true"],
+    ],
+    ids=lambda overrides: overrides[0].split("=")[1].strip("{"),
+)
+def test_other_ways_of_training_end_in_a_checkpoint_that_needs_no_batch(tmp_path: Path, overrides: list[str]) -> None:
+    said: list[str] = []
+    run = saelab.train(small(tmp_path), overrides, say=said.append)
+    sae = saelab.load(run)
+    facts = sae.metadata["saelab"]
+    assert (sae.threshold is None) == ("gradient" in overrides[-2])
+    assert facts["beta"] == sae.beta == (2.0 if sae.threshold is None else 0.0)
+    if sae.threshold is not None:
+        assert facts["calibration_tokens"] > 0 and any("little held-out text" in line for line in said)
+    result = saelab.evaluate(run)
+    assert result.fvu < 1 and result.l0 == pytest.approx(4, rel=0.15)
+    x = torch.randn(40, 32) * 20
+    assert torch.equal(sae.encode(x)[:1].features, sae.encode(x[:1]).features)
+
+
 def test_the_saved_weights_apply_to_unscaled_activations(tmp_path: Path) -> None:
     run = saelab.train(small(tmp_path))
     sae = saelab.load(run)
@@ -187,8 +211,8 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
 def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = stages.read_activations
 
-    def broken(*arguments):
-        for n, batch in enumerate(read(*arguments)):
+    def broken(*arguments, **options):
+        for n, batch in enumerate(read(*arguments, **options)):
             if n == 26:  # the first 25 are the sample that training starts from
                 raise SaelabError("blocks.1.hook_resid_post: NaN at row 208")
             yield batch

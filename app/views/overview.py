@@ -32,17 +32,21 @@ FIGURES = [
     ),
     ("never_active", "Never active", "features", "active on none of the evaluated tokens, in inference mode"),
     ("never_active_share", "Never active", "share", "of all features"),
+    ("share_below_1e4", "Density below 1e-4", "share", "features active on less than 0.01% of the evaluated tokens"),
+    ("share_below_1e5", "Density below 1e-5", "share", "features active on less than 0.001% of them"),
     ("n_features", "Features", "", "of the autoencoder"),
     ("tokens", "Evaluated on", "tokens", "N: held-out tokens; BOS and other special tokens are in none of the figures"),
     ("ce_tokens", "CE and KL on", "tokens", "those that are followed by another ordinary token"),
 ]
-NOT_SHOWN = ("inputs", "site")  # a hash of what the evaluation was made from; the site is told above
+NOT_SHOWN = ("inputs", "site", "mode")  # a hash of what it was made from; the site is told above; always inference
 
 CURVES = {
     "fvu": "FVU of the batch",
     "l0": "L0, active features per token",
     "dead": "Dead while training, features",
     "aux": "Auxiliary loss",
+    "wanted": "Features that the auxiliary loss is for",
+    "reached": "Share of those that get a gradient from it",
     "lr": "Learning rate",
     "gradient_norm": "Norm of the gradient",
     "tokens_per_second": "Tokens per second",
