@@ -1,11 +1,12 @@
 """Which way of training finds features that are known to be there: every method on the same planted dictionaries.
 
-    python scripts/planted.py [--seeds N] [--tokens N] [--json FILE]
+    python scripts/planted.py [--crowded] [--seeds N] [--tokens N] [--json FILE]
 
 What is planted and how it is scored: saelab/analysis/planted.py. Per seed a new dictionary, new tokens and new random
 starts, the same for every method; all train on the same tokens in the same order. k is the mean number of planted
 features of a token, and inference is set so that as many are active (within 2%, checked). The tables and the verdicts
-are printed as Markdown; a verdict is computed from the differences between two methods of one seed.
+are printed as Markdown; a verdict is computed from the differences between two methods of one seed. Verdicts hold for
+the setting they were found in: `--crowded` plants as many features in half as many dimensions.
 """
 
 import argparse
@@ -15,16 +16,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
-from saelab.analysis.planted import Planted, Sample, Scores, draw, learn, plant, random_dictionary, score, set_l0
+from saelab.analysis.planted import Scores, draw, learn, plant, random_dictionary, score, set_l0
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.trainer import TrainingSettings
 
-D_IN, N_TRUE, L0, EXPONENT, SHIFT, NOISE = 128, 512, 8, 1.0, 10.0, 0.2
-BATCH, LR = 512, 5e-3
+N_TRUE, EXPONENT, SHIFT, BATCH = 512, 1.0, 10.0, 512
 CALIBRATION, HELD_OUT = 32_768, 131_072
 TOLERANCE = 0.02
 
@@ -39,6 +40,19 @@ RANDOM = "random dictionary"
 
 Table = dict[str, list[Scores]]
 """The scores of each method, one per seed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    d_in: int
+    l0: int
+    """Mean number of planted features of a token, and k."""
+    noise: float
+    lr: float
+
+
+USUAL = Setting(d_in=128, l0=8, noise=0.2, lr=5e-3)
+CROWDED = Setting(d_in=64, l0=5, noise=0.1, lr=1e-2)
 
 
 @dataclass(frozen=True)
@@ -57,40 +71,37 @@ class Comparison:
         return "not shown (the opposite in every seed)" if opposite else "not shown"
 
 
-def methods(n_features: int) -> dict[str, SaeSettings]:
+def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
     """Every method by its name."""
     found = {}
     for allocation, settings in ALLOCATIONS.items():
         for aux in AUXILIARIES if "uniform" not in allocation else AUXILIARIES[:1]:
-            found[f"{allocation}; {aux}"] = SaeSettings(n_features, L0, allocation=settings, aux=AuxSettings(aux))
+            found[f"{allocation}; {aux}"] = SaeSettings(n_features, k, allocation=settings, aux=AuxSettings(aux))
     for allocation in ("token choice", "mutual choice"):
         found[f"{allocation}, gradient; aux_k"] = SaeSettings(
-            n_features, L0, AffinitySettings("gradient"), ALLOCATIONS[allocation], AuxSettings("aux_k")
+            n_features, k, AffinitySettings("gradient"), ALLOCATIONS[allocation], AuxSettings("aux_k")
         )
     return found
 
 
-def run_seed(seed: int, tokens: int, say: Callable[[str], None]) -> dict[str, Scores]:
+def run_seed(setting: Setting, seed: int, tokens: int, say: Callable[[str], None]) -> dict[str, Scores]:
     """Every method's scores on the dictionary of one seed."""
-    planted = plant(D_IN, N_TRUE, L0, exponent=EXPONENT, shift=SHIFT, noise=NOISE, seed=seed)
+    l0 = setting.l0
+    planted = plant(setting.d_in, N_TRUE, l0, exponent=EXPONENT, shift=SHIFT, noise=setting.noise, seed=seed)
     data, calibration, held_out = (
         draw(planted, n, 10 * seed + part) for part, n in enumerate((tokens, CALIBRATION, HELD_OUT), start=1)
     )
     scores = {}
-    training = TrainingSettings(tokens, BATCH, LR, log_every=100)
-    for name, settings in methods(N_TRUE).items():
+    training = TrainingSettings(tokens, BATCH, setting.lr, log_every=100)
+    for name, settings in methods(N_TRUE, l0).items():
         begin = time.monotonic()
         sae, densities, _ = learn(settings, training, data, seed)
-        k = set_l0(sae, densities, L0, calibration.x)
+        k = set_l0(sae, densities, l0, calibration.x)
         scores[name] = score(sae, planted, held_out, k)
         say(f"seed {seed}: {name}: FVU {scores[name].fvu:.4f} in {time.monotonic() - begin:.0f} s")
-    scores[RANDOM] = random_scores(planted, data, calibration, held_out, seed)
+    sae = random_dictionary(SaeSettings(N_TRUE, l0), data, seed)
+    scores[RANDOM] = score(sae, planted, held_out, set_l0(sae, None, l0, calibration.x))
     return scores
-
-
-def random_scores(planted: Planted, data: Sample, calibration: Sample, held_out: Sample, seed: int) -> Scores:
-    sae = random_dictionary(SaeSettings(N_TRUE, L0), data, seed)
-    return score(sae, planted, held_out, set_l0(sae, None, L0, calibration.x))
 
 
 def comparisons(table: Table) -> list[Comparison]:
@@ -125,16 +136,17 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def report(table: Table, tokens: int) -> str:
+def report(table: Table, setting: Setting, tokens: int) -> str:
     """Both tables as Markdown."""
     seeds = len(next(iter(table.values())))
-    setting = (
-        f"{N_TRUE} planted features in {D_IN} dimensions (Zipf exponent {EXPONENT:g}, shift {SHIFT:g}, {L0} active on "
-        f"a token, noise {NOISE:g} of the signal); {N_TRUE} features learnt from {tokens:,} tokens (batch {BATCH}, lr "
-        f"{LR:g}); scored on {HELD_OUT:,} others. Mean ± standard deviation over {seeds} seeds."
+    head = (
+        f"{N_TRUE} planted features in {setting.d_in} dimensions (Zipf exponent {EXPONENT:g}, shift {SHIFT:g}, "
+        f"{setting.l0} active on a token, noise {setting.noise:g} of the signal); {N_TRUE} features learnt from "
+        f"{tokens:,} tokens (batch {BATCH}, lr {setting.lr:g}); scored on {HELD_OUT:,} others. "
+        f"Mean ± standard deviation over {seeds} seeds."
     )
     lines = [
-        setting,
+        head,
         "",
         "| method | inference k | L0 | recovered | mean cosine | FVU | dead % | under-used % | delta CE |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -150,9 +162,9 @@ def report(table: Table, tokens: int) -> str:
         f"{name} ({s.l0:.2f}, seed {seed})"
         for name, scores in table.items()
         for seed, s in enumerate(scores)
-        if abs(s.l0 / L0 - 1) > TOLERANCE
+        if abs(s.l0 / setting.l0 - 1) > TOLERANCE
     ]
-    lines += ["", f"L0 further than 2% from {L0}: {', '.join(off) or 'none'}.", ""]
+    lines += ["", f"L0 further than 2% from {setting.l0}: {', '.join(off) or 'none'}.", ""]
     lines += ["| claim | difference per seed | mean ± sd | verdict |", "|---|---|---|---|"]
     for comparison in comparisons(table):
         each = ", ".join(f"{difference:+.4f}" for difference in comparison.differences)
@@ -160,15 +172,11 @@ def report(table: Table, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def as_json(table: Table, tokens: int) -> dict:
-    names = [field.name for field in fields(Scores)]
+def as_json(table: Table, setting: Setting, tokens: int) -> dict:
     return {
-        "planted": {
-            "d_in": D_IN, "n_true": N_TRUE, "l0": L0, "exponent": EXPONENT, "shift": SHIFT, "noise": NOISE,
-        },
-        "training": {"tokens": tokens, "batch": BATCH, "lr": LR},
+        "setting": asdict(setting) | {"n_true": N_TRUE, "exponent": EXPONENT, "shift": SHIFT},
+        "training": {"tokens": tokens, "batch": BATCH},
         "machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "figures": names,
         "methods": {name: [asdict(s) for s in scores] for name, scores in table.items()},
         "claims": [asdict(c) | {"verdict": c.verdict} for c in comparisons(table)],
     }  # fmt: skip
@@ -176,18 +184,21 @@ def as_json(table: Table, tokens: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crowded", action="store_true", help="64 dimensions for the 512 features instead of 128")
     parser.add_argument("--seeds", type=int, default=3, help="dictionaries to average over (3)")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each method (1,000,000)")
     parser.add_argument("--json", metavar="FILE", help="also write every figure of every seed there")
     options = parser.parse_args()
+    setting = CROWDED if options.crowded else USUAL
     table: Table = {}
     for seed in range(options.seeds):
-        for name, scores in run_seed(seed, options.tokens, lambda line: print(line, file=sys.stderr)).items():
+        say = partial(print, file=sys.stderr, flush=True)
+        for name, scores in run_seed(setting, seed, options.tokens, say).items():
             table.setdefault(name, []).append(scores)
-    print(report(table, options.tokens))
+    print(report(table, setting, options.tokens))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(as_json(table, options.tokens), file, indent=1)
+            json.dump(as_json(table, setting, options.tokens), file, indent=1)
 
 
 if __name__ == "__main__":

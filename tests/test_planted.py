@@ -143,7 +143,7 @@ def test_verdicts_come_from_the_numbers(script: ModuleType) -> None:
         )
         return replace(usual, **changed)  # type: ignore[arg-type]
 
-    table = {name: [made(), made()] for name in (*script.methods(16), script.RANDOM)}
+    table = {name: [made(), made()] for name in (*script.methods(16, 8), script.RANDOM)}
     *equal, chance = script.comparisons(table)
     assert {comparison.verdict for comparison in equal} == {"not shown"}
     assert chance.verdict == "not shown (the opposite in every seed)"
@@ -156,7 +156,7 @@ def test_verdicts_come_from_the_numbers(script: ModuleType) -> None:
     assert verdicts["FVU: mutual choice; none < token choice; none"].endswith("(the opposite in every seed)")
     assert verdicts["FVU: mutual choice; aux_zipf < token choice; aux_zipf"] == "not shown"
     assert verdicts[f"recovered: {script.RANDOM} < a tenth of the worst trained method"] == "shown"
-    text = script.report(table, 1000)
+    text = script.report(table, script.USUAL, 1000)
     assert text.count("| shown |") == 2 and "L0 further than 2% from 8: none." in text
     table["token choice; none"][0] = made(l0=8.5)
-    assert "token choice; none (8.50, seed 0)" in script.report(table, 1000)
+    assert "token choice; none (8.50, seed 0)" in script.report(table, script.USUAL, 1000)
