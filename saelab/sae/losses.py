@@ -17,7 +17,12 @@ from saelab.kernels import sddmm, spmm
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar."""
-    return (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
+    return torch.linalg.vector_norm(x - reconstruction).square() / _deviation(x)
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """Squared deviation from the mean over tokens, summed, without a temporary of the size of x."""
+    return x.var(0, correction=0).sum() * len(x)
 
 
 def auxiliary(
@@ -37,7 +42,7 @@ def auxiliary(
     values = sddmm(strongest, centred.detach(), W_enc, b_enc, known=known).relu() * filled
     codes = strongest.with_values(values)
     explained = spmm(codes, W_dec)
-    ratio = (error - explained).square().sum() / (error - error.mean(0)).square().sum()
+    ratio = torch.linalg.vector_norm(error - explained).square() / _deviation(error)
     return torch.where(torch.isfinite(ratio), ratio, 0.0), codes
 
 

@@ -77,7 +77,7 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, low: bool) -> Non
     rules: list[Rule] = [TOKEN, MutualChoice(K), FeatureChoice(torch.arange(300) % 6, 5 * 150)]
     wanted = Wanted(torch.arange(300) % 3 == 0, 7)
     whole = [sae.training_pass(x, rule, wanted=wanted, low=low) for rule in rules]
-    monkeypatch.setitem(selection._TILE_ELEMENTS, "cpu", 64 * 200)
+    monkeypatch.setitem(selection._TILE_ELEMENTS, "cpu", dict.fromkeys((torch.bfloat16, torch.float32), 64 * 200))
     for rule, before in zip(rules, whole, strict=True):
         after = sae.training_pass(x, rule, wanted=wanted, low=low)
         torch.testing.assert_close(after.codes.to_dense(), before.codes.to_dense())
