@@ -17,12 +17,13 @@ from saelab.kernels import sddmm, spmm
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar."""
-    return torch.linalg.vector_norm(x - reconstruction).square() / _deviation(x)
+    deviation = _deviation(x)  # first, so that its temporary is gone when the error's is there
+    return torch.linalg.vector_norm(x - reconstruction).square() / deviation
 
 
 def _deviation(x: Tensor) -> Tensor:
-    """Squared deviation from the mean over tokens, summed, without a temporary of the size of x."""
-    return x.var(0, correction=0).sum() * len(x)
+    """Squared deviation from the mean over tokens, summed."""
+    return torch.linalg.vector_norm(x - x.mean(0)).square()
 
 
 def auxiliary(

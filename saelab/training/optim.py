@@ -36,7 +36,9 @@ def step(sae: SparseAutoencoder, optimiser: torch.optim.Adam, clip: float) -> Te
     remove_parallel_gradient(sae)
     norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
     # Adam's fused pass divides gradients by `grad_scale` and skips everything where `found_inf` is 1
-    optimiser.grad_scale = (norm / clip).clamp_min(1.0)  # type: ignore[attr-defined]
+    scale = (norm / clip).clamp_min(1.0)
+    nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing means writing, too; a GPU is not asked
+    optimiser.grad_scale = None if nothing_to_clip else scale  # type: ignore[attr-defined]
     optimiser.found_inf = torch.isfinite(norm).logical_not().float()  # type: ignore[attr-defined]
     optimiser.step()
     optimiser.zero_grad(set_to_none=False)
