@@ -17,6 +17,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # itself is not imported here, since many tests do without it.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(max(1, 2 // _workers))
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # else threads that wait take the cores from whatever else runs
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.update(dict.fromkeys(OFFLINE, "1"))
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder of the process that started them

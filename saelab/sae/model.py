@@ -175,11 +175,11 @@ class SparseAutoencoder(nn.Module):
         No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss: this is the
         remedy. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
         """
-        for start in range(0, self.n_features, 4096):
-            rows = slice(start, start + 4096)
+        # the host may wait on a CPU, and look at these features alone; elsewhere it looks at all
+        which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
+        for rows in which.split(4096):
             highest = torch.addmm(self.b_enc[rows], x - self.b_dec, self.W_enc[rows].T).amax(0)
-            short = torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
-            self.b_enc[rows] += short
+            self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 
 
 @torch.no_grad()
