@@ -21,7 +21,7 @@ from saelab import (
 from saelab.activations.stream import read_activations, shuffled_batches
 from saelab.features.index import FeatureSettings, build_features
 from saelab.progress import bar
-from saelab.sae.model import SaeSettings
+from saelab.sae.settings import SaeSettings
 from saelab.training.trainer import TrainingSettings, train
 
 OUT = Path("runs/script")
