@@ -60,8 +60,9 @@ def sddmm(
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each token and their features: scores ``[tokens, n_features]`` -> two ``[tokens, k]``.
 
-    Exact, sorted by falling value, ties to the lower feature (-0 and 0 are a tie, NaN counts as largest). Values have
-    the dtype of `scores`, features are int64. No gradient. Equals the first k of a stable sort of each row.
+    Exact, sorted by falling value, ties to the lower feature (-0 and 0 are a tie, NaN counts as largest;
+    numbers below the smallest normal one may count as 0). Values have the dtype of `scores`, features are int64. No
+    gradient. Equals the first k of a stable sort of each row.
     """
     if scores.ndim != 2 or not 0 <= k <= scores.shape[1]:
         raise ValueError(f"topk: {k} of scores {list(scores.shape)}")

@@ -27,7 +27,7 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, int]:
     scores = torch.randn(tokens, n, generator=generator) * draw(st.sampled_from([0.0, 1.0, 3.0, 1e4, 1e-6]))
     if draw(st.booleans()):
         scores = scores.round()
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -1e-40])
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-37, -1e-37])
     place = torch.rand(tokens, n, generator=generator) < draw(st.sampled_from([0.0, 0.3]))
     scores[place] = special[torch.randint(len(special), (int(place.sum()),), generator=generator)]
     return scores, draw(st.integers(0, n))
