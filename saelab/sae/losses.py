@@ -34,8 +34,8 @@ def auxiliary(
     e ``[tokens, d_in]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
     -inf in empty slots; they are the values themselves where `exact`, else the values are computed again. ehat decodes
     those above zero, without bias. The gradient reaches the encoder and decoder rows of exactly these features. b_dec
-    receives none: neither side of the ratio holds it, and `centred` = x - b_dec is detached here. A ratio that is not
-    finite (no error left) counts as 0.
+    receives none: neither side of the ratio holds it, and `centred` = x - b_dec is detached here. The ratio
+    is 0 where nothing was chosen, and where it is not finite (no error left).
     """
     error = error.detach()
     filled = strongest.values > -torch.inf
@@ -44,7 +44,7 @@ def auxiliary(
     codes = strongest.with_values(values)
     explained = spmm(codes, W_dec)
     ratio = torch.linalg.vector_norm(error - explained).square() / _deviation(error)
-    return torch.where(torch.isfinite(ratio), ratio, 0.0), codes
+    return torch.where(torch.isfinite(ratio) & filled.any(), ratio, 0.0), codes
 
 
 def under_used(densities: Tensor, expected: Tensor, share: float, uniform: float) -> Tensor:

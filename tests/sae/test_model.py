@@ -122,6 +122,12 @@ def test_aux_k_equals_its_dense_formula() -> None:
         torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
 
 
+def test_where_no_feature_is_wanted_the_auxiliary_loss_is_zero() -> None:
+    sae, x = make_sae()
+    found = with_aux(sae, x, torch.tensor([], dtype=torch.long), 3)
+    assert found.aux == 0 and found.reached == 0
+
+
 def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
     sae, x = make_sae()
     scaled = copy.deepcopy(sae)
