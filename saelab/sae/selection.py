@@ -133,7 +133,8 @@ def pre_activations(
     if low:
         x = centred.bfloat16()
         b = encoder.b_enc.bfloat16()
-        for features in _runs(n_features, elements // max(1, tokens)):
+        whole = whole_columns and x.device.type != "cpu"  # ColumnBounds takes all features at once there
+        for features in _runs(n_features, n_features if whole else elements // max(1, tokens)):
             with record_function("encoder matmul"):
                 W = _low(encoder, "W_enc", features)
                 out = encoder.scratch.get("pre", (tokens, len(W)), x.dtype, x.device)
