@@ -54,6 +54,8 @@ class Job:
         """Hash of everything the trained weights depend on."""
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
+        if self.settings.sae.allocation.name != "token_choice":  # thresholds are set behind evaluation's tokens
+            parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
         return _hash(parts)
 
