@@ -75,16 +75,17 @@ class SparseAutoencoder(nn.Module):
         """
         centred = x.reshape(-1, self.d_in).to(self.W_enc.dtype) - self.b_dec
         aligned = None if gradients is None else alignment(gradients.reshape(-1, self.d_in), self.beta)
+        encoder = self._encoder(Scratch())  # of its own: several threads may encode at once
         if self.threshold is None:
-            selections, _ = select(self._encoder(), centred, [TokenChoice(self.k)], aligned, low=False)
+            selections, _ = select(encoder, centred, [TokenChoice(self.k)], aligned, low=False)
             return selections[0].pattern.with_values(selections[0].pre).compact()
         parts, cut = [], self.threshold.clamp_min(0)
-        for tile, pre in pre_activations(self._encoder(), centred, low=False):
+        for tile, pre in pre_activations(encoder, centred, low=False):
             scores = pre
             if aligned is not None:
                 scores = worth(pre, aligned.gradients[tile.tokens] @ self.W_dec.T, aligned.beta)
             parts.append(Codes.from_mask(scores > cut, pre))
-        return concatenate(parts) if parts else Codes.from_mask(centred.new_empty(0, self.n_features).bool(), centred)
+        return concatenate(parts)
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction of each token, ``[tokens, d_in]``."""
@@ -113,7 +114,7 @@ class SparseAutoencoder(nn.Module):
         rules = [rule.times(MULTI_FACTOR), rule] if multi else [rule]
         with torch.no_grad():
             aligned = None if gradients is None else alignment(gradients, beta)
-            selections, strongest = select(self._encoder(), x - self.b_dec, rules, aligned, low, wanted)
+            selections, strongest = select(self._encoder(self._scratch), x - self.b_dec, rules, aligned, low, wanted)
         with record_function("decode"):
             codes = []
             for pattern, pre in selections:
@@ -131,8 +132,8 @@ class SparseAutoencoder(nn.Module):
             reached = (explaining.firing_counts() > 0).sum() / wanted.mask.sum().clamp_min(1)
         return TrainingPass(codes[-1], fvu, multi_fvu, aux, reached)
 
-    def _encoder(self) -> Encoder:
-        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach(), self._scratch)
+    def _encoder(self, scratch: Scratch) -> Encoder:
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach(), scratch)
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, b_dec_init: str = "mean") -> None:
