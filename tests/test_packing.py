@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.packing import pack
+from saelab.packing import pack, pack_document
 
 BOS, EOS = 0, 1
 DOCUMENTS = st.lists(st.lists(st.integers(2, 9), max_size=20), max_size=12)
@@ -51,6 +51,18 @@ def test_documents_are_taken_as_they_are_needed(documents, context):
     if next(rows, None) is not None:
         needed = next(n for n in range(1, len(documents) + 1) if sum(len(d) + 1 for d in documents[:n]) >= context - 1)
         assert taken == needed
+
+
+@given(DOCUMENTS, st.integers(2, 9), MAYBE_BOS, MAYBE_EOS)
+def test_a_document_at_a_time_gives_the_same_rows(documents, context, bos, eos):
+    rows, rest = [], []
+    for document in documents:
+        before, copies = rest, (list(rest), list(document))
+        some, rest = pack_document(before, document, context, bos=bos, eos=eos)
+        assert (before, document) == copies, "neither list is changed"
+        assert some.shape[1:] == (context,) and some.dtype == np.int32 and len(rest) < context
+        rows += some.tolist()
+    assert rows == [row.tolist() for row in pack(documents, context, bos=bos, eos=eos)]
 
 
 def test_a_context_without_room_is_refused():

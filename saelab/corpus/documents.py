@@ -22,6 +22,20 @@ class Document(NamedTuple):
     """File and row or line, for messages; a call, since it may have to count lines."""
 
 
+class Lane(NamedTuple):
+    """One of `of` disjoint streams that the documents are divided into."""
+
+    index: int = 0
+    of: int = 1
+
+
+Cursor = list[Any]
+"""Between two documents of a source: the number of a part in the drawn order, and where in it, in the part's own terms.
+JSON-able."""
+Part = Callable[[Lane, Any], Iterator[tuple[Document, Any]]]
+"""Reads the documents of a lane from somewhere in a part on (None: its beginning), each with where it is behind it."""
+
+
 class Source(NamedTuple):
     """Where documents come from."""
 
@@ -30,8 +44,9 @@ class Source(NamedTuple):
     identity: dict[str, Any]
     """The facts that decide what the documents are."""
     tokenised: bool
-    documents: Callable[[random.Random], Iterator[Document]]
-    """All documents, the parts of the source in an order drawn from the generator."""
+    documents: Callable[[random.Random, Lane, Cursor | None], Iterator[tuple[Document, Cursor]]]
+    """All documents of a lane, the parts of the source in an order drawn from the generator, each with where it is
+    behind it; from a cursor on, given an equal generator and lane. Parts before the cursor are not read."""
 
 
 Row = tuple[Callable[[], str], Any]
@@ -46,13 +61,36 @@ def place(name: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def in_drawn_order(parts: Sequence[Callable[[], Iterator[Document]]], rng: random.Random) -> Iterator[Document]:
-    """The documents of all parts, one part after the other."""
-    for part in rng.sample(parts, len(parts)):
+def in_drawn_order(
+    parts: Sequence[Part], rng: random.Random, lane: Lane, start: Cursor | None
+) -> Iterator[tuple[Document, Cursor]]:
+    """What `Source.documents` promises, of the source that consists of `parts`."""
+    return one_after_another(rng.sample(parts, len(parts)), lane, start)
+
+
+def one_after_another(parts: Sequence[Part], lane: Lane, start: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
+    """The documents of a lane, from a cursor on, the parts in the order given."""
+    first, entry = start or (0, None)
+    for number in range(first, len(parts)):
+        # Lanes take turns from part to part too: many parts may be a single document.
+        turn = Lane((lane.index - number) % lane.of, lane.of)
+        for document, within in parts[number](turn, entry):
+            yield document, [number, within]
+        entry = None
+
+
+def part_of(read: Callable[[], Iterator[Document]]) -> Part:
+    """The part that consists of what `read` reads from this machine's disk; where it is: how many documents in."""
+
+    def documents(lane: Lane, start: int | None) -> Iterator[tuple[Document, int]]:
         try:
-            yield from part()
+            for index, document in enumerate(read()):
+                if index >= (start or 0) and index % lane.of == lane.index:
+                    yield document, index + 1
         except OSError as error:
             raise SaelabError(f"corpus: {error.filename} cannot be read: {error.strerror}") from error
+
+    return documents
 
 
 def source_of_tasks(tasks: list[Task], about: str, identity: dict[str, Any], text_column: str | None) -> Source:
@@ -63,7 +101,7 @@ def source_of_tasks(tasks: list[Task], about: str, identity: dict[str, Any], tex
     def documents(task: Task) -> Iterator[Document]:
         return documents_of_rows(task(column), column, tokenised)
 
-    parts = [partial(documents, task) for task in tasks]
+    parts = [part_of(partial(documents, task)) for task in tasks]
     return Source(about, {**identity, "column": column}, tokenised, partial(in_drawn_order, parts))
 
 

@@ -1,11 +1,21 @@
 """A dataset on the Hugging Face Hub, streamed through the datasets library."""
 
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from saelab.corpus.documents import Document, Row, Source, choose_column, documents_of_rows
+from saelab.corpus.documents import (
+    Cursor,
+    Document,
+    Lane,
+    Row,
+    Source,
+    choose_column,
+    documents_of_rows,
+    one_after_another,
+)
 from saelab.errors import SaelabError, brief
 from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 
@@ -23,7 +33,7 @@ def open_hub_dataset(name: str, subset: str | None, split: str, text_column: str
     about = f"the Hub dataset {name}"
     try:
         stream: Any = datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision)
-        first = next(_rows(iter(stream), name), None)
+        first = next(_rows(stream, f"the Hub dataset {name}"), None)
     except SaelabError:
         raise
     except Exception as error:  # the library raises many kinds; its messages list the subsets and splits there are
@@ -32,28 +42,47 @@ def open_hub_dataset(name: str, subset: str | None, split: str, text_column: str
     if stream.column_names is not None:
         stream = stream.select_columns([column])
 
-    def documents(rng: random.Random) -> Iterator[Document]:
-        # A buffer of 1 permutes the files of the dataset only: documents are shuffled later, in windows of their own.
-        shuffled = stream.shuffle(seed=rng.getrandbits(31), buffer_size=1)
-        return documents_of_rows(_rows(iter(shuffled), name), column, tokenised)
+    files = [partial(_read_file, stream, name, number, column, tokenised) for number in range(stream.num_shards)]
+
+    def documents(rng: random.Random, lane: Lane, start: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
+        drawn = rng.sample(files, len(files))  # the library's shuffle() may lose its buffer where reading goes on
+        if len(drawn) % lane.of == 0:  # each lane has files of its own
+            return one_after_another(drawn[lane.index :: lane.of], Lane(), start)
+        return one_after_another(drawn, lane, start)
 
     identity = {"source": "hub", "text": f"{name} {subset} {split} {revision}", "column": column}
     return Source(about, identity, tokenised, documents)
 
 
-def _rows(stream: Iterator[Any], name: str) -> Iterator[Row]:
-    index = 0
-    while True:
+def _read_file(
+    stream: Any, name: str, number: int, column: str, tokenised: bool, lane: Lane, start: list[Any] | None
+) -> Iterator[tuple[Document, list[Any]]]:
+    """The part of a Hub dataset that is one of its files; where it is: rows of the lane, and the library's state."""
+    from datasets.distributed import split_dataset_by_node
+
+    file = stream.shard(num_shards=stream.num_shards, index=number)
+    if lane.of > 1:  # every lane reads the whole file, and keeps rows of its own
+        file = split_dataset_by_node(file, rank=lane.index, world_size=lane.of)
+    done, state = start or (0, None)
+    if state is not None:
+        file.load_state_dict(state)
+    rows = _rows(file, f"file {number} of the Hub dataset {name}", range(lane.index, sys.maxsize, lane.of)[done:])
+    for behind, row in enumerate(rows, done + 1):
+        for document in documents_of_rows([row], column, tokenised):
+            yield document, [behind, file.state_dict()]
+
+
+def _rows(stream: Any, what: str, numbers: Sequence[int] = range(sys.maxsize)) -> Iterator[Row]:
+    """The rows of a stream, of which messages say `what` they are of and their numbers."""
+    rows = iter(stream)
+    for number in numbers:
         try:
-            row = next(stream)
+            row = next(rows)
         except StopIteration:
             return
         except Exception as error:  # of the network, or of a file that does not parse
-            raise SaelabError(
-                f"corpus: reading {name} from the Hub failed after {index} rows: {brief(error)}"
-            ) from error
-        yield partial("row {} of the Hub dataset {}, as streamed".format, index, name), row
-        index += 1
+            raise SaelabError(f"corpus: reading {what} failed at row {number}: {brief(error)}") from error
+        yield partial("{}, row {}".format, what, number), row
 
 
 def _revision(name: str, nearest: str) -> str:

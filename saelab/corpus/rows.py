@@ -1,26 +1,84 @@
-"""Rows of token ids from the documents of a source, in an order drawn from a seed, with a part never trained on."""
+"""Rows of token ids from the documents of a source, in an order drawn from a seed, with a part never trained on.
+
+The documents of one side of the split are read in windows of `WINDOW` characters; each window is shuffled, tokenised
+and packed. Windows of training text are shuffled with a generator each, so that reading can go on anywhere: what
+follows a row is decided by where its window begins, the window's number, the document that the row ends in, and the
+tokens left over of the documents before that one.
+"""
 
 import hashlib
 import json
 import random
-import re
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from saelab.corpus.sources import CorpusSettings, Document, Source, open_source
+from saelab.corpus.documents import Cursor, Document, Lane, Source
+from saelab.corpus.encoder import Encoder
+from saelab.corpus.sources import CorpusSettings, open_source
 from saelab.errors import SaelabError, SettingError
-from saelab.packing import pack
+from saelab.packing import pack_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WINDOW = 1 << 22
 """Characters of documents that are shuffled among each other in memory; a token id counts as 4."""
-BATCH = 1 << 19
-"""Characters tokenised at once."""
+
+
+class _Position(NamedTuple):
+    """Between two rows: all that decides which ones follow."""
+
+    source: Cursor | None = None
+    """Where in the source the present window of documents begins; None: at its beginning."""
+    window: int = 0
+    """The number of that window."""
+    documents: int = 0
+    """How many documents of it, in the order drawn, come before the present one."""
+    before: Sequence[int] = ()
+    """Their last tokens, which are in no row by themselves: fewer than `context`."""
+    rows: int = 0
+    """How many rows these and the present document have given so far; 0 only before the first row of all."""
+
+
+class Rows(Iterator[np.ndarray]):
+    """Rows of token ids, int32 ``[context]``, that can tell where they are. Made by `Corpus.train_rows`."""
+
+    def __init__(
+        self, rows: Iterator[tuple[np.ndarray, _Position]], position: _Position, of: Mapping[str, Any]
+    ) -> None:
+        self._rows = rows
+        self._position = position
+        self._of = of
+
+    def __next__(self) -> np.ndarray:
+        row, self._position = next(self._rows)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """Where it is: with this as `start`, `Corpus.train_rows` gives the rows that would come next.
+
+        JSON-able, some 7 bytes times the context at most and less than 1 KB beside that. To go on, the window of
+        documents that it lies in is read again and shuffled as it was; nothing before that window is read, except of
+        the part of the source that it begins in, and nothing before the present document is tokenised.
+        """
+        text = json.dumps({**self._of, **self._position._asdict()}, sort_keys=True)
+        return {**json.loads(text), "check": _hash(text)}
+
+
+def _read_state(state: Mapping[str, Any], of: Mapping[str, Any]) -> _Position:
+    """The position that `Rows.state` told. Raises SaelabError where it is damaged, or of other rows than `of` says."""
+    facts = {name: value for name, value in state.items() if name != "check"}
+    if state.get("check") != _hash(json.dumps(facts, sort_keys=True)):
+        raise SaelabError("corpus: the position from which rows should go on is damaged; begin again without it")
+    differing = [f"{name} {facts.get(name)}, not {value}" for name, value in of.items() if facts.get(name) != value]
+    if differing:
+        raise SaelabError(
+            f"corpus: the position from which rows should go on is of other rows ({'; '.join(differing)}); use the "
+            "corpus, tokenizer and settings that it was made with, or begin again without it"
+        )
+    return _Position(**{name: facts[name] for name in _Position._fields})
 
 
 def open_corpus(settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", context: int) -> "Corpus":
@@ -28,7 +86,7 @@ def open_corpus(settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", 
 
     Rows begin with BOS (EOS where the tokenizer has no BOS) and have EOS after each document (BOS where it has no EOS);
     a tokenised corpus is taken as it is. Raises SaelabError if the source is missing, empty, not text or out of reach,
-    SettingError for a `context` below 2.
+    SettingError for a `context` below 2, and where documents of a tokenised corpus should be left out by length.
     """
     if context < 2:
         raise SettingError(f"context: {context} leaves no room for a token after BOS")
@@ -47,9 +105,18 @@ class Corpus:
         self.special_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
         """Ids of BOS, EOS and the like, which are in no metric."""
         self._source = source
-        self._encoder = _Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer)
+        self.bos: int | None = None if source.tokenised else self._encoder.bos
+        """The id that rows begin with; None where they have none, or are taken as they are."""
+        self._lengths = _lengths(settings)
+        if self._lengths and source.tokenised:
+            raise SettingError(
+                f"corpus: {' and '.join(self._lengths)}: {self.about} holds token ids, whose rows are taken as they "
+                "are; leave that away"
+            )
         self.identity: dict[str, Any] = {
             "held_out": settings.held_out,
+            **self._lengths,
             **source.identity,
             "tokenizer": self._encoder.fingerprint,
             "context": context,
@@ -59,17 +126,26 @@ class Corpus:
         """Hash of `identity`."""
         self._boundary = self._find_boundary(settings.held_out)
 
-    def train_rows(self, *, seed: int, epoch: int = 0) -> Iterator[np.ndarray]:
+    def train_rows(
+        self, *, seed: int, epoch: int = 0, lane: int = 0, lanes: int = 1, start: Mapping[str, Any] | None = None
+    ) -> Rows:
         """One pass over the documents that are not held out: int32 ``[context]``, in an order set by (seed, epoch).
 
-        Raises SaelabError where it meets bad text, and where all of the text does not fill one row.
+        The documents may be divided into `lanes` disjoint streams, each packed by itself: whole files of a Hub dataset
+        where these can be dealt out evenly, else single documents, each lane reading all of the text. With `start`, a
+        `Rows.state` told by rows of the same corpus, seed, epoch and lane, these are the rows that came next there.
+
+        Raises SaelabError where `start` is damaged or of other rows, where bad text is met, and where all of the text
+        does not fill one row; a lane of several may have none.
         """
-        found = False
-        for row in self._rows(random.Random(f"train {seed} {epoch}"), held_out=False):
-            found = True
-            yield row
-        if not found:
-            raise self._too_short("training", "use more text or a smaller `context`")
+        if not 0 <= lane < lanes:
+            raise ValueError(f"lane {lane} is not one of {lanes}")
+        of = {"corpus": self.fingerprint, "seed": seed, "epoch": epoch, "lane": lane, "lanes": lanes}
+        position = _Position() if start is None else _read_state(start, of)
+        rows = self._rows(f"train {seed} {epoch}", Lane(lane, lanes), position, held_out=False)
+        if lanes == 1 and position.rows == 0:
+            rows = self._at_least_one(rows)
+        return Rows(rows, position, of)
 
     def held_out_rows(self, tokens: int) -> np.ndarray:
         """The first rows of held-out documents that hold at least `tokens` tokens, special ones not counted.
@@ -79,7 +155,7 @@ class Corpus:
         special = np.array(sorted(self.special_ids), dtype=np.int32)
         rows: list[np.ndarray] = []
         missing = tokens
-        for row in self._rows(random.Random("held out"), held_out=True):
+        for row, _ in self._rows("held out", Lane(), _Position(), held_out=True):
             rows.append(row)
             missing -= int((~np.isin(row, special)).sum())
             if missing <= 0:
@@ -88,16 +164,41 @@ class Corpus:
             raise self._too_short("held-out", "use more text, a larger `held_out` or a smaller `context`")
         return np.stack(rows)
 
-    def _rows(self, rng: random.Random, *, held_out: bool) -> Iterator[np.ndarray]:
-        side = (d for d in self._source.documents(rng) if (d.place < self._boundary) == held_out)
-        documents = _shuffle(side, rng)
-        if self._source.tokenised:
-            return map(self._as_row, documents)
-        texts = (document.content for document in documents)
-        return pack(self._encoder.encode(texts), self.context, bos=self._encoder.bos, eos=self._encoder.eos)
+    def _rows(
+        self, name: str, lane: Lane, start: _Position, *, held_out: bool
+    ) -> Iterator[tuple[np.ndarray, _Position]]:
+        """The rows of one side from `start` on, in an order drawn from `name`, each with the position behind it."""
+        rng = random.Random(name)
+        documents = self._source.documents(rng, lane, start.source)
+        side = ((document, at) for document, at in documents if (document.place < self._boundary) == held_out)
+        done, before, given = start.documents, list(start.before), start.rows
+        for number, (begin, window) in enumerate(_windows(side, start.source), start.window):
+            if not held_out:  # those are always read from the beginning: one generator does, and their order stays
+                rng = random.Random(f"{name} {number}")
+            rng.shuffle(window)
+            for index, ids in enumerate(self._tokens(window[done:]), done):
+                if not self._lengths.get("min_tokens", 0) <= len(ids) <= self._lengths.get("max_tokens", len(ids)):
+                    continue
+                rows, after = self._pack(before, ids)
+                for n in range(given, len(rows)):
+                    yield rows[n], _Position(begin, number, index, before, n + 1)
+                before, given = after, 0
+            done = 0
 
-    def _as_row(self, document: Document) -> np.ndarray:
-        """The ids of one row of a tokenised corpus, int32 ``[context]``, checked."""
+    def _tokens(self, documents: Iterable[Document]) -> Iterator[list[int]]:
+        """The token ids of each document."""
+        if self._source.tokenised:
+            return map(self._checked, documents)
+        return self._encoder.encode(document.content for document in documents)
+
+    def _pack(self, before: list[int], ids: list[int]) -> tuple[np.ndarray, list[int]]:
+        """The rows that a document of `ids` completes, int32 ``[rows, context]``, and the tokens left over."""
+        if self._source.tokenised:
+            return np.array([ids], dtype=np.int32), []
+        return pack_document(before, ids, self.context, bos=self._encoder.bos, eos=self._encoder.eos)
+
+    def _checked(self, document: Document) -> list[int]:
+        """The ids of a row of a tokenised corpus, which are as many as the context and within the vocabulary."""
         ids, n_ids = document.content, self._encoder.n_ids
         if len(ids) != self.context:
             raise SaelabError(
@@ -110,7 +211,7 @@ class Corpus:
                 f"corpus: {document.where()} holds the token id {foreign!r}, but the model's tokenizer has 0 to "
                 f"{n_ids - 1}; use a corpus that was tokenised for this model, or one of text"
             )
-        return np.array(ids, dtype=np.int32)
+        return ids
 
     def _find_boundary(self, held_out: float) -> float:
         """The place below which documents are held out: `held_out`, moved where that would leave one side empty.
@@ -118,9 +219,9 @@ class Corpus:
         Reads until both sides have a document, which a large corpus shows within some 1 / `held_out` documents.
         """
         lowest, second, highest = 2.0, 2.0, -1.0  # of the places met so far; duplicates share one
-        for document in self._source.documents(random.Random("held out")):
+        for document, _ in self._source.documents(random.Random("held out"), Lane(), None):
             if self._source.tokenised:
-                self._as_row(document)
+                self._checked(document)
             if document.place < lowest:
                 lowest, second = document.place, lowest
             elif lowest < document.place < second:
@@ -137,75 +238,41 @@ class Corpus:
             )
         return highest if highest < held_out else second
 
+    def _at_least_one(self, rows: Iterator[tuple[np.ndarray, _Position]]) -> Iterator[tuple[np.ndarray, _Position]]:
+        """The rows as they are. Raises SaelabError where there is none."""
+        first = next(rows, None)
+        if first is None:
+            raise self._too_short("training", "use more text or a smaller `context`")
+        yield first
+        yield from rows
+
     def _too_short(self, part: str, advice: str) -> SaelabError:
-        return SaelabError(f"corpus: the {part} text of {self.about} fills no row of {self.context} tokens; {advice}")
+        kept = f", documents left out by {' and '.join(self._lengths)} not counted" if self._lengths else ""
+        return SaelabError(
+            f"corpus: the {part} text of {self.about} fills no row of {self.context} tokens{kept}; {advice}"
+        )
 
 
-class _Encoder:
-    """Token ids of plain text: nothing added, nothing cut off, and no text becomes a control token."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        from tokenizers import Tokenizer
-
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # which other uses of the tokenizer may have left behind
-        text = json.dumps(state, sort_keys=True)
-        self._backend: Any = Tokenizer.from_str(text)  # a copy, so that the caller's keeps its own settings
-        self._backend.encode_special_tokens = True
-        ids: Any = tokenizer  # its attributes are typed as all that any special token may be
-        first, last, unknown = ids.bos_token_id, ids.eos_token_id, ids.unk_token_id
-        self.bos: int | None = last if first is None else first
-        self.eos: int | None = first if last is None else last
-        self.fingerprint = _hash(f"{self.bos} {self.eos} {text}")
-        self.n_ids: int = max(self._backend.get_vocab().values()) + 1
-        control = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        if unknown not in (self.bos, self.eos):
-            control.pop(unknown, None)  # what unknown text becomes, rightly
-        self._control = frozenset(control)
-        longest_first = sorted(control.values(), key=len, reverse=True)
-        self._spelt = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Token ids of each text, in order; tokenised in batches."""
-        batch: list[str] = []
-        size = 0
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH:
-                yield from self._encode_batch(batch)
-                batch, size = [], 0
-        yield from self._encode_batch(batch)
-
-    def _encode_batch(self, texts: list[str]) -> Iterator[list[int]]:
-        for text, encoding in zip(texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-            ids = encoding.ids
-            yield ids if self._control.isdisjoint(ids) else self._encode_in_parts(text)
-
-    def _encode_in_parts(self, text: str) -> list[int]:
-        """As `encode`, with the name of every control token cut after its first character.
-
-        Unigram and word-level models need it: they find the whole name in their vocabulary, as if it were a word.
-        """
-        cuts = [0, *(match.start() + 1 for match in self._spelt.finditer(text)), len(text)]
-        parts = [text[start:stop] for start, stop in pairwise(cuts)]
-        encodings = self._backend.encode_batch_fast(parts, add_special_tokens=False)
-        return [i for encoding in encodings for i in encoding.ids if i not in self._control]
+def _lengths(settings: CorpusSettings) -> dict[str, int]:
+    """The limits that are set to how many tokens a document has."""
+    limits = {"min_tokens": settings.min_tokens, "max_tokens": settings.max_tokens}
+    return {name: limit for name, limit in limits.items() if limit}
 
 
-def _shuffle(documents: Iterable[Document], rng: random.Random) -> Iterator[Document]:
-    """The documents, shuffled within windows of `WINDOW` characters."""
+def _windows(
+    documents: Iterable[tuple[Document, Cursor]], begin: Cursor | None
+) -> Iterator[tuple[Cursor | None, list[Document]]]:
+    """Documents in windows of `WINDOW` characters, each with where it begins; the first one at `begin`."""
     window: list[Document] = []
     size = 0
-    for document in documents:
+    for document, at in documents:
         window.append(document)
         size += len(document.content) if isinstance(document.content, str) else 4 * len(document.content)
         if size >= WINDOW:
-            rng.shuffle(window)
-            yield from window
-            window, size = [], 0
-    rng.shuffle(window)
-    yield from window
+            yield begin, window
+            window, size, begin = [], 0, at
+    if window:
+        yield begin, window
 
 
 def _hash(text: str) -> str:

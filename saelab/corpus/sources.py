@@ -11,22 +11,24 @@
 - Anything else is the id of a dataset on the Hugging Face Hub, streamed: a row.
 
 Rows hold text, or token ids (lists of int) that are taken as they are. Whether a document is held out depends on a hash
-of its name (a file among several) or else of its content, so never on order, and equal rows are on the same side. Files
-are read in parts, as documents are asked for; nothing is unpickled, no code of a dataset is run, nothing is written.
+of its name (a file among several) or else of its content, so never on order, and equal rows are on the same side.
+
+Documents come in parts: a MiB of a text or JSON Lines file, a row group, some rows of a saved dataset, a file of a Hub
+dataset; files of other kinds are one part. Parts are drawn in an order set by a seed and read as documents are asked
+for; to go on within a part, it is read from its beginning. Nothing is unpickled, no code of a dataset is run, nothing
+is written.
 """
 
 import hashlib
 import json
 import os
-import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from saelab.corpus.documents import Document, Source, in_drawn_order, source_of_tasks
+from saelab.corpus.documents import Document, Source, in_drawn_order, part_of, source_of_tasks
 from saelab.corpus.files import row_tasks, saved_dataset_tasks, text_parts
 from saelab.errors import SaelabError, SettingError, did_you_mean
 
@@ -65,6 +67,11 @@ class CorpusSettings:
     """Which configuration of a Hub dataset that has several."""
     held_out: float = 0.05
     """Share of the documents that is never trained on, at least one of them. The demo has a split of its own."""
+    min_tokens: int = 0
+    """Documents of fewer tokens (EOS not counted) are left out, of training and held-out text alike; not for corpora of
+    token ids. A document is a row of a dataset, a file of a folder, or a piece of a long text file."""
+    max_tokens: int | None = None
+    """Documents of more tokens are left out likewise. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("source", "text_column", "split", "subset"):
@@ -74,6 +81,11 @@ class CorpusSettings:
             raise SettingError(
                 f"held_out: {self.held_out} is not between 0 and 1; evaluation needs some text of its own"
             )
+        if self.min_tokens < 0:
+            raise SettingError(f"min_tokens: {self.min_tokens} is negative; 0 leaves no document out")
+        if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
+            least = "min_tokens" if self.min_tokens > 1 else "1"
+            raise SettingError(f"max_tokens: {self.max_tokens} is less than {least}; every document would be left out")
 
 
 def open_source(settings: CorpusSettings) -> Source:
@@ -104,12 +116,10 @@ def _demo() -> Source:
     digest = hashlib.blake2b(digest_size=16)
     for document in train + held_out:
         digest.update(f"{document.where()}\0{document.place}\0{document.content}\0".encode())
-
-    def documents(rng: random.Random) -> Iterator[Document]:
-        yield from rng.sample(train + held_out, len(train) + len(held_out))
-
+    parts = [part_of(partial(iter, [document])) for document in train + held_out]
     about = f"the Python standard library ({len(train)} texts, {len(held_out)} held out)"
-    return Source(about, {"source": "demo", "text": digest.hexdigest(), "held_out": "by file"}, False, documents)
+    identity = {"source": "demo", "text": digest.hexdigest(), "held_out": "by file"}
+    return Source(about, identity, False, partial(in_drawn_order, parts))
 
 
 @cache  # reading and comparing the library takes seconds, and a process may open it once per stage
@@ -154,7 +164,7 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
         tasks = [task for path in paths for task in row_tasks(path)]
         return source_of_tasks(tasks, about, identity, settings.text_column)
     deciding = [None] if len(paths) == 1 else names  # a file alone is split within
-    parts = [part for path, name in zip(paths, deciding, strict=True) for part in text_parts(path, name)]
+    parts = [part_of(read) for path, name in zip(paths, deciding, strict=True) for read in text_parts(path, name)]
     return Source(about, identity, False, partial(in_drawn_order, parts))
 
 

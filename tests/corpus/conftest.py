@@ -2,6 +2,7 @@
 
 import pytest
 
+from saelab.corpus import encoder, files, rows
 from tests.corpus.made import KINDS, make_tokenizer, write
 
 
@@ -13,3 +14,12 @@ def tokenizer():
 @pytest.fixture(params=KINDS)
 def source(request, tmp_path):
     return write(tmp_path / request.param)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a source, windows and batches so small that a corpus of the tests has several of each."""
+    monkeypatch.setattr(files, "PART", 1 << 12)
+    monkeypatch.setattr(files, "ROWS", 16)
+    monkeypatch.setattr(rows, "WINDOW", 1 << 12)
+    monkeypatch.setattr(encoder, "BATCH", 1 << 10)

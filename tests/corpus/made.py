@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,11 @@ def write(path: Path, texts=TEXTS, column="text") -> Path:
     return path
 
 
+def tokenised(n=50, length=CONTEXT):
+    """Rows of token ids, all different."""
+    return [[0, *((np.arange(length - 1) * (n + 7)) % 300 + 1).tolist()] for n in range(n)]
+
+
 def opened(source, tokenizer, context=CONTEXT, held_out=0.1, **settings) -> Corpus:
     return open_corpus(CorpusSettings(str(source), held_out=held_out, **settings), tokenizer, context)
 
@@ -101,6 +107,22 @@ def refuses(source, tokenizer, *said, **settings) -> str:
     assert message.startswith("corpus: ")
     assert all(word in message for word in said), message
     return message
+
+
+def check_going_on(open_again: Callable[[], Corpus], **which) -> None:
+    """From the state before the first row and behind every one, as JSON, a corpus opened anew gives the rows left."""
+    rows = open_again().train_rows(seed=5, **which)
+    states, given = [json.dumps(rows.state())], []
+    for row in rows:
+        given.append(row)
+        states.append(json.dumps(rows.state()))
+    assert json.dumps(rows.state()) == states[-1], "at the end it stays behind the last row"
+    assert max(map(len, states)) < 7 * CONTEXT + 1000
+    assert len(given) > 20
+    given, again = np.stack(given), open_again()
+    for n, state in enumerate(states):
+        left = list(again.train_rows(seed=5, **which, start=json.loads(state)))
+        assert np.array_equal(np.reshape(left, (-1, CONTEXT)), given[n:]), f"from behind row {n} of {len(given)}"
 
 
 KINDS = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "folder", "saved"]

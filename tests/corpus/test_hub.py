@@ -1,23 +1,37 @@
 """Datasets on the Hub: streamed, pinned to a revision, and an answer within 5 seconds where there is no network."""
 
+import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from tests.corpus.made import TEXTS, documents, opened, refuses
+from saelab.corpus import CorpusSettings
+from saelab.corpus.documents import Lane
+from saelab.corpus.sources import open_source
+from saelab.errors import SaelabError
+from tests.corpus.made import TEXTS, check_going_on, documents, opened, refuses
+
+LOAD_DATASET = datasets.load_dataset
 
 
 class FakeHub:
-    """Stands in for the Hub: what `dataset_info` and `load_dataset` give, in memory."""
+    """Stands in for the Hub: what `dataset_info` and `load_dataset` give, with 4 files.
 
-    def __init__(self, monkeypatch, table, columns_known=False, fail_after=None):
+    These are generated row by row, or, where `folder` is given, Parquet files in it of several row groups each.
+    """
+
+    def __init__(self, monkeypatch, table, columns_known=False, fail_after=None, folder=None):
         def generate(shards):
+            self.opened += shards
             for shard in shards:
                 for index, row in enumerate(table[shard::4]):
                     if fail_after is not None and index == fail_after:
@@ -26,17 +40,29 @@ class FakeHub:
 
         def load_dataset(*args, **kwargs):
             self.asked.append((args, kwargs))
+            if folder is not None:
+                return LOAD_DATASET("parquet", data_files=parquet_files(table, folder), split="train", streaming=True)
             if columns_known:
                 return datasets.Dataset.from_list(table).to_iterable_dataset(num_shards=4)
             return datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": list(range(4))})
 
-        self.asked = []
+        self.asked: list[tuple] = []
+        self.opened: list[int] = []
+        """The files that were read, as often as they were."""
         info = huggingface_hub.DatasetInfo(
             id="someone/texts", sha="abc123", private=False, downloads=0, likes=0, tags=[]
         )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: info)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def parquet_files(table, folder):
+    """4 files with the rows of `table`."""
+    paths = [str(folder / f"{n}.parquet") for n in range(4)]
+    for n, path in enumerate(paths):
+        pq.write_table(pa.Table.from_pylist(table[n::4]), path, row_group_size=7)
+    return paths
 
 
 @pytest.mark.parametrize("columns_known", [True, False])
@@ -53,11 +79,82 @@ def test_a_hub_dataset_is_streamed_at_a_fixed_revision(monkeypatch, tokenizer, c
     assert corpus.fingerprint != opened("someone/texts", tokenizer, subset="de").fingerprint
 
 
+def make_hub(monkeypatch, tmp_path, kind, texts):
+    """A Hub whose files are of a kind: rows without known columns, rows with, Parquet."""
+    table = [{"text": text, "id": n} for n, text in enumerate(texts)]
+    return FakeHub(monkeypatch, table, columns_known=kind == "columns", folder=tmp_path if kind == "parquet" else None)
+
+
+FILES = pytest.mark.parametrize("kind", ["generated", "columns", "parquet"])
+
+
+@FILES
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.usefixtures("small_parts")
+def test_a_stream_goes_on_from_behind_any_row(monkeypatch, tmp_path, tokenizer, kind, lanes):
+    """Through the library's own state of the stream, also where lanes share files (3 lanes, 4 files)."""
+    texts = [*TEXTS[:70], " ", "\n"]
+    make_hub(monkeypatch, tmp_path, kind, random.Random(0).sample(texts, len(texts)))
+    check_going_on(lambda: opened("someone/texts", tokenizer), lane=lanes - 1, lanes=lanes)
+
+
+@FILES
+@pytest.mark.parametrize("lanes", [2, 3, 4, 5])
+def test_lanes_share_out_a_stream(monkeypatch, tmp_path, kind, lanes):
+    """Each document is in exactly one lane, whether or not files can be dealt out whole."""
+    make_hub(monkeypatch, tmp_path, kind, TEXTS)
+    source = open_source(CorpusSettings("someone/texts"))
+
+    def contents(lane):
+        return Counter(document.content for document, _ in source.documents(random.Random(7), lane, None))
+
+    shares = [contents(Lane(index, lanes)) for index in range(lanes)]
+    assert sum(shares, Counter()) == contents(Lane()) == Counter(TEXTS)
+    assert min(share.total() for share in shares) >= len(TEXTS) // lanes - 4
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_files_of_a_stream_that_lie_behind_or_are_another_lanes_are_not_opened(monkeypatch, tmp_path, tokenizer):
+    fake = make_hub(monkeypatch, tmp_path, "generated", TEXTS * 2)
+    corpus = opened("someone/texts", tokenizer)
+    rows = corpus.train_rows(seed=0)
+    states = [rows.state() for _ in rows]
+    fake.opened.clear()
+    left = list(corpus.train_rows(seed=0, start=states[len(states) * 9 // 10]))
+    assert left and len(fake.opened) == 1
+    fake.opened.clear()
+    list(corpus.train_rows(seed=0, lane=1, lanes=2))
+    assert len(fake.opened) == 2
+
+
+def test_a_bad_row_is_named_by_file_and_number_also_where_reading_went_on_and_lanes_share_files(monkeypatch, tokenizer):
+    table = [{"text": text} for text in TEXTS]
+    table[4 * 45 + 2] = {"text": 7}
+    FakeHub(monkeypatch, table)
+    corpus = opened("someone/texts", tokenizer)
+    monkeypatch.setattr("saelab.corpus.rows.WINDOW", 1)
+    for lane in range(3):
+        rows = corpus.train_rows(seed=0, lane=lane, lanes=3)
+        try:
+            while True:
+                state = rows.state()
+                next(rows)
+        except StopIteration:
+            continue
+        except SaelabError as error:
+            first = str(error)
+        with pytest.raises(SaelabError) as second:
+            list(corpus.train_rows(seed=0, lane=lane, lanes=3, start=state))
+        assert first == str(second.value) and "file 2 of the Hub dataset someone/texts, row 45: 'text'" in first
+        return
+    pytest.fail("no lane met the bad row")
+
+
 def test_trouble_in_a_hub_dataset(monkeypatch, tokenizer):
     FakeHub(monkeypatch, [{"body": text} for text in TEXTS])
     refuses("someone/texts", tokenizer, "someone/texts", "its columns are body")
     FakeHub(monkeypatch, [{"text": text} for text in TEXTS], fail_after=30)
-    refuses("someone/texts", tokenizer, "failed after", "the network went away")
+    refuses("someone/texts", tokenizer, "failed at row", "the network went away")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch, tokenizer):

@@ -5,15 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from saelab.corpus import files, rows
-from tests.corpus.made import CONTEXT, EOT, TEXTS, documents, make_tokenizer, opened, refuses, write
+from saelab.corpus import files
+from saelab.errors import SettingError
+from tests.corpus.made import CONTEXT, EOT, TEXTS, documents, make_tokenizer, opened, refuses, tokenised, write
 
 
-def test_rows_are_full_begin_with_bos_and_hold_every_document_once(source, tokenizer, monkeypatch):
-    monkeypatch.setattr(files, "PART", 1 << 12)
-    monkeypatch.setattr(files, "ROWS", 16)
-    monkeypatch.setattr(rows, "WINDOW", 1 << 12)
-    monkeypatch.setattr(rows, "BATCH", 1 << 10)
+@pytest.mark.usefixtures("small_parts")
+def test_rows_are_full_begin_with_bos_and_hold_every_document_once(source, tokenizer):
     corpus = opened(source, tokenizer)
     train, held_out = list(corpus.train_rows(seed=0)), corpus.held_out_rows(10**9)
     for row in [*train, *held_out]:
@@ -162,11 +160,46 @@ def test_long_documents_raise_no_warning(tmp_path, tokenizer, caplog, capfd):
     assert not caplog.records and capfd.readouterr() == ("", "")
 
 
+# -- documents left out by length
+
+
+def test_documents_outside_the_limits_are_left_out_of_both_sides_and_no_others(tmp_path, tokenizer):
+    """The limits count tokens without EOS, are inclusive, and move no document to the other side."""
+    texts = [" ".join(text.split()[: 3 + n % 20]) for n, text in enumerate(TEXTS)]
+    source = write(tmp_path / "a.jsonl", texts)
+
+    def sides(**limits):
+        corpus = opened(source, tokenizer, context=8, **limits)
+        return [documents(list(corpus.train_rows(seed=0))), documents(corpus.held_out_rows(10**9))]
+
+    everything = sides()
+    lengths = sorted(len(document) - 1 for side in everything for document in side)
+    low, high = lengths[len(lengths) // 4], lengths[3 * len(lengths) // 4]
+    for limits in ({"min_tokens": low}, {"max_tokens": high}, {"min_tokens": low, "max_tokens": high}):
+        for some, side in zip(sides(**limits), everything, strict=True):
+            least, most = limits.get("min_tokens", 0), limits.get("max_tokens", 10**9)
+            wanted = {document for document in side if least <= len(document) - 1 <= most}
+            unfinished = wanted - some.keys()
+            assert some.keys() <= wanted and len(unfinished) <= 1, "all but the one cut off at the end"
+
+
+def test_limits_are_part_of_the_identity_only_where_set(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl")
+    corpora = [opened(source, tokenizer, **limits) for limits in ({}, {"min_tokens": 5}, {"max_tokens": 500})]
+    assert len({corpus.fingerprint for corpus in corpora}) == 3
+    assert not {"min_tokens", "max_tokens"} & corpora[0].identity.keys()
+    assert corpora[1].identity["min_tokens"] == 5 and corpora[2].identity["max_tokens"] == 500
+
+
+def test_limits_that_leave_nothing_and_limits_on_token_ids_are_said(tmp_path, tokenizer):
+    refuses(write(tmp_path / "a.jsonl"), tokenizer, "fills no row", "min_tokens not counted", min_tokens=1000)
+    source = write(tmp_path / "b.jsonl", tokenised(), "input_ids")
+    refuses(source, tokenizer, "max_tokens", "holds token ids", max_tokens=20)
+    with pytest.raises(SettingError):
+        opened(source, tokenizer, min_tokens=2)
+
+
 # -- tokenised corpora
-
-
-def tokenised(n=50, length=CONTEXT):
-    return [[0, *((np.arange(length - 1) * (n + 7)) % 300 + 1).tolist()] for n in range(n)]
 
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "saved"])

@@ -29,11 +29,26 @@ def test_a_saved_dataset_with_splits(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("held_out", 0.0), ("held_out", 1.0), ("source", ""), ("split", ""), ("text_column", "")]
+    "name, value",
+    [
+        ("held_out", 0.0),
+        ("held_out", 1.0),
+        ("source", ""),
+        ("split", ""),
+        ("text_column", ""),
+        ("min_tokens", -1),
+        ("max_tokens", 0),
+    ],
 )
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(SettingError, match=f"^{name}: "):
         CorpusSettings(**{name: value})
+
+
+def test_limits_of_length_that_exclude_each_other_are_refused():
+    with pytest.raises(SettingError, match=r"^max_tokens: 9 is less than min_tokens"):
+        CorpusSettings(min_tokens=10, max_tokens=9)
+    assert CorpusSettings(min_tokens=10, max_tokens=10).max_tokens == 10
 
 
 def test_a_context_without_room_is_refused(tokenizer):

@@ -1,0 +1,163 @@
+"""Rows go on from where they were, on every kind of corpus, without reading again what lies behind; lanes share out
+the documents."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from saelab.corpus import CorpusSettings, encoder, files
+from saelab.corpus.documents import Lane
+from saelab.corpus.sources import open_source
+from saelab.errors import SaelabError
+from tests.corpus.made import KINDS, TEXTS, check_going_on, documents, opened, tokenised, write
+
+pytestmark = pytest.mark.usefixtures("small_parts")
+
+
+# -- going on
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", [{}, {"epoch": 2, "lane": 1, "lanes": 3}], ids=["whole", "lane"])
+def test_rows_go_on_from_behind_any_row(tmp_path, tokenizer, kind, which):
+    source = write(tmp_path / kind, TEXTS[:80])
+    check_going_on(lambda: opened(source, tokenizer), **which)
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "saved"])
+def test_rows_of_token_ids_go_on_from_behind_any_row(tmp_path, tokenizer, kind):
+    source = write(tmp_path / kind, tokenised(150), "input_ids")
+    check_going_on(lambda: opened(source, tokenizer))
+
+
+def test_documents_that_are_left_out_and_long_ones_are_no_obstacle(tmp_path, tokenizer):
+    """Limits of length count documents as those that are packed do; one document may fill many rows."""
+    texts = [text * (1 + 12 * (n % 7 == 0)) for n, text in enumerate(TEXTS[:60])]
+    source = write(tmp_path / "a.jsonl", texts)
+    check_going_on(lambda: opened(source, tokenizer))
+    check_going_on(lambda: opened(source, tokenizer, min_tokens=100))
+    check_going_on(lambda: opened(source, tokenizer, max_tokens=300))
+
+
+def test_the_demo_goes_on_too(tokenizer):
+    corpus = opened("demo", tokenizer, context=64)
+    rows = corpus.train_rows(seed=1)
+    for _ in range(40):
+        state = rows.state()
+        left = [next(rows) for _ in range(3)]
+        again = corpus.train_rows(seed=1, start=state)
+        assert np.array_equal(left, [next(again) for _ in range(3)])
+
+
+@pytest.mark.parametrize(
+    "kind, reader",
+    [
+        ("a.jsonl", "_read_json_lines"),
+        ("folder", "_read_text"),
+        ("a.parquet", "_read_parquet"),
+        ("saved", "_read_saved"),
+    ],
+)
+def test_going_on_reads_and_tokenises_nothing_that_lies_behind(tmp_path, tokenizer, monkeypatch, kind, reader):
+    """Parts of the source before the present window are not opened, texts before the present one not tokenised."""
+    parts, texts = [], []
+    read, encode = getattr(files, reader), encoder.Encoder.encode
+
+    def counted_read(*args):
+        parts.append(args)
+        return read(*args)
+
+    def counted_encode(self, documents):
+        return encode(self, (texts.append(document) or document for document in documents))
+
+    monkeypatch.setattr(files, reader, counted_read)
+    monkeypatch.setattr(encoder.Encoder, "encode", counted_encode)
+    corpus = opened(write(tmp_path / kind, TEXTS * 2), tokenizer)
+    rows = corpus.train_rows(seed=0)
+    states = [rows.state() for _ in rows]
+    for share in (0.5, 0.95):
+        parts.clear(), texts.clear()
+        start = states[int(share * len(states))]
+        left = len(list(corpus.train_rows(seed=0, start=start)))
+        n_parts, n_texts = len(parts), len(texts)
+        parts.clear(), texts.clear()
+        list(corpus.train_rows(seed=0))
+        window = 1 << 12  # its share of the source, and the part it begins in, are read from the beginning
+        assert n_parts <= (1 - share + 2 * window / sum(map(len, TEXTS * 2))) * len(parts) + 2
+        assert n_texts <= left / len(states) * len(texts) + 2
+
+
+def test_a_state_that_is_damaged_or_of_other_rows_is_refused(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl")
+    corpus = opened(source, tokenizer)
+    rows = corpus.train_rows(seed=1, epoch=2, lane=0, lanes=2)
+    for _ in range(100):
+        next(rows)
+    state = rows.state()
+    own = {"seed": 1, "epoch": 2, "lane": 0, "lanes": 2}
+    assert len(list(corpus.train_rows(**own, start=state)))
+    for other in ({"seed": 2}, {"epoch": 1}, {"lane": 1}, {"lanes": 3}):
+        (name,) = other
+        with pytest.raises(SaelabError, match=rf"of other rows \({name} {own[name]}, not {other[name]}\)"):
+            corpus.train_rows(**own | other, start=state)
+    with pytest.raises(SaelabError, match=r"of other rows \(corpus "):
+        opened(source, tokenizer, min_tokens=1).train_rows(**own, start=state)
+    for name, value in state.items():
+        less = {key: state[key] for key in state if key != name}
+        changed = f"{value}x" if isinstance(value, str) else value[:-1] if isinstance(value, list) else value + 1
+        for damaged in (less, state | {name: None}, state | {name: changed}):
+            with pytest.raises(SaelabError, match="is damaged"):
+                corpus.train_rows(**own, start=damaged)
+
+
+def test_the_state_given_is_a_copy(tmp_path, tokenizer):
+    corpus = opened(write(tmp_path / "a.jsonl"), tokenizer)
+    rows = corpus.train_rows(seed=0)
+    next(rows)
+    before = json.dumps(rows.state())
+    state = rows.state()
+    state["before"].append(1)
+    state["source"] = "changed"
+    assert json.dumps(rows.state()) == before
+
+
+# -- lanes
+
+
+@pytest.mark.parametrize("lanes", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanes_share_out_all_documents_evenly(tmp_path, kind, lanes):
+    """Each document of the source is in exactly one lane, and each has about as many."""
+    source = open_source(CorpusSettings(str(write(tmp_path / kind))))
+
+    def contents(lane):
+        return Counter(document.content for document, _ in source.documents(random.Random(7), lane, None))
+
+    shares = [contents(Lane(index, lanes)) for index in range(lanes)]
+    assert sum(shares, Counter()) == contents(Lane())
+    counts = [share.total() for share in shares]
+    assert min(counts) > 0.7 * max(counts)
+
+
+def test_each_lane_is_packed_by_itself(tmp_path, tokenizer):
+    corpus = opened(write(tmp_path / "a.jsonl"), tokenizer)
+    whole = documents(list(corpus.train_rows(seed=0)))
+    found = [documents(list(corpus.train_rows(seed=0, lane=lane, lanes=3))) for lane in range(3)]
+    assert all(len(lane) > 0.2 * len(whole) for lane in found)
+    together = sum(found, Counter())
+    assert set(together.values()) == {1}
+    assert len(together.keys() ^ whole.keys()) <= 4, "but for the last document of each, cut off"
+    held_out = documents(corpus.held_out_rows(10**9))
+    assert not together.keys() & held_out.keys()
+
+
+def test_a_lane_of_several_may_be_empty(tmp_path, tokenizer):
+    corpus = opened(write(tmp_path / "a.jsonl", TEXTS[:4]), tokenizer)
+    counts = [len(list(corpus.train_rows(seed=0, lane=lane, lanes=8))) for lane in range(8)]
+    assert 0 in counts and any(counts)
+    for lane, lanes in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="is not one of"):
+            corpus.train_rows(seed=0, lane=lane, lanes=lanes)

@@ -1,0 +1,118 @@
+"""Text that cannot be read, met by the commands that read it: one message that says what is wrong, where, and what to
+do; exit code 2; nothing written that could be taken for a result."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from tests.corpus.made import TEXTS, write
+from tests.faults.tools import command, the_one_error
+from tests.tiny import CONTEXT, model_folder
+
+STAGES = pytest.mark.parametrize("stage", ["train", "cache"])
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Runs a stage on a corpus, in an empty folder; its message, once seen to be the only one, with exit code 2."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(stage: str, corpus: object, *overrides: str) -> str:
+        config = {
+            "model": str(model_folder("gpt2")), "site": "blocks.1.hook_resid_post", "context": CONTEXT, "out": "run",
+            "device": "cpu", "corpus": str(corpus), "sae": {"n_features": 64, "k": 4},
+            "training": {"tokens": 6000, "batch": 200},
+        }  # fmt: skip
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        out = ["--out", "cache"] if stage == "cache" else []
+        code, said, error = command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)
+        message = the_one_error(error)
+        assert code == 2 and said == "" and message.startswith("error: corpus: ")
+        return message
+
+    return run
+
+
+def written() -> list[str]:
+    return sorted(str(path) for path in Path().rglob("*") if path.is_file())
+
+
+@STAGES
+def test_no_text_column(stage, fails, tmp_path):
+    """The message names the file, the column looked for, those there are, and the setting that chooses one."""
+    path = write(tmp_path / "a.jsonl", column="body")
+    message = fails(stage, path)
+    assert all(word in message for word in (str(path), "'text'", "id, body", "`text_column`"))
+    message = fails(stage, path, "corpus.text_column=bdy")
+    assert all(word in message for word in ("'bdy'", "id, body", "Nearest: body"))
+    assert not written()
+
+
+@STAGES
+@pytest.mark.parametrize(
+    "name, content", [("a.txt", b""), ("a.jsonl", b""), ("a.csv", b"id,text\n"), ("a.txt", b" \n")]
+)
+def test_an_empty_file(stage, fails, tmp_path, name, content):
+    """No bytes, no rows, nothing but blanks: the file is named as one without text."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = fails(stage, path)
+    assert str(path) in message and any(word in message for word in ("is empty", "holds no rows", "holds no text"))
+    assert not written()
+
+
+@STAGES
+def test_a_row_that_is_not_text_at_the_beginning(stage, fails, tmp_path):
+    """The line and what it holds are named, before anything is written."""
+    path = write(tmp_path / "a.jsonl", [7, *TEXTS])
+    message = fails(stage, path)
+    assert all(word in message for word in (f"{path}, line 1:", "int", "not text", "repair or remove that row"))
+    assert not written()
+
+
+@STAGES
+def test_invalid_utf8_at_the_beginning(stage, fails, tmp_path):
+    """The byte and where it is are named, with what converts a file, before anything is written."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9\n" + "\n\n".join(TEXTS).encode())
+    message = fails(stage, path)
+    assert all(word in message for word in (str(path), "UTF-8", "0xe9 at byte 3", "iconv"))
+    assert not written()
+
+
+@STAGES
+@pytest.mark.parametrize("fault", ["a row that is not text", "invalid UTF-8"])
+def test_trouble_far_into_the_text(stage, fault, fails, tmp_path):
+    """What is not met on opening is met where it is read: named as well, and no result is made of the text before it,
+    neither a checkpoint nor a shard nor a manifest."""
+    path = write(tmp_path / "a.jsonl", [*TEXTS, None if fault == "a row that is not text" else "text", *TEXTS])
+    if fault == "invalid UTF-8":
+        path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9"}\n')
+    message = fails(stage, path)
+    assert ("line 201: 'text' is null, not text" if fault == "a row that is not text" else "0xe9 at byte") in message
+    assert str(path) in message
+    assert not [name for name in written() if name.endswith((".safetensors", "manifest.json", "train.json"))]
+
+
+@STAGES
+def test_a_hub_that_cannot_be_reached(stage, fails, monkeypatch, no_network):
+    """The message says so, and what can be read without a network: the demo, local files, a copy made elsewhere."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    message = fails(stage, "someone/texts")
+    no_network.unlink()  # it did try, as it should
+    assert "someone/texts cannot be reached" in message
+    assert all(word in message for word in ("`corpus: demo`", "local file", "hf download someone/texts"))
+    assert not written()
+
+
+@STAGES
+def test_offline_mode_is_named_as_the_reason(stage, fails, monkeypatch):
+    """Where the libraries are told to stay offline, the message says by what, and no connection is tried."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = fails(stage, "someone/texts")
+    assert "HF_HUB_OFFLINE is set" in message and "hf download someone/texts" in message
+    assert not written()
