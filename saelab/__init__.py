@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saelab.activations.reader import open_cache
     from saelab.analysis.fidelity import Fidelity, fidelity
+    from saelab.caching import cache
     from saelab.codes import Codes
     from saelab.config import RunSettings, load_config
     from saelab.corpus import CorpusSettings, open_corpus
@@ -28,12 +30,14 @@ _HOME = {
     "RunSettings": "saelab.config",
     "SaelabError": "saelab.errors",
     "SparseAutoencoder": "saelab.sae.model",
+    "cache": "saelab.caching",
     "evaluate": "saelab.run",
     "features": "saelab.features",  # the package itself, which can be called
     "fidelity": "saelab.analysis.fidelity",
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.config",
     "load_language_model": "saelab.lm",
+    "open_cache": "saelab.activations.reader",
     "open_corpus": "saelab.corpus",
     "save_sae": "saelab.sae.checkpoint",
     "train": "saelab.run",
@@ -48,12 +52,14 @@ __all__ = [
     "RunSettings",
     "SaelabError",
     "SparseAutoencoder",
+    "cache",
     "evaluate",
     "features",
     "fidelity",
     "load",
     "load_config",
     "load_language_model",
+    "open_cache",
     "open_corpus",
     "save_sae",
     "train",

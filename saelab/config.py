@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from saelab.activations.stream import ActivationSettings
+from saelab.activations.settings import ActivationSettings, CacheSettings
 from saelab.analysis.fidelity import EvalSettings
 from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
@@ -40,6 +40,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     activations: ActivationSettings = field(default_factory=ActivationSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     sae: SaeSettings = field(default_factory=SaeSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
@@ -56,7 +57,14 @@ class RunSettings:
 
 
 _ADAPTER = TypeAdapter(RunSettings)
-_SHORT = {"model": "name", "corpus": "source", "sae.affinity": "name", "sae.allocation": "name", "sae.aux": "name"}
+_SHORT = {
+    "model": "name",
+    "corpus": "source",
+    "activations.cache": "path",
+    "sae.affinity": "name",
+    "sae.allocation": "name",
+    "sae.aux": "name",
+}
 """Sections that may be given as one string: `model: gpt2` is `model: {name: gpt2}`."""
 
 
@@ -154,8 +162,9 @@ def _unknown_keys(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
         if key not in fields:
             known = did_you_mean(str(key), fields) or f" Known: {', '.join(fields)}."
             problems.append(f"{prefix}{key}: no such setting.{known}")
-        elif dataclasses.is_dataclass(fields[key]) and isinstance(value, Mapping):
-            problems += _unknown_keys(value, fields[key], f"{prefix}{key}.")
+        elif isinstance(value, Mapping):
+            for section in filter(dataclasses.is_dataclass, (fields[key], *get_args(fields[key]))):
+                problems += _unknown_keys(value, section, f"{prefix}{key}.")
     return problems
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab.activations.layout import read_manifest
 from saelab.config import RunSettings, find_config, load_config, settings_from
 from saelab.corpus import Corpus, open_corpus
 from saelab.errors import SaelabError
@@ -54,6 +55,10 @@ class Job:
         """Hash of everything the trained weights depend on."""
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
+        cache = self.settings.activations.cache
+        if cache is not None:  # what is in the cache counts, not where it lies
+            contents = read_manifest(Path(cache.path).expanduser()).checksum
+            parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if self.settings.sae.allocation.name != "token_choice":  # thresholds are set behind evaluation's tokens
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}

@@ -15,33 +15,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.stream import ActivationBatch, read_activations, shuffled_batches
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Fidelity, fidelity
 from saelab.config import RunSettings, load_config
-from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.features.index import build_features
+from saelab.feed import open_feed
 from saelab.job import Config, Job, Say, quiet, settings_of
-from saelab.lm import LanguageModel
 from saelab.progress import Track, silent
 from saelab.sae.checkpoint import CONFIG, load, save_sae
 from saelab.sae.model import SparseAutoencoder
-from saelab.sae.thresholds import calibrate
+from saelab.sae.thresholds import CALIBRATION_TOKENS, calibrate
 from saelab.training import trainer
 
-SAMPLE_TOKENS = 32_768
-"""Activations that b_dec, the input scale and the encoder's first scale are set from."""
-
-CALIBRATION_TOKENS = 200_000
-"""Held-out activations that inference thresholds are set on."""
 _ARCHITECTURE = {"token_choice": "topk", "mutual_choice": "batchtopk", "feature_choice": "feature_choice"}
 
 
@@ -58,13 +50,8 @@ def train(
 def _train(job: Job, force: bool, track: Track) -> Path:
     settings, run, say = job.settings, Path(job.settings.out), job.say
     _check_free(run, force)
-    lm, inputs = job.lm, job.training_inputs()
-    read = read_activations(
-        lm, _rows(job.corpus, settings.seed, say), settings.site, settings.activations.rows_per_forward,
-        gradients=settings.sae.beta > 0,
-    )  # fmt: skip
-    head = _first_buffer(settings, read, track)
-    scale, sae = _initialise(settings, lm, head)
+    inputs, feed = job.training_inputs(), open_feed(job, track)
+    scale, sae = _initialise(settings, feed.sample)
 
     if run.exists():
         shutil.rmtree(run)
@@ -74,8 +61,7 @@ def _train(job: Job, force: bool, track: Track) -> Path:
     _write_json(run / "train.json", record)
     begin, seen, learnt = time.monotonic(), 0, {}
     t = settings.training
-    batches = shuffled_batches(chain(_drain(head), read), t.batch, settings.activations.buffer_tokens, settings.seed)
-    bounded = track(islice(batches, t.steps), "training", t.steps * t.batch, len)
+    bounded = track(islice(feed.batches, t.steps), "training", t.steps * t.batch, len)
     complete = False
     with (run / "metrics.jsonl").open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
 
@@ -86,12 +72,13 @@ def _train(job: Job, force: bool, track: Track) -> Path:
         def scaled() -> Iterator[trainer.Batch]:
             nonlocal seen
             for batch in bounded:
-                yield batch.values * scale if batch.gradients is None else (batch.values * scale, batch.gradients)
+                x = batch.values.to(job.lm.device).float() * scale
+                yield x if batch.gradients is None else (x, batch.gradients.to(job.lm.device).float())
                 seen += len(batch)  # the next is asked for, so the step on this one is done
 
         try:
             trained = trainer.train(sae, scaled(), t, settings.sae, log=log, should_stop=interrupted)
-            seen, complete = trained.tokens, trained.tokens >= t.steps * t.batch
+            seen, complete = trained.tokens, trained.steps == t.steps
             if trained.densities is not None:
                 learnt |= _calibrate(job, sae, scale, trained, track)
         finally:  # also when the data turn out bad: what was learnt so far is kept
@@ -195,50 +182,12 @@ def _check_free(run: Path, force: bool) -> None:
         raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
 
 
-def _rows(corpus: Corpus, seed: int, say: Say) -> Iterator[np.ndarray]:
-    """Rows without end: epoch after epoch, each in an order of its own."""
-    epoch = 0
-    while True:
-        ordinary = False
-        for row in corpus.train_rows(seed=seed, epoch=epoch):
-            ordinary = ordinary or not corpus.special_ids.issuperset(row.tolist())
-            yield row
-        if not ordinary:  # another epoch would bring no more
-            raise SaelabError("corpus: its training rows hold special tokens only, so there is nothing to train on")
-        epoch += 1
-        say(f"the corpus came to its end: epoch {epoch + 1} begins")
-
-
-def _first_buffer(settings: RunSettings, read: Iterator[ActivationBatch], track: Track) -> list[ActivationBatch]:
-    """What the shuffle buffer is first filled with; training starts from a part of it."""
-    wanted = min(max(settings.activations.buffer_tokens, SAMPLE_TOKENS), settings.training.tokens)
-
-    def first() -> Iterator[ActivationBatch]:
-        held = 0
-        while held < wanted:
-            batch = next(read)
-            held += len(batch)
-            yield batch
-
-    return list(track(first(), "first buffer", wanted, len))
-
-
-def _drain(batches: list[ActivationBatch]) -> Iterator[ActivationBatch]:
-    """The batches in order, each let go of as it leaves."""
-    batches.reverse()
-    while batches:
-        yield batches.pop()
-
-
-def _initialise(
-    settings: RunSettings, lm: LanguageModel, head: list[ActivationBatch]
-) -> tuple[float, SparseAutoencoder]:
-    """The input scale, which makes E||x||^2 = d_in over the first activations, and the autoencoder they start."""
-    sample = torch.cat([batch.values for batch in head[: 1 + SAMPLE_TOKENS // len(head[0])]])[:SAMPLE_TOKENS]
+def _initialise(settings: RunSettings, sample: Tensor) -> tuple[float, SparseAutoencoder]:
+    """The input scale, which makes E||x||^2 = d_in over the sample, and the autoencoder that starts from it."""
     d_in = sample.shape[1]
     scale = math.sqrt(d_in / sample.square().sum(1).double().mean().item())
     torch.manual_seed(settings.seed)
-    sae = SparseAutoencoder(d_in, settings.sae.n_features, settings.sae.k).to(lm.device)
+    sae = SparseAutoencoder(d_in, settings.sae.n_features, settings.sae.k).to(sample.device)
     sae.initialise(sample * scale, settings.sae.b_dec_init)
     return scale, sae
 

@@ -30,7 +30,7 @@ def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
-    for command in ("demo", "train", "eval", "features", "app"):
+    for command in ("demo", "train", "cache", "plan", "eval", "features", "app"):
         assert command in top.stdout
         assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
 
@@ -46,6 +46,13 @@ def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
         (["train", "binary.yaml"], "not a text file"),
         (["train", "quickstart", "corpus=binary.yaml"], "binary.yaml"),
         (["train", "quickstart", "corpus=missing.txt"], "missing.txt"),
+        (["cache", "quickstart"], "--out: which folder?"),
+        (["cache", "--out", "new"], "CONFIG: of what?"),
+        (["cache", "--verify", "--out", "new"], "new: no activation cache"),
+        (["cache", "quickstart", "--out", "binary.yaml"], "binary.yaml"),
+        (["cache", "quickstart", "--out", "new", "cache.dtype=int8"], "cache.dtype: 'int8'"),
+        (["cache", "quickstart", "--out", "new", "cache.sites=[blocks.9.hook_resid_post]"], "blocks.9.hook_resid_post"),
+        (["train", "quickstart", "activations.cache=new"], "new: no activation cache"),
         (["eval", "."], "not a run folder"),
         (["features", "runs"], "not a run folder"),
         (["app", "missing"], "no such folder"),
@@ -80,7 +87,7 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
-    small = ["sae.n_features=256", "sae.k=8", "training.tokens=20000", "activations.buffer_tokens=8192",
+    small = ["sae.n_features=256", "sae.k=8", "training.tokens=20000", "activations.stream.buffer_tokens=8192",
              "eval.tokens=4000", "eval.ce_tokens=2000", "features.tokens=4000"]  # fmt: skip
     result = saelab("demo", "--no-app", *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

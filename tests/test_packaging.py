@@ -15,7 +15,7 @@ TINY = [
     "sae.k=8",
     "training.tokens=8192",
     "training.batch=256",
-    "activations.buffer_tokens=8192",
+    "activations.stream.buffer_tokens=8192",
     "eval.tokens=2048",
     "features.tokens=4096",
 ]

@@ -58,7 +58,7 @@ def test_an_interrupted_command_leaves_a_checkpoint_that_evaluates(number: int, 
     overrides = [
         f"model={model_folder('gpt2')}", "corpus=book.txt", "site=blocks.1.hook_resid_post", "context=32", "out=run",
         "sae.n_features=64", "sae.k=4", "training.tokens=1e9", "training.batch=200",
-        "activations.buffer_tokens=2000", "eval.tokens=1000", "eval.ce_tokens=500",
+        "activations.stream.buffer_tokens=2000", "eval.tokens=1000", "eval.ce_tokens=500",
     ]  # fmt: skip
     process = subprocess.Popen(
         [*CLI, "train", "quickstart", *overrides], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import saelab
+from saelab import feed
 from saelab import run as stages
 from saelab.errors import SaelabError
 from saelab.job import Job, settings_of
@@ -22,7 +24,7 @@ from tests.tiny import CONTEXT, model_folder, text
 SMALL = {
     "context": CONTEXT,
     "device": "cpu",
-    "activations": {"buffer_tokens": 2000, "rows_per_forward": 8},
+    "activations": {"stream": {"buffer_tokens": 2000, "rows_per_forward": 8}},
     "sae": {"n_features": 64, "k": 4},
     "training": {"tokens": 6000, "batch": 200, "lr": 3e-3},
     "eval": {"tokens": 1500, "ce_tokens": 600},
@@ -209,7 +211,7 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
 
 
 def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = stages.read_activations
+    read = feed.read_activations
 
     def broken(*arguments, **options):
         for n, batch in enumerate(read(*arguments, **options)):
@@ -217,7 +219,7 @@ def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monk
                 raise SaelabError("blocks.1.hook_resid_post: NaN at row 208")
             yield batch
 
-    monkeypatch.setattr(stages, "read_activations", broken)
+    monkeypatch.setattr(feed, "read_activations", broken)
     with pytest.raises(SaelabError, match="NaN at row 208"):
         saelab.train(small(tmp_path))
     record = json.loads((tmp_path / "run" / "train.json").read_text())
@@ -231,7 +233,7 @@ def test_reduced_precision_models_train_and_evaluate(tmp_path: Path) -> None:
     assert saelab.load(run).W_dec.dtype == torch.float32 and result.fvu < 1
 
 
-def test_rows_of_special_tokens_only_end_with_a_message() -> None:
+def test_rows_of_special_tokens_only_end_with_a_message(tmp_path: Path) -> None:
     class OnlySpecial:
         special_ids = frozenset({0})
 
@@ -239,4 +241,4 @@ def test_rows_of_special_tokens_only_end_with_a_message() -> None:
             yield from np.zeros((3, CONTEXT), dtype=np.int32)
 
     with pytest.raises(SaelabError, match="special tokens only"):
-        list(stages._rows(OnlySpecial(), 0, print))
+        list(feed._rows(SimpleNamespace(corpus=OnlySpecial(), settings=settings_of(small(tmp_path)), say=print)))

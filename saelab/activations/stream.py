@@ -7,29 +7,18 @@ every one that a loss depends on), in an order that depends on the seed alone. M
 to twice that while a run fills its first buffer.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.errors import SaelabError, SettingError
+from saelab.corpus import Corpus
+from saelab.errors import SaelabError
 from saelab.lm import LanguageModel
-
-
-@dataclass(frozen=True)
-class ActivationSettings:
-    buffer_tokens: int = 131_072
-    """Tokens that are shuffled together; at d_in 256, 137 MB, with gradients 272 MB."""
-    rows_per_forward: int = 32
-    """Rows in one forward pass of the language model."""
-
-    def __post_init__(self) -> None:
-        for name in ("buffer_tokens", "rows_per_forward"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class ActivationBatch:
     """Activations of ordinary tokens and where each comes from."""
 
     values: Tensor
-    """``[tokens, d_in]`` float32."""
+    """``[tokens, d_in]``: float32 from the model, in the cache's dtype from a cache."""
     tokens: Tensor
     """Token ids, ``[tokens]`` int64."""
     rows: Tensor
@@ -45,35 +34,73 @@ class ActivationBatch:
     positions: Tensor
     """Position in the row, BOS being 0, ``[tokens]`` int64."""
     gradients: Tensor | None = None
-    """Of the model's loss at the site, ``[tokens, d_in]`` float32 (`LanguageModel.activations_and_gradients`)."""
+    """Of the model's loss at the site (`LanguageModel.activations_and_gradients`), ``[tokens, d_in]``: float32, from a
+    cache as it holds them."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def read_activations(
-    lm: LanguageModel, rows: Iterable[np.ndarray], site: str, rows_per_forward: int, *, gradients: bool = False
-) -> Iterator[ActivationBatch]:
-    """Activations of every ordinary token of `rows` in reading order, one batch per forward pass.
+class Pass(NamedTuple):
+    """What one pass of the model over some rows gives."""
 
-    With `gradients`, batches carry those of the model's loss too. Positions behind a row's last scored one (its last
-    token, and the one before a special token that ends it) are then left out: no loss depends on them at any site, so
-    their gradient would say "worthless" where it only does not know. Raises SaelabError, with site, row and position,
-    where the model gives NaN or infinity.
+    kept: Tensor
+    """The positions whose activations these are, bool ``[rows, context]``."""
+    activations: dict[str, Tensor]
+    """By site, ``[tokens kept, d_in]`` in the model's dtype, rows first."""
+    gradients: dict[str, Tensor]
+    """Of the model's loss, by site, ``[tokens kept, d_in]`` float32; empty where they were not asked for."""
+
+
+def run_model(
+    lm: LanguageModel, ids: Tensor, sites: Sequence[str], *, gradients: bool = False, special_tokens: bool = False
+) -> Pass:
+    """One pass over `ids` ``[rows, context]``: its activations at the ordinary tokens, or at all with `special_tokens`.
+
+    With `gradients`, also those of the model's loss. Positions behind a row's last scored one (its last token, and the
+    one before a special token that ends it) are then left out: no loss depends on them at any site, so their gradient
+    would say "worthless" where it only does not know.
+    """
+    ids = ids.to(lm.device).long()
+    kept = torch.ones_like(ids, dtype=torch.bool) if special_tokens else lm.ordinary(ids)
+    slopes: dict[str, Tensor] = {}
+    if gradients:
+        kept = kept & (lm.scored(ids).flip(1).cumsum(1).flip(1) > 0)
+        values, slopes = lm.activations_and_gradients(ids, sites)
+    else:
+        values = lm.activations(ids, sites)
+    return Pass(kept, {site: values[site][kept] for site in sites}, {site: slopes[site][kept] for site in slopes})
+
+
+def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = False) -> dict[str, Any]:
+    """What decides which activations a corpus gives, apart from sites, order and the size of a pass."""
+    return {
+        "weights": lm.fingerprint,
+        "model_dtype": str(lm.unembedding.dtype).removeprefix("torch."),
+        "tokenizer": corpus.identity["tokenizer"],
+        "corpus": {name: fact for name, fact in corpus.identity.items() if name not in ("tokenizer", "context")},
+        "context": corpus.context,
+        "bos": corpus.bos,
+        "special_tokens": special_tokens,
+    }
+
+
+def read_activations(
+    lm: LanguageModel, rows: Iterable[np.ndarray], site: str, rows_per_forward: int, *, gradients: bool = False,
+    special_tokens: bool = False,
+) -> Iterator[ActivationBatch]:  # fmt: skip
+    """What `run_model` keeps of all `rows`, in reading order, one batch per forward pass.
+
+    Raises SaelabError, with site, row and position, where the model gives NaN or infinity.
     """
     rows = iter(rows)
     first = 0
     while block := list(islice(rows, rows_per_forward)):
-        ids = torch.from_numpy(np.stack(block)).long().to(lm.device)
-        keep = lm.ordinary(ids)
-        if gradients:
-            keep &= lm.scored(ids).flip(1).cumsum(1).flip(1) > 0
-            values, slopes = lm.activations_and_gradients(ids, site)
-            slopes = slopes[keep]
-        else:
-            values, slopes = lm.activations(ids, [site])[site], None
-        row, position = keep.nonzero(as_tuple=True)
-        batch = ActivationBatch(values[keep].float(), ids[keep], row + first, position, slopes)
+        ids = torch.from_numpy(np.stack(block))
+        kept, values, slopes = run_model(lm, ids, [site], gradients=gradients, special_tokens=special_tokens)
+        row, position = kept.nonzero(as_tuple=True)
+        tokens = ids.to(lm.device).long()[kept]
+        batch = ActivationBatch(values[site].float(), tokens, row + first, position, slopes.get(site))
         _check_finite(batch, lm, site)
         if len(batch):
             yield batch

@@ -220,8 +220,8 @@ def _read(lm: LanguageModel, block: Tensor, site: str, oracle: bool) -> tuple[Te
     keep = lm.ordinary(block)
     if not oracle:
         return lm.activations(block, [site])[site][keep].float(), None
-    values, gradients = lm.activations_and_gradients(block, site)
-    return values[keep].float(), gradients[keep]
+    values, gradients = lm.activations_and_gradients(block, [site])
+    return values[site][keep].float(), gradients[site][keep]
 
 
 def _encode(sae: Autoencoder, x: Tensor, gradients: Tensor | None) -> Codes:

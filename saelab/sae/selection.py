@@ -45,6 +45,11 @@ class Scratch:
             self._held[name] = held = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
+    @property
+    def bytes(self) -> int:
+        """Held at present."""
+        return sum(held.nbytes for held in self._held.values())
+
     def __deepcopy__(self, memo: dict) -> "Scratch":
         return Scratch()
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CALIBRATION_TOKENS = 200_000
+"""Held-out activations that `saelab train` sets thresholds on."""
 MIN_HITS = 10
 """A threshold that fewer calibration entries are expected above is rough: its density is known to some 30% at best."""
 
-_BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**22
 """Pre-activations at a time: 16 MB."""
 
 
@@ -63,7 +65,7 @@ def calibrate(
         read += len(batch)
         if read > tokens:
             raise ValueError(f"calibration: the batches hold more than the {tokens} tokens that were announced")
-        for x in batch.split(max(1, _BLOCK_ENTRIES // n_features)):
+        for x in batch.split(max(1, BLOCK_ENTRIES // n_features)):
             pre = pre_activations(x)
             if largest is None:
                 wanted = wanted.to(pre.device)
@@ -99,7 +101,7 @@ class _Largest:
         self.bounds = like.new_zeros(len(position))
         """What an entry of a group must exceed to be among its largest."""
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._limit = max(_BLOCK_ENTRIES, int(self.sizes.sum()))
+        self._limit = max(BLOCK_ENTRIES, int(self.sizes.sum()))
 
     def see(self, pre: Tensor) -> None:
         """Take in pre-activations ``[t, n_features]``."""

@@ -73,6 +73,8 @@ class Trained:
 
     tokens: int
     """Tokens seen."""
+    steps: int
+    """Steps taken."""
     densities: Tensor | None
     """What an inference threshold has to reproduce (thresholds.py): for mutual choice the mean density, a scalar; for
     feature choice each feature's, ``[n_features]``; None for token choice, which needs no threshold."""
@@ -101,7 +103,7 @@ def train(
     optimiser = adam(sae, settings.lr)
     usage = Usage(sae.n_features, sae_settings, settings.dead_after, device)
     budget = Budget(sae_settings, usage, settings.steps)
-    tokens, begin = 0, time.monotonic()
+    tokens, steps, begin = 0, 0, time.monotonic()
     for batch, step in zip(batches, range(settings.steps), strict=False):  # the shorter of the two ends the run
         x, gradients = batch if isinstance(batch, tuple) else (batch, None)
         if gradients is None and sae.beta:
@@ -125,7 +127,7 @@ def train(
         counts = losses.codes.firing_counts()
         usage.observe(counts, len(x))
 
-        tokens += len(x)
+        tokens, steps = tokens + len(x), step + 1
         logged = step % settings.log_every == 0 or step == settings.steps - 1
         if (logged or device.type == "cpu") and not math.isfinite(norm):
             raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
@@ -140,7 +142,7 @@ def train(
         if should_stop():
             break
     release(sae)
-    return Trained(tokens, budget.target(), budget.curve)
+    return Trained(tokens, steps, budget.target(), budget.curve)
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:

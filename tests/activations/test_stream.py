@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from saelab.activations.stream import ActivationBatch, ActivationSettings, read_activations, shuffled_batches
+from saelab.activations.settings import StreamSettings
+from saelab.activations.stream import ActivationBatch, read_activations, shuffled_batches
 from saelab.errors import SaelabError, SettingError
 from saelab.lm import LanguageModel
 from tests.tiny import CONTEXT, KINDS, language_model, random_rows
@@ -91,7 +92,7 @@ def test_gradients_travel_with_their_tokens_and_last_positions_stay_out(kind: st
     expected = lm.ordinary(rows)
     expected[:, -1] = False
     assert torch.equal(places.sort().values, expected.flatten().nonzero().squeeze(1))
-    values, gradients = lm.activations_and_gradients(rows, SITE)
+    values, gradients = (found[SITE] for found in lm.activations_and_gradients(rows, [SITE]))
     for b in batches:
         assert torch.equal(b.tokens, rows[b.rows, b.positions])
         torch.testing.assert_close(b.values, values[b.rows, b.positions], rtol=1e-4, atol=1e-5)
@@ -134,10 +135,10 @@ def test_infinite_gradients_stop_with_site_row_and_position(monkeypatch: pytest.
     rows = random_rows(lm, 6)
     clean = lm.activations_and_gradients
 
-    def spoilt(ids: torch.Tensor, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-        values, gradients = clean(ids, site)
-        gradients[1, -1] = torch.nan  # of no token that is read
-        gradients[1, 9, 3] = torch.inf
+    def spoilt(ids: torch.Tensor, sites: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        values, gradients = clean(ids, sites)
+        gradients[SITE][1, -1] = torch.nan  # of no token that is read
+        gradients[SITE][1, 9, 3] = torch.inf
         return values, gradients
 
     monkeypatch.setattr(lm, "activations_and_gradients", spoilt)
@@ -147,4 +148,4 @@ def test_infinite_gradients_stop_with_site_row_and_position(monkeypatch: pytest.
 
 def test_impossible_settings_name_their_field() -> None:
     with pytest.raises(SettingError, match="buffer_tokens: 0"):
-        ActivationSettings(buffer_tokens=0)
+        StreamSettings(buffer_tokens=0)

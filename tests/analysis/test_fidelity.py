@@ -195,7 +195,7 @@ def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str)
     assert found.mode == ORACLE == found.to_dict()["mode"] == found.to_frame().loc["mode", "value"]
     assert found.plot().layout.title.text.endswith(ORACLE)
     ordinary = lm.ordinary(rows)
-    values, gradients = lm.activations_and_gradients(rows, SITE)
+    values, gradients = (found[SITE] for found in lm.activations_and_gradients(rows, [SITE]))
     assert len(sae.seen) == 2  # once for FVU, once for the spliced loss
     for x, g in sae.seen:
         assert g is not None

@@ -69,7 +69,7 @@ def test_equals_a_full_sort_of_all_pre_activations(
     densities = torch.tensor(0.2, dtype=torch.float64) if densities is None else densities
     most = None if announced is None else tokens + announced
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "_BLOCK_ENTRIES", 20)  # blocks of two tokens, and it forgets often
+        patch.setattr(thresholds, "BLOCK_ENTRIES", 20)  # blocks of two tokens, and it forgets often
         found = calibrate(lambda x: x, iter(pre.split(batch)), densities, most)
     torch.testing.assert_close(found.threshold, by_full_sort(pre, densities))
     assert found.threshold.dtype == pre.dtype and (found.threshold >= 0).all()
@@ -152,7 +152,7 @@ def test_memory_follows_the_budget() -> None:
             yield data(500, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "_BLOCK_ENTRIES", 500 * F)
+        patch.setattr(thresholds, "BLOCK_ENTRIES", 500 * F)
         patch.setattr(thresholds._Largest, "_prune", prune)
         calibrate(encoder(), batches(), of_features(), 20_000)
     assert max(held) < 3 * K * 20_000

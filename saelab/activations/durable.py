@@ -1,0 +1,91 @@
+"""Files that are whole or not there: written under a temporary name, on the disk before they get their own.
+
+All that is written goes through functions of `os`, so that tests can count and interrupt them.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from saelab.errors import SaelabError
+
+_AT_ONCE = 1 << 23
+"""Bytes given to one write."""
+
+
+def temporary(path: Path) -> Path:
+    """The name that a file has in the making."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """`content` under `path`, or nothing: through a temporary name, on the disk before it is renamed."""
+    write_temporary(path, [memoryview(content)])
+    os.replace(temporary(path), path)
+    sync_folder(path.parent)
+
+
+def write_temporary(path: Path, parts: Iterable[memoryview]) -> int:
+    """Write `parts` under the temporary name of `path`, on the disk when this returns; how many bytes."""
+    size = 0
+    handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for part in parts:
+            size += len(part)
+            at = 0
+            while at < len(part):
+                at += os.write(handle, part[at : at + _AT_ONCE])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return size
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other writers out of `folder` meanwhile. Raises SaelabError where one is at work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise SaelabError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SaelabError(f"{folder}: another process is writing this cache; wait for it, or end it") from None
+        except OSError:  # a file system without locks; two writers would still make the same bytes
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def told(folder: Path, size: int) -> Iterator[None]:
+    """What the system says against writing `size` bytes into `folder`, as a SaelabError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise SaelabError(
+                f"{error.filename or folder}: cannot be written: {error.strerror}; run again to continue"
+            ) from error
+        free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+        raise SaelabError(
+            f"{folder}: the disk is full: what was to be written next has {size:,} bytes, and {free:,} are free; "
+            "finished shards are kept: make room and run again, and writing goes on behind them"
+        ) from error

@@ -1,0 +1,269 @@
+"""Reads a cache: shuffled for training, in the order written for all else; every block's checksum on every read.
+
+The shuffle, per epoch: all blocks (`layout.BLOCK_TOKENS` tokens each) are permuted, cut into groups of about
+``buffer_tokens / BLOCK_TOKENS`` blocks, and the tokens of a group are permuted together in memory. Nothing is carried
+from one group to the next, so (epoch, group, offset) is all there is to know about where one is. The order follows from
+seed and buffer size alone. On the disk whole blocks are read, the next group's while this one is handed out.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.activations.layout import (
+    ORIGIN,
+    TOKENS,
+    File,
+    Manifest,
+    activations_file,
+    checksum,
+    gradients_file,
+    raw,
+    read_manifest,
+    spans,
+)
+from saelab.activations.stream import ActivationBatch
+from saelab.errors import SaelabError, did_you_mean
+
+_READERS = 4
+"""Threads that read blocks: a disk answers several requests sooner than one after the other."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the shuffled order."""
+
+    epoch: int = 0
+    group: int = 0
+    offset: int = 0
+    """Tokens of the group that have been handed out."""
+
+
+class _Block(NamedTuple):
+    shard: int
+    number: int
+    start: int
+    """First token, within the shard."""
+    end: int
+
+
+class Cache:
+    """A finished cache. Made by `open_cache`."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.identity: dict[str, Any] = manifest.identity
+        """What the cache is of (FORMAT.md)."""
+        self.tokens = manifest.tokens
+        """Tokens stored."""
+        self._blocks = [
+            _Block(i, number, start, end)
+            for i, shard in enumerate(manifest.shards)
+            for number, (start, end) in enumerate(spans(shard["tokens"], self.identity["block_tokens"]))
+        ]
+        self._checked: set[str] = set()
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """d_in of each site."""
+        return self.identity["sites"]
+
+    def batches(
+        self, site: str, batch_tokens: int, *, seed: int, buffer_tokens: int = 131_072, gradients: bool = False,
+        start: Cursor = Cursor(),
+    ) -> "Shuffled":  # fmt: skip
+        """Every token once per epoch, globally shuffled, epoch after epoch without end, from `start` on.
+
+        A group is cut into the fewest batches of at most `batch_tokens`, equal to within one token. Memory:
+        ``2 * buffer_tokens * (d_in * bytes of the dtype + 12)``, more with `gradients`. Raises SaelabError where the
+        cache has no such site, or no gradients.
+        """
+        return Shuffled(self, self._files(site, gradients), batch_tokens, seed, buffer_tokens, start)
+
+    def in_order(self, site: str, *, gradients: bool = False) -> Iterator[ActivationBatch]:
+        """Every token once, in the order written, a block at a time."""
+        files = self._files(site, gradients)
+        for block in self._blocks:
+            held = _buffer(files, block.end - block.start)
+            self._read(block, files, held, 0)
+            yield _batch(held)
+
+    def _files(self, site: str, gradients: bool) -> list[File]:
+        if site not in self.sites:
+            raise SaelabError(
+                f"{self.folder}: holds {', '.join(self.sites)}, not {site!r}.{did_you_mean(site, self.sites)}"
+            )
+        if gradients and not self.identity["gradients"]:
+            raise SaelabError(f"{self.folder}: holds no gradients; `cache.gradients=true` writes them")
+        d_in, dtype = self.sites[site], self.identity["dtype"]
+        files = [TOKENS, activations_file(site, d_in, dtype)]
+        return [*files, gradients_file(site, d_in, dtype)] if gradients else files
+
+    def _read(self, block: _Block, files: list[File], held: list[Tensor], at: int) -> None:
+        """Read `block` into `held` from token `at` on. Raises SaelabError where it is not as it was written."""
+        shard = self.manifest.shards[block.shard]
+        targets = iter(held)
+        for file in files:
+            path, n = file.path(shard["name"]), shard["tokens"]
+            try:
+                handle = os.open(self.folder / path, os.O_RDONLY)
+                try:
+                    self._check_header(handle, file, path, n)
+                    for column in file.columns:
+                        target = raw(next(targets)[at : at + block.end - block.start])
+                        _read_fully(handle, target, file.offset(column.name, n, block.start))
+                        if checksum(target) != shard["files"][path]["blocks"][column.name][block.number]:
+                            raise self._damaged(
+                                path, f"block {block.number} of {column.name!r} (tokens {block.start:,} to "
+                                f"{block.end - 1:,} of the shard) does not match its checksum"
+                            )  # fmt: skip
+                finally:
+                    os.close(handle)
+            except OSError as error:
+                raise self._damaged(path, f"cannot be read ({error.strerror})") from error
+            except EOFError:
+                raise self._damaged(path, "ends too early") from None
+
+    def _check_header(self, handle: int, file: File, path: str, n: int) -> None:
+        if path not in self._checked:
+            wanted = file.header(n)
+            if os.pread(handle, len(wanted), 0) != wanted:
+                raise self._damaged(path, "its header does not say what was written")
+            self._checked.add(path)
+
+    def _damaged(self, path: str, what: str) -> SaelabError:
+        return SaelabError(
+            f"{self.folder / path}: {what}; run `saelab cache` again, as when it was written: it rewrites this shard"
+        )
+
+
+def open_cache(folder: str | Path) -> Cache:
+    """The cache in `folder`. Raises SaelabError where it is unfinished or of another version, or a file is of another
+    length than it was written."""
+    folder = Path(folder).expanduser()
+    cache = Cache(folder, read_manifest(folder))
+    for shard in cache.manifest.shards:
+        for path, facts in shard["files"].items():
+            try:
+                size = (folder / path).stat().st_size
+            except OSError as error:
+                raise cache._damaged(path, f"cannot be read ({error.strerror})") from error
+            if size != facts["bytes"]:
+                raise cache._damaged(path, f"{size:,} bytes long instead of {facts['bytes']:,}")
+    return cache
+
+
+class Shuffled:
+    """The iterator that `Cache.batches` gives. `close` it, or use it in a `with`: that ends its threads."""
+
+    def __init__(
+        self, cache: Cache, files: list[File], batch_tokens: int, seed: int, buffer_tokens: int, start: Cursor
+    ) -> None:
+        self.cursor = start
+        """Where the next batch begins."""
+        self._cache, self._files, self._batch_tokens, self._seed = cache, files, batch_tokens, seed
+        self._per_group = max(1, buffer_tokens // cache.identity["block_tokens"])
+        self._readers = ThreadPoolExecutor(_READERS, "saelab cache blocks")
+        self._loader = ThreadPoolExecutor(1, "saelab cache group")
+        capacity = min(self._per_group, len(cache._blocks)) * cache.identity["block_tokens"]
+        self._buffers = [_buffer(files, capacity) for _ in range(2)]
+        self._order: tuple[int, list[np.ndarray]] = (-1, [])
+        self._group: list[Tensor] = []
+        self._cuts: list[Tensor] = []
+        self._next = self._load(start.epoch, start.group, 0)
+
+    def __iter__(self) -> "Shuffled":
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        if not self._cuts:
+            self._turn()
+        index = self._cuts.pop()
+        epoch, group, offset = self.cursor.epoch, self.cursor.group, self.cursor.offset + len(index)
+        batch = _batch([column.index_select(0, index) for column in self._group])
+        if not self._cuts:
+            epoch, group, offset = *self._after(epoch, group), 0
+        self.cursor = Cursor(epoch, group, offset)
+        return batch
+
+    def __enter__(self) -> "Shuffled":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for pool in (self._loader, self._readers):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._buffers, self._group = [], []
+
+    def groups(self, epoch: int) -> list[np.ndarray]:
+        """The numbers of the blocks of each group of an epoch, in the order read."""
+        if self._order[0] != epoch:
+            n = len(self._cache._blocks)
+            order = np.random.default_rng([self._seed % 2**64, epoch]).permutation(n)
+            self._order = (epoch, np.array_split(order, -(-n // self._per_group)))
+        return self._order[1]
+
+    def _after(self, epoch: int, group: int) -> tuple[int, int]:
+        return (epoch, group + 1) if group + 1 < len(self.groups(epoch)) else (epoch + 1, 0)
+
+    def _load(self, epoch: int, group: int, buffer: int) -> Future[int]:
+        """Begin to read a group into one of the buffers; the future tells how many tokens it has."""
+        groups = self.groups(epoch)
+        if group >= len(groups):
+            raise SaelabError(f"{self._cache.folder}: there is no group {group}; an epoch has {len(groups)}")
+        blocks = [self._cache._blocks[number] for number in groups[group]]
+        held = self._buffers[buffer]
+
+        def read() -> int:
+            ends = np.cumsum([block.end - block.start for block in blocks])
+            starts = [0, *ends[:-1].tolist()]
+            for _ in self._readers.map(lambda b, at: self._cache._read(b, self._files, held, at), blocks, starts):
+                pass
+            return int(ends[-1])
+
+        return self._loader.submit(read)
+
+    def _turn(self) -> None:
+        """Take the group that was read, and begin to read the next."""
+        epoch, group = self.cursor.epoch, self.cursor.group
+        n = self._next.result()
+        self._group = [column[:n] for column in self._buffers[0]]
+        self._buffers.reverse()
+        self._next = self._load(*self._after(epoch, group), 0)
+        order = torch.from_numpy(np.random.default_rng([self._seed % 2**64, epoch, group]).permutation(n))
+        cuts = order.tensor_split(-(-n // self._batch_tokens))
+        behind = self.cursor.offset
+        while behind > 0:
+            behind -= len(cuts[0])
+            cuts = cuts[1:]
+        if behind or not cuts:
+            at = f"begins at {self.cursor.offset} of a group"
+            raise SaelabError(f"{self._cache.folder}: no batch of {self._batch_tokens} tokens {at}")
+        self._cuts = list(reversed(cuts))
+
+
+def _buffer(files: list[File], tokens: int) -> list[Tensor]:
+    return [torch.empty(column.shape(tokens), dtype=column.dtype) for file in files for column in file.columns]
+
+
+def _batch(columns: list[Tensor]) -> ActivationBatch:
+    tokens, rows, positions = (column.long() for column in columns[: len(ORIGIN)])
+    values, *gradients = columns[len(ORIGIN) :]
+    return ActivationBatch(values, tokens, rows, positions, gradients[0] if gradients else None)
+
+
+def _read_fully(handle: int, target: memoryview, at: int) -> None:
+    while len(target):
+        read = os.preadv(handle, [target], at)
+        if read == 0:
+            raise EOFError
+        target, at = target[read:], at + read

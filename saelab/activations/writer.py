@@ -1,0 +1,243 @@
+"""Writes a cache, so that a kill at any instant costs at most the shards in the making. FORMAT.md says what goes where.
+
+Three things overlap: a thread reads rows ahead, the caller's thread runs the model and collects a shard in memory, and
+a thread writes the shard before, its sha256 being made beside.
+"""
+
+import hashlib
+import json
+import math
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from saelab.activations.durable import sync_folder, told, write_whole
+from saelab.activations.layout import (
+    IDENTITY,
+    MANIFEST,
+    UNFINISHED,
+    Manifest,
+    difference,
+    files_of,
+    read_manifest,
+    shard_name,
+)
+from saelab.activations.shard import Shards
+from saelab.activations.stream import Pass
+from saelab.errors import SaelabError
+
+AHEAD = 4
+"""Passes whose rows are read ahead."""
+
+
+class Rows(Protocol):
+    """Rows of token ids, int32 ``[context]``, that can tell where they are (saelab.corpus.rows.Rows)."""
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+    def __next__(self) -> np.ndarray: ...
+    def state(self) -> dict[str, Any]: ...
+
+
+OpenRows = Callable[[int, Mapping[str, Any] | None], Rows]
+"""The rows of a lane, from a state of theirs on, or from the beginning."""
+Forward = Callable[[np.ndarray], Pass]
+"""Runs the model on ids ``[rows, context]``."""
+
+
+def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
+    """Make `folder` ready to write a cache of `identity` into; its manifest where it is already finished.
+
+    Raises SaelabError where the folder holds a cache of something else, naming what differs, or no cache.
+    """
+    finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    unfinished = folder / UNFINISHED
+    there = finished.identity if finished else _read_json(unfinished / IDENTITY)
+    if there is not None:
+        differs = difference(there, {key: identity.get(key) for key in {**there, **identity}})
+        if differs:
+            raise SaelabError(f"{folder}: holds a cache of something else: its {differs}; choose another --out")
+    elif folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
+        raise SaelabError(f"{folder}: exists and is no activation cache; choose another --out")
+    content = json.dumps(identity).encode()
+    with told(folder, len(content)):
+        if finished:
+            _remove_leftovers(folder, finished.identity)
+        else:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            if there is None:
+                write_whole(unfinished / IDENTITY, content)
+        for file in files_of(identity):  # of a finished cache too: repair may find a whole site lost
+            (folder / file.folder).mkdir(exist_ok=True)
+        sync_folder(folder)
+    return finished
+
+
+def write_lane(
+    folder: Path, identity: Mapping[str, Any], lane: int, open_rows: OpenRows, forward: Forward
+) -> Generator[int, None, None]:
+    """Write what is missing of a lane; yields the tokens of each pass, those written before as the first.
+
+    Raises SaelabError where activations are not finite (or skips their tokens, as the identity says) and where the disk
+    is full; shards finished until then stay.
+    """
+    records = _records(folder, lane)
+    quota = math.ceil(identity["tokens"] / identity["lanes"])
+    done = sum(record["tokens"] for record in records)
+    yield done
+    if done >= quota:
+        return
+    start = records[-1]["next"] if records else None
+    first_row = records[-1]["first_row"] + records[-1]["rows"] if records else 0
+    rows = open_rows(lane, start)
+    index = len(records)
+    position, more = rows.state(), True
+    with Shards(folder, identity, quota - done) as shards, closing(_read_ahead(rows, identity)) as blocks:
+        while more and done < quota:
+            shard = shards.next(shard_name(lane, index), lane, first_row, position)
+            more = False
+            for block, after in islice(blocks, identity["passes_per_shard"]):
+                added = shard.add(block, forward(block))
+                position, done, more = after, done + added, True
+                yield added
+                if done >= quota:
+                    break
+            if shard.rows:
+                shards.write(shard, position)
+                first_row, index = first_row + shard.rows, index + 1
+
+
+def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
+    """Write the manifest of the shards that are there, and clear up. Raises SaelabError where no token is stored."""
+    shards = [record for lane in range(identity["lanes"]) for record in _records(folder, lane)]
+    for shard in shards:
+        del shard["next"]
+    manifest = Manifest(dict(identity), shards)
+    if not manifest.tokens:
+        skipped = sum(shard["skipped"] for shard in shards)
+        if skipped:
+            raise SaelabError(f"{folder}: nothing to store: all {skipped:,} tokens are NaN or infinite at some site")
+        raise SaelabError(f"{folder}: the text holds no token to store")
+    _write_manifest(folder, manifest)
+    with told(folder, 0):
+        _remove_leftovers(folder, identity)
+    return manifest
+
+
+def check(folder: Path, manifest: Manifest, *, contents: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Each shard's entry, and its first file that is not as written with what is wrong, in words; None where all are.
+
+    With `contents` the sha256 of every file is made and compared, else only its length.
+    """
+    for shard in manifest.shards:
+        yield shard, next((f"{folder / path}: {what}" for path, what in _faults(folder, shard, contents)), None)
+
+
+def rewrite(
+    folder: Path, manifest: Manifest, name: str, open_rows: OpenRows, forward: Forward
+) -> Generator[int, None, Manifest]:
+    """Write one shard of a finished cache again; yields the tokens of each pass and returns the manifest then."""
+    at = next(i for i, shard in enumerate(manifest.shards) if shard["name"] == name)
+    old, identity = manifest.shards[at], manifest.identity
+    lane, passes = int(name.split("-")[0]), -(-old["rows"] // identity["rows_per_forward"])
+    rows = open_rows(lane, old["start"])
+    with (
+        Shards(folder, identity, old["rows"] * identity["context"]) as shards,
+        closing(_read_ahead(rows, identity)) as blocks,
+    ):
+        shard = shards.next(name, lane, old["first_row"], old["start"])
+        for block, _ in islice(blocks, passes):
+            yield shard.add(block, forward(block))
+        if shard.rows != old["rows"]:
+            raise SaelabError(f"{folder}: the text has changed: shard {name} cannot be written again from it")
+        record = shards.write(shard, None).result()
+    if record != old:  # as another machine's arithmetic may make it
+        manifest = Manifest(identity, [*manifest.shards[:at], record, *manifest.shards[at + 1 :]])
+        _write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    content = manifest.to_bytes()
+    with told(folder, len(content)):
+        write_whole(folder / MANIFEST, content)
+
+
+def _read_ahead(rows: Rows, identity: Mapping[str, Any]) -> Generator[tuple[np.ndarray, dict[str, Any]], None, None]:
+    """Rows for each pass ``[rows, context]`` and the position behind them, read in a thread."""
+    ready: queue.Queue[Any] = queue.Queue(AHEAD)
+    over = threading.Event()
+
+    def put(item: Any) -> None:
+        while not over.is_set():
+            with suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def read() -> None:
+        try:
+            while not over.is_set() and (block := list(islice(rows, identity["rows_per_forward"]))):
+                put((np.stack(block), rows.state()))
+            put(None)
+        except BaseException as error:  # raised again below, where someone can see it
+            put(error)
+
+    thread = threading.Thread(target=read, name="saelab cache rows", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        over.set()
+        thread.join()
+
+
+def _records(folder: Path, lane: int) -> list[dict[str, Any]]:
+    """The finished shards of a lane of an unfinished cache."""
+    records = []
+    while record := _read_json(folder / UNFINISHED / f"{shard_name(lane, len(records))}.json"):
+        records.append(record)
+    return records
+
+
+def _faults(folder: Path, shard: Mapping[str, Any], contents: bool) -> Iterator[tuple[str, str]]:
+    """Each file of a shard that is not as written, and what is wrong with it."""
+    for path, facts in shard["files"].items():
+        try:
+            size = (folder / path).stat().st_size
+            if size != facts["bytes"]:
+                yield path, f"{size:,} bytes long instead of {facts['bytes']:,}"
+            elif contents:
+                with (folder / path).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                        yield path, "does not match its sha256"
+        except FileNotFoundError:
+            yield path, "missing"
+        except OSError as error:
+            yield path, f"cannot be read ({error.strerror})"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What a file that was renamed into place says; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SaelabError(f"{path}: damaged; delete {path.parent.parent} and write the cache again") from error
+
+
+def _remove_leftovers(folder: Path, identity: Mapping[str, Any]) -> None:
+    """What a finished cache does not need: the records of its making, and temporary files that a kill left."""
+    for name in {file.folder for file in files_of(identity)} | {"."}:
+        for path in (folder / name).glob("*.tmp"):
+            path.unlink()
+    if (folder / UNFINISHED).is_dir():
+        shutil.rmtree(folder / UNFINISHED)

@@ -1,0 +1,171 @@
+"""The stage that writes a cache: a config's model over its text, in one process or in several of torchrun's."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saelab.activations.durable import alone
+from saelab.activations.layout import BLOCK_TOKENS, MANIFEST, Manifest, read_manifest
+from saelab.activations.stream import Pass, provenance, run_model
+from saelab.activations.writer import begin, check, finish, rewrite, write_lane
+from saelab.config import RunSettings
+from saelab.corpus.rows import Rows
+from saelab.errors import SaelabError
+from saelab.job import Config, Job, Say, quiet, settings_of
+from saelab.plan import plan_cache
+from saelab.progress import Track, silent
+
+
+def cache(
+    config: Config, out: str | Path, overrides: Iterable[str] = (), *, tokens: int | None = None,
+    track: Track = silent, say: Say = quiet,
+) -> Path:  # fmt: skip
+    """Write the activations of `tokens` tokens (default: the training's), as `config` says, into the folder `out`.
+
+    Taken up again where it was interrupted; a finished cache is verified, and damaged shards are written again. Under
+    torchrun each process writes lanes of its own, and the result is the same. Raises SaelabError where memory or
+    disk do not suffice, or the folder holds something else.
+    """
+    folder, world = Path(out).expanduser(), int(os.environ.get("WORLD_SIZE", "1"))
+    settings = settings_of(config, overrides)
+    wanted = tokens or settings.training.tokens
+    rank = int(os.environ.get("RANK", "0"))
+    if settings.cache.lanes < world:
+        raise SaelabError(
+            f"cache.lanes: torchrun started {world} processes, and there are {settings.cache.lanes} lanes of text to "
+            f"share out; set cache.lanes={world}"
+        )
+    if rank:
+        track, say = silent, quiet
+    with _together(world) as barrier:
+        if rank == 0 and not (folder / MANIFEST).exists():
+            plan = plan_cache(settings, folder, wanted)
+            for line in plan.lines():
+                say(line)
+            plan.check()
+        job = Job(_on_own_device(settings), say)
+        identity = cache_identity(job, wanted)
+        with alone(folder) if rank == 0 else nullcontext():
+            finished = begin(folder, identity) if rank == 0 else None
+            barrier()
+            if finished is None and not (folder / MANIFEST).exists():
+                _write(job, folder, identity, range(rank, settings.cache.lanes, world), track)
+            barrier()
+            if rank == 0:
+                manifest = finished or finish(folder, identity)
+                _repair(job, folder, manifest, contents=finished is not None, track=track)
+                _tell(folder, manifest, wanted, say)
+            barrier()
+    return folder
+
+
+def verify(out: str | Path, *, track: Track = silent) -> Manifest:
+    """The manifest of a finished cache. Raises SaelabError where a file has not the sha256 that it was written with."""
+    folder = Path(out).expanduser()
+    manifest = read_manifest(folder)
+    checked = track(
+        check(folder, manifest, contents=True), "verifying", manifest.tokens, lambda item: item[0]["tokens"]
+    )
+    faults = [fault for _, fault in checked if fault]
+    if faults:
+        more = f" (and {len(faults) - 1} more shards)" if len(faults) > 1 else ""
+        raise SaelabError(f"{faults[0]}{more}; `saelab cache` with the same CONFIG and --out {folder} repairs it")
+    return manifest
+
+
+def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
+    """What a cache that `job` writes is of: FORMAT.md."""
+    settings, write = job.settings, job.settings.cache
+    name = job.lm.name
+    facts = {"model": Path(name).name if Path(name).is_dir() else name} | provenance(
+        job.lm, job.corpus, special_tokens=settings.activations.special_tokens
+    ) | {
+        "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
+        "dtype": write.dtype, "gradients": write.gradients, "seed": settings.seed,
+        "rows_per_forward": write.rows_per_forward,
+        "passes_per_shard": max(1, write.shard_tokens // (write.rows_per_forward * settings.context)),
+        "block_tokens": BLOCK_TOKENS, "lanes": write.lanes, "nonfinite": write.nonfinite, "tokens": tokens,
+    }  # fmt: skip
+    return json.loads(json.dumps(facts))  # as it comes back from the manifest
+
+
+def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[int], track: Track) -> None:
+    lanes = list(lanes)
+    passes = (
+        added for lane in lanes for added in write_lane(folder, identity, lane, _rows(job), _forward(job, identity))
+    )
+    share = identity["tokens"] * len(lanes) // identity["lanes"]
+    for _ in track(passes, "caching", share, lambda added: added):
+        pass
+
+
+def _repair(job: Job, folder: Path, manifest: Manifest, *, contents: bool, track: Track) -> None:
+    """Write the shards that are damaged again; without `contents`, only missing and cut files count."""
+    checked = check(folder, manifest, contents=contents)
+    if contents:
+        checked = track(checked, "verifying", manifest.tokens, lambda item: item[0]["tokens"])
+    for shard, fault in [(shard, fault) for shard, fault in checked if fault]:
+        job.say(f"{fault}: shard {shard['name']} is written again")
+        passes = rewrite(folder, manifest, shard["name"], _rows(job), _forward(job, manifest.identity))
+        for _ in track(passes, f"shard {shard['name']}", shard["tokens"], lambda added: added):
+            pass
+        manifest = read_manifest(folder)
+
+
+def _rows(job: Job) -> Callable[[int, Mapping[str, Any] | None], Rows]:
+    seed, lanes = job.settings.seed, job.settings.cache.lanes
+
+    def rows(lane: int, start: Mapping[str, Any] | None) -> Rows:
+        return job.corpus.train_rows(seed=seed, lane=lane, lanes=lanes, start=start)
+
+    return rows
+
+
+def _forward(job: Job, identity: Mapping[str, Any]) -> Callable[[np.ndarray], Pass]:
+    def forward(ids: np.ndarray) -> Pass:
+        return run_model(
+            job.lm, torch.from_numpy(ids), list(identity["sites"]), gradients=identity["gradients"],
+            special_tokens=identity["special_tokens"],
+        )  # fmt: skip
+
+    return forward
+
+
+def _tell(folder: Path, manifest: Manifest, wanted: int, say: Say) -> None:
+    size = sum(facts["bytes"] for shard in manifest.shards for facts in shard["files"].values())
+    say(f"{folder}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB")
+    skipped = sum(shard["skipped"] for shard in manifest.shards)
+    if skipped:
+        say(f"note: {skipped:,} tokens with NaN or infinite values were left out")
+    if manifest.tokens + skipped < wanted:
+        say(f"note: {wanted:,} tokens were asked for, and the text has no more")
+
+
+def _on_own_device(settings: RunSettings) -> RunSettings:
+    """Each process of torchrun on its own GPU, where there are GPUs and the settings name none."""
+    if "LOCAL_RANK" in os.environ and settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        return settings_of(settings, [f"device=cuda:{os.environ['LOCAL_RANK']}"])
+    return settings
+
+
+@contextmanager
+def _together(world: int) -> Iterator[Callable[[], object]]:
+    """The processes of torchrun, to wait for each other: the yielded function is a barrier."""
+    if world == 1:
+        yield lambda: None
+        return
+    import torch.distributed as distributed
+
+    # Nothing but barriers goes between the processes, and one may have to wait for another's whole lane.
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield distributed.barrier
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,112 @@
+"""Memory and disk: how much is free, and how much a computation holds at once."""
+
+import math
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def free_on_disk(folder: Path) -> int | None:
+    """Free bytes where `folder` is, or would be made."""
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take: what the system has available, or less where a cgroup sets a limit.
+
+    `root` is where /proc and /sys are looked for. None where the system does not tell.
+    """
+    lines = _read(root / "proc/meminfo").splitlines()
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mount = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while True:  # the limits of the groups around it hold too; inside a container only the mount may be there
+            free += _left_in(group, *names)
+            if group == mount:
+                break
+            group = group.parent
+    return max(0, min(free)) if free else None
+
+
+def _left_in(group: Path, limit: str, usage: str, reclaimable: str) -> list[int]:
+    """Bytes up to the limit of a cgroup, page cache that can be dropped counted as free; nothing where it has none."""
+    most, used = _read(group / limit).strip(), _read(group / usage).strip()
+    if not most.isdecimal() or not used.isdecimal():
+        return []
+    stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+    return [int(most) - int(used) + int(stat.get(reclaimable, 0))]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def held_by(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors made during `run()` hold at once; it may run without numbers."""
+    with _Count() as count:
+        run()
+    return count.most
+
+
+class _Count(TorchDispatchMode):
+    """Counts the memory of all tensors that operations make, until they are let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._see((args, kwargs), new=False)  # was there before, if it is not known: a view of it takes nothing
+        result = function(*args, **kwargs)
+        self._see(result, new=True)
+        return result
+
+    def _see(self, tree: Any, new: bool) -> None:
+        for tensor in tree_leaves(tree):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            name = storage._cdata
+            if name not in self._known:
+                taken = storage.nbytes() if new else 0
+                self._known.add(name)
+                self.now += taken
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._forget, name, taken)
+
+    def _forget(self, name: int, n: int) -> None:
+        self._known.discard(name)
+        self.now -= n
+
+
+def size(n: int) -> str:
+    """Bytes as people read them, three digits: 137 MB, 1.05 GB."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            digits = max(0, 2 - int(math.log10(n / unit)))
+            return f"{n / unit:,.{digits}f} {name}"
+    return f"{n} bytes"

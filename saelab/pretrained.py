@@ -1,0 +1,86 @@
+"""A pretrained model's files: the embedded one's, those of a local folder, or the Hub's, fetched once."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from saelab import demo
+from saelab.errors import SaelabError, brief, did_you_mean
+from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
+
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_DESCRIPTION = ["*.json", "*.txt", "*.model"]
+_WEIGHTS = ["*.safetensors"]  # no pickled ones; and no code
+
+
+def model_folder(name: str, weights: bool = True) -> Path:
+    """The folder with configuration, tokenizer and, where `weights`, weights of the model `name`.
+
+    A Hub id's files are downloaded if they are not in the local cache. Raises SaelabError where they cannot be had.
+    """
+    if name == "demo":
+        return demo.MODEL
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SaelabError(f"model: {path} holds no config.json, so it is not a Hugging Face model folder")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise SaelabError(f"model: there is no folder {path}.{did_you_mean(path.name, siblings)}")
+    return _hub_folder(name, weights)
+
+
+def _hub_folder(name: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    patterns = [*_DESCRIPTION, *_WEIGHTS] if weights else _DESCRIPTION
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        if _is_whole(folder, weights):
+            return folder
+    except LocalEntryNotFoundError:
+        pass  # not downloaded so far
+    except HFValidationError as error:
+        raise SaelabError(f"model: {name!r} is neither a folder nor a Hub id") from error
+    try:
+        files = ask_hub(lambda api: api.model_info(name, timeout=TIMEOUT)).siblings or []
+    except RepositoryNotFoundError as error:
+        raise SaelabError(f"model: the Hub has no model {name}, or it is private (log in, or set HF_TOKEN)") from error
+    except HubUnreachable as error:
+        raise SaelabError(
+            f"model: {name} is no local folder, is not in the local cache, and the Hub cannot be reached ({error}). "
+            f"Without a network, use `model: demo` or a copy made elsewhere: `hf download {name} --local-dir DIR`."
+        ) from error
+    if not any(file.rfilename.endswith(".safetensors") for file in files):
+        raise SaelabError(f"model: {name} has no safetensors weights, and saelab does not unpickle files")
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # gated, cut off, or no room: the client and its transport each have their own kinds
+        raise SaelabError(f"model: {name} cannot be downloaded: {brief(error)}") from error
+
+
+def _is_whole(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot holds all it needs: a download may have been cut off."""
+    needed = {"config.json"}
+    index = folder / "model.safetensors.index.json"
+    if weights and index.is_file():
+        needed |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    elif weights:
+        needed.add("model.safetensors")
+    tokenizer = any((folder / name).is_file() for name in _TOKENIZER)
+    return tokenizer and all((folder / name).is_file() for name in needed)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of configuration and weights; a Hub snapshot is named by its commit, which says the same."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:40]

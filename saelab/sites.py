@@ -1,0 +1,103 @@
+"""TransformerLens' site names, and where they lie in a Hugging Face model.
+
+TransformerLens' TransformerBridge resolves the names (``blocks.2.hook_resid_post``), so they mean the same for every
+architecture. The bridge needs a model's shape only, so it gets an outline: the model, its tensors holding no numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a hook point lies in the Hugging Face model: a module's input or its output."""
+
+    module: str
+    side: Literal["hook_in", "hook_out"]
+
+
+def no_numbers() -> Any:
+    """A context in which tensors have shape, dtype and device, and no memory; they live as long as it does."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextmanager
+def one_text_a_row() -> Iterator[None]:
+    """Let transformers take rows for what they are here: one sequence each, for which a causal mask will do.
+
+    It finds that out from the positions' values; where there are none, it makes masks ``[rows, context, context]``,
+    and other kernels run than otherwise.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    look = getattr(masking_utils, name, None)
+    if look is not None:
+        setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        if look is not None:
+            setattr(masking_utils, name, look)
+
+
+def outline(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of `folder` without its weights; made, and run, within `no_numbers`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def resolve_sites(folder: Path) -> dict[str, Site]:
+    """Every TransformerLens hook point that is the input or the output of a module of the model in `folder`.
+
+    The bridge rewires the model that it is given. Its components hold that model's modules, and a module's name is the
+    same in every model of the folder.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with no_numbers():
+        model = outline(folder)
+        names = {id(module): name for name, module in model.named_modules()}
+        bridge = TransformerBridge.boot_transformers(str(folder), hf_model=model, device="cpu", dtype=torch.float32)
+        places: dict[int, Site] = {}
+        for component in bridge.modules():
+            name = names.get(id(getattr(component, "original_component", None)))
+            for side in ("hook_in", "hook_out"):
+                point = getattr(component, side, None)
+                if name is not None and isinstance(point, nn.Module):
+                    places[id(point)] = Site(name, side)
+        return {name: places[id(point)] for name, point in bridge.hook_dict.items() if id(point) in places}
+
+
+def hook(
+    model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Call `function` on the value at `site` in every forward pass; what it returns, if anything, replaces it."""
+    module = model.get_submodule(site.module)
+
+    def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            new = function(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = function(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    def on_output(_: nn.Module, __: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):
+            new = function(output[0])
+            return None if new is None else (new, *output[1:])
+        return function(output)
+
+    if site.side == "hook_in":
+        return module.register_forward_pre_hook(on_input, with_kwargs=True)
+    return module.register_forward_hook(on_output)

@@ -1,0 +1,181 @@
+"""A disk that is full, or fails, while a cache is written."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saelab.activations.layout import MANIFEST, UNFINISHED
+from saelab.activations.reader import open_cache
+from saelab.errors import SaelabError
+from tests.activations import made
+from tests.faults.child import counted
+from tests.faults.tools import (
+    command,
+    finished_files,
+    finished_shards_are_whole,
+    made_by_command,
+    read_an_epoch,
+    stamps,
+    the_one_error,
+    tree,
+)
+
+FACTS = made.identity(gradients=True, lanes=2, tokens=400)
+LARGER = made.identity(gradients=True, tokens=3000)
+"""Some 520 kB in shards of 31 kB."""
+FULL = re.compile(r"the disk is full: what was to be written next has ([\d,]+) bytes, and ([\d,]+) are free; .*again")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A tmpfs: its function gives it a size, and returns where it is."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def size(size: str) -> Path:
+        nonlocal mounted
+        options = f"{'remount,' if mounted else ''}size={size}"
+        if shutil.which("mount") is None:
+            pytest.skip("there is no mount command here")
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        mounted = True
+        return folder
+
+    try:
+        yield size
+    finally:
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
+
+
+def numbers(error: SaelabError) -> tuple[int, int]:
+    """Bytes needed and bytes free, as the message has them."""
+    found = FULL.search(str(error))
+    assert found, error
+    needed, free = (int(number.replace(",", "")) for number in found.groups())
+    return needed, free
+
+
+def test_a_full_disk_costs_only_the_shard_in_the_making(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """Guaranteed: where the disk fills up while a cache is written, the error says how many bytes the next shard needs
+    and how many are free; every shard finished before is whole, nothing half-written is left; as long as there is no
+    room, writing again says the same; once there is, it goes on without touching what is finished, and ends with the
+    bytes of a cache that was never interrupted."""
+    whole = made.write(tmp_path / "whole", LARGER)
+    sizes = [sum(file["bytes"] for file in shard["files"].values()) for shard in whole.shards]
+    cache = small_disk("300k") / "cache"
+    for _ in range(2):
+        with pytest.raises(SaelabError) as error:
+            made.write(cache, LARGER)
+        needed, free = numbers(error.value)
+        finished = finished_shards_are_whole(cache) // 5
+        assert 2 < finished < len(sizes) and needed == sizes[finished]
+        assert free == shutil.disk_usage(cache).free < needed + 5 * 4096
+        assert not list(cache.rglob("*.tmp"))
+        with pytest.raises(SaelabError, match="not finished"):
+            open_cache(cache)
+    kept = {path: stamp for path, stamp in stamps(cache).items() if path in finished_files(cache)}
+    small_disk("2m")
+    made.write(cache, LARGER)
+    assert tree(cache) == tree(tmp_path / "whole")
+    assert {path: stamps(cache)[path] for path in kept} == kept
+
+
+def test_a_disk_without_any_room_is_said_before_the_model_runs(small_disk: Callable[[str], Path]) -> None:
+    """Guaranteed: where not even the folder can be begun, the error says so before anything is computed."""
+    disk = small_disk("64k")
+    (disk / "ballast").write_bytes(bytes(64 << 10))
+
+    def no_pass(ids: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(SaelabError) as error:
+        made.write(disk / "cache", LARGER, no_pass)
+    needed, free = numbers(error.value)
+    assert needed > free == 0
+
+
+def test_repair_on_a_full_disk_leaves_the_cache_as_it_was(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """Guaranteed: where a damaged shard cannot be written again for want of room, the error has the numbers and the
+    cache is left as it was; with room, it is repaired."""
+    cache = small_disk("2m") / "cache"
+    shard = made.write(cache, LARGER).shards[1]
+    whole = tree(cache)
+    (damaged := cache / made.SITE / "00-00001.safetensors").write_bytes(b"")
+    small_disk(f"{(os.statvfs(cache).f_blocks - os.statvfs(cache).f_bfree + 2) * 4}k")
+    before = tree(cache)
+    with pytest.raises(SaelabError) as error:
+        made.write(cache, LARGER)
+    assert numbers(error.value)[0] == sum(file["bytes"] for file in shard["files"].values())
+    assert tree(cache) == before and damaged.stat().st_size == 0
+    small_disk("2m")
+    made.write(cache, LARGER)
+    assert tree(cache) == whole
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, "cannot be written: Input/")],
+)
+def test_a_call_that_fails_anywhere_costs_only_the_shard_in_the_making(
+    number: int, message: str, tmp_path: Path
+) -> None:
+    """Guaranteed: whichever call of the system fails while a cache is written, for want of room or because the disk is
+    broken, is an error for the user; finished shards are whole, and writing again ends with the bytes of a cache that
+    was never interrupted."""
+    with counted(lambda *call: None) as seen:
+        made.write(tmp_path / "whole", FACTS)
+    whole, total = tree(tmp_path / "whole"), seen()
+    for k in range(1 + number % 7, total, 23):
+        folder = tmp_path / str(k)
+
+        def fail(at: int, name: str, arguments: tuple[Any, ...], k: int = k) -> None:
+            if at == k:
+                raise OSError(number, os.strerror(number))
+
+        with counted(fail), pytest.raises(SaelabError, match=message) as error:
+            made.write(folder, FACTS)
+        assert str(folder) in str(error.value)
+        if message == "the disk is full":
+            assert numbers(error.value)[1] > 0
+        finished_shards_are_whole(folder)
+        if (folder / MANIFEST).exists():
+            read_an_epoch(folder)
+        else:
+            assert (folder / UNFINISHED).is_dir() or not folder.exists() or not any(folder.iterdir())
+        made.write(folder, FACTS)
+        assert tree(folder) == whole, k
+        shutil.rmtree(folder)
+
+
+def test_writes_that_take_only_a_part_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guaranteed: where the system takes fewer bytes at once than it is given, as it may, the rest follows."""
+    made.write(tmp_path / "whole", FACTS)
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: whole(handle, content[: 1 + len(content) // 3]))
+    made.write(tmp_path / "cache", FACTS)
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_a_disk_that_cannot_hold_the_cache_is_refused_beforehand(
+    small_disk: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Guaranteed: `saelab cache` on a disk with less room than the cache will take ends with exit code 2 and one
+    message that has both numbers, before anything is written."""
+    disk = small_disk("300k")
+    code, _, stderr = command(monkeypatch, capsys, "cache", made_by_command(tmp_path), "--out", disk / "cache")
+    assert code == 2 and re.search(r"error: .*disk.*[\d,.]+ ?[kKMG]?B", the_one_error(stderr))
+    assert not list(disk.iterdir())

@@ -1,0 +1,201 @@
+"""Models whose activations or gradients are NaN or infinite."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saelab.activations.layout import UNFINISHED
+from saelab.activations.reader import Cache, open_cache
+from saelab.activations.stream import ActivationBatch, Pass
+from saelab.errors import SaelabError
+from tests.activations import made
+from tests.faults.tools import (
+    command,
+    finished_shards_are_whole,
+    made_by_command,
+    read_an_epoch,
+    the_one_error,
+    tree,
+)
+from tests.tiny import model_folder
+
+OTHER = "blocks.1.attn.hook_z"
+ROWS = 20
+"""Rows of text in each lane; all tokens of them are stored."""
+FACTS = made.identity(gradients=True, lanes=2, tokens=10**6)
+SKIP = FACTS | {"nonfinite": "skip"}
+
+Bad = dict[tuple[int, int, int], tuple[str, str, float]]
+"""By lane, row within the lane and position: the site, activations or gradients, and the value that comes up there."""
+BAD: Bad = {
+    (0, 2, 3): (made.SITE, "activations", float("nan")),
+    (0, 2, 4): (OTHER, "activations", float("inf")),
+    (0, 7, 15): (OTHER, "gradients", float("-inf")),
+    (1, 12, 1): (made.SITE, "gradients", float("nan")),
+    (1, 19, 15): (made.SITE, "activations", float("-inf")),
+}
+
+
+def forward(facts: dict, bad: Bad) -> Callable[[np.ndarray], Pass]:
+    """The made-up model with values put into it: recognised by the row's ids."""
+    run = made.forward(facts)
+    rows = {(lane, row): next(made.Rows(lane, {"row": row})).tobytes() for lane, row, _ in bad}
+
+    def model(ids: np.ndarray) -> Pass:
+        result = run(ids)
+        number = result.kept.flatten().cumsum(0).view_as(result.kept) - 1
+        for (lane, row, position), (site, what, value) in bad.items():
+            for i in (i for i, found in enumerate(ids) if found.tobytes() == rows[lane, row]):
+                assert result.kept[i, position], "the case is about an ordinary token"
+                getattr(result, what)[site][number[i, position], 5] = value
+        return result
+
+    return model
+
+
+def written(cache: Cache, site: str) -> ActivationBatch:
+    """All of a cache, in the order written."""
+    batches = list(cache.in_order(site, gradients=True))
+    parts = [
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("values", "tokens", "rows", "positions", "gradients")
+    ]
+    return ActivationBatch(*parts)
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: "lane{}-row{}-position{}".format(*case))
+def test_a_value_that_is_not_finite_is_an_error_that_says_where(case: tuple[int, int, int], tmp_path: Path) -> None:
+    """Guaranteed: a NaN or infinite activation or gradient, at any site, is an error that says which it is, the site,
+    the row (as the cache numbers rows) and the position; finished shards are kept, and nothing behind them."""
+    site, what, _ = BAD[case]
+    lane, row, position = case
+    with pytest.raises(SaelabError) as error:
+        made.write(tmp_path / "cache", FACTS, forward(FACTS, {case: BAD[case]}), ROWS)
+    assert str(error.value).startswith(f"{site}: ") and what in str(error.value)
+    assert f"at row {lane + 2 * row}, position {position}," in str(error.value)
+    assert "cache.nonfinite=skip" in str(error.value)
+    shards = lane * 2 + row // 12  # of 12 rows each; a lane has two
+    assert finished_shards_are_whole(tmp_path / "cache") == 5 * shards
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_after_such_an_error_writing_goes_on_once_the_model_is_mended(tmp_path: Path) -> None:
+    """Guaranteed: the error costs the shard in the making alone: written again with finite values, the cache has the
+    bytes of one without the error."""
+    made.write(tmp_path / "whole", FACTS, stop=ROWS)
+    with pytest.raises(SaelabError, match="NaN or infinite"):
+        made.write(tmp_path / "cache", FACTS, forward(FACTS, BAD), ROWS)
+    made.write(tmp_path / "cache", FACTS, stop=ROWS)
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
+    """Guaranteed: with `nonfinite: skip`, a token that is NaN or infinite at one site, in activations or gradients, is
+    left out of every file, all others are as they would be without it, and manifest and shards count what is left out;
+    so it is when written in one go, and when a damaged shard is written again."""
+    manifest = made.write(tmp_path / "cache", SKIP, forward(SKIP, BAD), ROWS)
+    made.write(tmp_path / "clean", FACTS, stop=ROWS)
+    cache, clean = open_cache(tmp_path / "cache"), open_cache(tmp_path / "clean")
+    assert [shard["skipped"] for shard in manifest.shards] == [3, 0, 0, 2]
+    assert b'"skipped": 5,' in (tmp_path / "cache" / "manifest.json").read_bytes()
+    assert cache.tokens == clean.tokens - len(BAD) == read_an_epoch(tmp_path / "cache")
+    for site in made.SITES:
+        found, wanted = written(cache, site), written(clean, site)
+        bad = [(lane + 2 * row, position) for lane, row, position in BAD]
+        at = zip(wanted.rows.tolist(), wanted.positions.tolist(), strict=True)
+        kept = torch.tensor([place not in bad for place in at])
+        for name in ("values", "tokens", "rows", "positions", "gradients"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)[kept]), (site, name)
+            assert torch.isfinite(getattr(found, name).float()).all()
+    before = tree(tmp_path / "cache")
+    (tmp_path / "cache" / OTHER / "00-00000.gradients.safetensors").unlink()
+    made.write(tmp_path / "cache", SKIP, forward(SKIP, BAD), ROWS)
+    assert tree(tmp_path / "cache") == before
+
+
+def test_a_shard_without_any_finite_token_is_empty(tmp_path: Path) -> None:
+    """Guaranteed: where a model gives nothing but NaN for a while, skipping leaves shards without tokens, which are
+    read like others."""
+    everywhere: Bad = {}
+    for row in range(12):
+        ids = next(made.Rows(1, {"row": row}))
+        everywhere |= {(1, row, int(at)): (made.SITE, "activations", float("nan")) for at in np.flatnonzero(ids)}
+    manifest = made.write(tmp_path / "cache", SKIP, forward(SKIP, everywhere), ROWS)
+    assert [shard["tokens"] > 0 for shard in manifest.shards] == [True, True, False, True]
+    assert manifest.shards[2]["skipped"] == len(everywhere)
+    assert read_an_epoch(tmp_path / "cache") == manifest.tokens
+    assert sum(len(batch) for batch in open_cache(tmp_path / "cache").in_order(OTHER)) == manifest.tokens
+
+
+def test_a_model_of_which_nothing_is_finite_is_an_error_even_where_such_tokens_are_skipped(tmp_path: Path) -> None:
+    """Guaranteed: a cache without any token is not made; the error says that all of them were left out, and why."""
+    run = made.forward(SKIP)
+
+    def model(ids: np.ndarray) -> Pass:
+        result = run(ids)
+        return result._replace(activations={site: value * torch.nan for site, value in result.activations.items()})
+
+    with pytest.raises(SaelabError, match=f"all {2 * (15 * ROWS - ROWS // 3)} tokens are NaN or infinite"):
+        made.write(tmp_path / "cache", SKIP, model, ROWS)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {UNFINISHED, "tokens", *made.SITES}
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 70_000.0), ("bfloat16", 3.4e38)])
+def test_what_the_stored_dtype_cannot_hold_counts_as_infinite(dtype: str, value: float, tmp_path: Path) -> None:
+    """Guaranteed: a value that is finite in the model and infinite in the cache's dtype is found like others, and the
+    error names the dtype."""
+    facts = FACTS | {"dtype": dtype}
+    bad: Bad = {(1, 3, 2): (OTHER, "activations", value)}
+    with pytest.raises(SaelabError, match=rf"^{OTHER}: .* row 7, position 2, .*{dtype}"):
+        made.write(tmp_path / "error", facts, forward(facts, bad), ROWS)
+    facts |= {"nonfinite": "skip"}
+    manifest = made.write(tmp_path / "skip", facts, forward(facts, bad), ROWS)
+    assert [shard["skipped"] for shard in manifest.shards] == [0, 0, 1, 0]
+
+
+def test_large_values_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
+    """Guaranteed: no token is refused or left out because values are large; only NaN and infinite ones are."""
+    bad: Bad = {
+        (0, 1, position): (made.SITE, "activations", 3e38) for position in (1, 2, 3, 4)
+    }  # their sum is more than float32 holds
+    assert made.write(tmp_path / "error", FACTS, forward(FACTS, bad), ROWS).tokens > 0
+    manifest = made.write(tmp_path / "skip", SKIP, forward(SKIP, bad), ROWS)
+    assert [shard["skipped"] for shard in manifest.shards] == [0, 0, 0, 0]
+
+
+def nan_at_position(position: int, folder: Path) -> Path:
+    """A tiny GPT-2 whose embedding of a position is NaN."""
+    model = Path(shutil.copytree(model_folder("gpt2"), folder / "broken"))
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"][position, 3] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def test_the_command_on_a_model_with_a_weight_that_is_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guaranteed: `saelab cache` of a broken model ends with exit code 2 and one message with site, row and position;
+    with `cache.nonfinite=skip` it writes what is finite and says how many tokens it left out."""
+    site = "blocks.0.hook_resid_pre"  # behind it, attention spreads the NaN to other positions
+    config = made_by_command(tmp_path, sites=[site], gradients=False)
+    out, model = ("--out", tmp_path / "cache"), f"model={nan_at_position(17, tmp_path)}"
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", *out)
+    assert code == 2
+    assert the_one_error(stderr).startswith(f"error: {site}: ") and "at row 0, position 17," in stderr
+    assert not any(path.suffix == ".safetensors" for path in (tmp_path / "cache").rglob("*"))
+
+    out = ("--out", tmp_path / "skip")
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", "cache.nonfinite=skip", *out)
+    cache = open_cache(tmp_path / "skip")
+    rows = sum(shard["rows"] for shard in cache.manifest.shards)
+    skipped = sum(shard["skipped"] for shard in cache.manifest.shards)
+    assert code == 0 and f"{skipped:,} tokens with NaN or infinite values were left out" in stderr
+    assert rows - 5 < skipped <= rows  # one each, but where a special token is there
+    for batch in cache.in_order(site):
+        assert 17 not in batch.positions.tolist() and torch.isfinite(batch.values.float()).all()
