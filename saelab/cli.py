@@ -64,6 +64,62 @@ def train(config: Annotated[str, typer.Argument(help="a YAML file, or the name o
     typer.echo(folder)
 
 
+@app.command()
+def cache(
+    config: Annotated[str | None, typer.Argument(help="a YAML file, or the name of a shipped config")] = None,
+    overrides: _Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="the cache's folder")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="how many to store (default: training.tokens)")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="only compare every file with its sha256")] = False,
+) -> None:
+    """Write the model's activations into a folder to train from: activations={cache: DIR}.
+
+    Run again it goes on where it was interrupted, and writes damaged shards of a finished cache again. Under torchrun
+    each process writes a part (cache.lanes).
+
+    Example: saelab cache quickstart --out caches/quickstart --tokens 1e6
+    """
+    from saelab import caching, progress
+
+    if out is None:
+        raise SaelabError("--out: which folder? For example: saelab cache quickstart --out caches/quickstart")
+    if verify:
+        if config is not None:
+            raise SaelabError(f"--verify reads nothing but the folder; leave {config!r} away")
+        manifest = caching.verify(out, track=progress.bar)
+        typer.echo(f"{out}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, all as they were written")
+        return
+    if config is None:
+        raise SaelabError(f"CONFIG: of what? For example: saelab cache quickstart --out {out}")
+    caching.cache(
+        config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
+    )
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    overrides: _Overrides = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="of the cache (default: training.tokens)")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where a cache would go")] = Path(),
+) -> None:
+    """Tell what a training and a cache would need of memory and disk; exit code 2 where it is not there.
+
+    Example: saelab plan gpt2_openwebtext model.dtype=bf16
+    """
+    from rich.console import Console
+
+    from saelab.job import settings_of
+    from saelab.plan import plan_cache, plan_training
+
+    settings = settings_of(config, overrides or [])
+    plans = (plan_training(settings), plan_cache(settings, out, int(tokens or settings.training.tokens)))
+    for title, needs in zip(("training", "cache"), plans, strict=True):
+        Console(width=120).print(needs.table(title))
+    for needs in plans:
+        needs.check()
+
+
 @app.command(name="eval")
 def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
     """Evaluate a run's autoencoder on held-out text: reconstruction, loss with it spliced in, never-active features.
@@ -137,6 +193,32 @@ def bench_train(
     if json_file:
         json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     show_train(record)
+
+
+@bench.command(name="cache")
+def bench_cache(
+    rounds: Annotated[int, typer.Option(min=1, help="how often everything is measured, in turns")] = 3,
+    peers: Annotated[
+        Path | None, typer.Option(help="interpreter of the environment made by `make bench-peers`")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="where some GB are written (default: a temporary one)")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures here")] = None,
+) -> None:
+    """Time the activation cache: writing, shuffled reading, memory; with --peers sae-lens' cache too.
+
+    Example: saelab bench cache --json cache.json
+    """
+    import json
+
+    from saelab.bench.cache import bench as measure
+    from saelab.bench.cache import show
+
+    if json_file and not json_file.parent.is_dir():
+        raise SaelabError(f"--json: {json_file.parent}: no such folder")
+    record = measure(rounds=rounds, peers=peers, folder=folder, say=_say)
+    if json_file:
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    show(record)
 
 
 def _print_evaluation(run: Path) -> None:

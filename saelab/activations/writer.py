@@ -7,11 +7,11 @@ a thread writes the shard before, its sha256 being made beside.
 import hashlib
 import json
 import math
-import queue
 import shutil
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,32 +171,19 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _read_ahead(rows: Rows, identity: Mapping[str, Any]) -> Generator[tuple[np.ndarray, dict[str, Any]], None, None]:
     """Rows for each pass ``[rows, context]`` and the position behind them, read in a thread."""
-    ready: queue.Queue[Any] = queue.Queue(AHEAD)
-    over = threading.Event()
 
-    def put(item: Any) -> None:
-        while not over.is_set():
-            with suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
+    def read() -> tuple[np.ndarray, dict[str, Any]] | None:
+        block = list(islice(rows, identity["rows_per_forward"]))
+        return (np.stack(block), rows.state()) if block else None
 
-    def read() -> None:
-        try:
-            while not over.is_set() and (block := list(islice(rows, identity["rows_per_forward"]))):
-                put((np.stack(block), rows.state()))
-            put(None)
-        except BaseException as error:  # raised again below, where someone can see it
-            put(error)
-
-    thread = threading.Thread(target=read, name="saelab cache rows", daemon=True)
-    thread.start()
+    reader = ThreadPoolExecutor(1, "saelab cache rows")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ahead = deque(reader.submit(read) for _ in range(AHEAD))
+        while (block := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(read))
+            yield block
     finally:
-        over.set()
-        thread.join()
+        reader.shutdown(wait=True, cancel_futures=True)
 
 
 def _records(folder: Path, lane: int) -> list[dict[str, Any]]:

@@ -6,21 +6,18 @@ peer, ours in both precisions and then the peer's variants. A ratio is taken bet
 rounds is reported.
 """
 
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from saelab.bench import ours, peer_step
 from saelab.bench.ours import ALLOCATIONS, PRECISIONS, Shape
-from saelab.errors import SaelabError, brief
+from saelab.bench.processes import Say, machine, run_measurement
+from saelab.errors import SaelabError
 
 GROWTH_FEATURES = tuple(2**n for n in range(12, 18))
 GROWTH_K = (8, 16, 32, 64, 128, 256)
@@ -29,11 +26,6 @@ AGAINST = {"as_shipped": "bf16_selection", "fp32_fused": "fp32", "bf16_fused": "
 """Which of ours each variant of a peer is compared with."""
 SECONDS = 8.0
 """Timed steps of one process stop after this long (three are always taken)."""
-
-BUSY = 0.1
-"""A machine of which others take a larger share than this, while something is measured, is called busy."""
-
-Say = Callable[[str], None]
 
 
 def bench(
@@ -119,8 +111,7 @@ class Processes:
         self.shape, self.steps, self.threads, self.say = shape, steps, threads, say
         self.label = ""
         self.used_by_others: list[float] = []
-        """Share of the machine's processors that others took while each measurement ran. A step of many short parallel
-        regions suffers most from it: every region waits for the thread that was put off."""
+        """Share of the machine's processors that others took while each measurement ran."""
 
     def ours(self, case: str, measure: str) -> dict[str, Any]:
         result = self._run([sys.executable, "-m", ours.__name__, "--case", case, "--measure", measure], self.shape)
@@ -160,50 +151,10 @@ class Processes:
             "--shape", str(shape), "--steps", str(steps or self.steps), "--threads", str(self.threads),
             "--seconds", str(SECONDS),
         ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        began, busy, own = time.monotonic(), _busy_seconds(), _child_seconds()
-        try:
-            done = subprocess.run(command + arguments, env=environment, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise SaelabError(f"{command[0]}: cannot be run ({brief(error)})") from error
-        lines = done.stdout.splitlines()
-        if done.returncode or not lines:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise SaelabError(f"bench: `{' '.join(command)}` failed: {last[:300]}")
-        processors = (os.cpu_count() or 1) * (time.monotonic() - began)
-        others = max(0.0, (_busy_seconds() - busy) - (_child_seconds() - own)) / processors
+        result, others = run_measurement(command + arguments, self.threads, self.say)
         self.used_by_others.append(others)
-        if others > BUSY:
-            self.say(f"others took {others:.0%} of this machine's processors: the next figure is not to be trusted")
-        return json.loads(lines[-1])
+        return result
 
     def _tell(self, what: str, result: dict[str, Any]) -> None:
         figure = f": {result['step_ms']:.1f} ms" if "step_ms" in result else ""
         self.say(f"{self.label}: {what}{figure}")
-
-
-def _busy_seconds() -> float:
-    """Processor seconds that this machine spent on anything since it started; 0 where the system does not say."""
-    statistics_of_system = Path("/proc/stat")
-    if not statistics_of_system.exists():
-        return 0.0
-    user, nice, system, _idle, _waiting, *rest = map(int, statistics_of_system.read_text().split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-def _child_seconds() -> float:
-    """Processor seconds of the child processes that have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, and memory in GB where the system says."""
-    processor = platform.processor() or platform.machine()
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gigabytes = int(memory.read_text().split()[1]) / 1e6 if memory.exists() else None
-    return {"system": platform.system(), "processor": processor, "cores": cores, "memory_gb": gigabytes}
