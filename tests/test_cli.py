@@ -22,7 +22,11 @@ def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.Comp
 
 def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
     """The message of a mistake: one line, and nothing beside it but what is being loaded."""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("model: ", "corpus: "))]
+    lines = [
+        line
+        for line in result.stderr.splitlines()
+        if not line.startswith(("model: ", "corpus: ", "memory: ", "disk: "))
+    ]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     return lines[0]
 

@@ -24,34 +24,36 @@ def temporary(path: Path) -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """`content` under `path`, or nothing: through a temporary name, on the disk before it is renamed."""
-    write_temporary(path, [memoryview(content)])
+    _settle(write_temporary(path, [memoryview(content)]))
     os.replace(temporary(path), path)
     sync_folder(path.parent)
 
 
 def write_temporary(path: Path, parts: Iterable[memoryview]) -> int:
-    """Write `parts` under the temporary name of `path`, on the disk when this returns; how many bytes."""
-    size = 0
+    """Write `parts` under the temporary name of `path`; the open file, to be synced before it is renamed."""
     handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         for part in parts:
-            size += len(part)
             at = 0
             while at < len(part):
                 at += os.write(handle, part[at : at + _AT_ONCE])
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _settle(handle: int) -> None:
+    """Have an open file on the disk, and close it."""
+    try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    return size
 
 
 def sync_folder(folder: Path) -> None:
     """Have the names in `folder` on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _settle(os.open(folder, os.O_RDONLY))
 
 
 @contextmanager

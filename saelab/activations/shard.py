@@ -6,6 +6,7 @@ import os
 import queue
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,12 @@ class Shard:
 
 
 class Shards:
-    """Two shards in turn: one is filled while the other is written."""
+    """Two shards in turn: one is filled while the other is written.
+
+    Writing has two halves, each in a thread: to hand a shard's bytes to the system, its sha256 being made meanwhile,
+    which frees its memory; and to wait until they are on the disk, give the files their names and record the shard.
+    The second half of a shard goes beside the first half of the next.
+    """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], tokens: int) -> None:
         """`tokens` are still to come; the memory is for that many, at most for two shards."""
@@ -87,19 +93,17 @@ class Shards:
         self._make = lambda: Shard(identity, passes * pass_tokens)
         self._made = 0
         self._free = queue.SimpleQueue[Shard]()
-        self._writer = ThreadPoolExecutor(1, "saelab cache writer")
-        self._hasher = ThreadPoolExecutor(1, "saelab cache checksums")
-        self._last: Future[dict[str, Any]] | None = None
+        self._threads = [ThreadPoolExecutor(1, f"saelab cache {what}") for what in ("writer", "sha256", "disk")]
+        self._last: Future[Future[dict[str, Any]]] | None = None
 
     def __enter__(self) -> "Shards":
         return self
 
     def __exit__(self, *error: object) -> None:
-        # What is being written is finished even where something else has failed.
-        self._writer.shutdown(wait=True)
-        self._hasher.shutdown(wait=True)
-        if error[0] is None and self._last is not None:
-            self._last.result()
+        for thread in self._threads:  # what is being written is finished even where something else has failed
+            thread.shutdown(wait=True)
+        if error[0] is None:
+            self.written()
 
     def next(self, name: str, lane: int, first_row: int, start: Mapping[str, Any]) -> Shard:
         """An empty shard, once one is free."""
@@ -111,52 +115,75 @@ class Shards:
         shard.clear(name, lane, first_row, start)
         return shard
 
-    def write(self, shard: Shard, position: Mapping[str, Any] | None) -> "Future[dict[str, Any]]":
-        """Begin to write a shard, once the one before it is written; the future gives its entry in the manifest.
+    def write(self, shard: Shard, position: Mapping[str, Any] | None) -> None:
+        """Begin to write a shard.
 
         `position` is that of the corpus behind it, to be recorded; None: the cache is finished, nothing is recorded.
-        Raises what has gone wrong with the one before.
+        Raises what has gone wrong with those before.
         """
         if self._last is not None:
             self._last.result()
-        self._last = self._writer.submit(self._write, shard, position)
-        return self._last
+        self._last = self._threads[0].submit(self._hand_over, shard, position, self._last)
 
-    def _write(self, shard: Shard, position: Mapping[str, Any] | None) -> dict[str, Any]:
+    def written(self) -> dict[str, Any] | None:
+        """The last shard's entry in the manifest, once it is on the disk. Raises what has gone wrong."""
+        return None if self._last is None else self._last.result().result()
+
+    def _hand_over(
+        self, shard: Shard, position: Mapping[str, Any] | None, before: "Future[Future[dict[str, Any]]] | None"
+    ) -> "Future[dict[str, Any]]":
+        handles: list[int] = []
         try:
-            with told(self._folder, sum(file.size(shard.tokens) for file in shard.files)):
-                try:
-                    return _write(self._folder, shard, position, self._hasher)
-                except OSError:
-                    for file in shard.files:  # in the way where the disk is full, and else counted as not free
-                        temporary(self._folder / file.path(shard.name)).unlink(missing_ok=True)
-                    raise
+            with self._told(shard.name, shard.files, shard.tokens):
+                files = {}
+                for file, header, tensors in shard.contents():
+                    digests = self._threads[1].submit(_digests, file, header, tensors, shard.identity["block_tokens"])
+                    path = file.path(shard.name)
+                    handles.append(write_temporary(self._folder / path, [memoryview(header), *tensors]))
+                    files[path] = {"bytes": file.size(shard.tokens), **digests.result()}
+                if before is not None:
+                    before.result().result()  # shards are recorded in their order, and no more than two are under way
+        except BaseException:
+            for handle in handles:
+                os.close(handle)
+            raise
         finally:
             self._free.put(shard)
+        record = {
+            "name": shard.name, "tokens": shard.tokens, "rows": shard.rows, "skipped": shard.skipped,
+            "first_row": shard.first_row, "start": shard.start, "files": files,
+        }  # fmt: skip
+        return self._threads[2].submit(self._finish, record, shard.files, handles, position)
 
+    def _finish(
+        self, record: dict[str, Any], files: list[File], handles: list[int], position: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        with self._told(record["name"], files, record["tokens"]):
+            try:
+                for handle in handles:
+                    os.fsync(handle)
+            finally:
+                for handle in handles:
+                    os.close(handle)
+            for path in record["files"]:
+                os.replace(temporary(self._folder / path), self._folder / path)
+            for name in dict.fromkeys(file.folder for file in files):
+                sync_folder(self._folder / name)
+            if position is not None:
+                content = json.dumps(record | {"next": position}).encode()
+                write_whole(self._folder / UNFINISHED / f"{record['name']}.json", content)
+        return record
 
-def _write(
-    folder: Path, shard: Shard, position: Mapping[str, Any] | None, hasher: ThreadPoolExecutor
-) -> dict[str, Any]:
-    files = {}
-    for file, header, tensors in shard.contents():
-        digests = hasher.submit(_digests, file, header, tensors, shard.identity["block_tokens"])
-        path = folder / file.path(shard.name)
-        size = write_temporary(path, [memoryview(header), *tensors])
-        files[file.path(shard.name)] = {"bytes": size, **digests.result()}
-    for file in shard.files:
-        path = folder / file.path(shard.name)
-        os.replace(temporary(path), path)
-    for name in dict.fromkeys(file.folder for file in shard.files):
-        sync_folder(folder / name)
-    record = {
-        "name": shard.name, "tokens": shard.tokens, "rows": shard.rows, "skipped": shard.skipped,
-        "first_row": shard.first_row, "start": shard.start, "files": files,
-    }  # fmt: skip
-    if position is not None:
-        content = json.dumps(record | {"next": position}).encode()
-        write_whole(folder / UNFINISHED / f"{shard.name}.json", content)
-    return record
+    @contextmanager
+    def _told(self, name: str, files: list[File], tokens: int) -> Iterator[None]:
+        """As `durable.told`; what was written of the shard is removed, for it is in the way where the disk is full."""
+        with told(self._folder, sum(file.size(tokens) for file in files)):
+            try:
+                yield
+            except BaseException:
+                for file in files:
+                    temporary(self._folder / file.path(name)).unlink(missing_ok=True)
+                raise
 
 
 def _digests(file: File, header: bytes, tensors: list[memoryview], block_tokens: int) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def test_a_full_disk_costs_only_the_shard_in_the_making(small_disk: Callable[[st
         needed, free = numbers(error.value)
         finished = finished_shards_are_whole(cache) // 5
         assert 2 < finished < len(sizes) and needed == sizes[finished]
-        assert free == shutil.disk_usage(cache).free < needed + 5 * 4096
+        # free when the writing failed, while the shard before was perhaps being recorded
+        assert abs(free - shutil.disk_usage(cache).free) <= 2 * 4096 and free < needed + 5 * 4096
         assert not list(cache.rglob("*.tmp"))
         with pytest.raises(SaelabError, match="not finished"):
             open_cache(cache)

@@ -104,8 +104,12 @@ def command(
     return int(ended.value.code or 0), said.out, said.err
 
 
+QUIET = ("model: ", "corpus: ", "verifying: ", "memory: ", "disk: ")
+"""What lines begin with that tell what is going on."""
+
+
 def the_one_error(stderr: str) -> str:
     """The message of a fault: one line, and nothing beside it but what is being loaded or verified."""
-    lines = [line for line in stderr.splitlines() if not line.startswith(("model: ", "corpus: ", "verifying: "))]
+    lines = [line for line in stderr.splitlines() if not line.startswith(QUIET)]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]
