@@ -14,13 +14,16 @@ import torch
 from saelab.activations.durable import alone
 from saelab.activations.layout import BLOCK_TOKENS, MANIFEST, Manifest, read_manifest
 from saelab.activations.stream import Pass, provenance, run_model
-from saelab.activations.writer import begin, check, finish, rewrite, write_lane
+from saelab.activations.writer import begin, check, finish, rewrite, write_lane, written
 from saelab.config import RunSettings
 from saelab.corpus.rows import Rows
 from saelab.errors import SaelabError
 from saelab.job import Config, Job, Say, quiet, settings_of
 from saelab.plan import plan_cache
 from saelab.progress import Track, silent
+
+_AHEAD = 4
+"""Passes whose rows are read ahead of a model on a GPU."""
 
 
 def cache(
@@ -35,18 +38,23 @@ def cache(
     """
     folder, world = Path(out).expanduser(), int(os.environ.get("WORLD_SIZE", "1"))
     settings = settings_of(config, overrides)
-    wanted = tokens or settings.training.tokens
+    wanted = settings.training.tokens if tokens is None else tokens
+    if wanted < 1:
+        raise SaelabError(f"tokens: {wanted} is not a positive number")
     rank = int(os.environ.get("RANK", "0"))
     if settings.cache.lanes < world:
         raise SaelabError(
             f"cache.lanes: torchrun started {world} processes, and there are {settings.cache.lanes} lanes of text to "
             f"share out; set cache.lanes={world}"
         )
+    if world > 1 and settings.model.device_map is not None:
+        raise SaelabError("model.device_map: spreads one process over all GPUs; under torchrun each has one of its own")
+    _check_folder(folder)
     if rank:
         track, say = silent, quiet
     with _together(world) as barrier:
         if rank == 0 and not (folder / MANIFEST).exists():
-            plan = plan_cache(settings, folder, wanted)
+            plan = plan_cache(settings, folder, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             for line in plan.lines():
                 say(line)
             plan.check()
@@ -88,7 +96,7 @@ def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
         job.lm, job.corpus, special_tokens=settings.activations.special_tokens
     ) | {
         "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
-        "dtype": write.dtype, "gradients": write.gradients, "seed": settings.seed,
+        "dtype": write.dtype, "gradients": settings.writes_gradients, "seed": settings.seed,
         "rows_per_forward": write.rows_per_forward,
         "passes_per_shard": max(1, write.shard_tokens // (write.rows_per_forward * settings.context)),
         "block_tokens": BLOCK_TOKENS, "lanes": write.lanes, "nonfinite": write.nonfinite, "tokens": tokens,
@@ -98,11 +106,17 @@ def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
 
 def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[int], track: Track) -> None:
     lanes = list(lanes)
+    ahead = 0 if job.lm.device.type == "cpu" else _AHEAD
     passes = (
-        added for lane in lanes for added in write_lane(folder, identity, lane, _rows(job), _forward(job, identity))
+        added
+        for lane in lanes
+        for added in write_lane(folder, identity, lane, _rows(job), _forward(job, identity), ahead=ahead)
     )
+    there = sum(written(folder, lane) for lane in lanes)
+    if there:
+        job.say(f"{folder}: {there:,} tokens are there; writing goes on behind them")
     share = identity["tokens"] * len(lanes) // identity["lanes"]
-    for _ in track(passes, "caching", share, lambda added: added):
+    for _ in track(passes, "caching", max(1, share - there), lambda added: added):
         pass
 
 
@@ -144,8 +158,22 @@ def _tell(folder: Path, manifest: Manifest, wanted: int, say: Say) -> None:
     skipped = sum(shard["skipped"] for shard in manifest.shards)
     if skipped:
         say(f"note: {skipped:,} tokens with NaN or infinite values were left out")
-    if manifest.tokens + skipped < wanted:
-        say(f"note: {wanted:,} tokens were asked for, and the text has no more")
+    if manifest.tokens < wanted:
+        lanes = "" if manifest.identity["lanes"] == 1 else " of a lane"
+        say(f"note: {wanted:,} tokens were asked for; the text{lanes} came to its end before")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises SaelabError where `folder` is none, and cannot be made one, before anything is loaded."""
+    try:
+        there = folder.exists()
+        parent = folder if there else next(path for path in folder.absolute().parents if path.exists())
+    except OSError as error:
+        raise SaelabError(f"{str(folder)[:80]}: cannot be a folder ({error.strerror}); choose another --out") from error
+    if not parent.is_dir():
+        raise SaelabError(f"{parent}: is no folder; choose another --out")
+    if not there and not os.access(parent, os.W_OK):
+        raise SaelabError(f"{parent}: is not to be written to; choose another --out")
 
 
 def _on_own_device(settings: RunSettings) -> RunSettings:

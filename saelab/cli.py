@@ -69,7 +69,7 @@ def cache(
     config: Annotated[str | None, typer.Argument(help="a YAML file, or the name of a shipped config")] = None,
     overrides: _Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="the cache's folder")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="how many to store (default: training.tokens)")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="how many (default: training.tokens)")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="only compare every file with its sha256")] = False,
 ) -> None:
     """Write the model's activations into a folder to train from: activations={cache: DIR}.
@@ -91,16 +91,20 @@ def cache(
         return
     if config is None:
         raise SaelabError(f"CONFIG: of what? For example: saelab cache quickstart --out {out}")
-    caching.cache(
-        config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
-    )
+    try:
+        caching.cache(
+            config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
+        )
+    except KeyboardInterrupt:
+        _say("interrupted; finished shards are kept, and the same command goes on behind them")
+        raise typer.Exit(130) from None
 
 
 @app.command()
 def plan(
     config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
     overrides: _Overrides = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="of the cache (default: training.tokens)")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="the cache's (default: training's)")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where a cache would go")] = Path(),
 ) -> None:
     """Tell what a training and a cache would need of memory and disk; exit code 2 where it is not there.

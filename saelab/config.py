@@ -52,6 +52,11 @@ class RunSettings:
         if not self.out:
             raise SettingError("out: the run folder is empty")
 
+    @property
+    def writes_gradients(self) -> bool:
+        """Whether `saelab cache` writes gradients: as its section says, else where the affinity needs them."""
+        return self.sae.beta > 0 if self.cache.gradients is None else self.cache.gradients
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
@@ -174,6 +179,8 @@ def _explain(details: Any) -> str:
         return (f"{place}." if place else "") + details["msg"].removeprefix("Value error, ")
     if details["type"] == "dataclass_type":
         return f"{place}: a section of settings is expected, not {details['input']!r}"
+    if details["type"] == "tuple_type":
+        return f"{place}: a list is expected, such as {place}=[a,b], not {details['input']!r}"
     if details["type"] == "missing":
         return f"{place}: is required"
     return f"{place}: {details['msg'][0].lower()}{details['msg'][1:]}, not {details['input']!r}"

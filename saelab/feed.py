@@ -12,6 +12,7 @@ from saelab.activations.layout import difference
 from saelab.activations.reader import Cache, open_cache
 from saelab.activations.settings import CacheSource
 from saelab.activations.stream import ActivationBatch, provenance, read_activations, shuffled_batches
+from saelab.config import RunSettings
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.job import Job
@@ -54,18 +55,21 @@ def open_cache_for(job: Job, source: CacheSource) -> Cache:
 
 def _from_cache(job: Job, source: CacheSource) -> Feed:
     settings = job.settings
-    cache = open_cache_for(job, source)
-    read = cache.batches(
-        settings.site, settings.training.batch, seed=settings.seed, buffer_tokens=source.buffer_tokens,
-        gradients=settings.sae.beta > 0,
-    )  # fmt: skip
+    cache, wanted, batch_tokens = open_cache_for(job, source), settings.training.tokens, settings.training.batch
+    if cache.tokens < batch_tokens:
+        raise SaelabError(
+            f"activations.cache: {source.path} holds {cache.tokens:,} tokens, fewer than one batch has; cache more, or "
+            f"set `training.batch` (now {batch_tokens:,}) lower"
+        )
+    if cache.tokens < wanted:
+        job.say(f"note: {wanted:,} tokens are trained on and the cache holds {cache.tokens:,}: they come again")
 
     def batches() -> Iterator[ActivationBatch]:
-        with read:
-            for batch in read:
-                yield batch
-                if read.cursor.epoch and not (read.cursor.group or read.cursor.offset):
-                    job.say(f"the cache came to its end: epoch {read.cursor.epoch + 1} begins")
+        with cache.batches(
+            settings.site, batch_tokens, seed=settings.seed, buffer_tokens=shuffled_together(settings, source),
+            gradients=settings.sae.beta > 0,
+        ) as read:  # fmt: skip
+            yield from read
 
     endless = batches()
     head, held = [], 0
@@ -74,6 +78,11 @@ def _from_cache(job: Job, source: CacheSource) -> Feed:
         held += len(head[-1])
     sample = torch.cat([batch.values for batch in head]).to(job.lm.device).float()
     return Feed(sample, chain(head, endless))
+
+
+def shuffled_together(settings: RunSettings, source: CacheSource) -> int:
+    """Tokens of a group: no batch is larger, and none much smaller where a group has many."""
+    return max(source.buffer_tokens, 16 * settings.training.batch)
 
 
 def _from_stream(job: Job, track: Track) -> Feed:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.activations.layout import read_manifest
+from saelab.activations.layout import manifest_checksum
 from saelab.config import RunSettings, find_config, load_config, settings_from
 from saelab.corpus import Corpus, open_corpus
 from saelab.errors import SaelabError
@@ -57,7 +57,7 @@ class Job:
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         cache = self.settings.activations.cache
         if cache is not None:  # what is in the cache counts, not where it lies
-            contents = read_manifest(Path(cache.path).expanduser()).checksum
+            contents = manifest_checksum(Path(cache.path).expanduser())
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if self.settings.sae.allocation.name != "token_choice":  # thresholds are set behind evaluation's tokens
             parts["eval_tokens"] = self.settings.eval.tokens

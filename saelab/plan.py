@@ -7,7 +7,7 @@ then, and what libraries use inside a single operation.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,7 +28,7 @@ from saelab.config import RunSettings
 from saelab.corpus.encoder import BATCH
 from saelab.corpus.rows import WINDOW
 from saelab.errors import SaelabError
-from saelab.feed import SAMPLE_TOKENS
+from saelab.feed import SAMPLE_TOKENS, shuffled_together
 from saelab.lm import LanguageModel, outlined_language_model, resolve_device
 from saelab.memory import free_memory, free_on_disk, held_by, size
 from saelab.sae.model import MULTI_FACTOR
@@ -148,18 +148,19 @@ def plan_training(settings: RunSettings) -> Plan:
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
 
 
-def plan_cache(settings: RunSettings, out: Path, tokens: int) -> Plan:
+def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1) -> Plan:
     """What `saelab cache` needs to write `tokens` tokens into `out`, of which a part may be there already.
 
+    `processes` write together on this machine, each with memory, and where there are GPUs one, of its own.
     Raises SaelabError where the model or a site cannot be had.
     """
     where, write, needs = _device_place(settings), settings.cache, []
     sites = write.sites or (settings.site,)
     with outlined_language_model(settings.model) as lm:
         needs += _model_needs(settings, lm, where)
-        needs.append(_pass_need(lm, settings, sites, write.rows_per_forward, write.gradients, where))
+        needs.append(_pass_need(lm, settings, sites, write.rows_per_forward, settings.writes_gradients, where))
         widths = {site: lm.width(site) for site in sites}
-    files = files_of({"sites": widths, "dtype": write.dtype, "gradients": write.gradients})
+    files = files_of({"sites": widths, "dtype": write.dtype, "gradients": settings.writes_gradients})
     each = _token_bytes(files)
     pass_tokens = write.rows_per_forward * settings.context
     passes = max(1, write.shard_tokens // pass_tokens)
@@ -167,6 +168,9 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int) -> Plan:
     needs.append(Need("shards", 2 * shard * each, "memory", f"2 x {shard:,} tokens x {each:,} bytes"))
     needs += [_text_need(), _libraries()]
     needs.append(_cache_on_disk(files, out, tokens + write.lanes * pass_tokens, write.lanes, shard))
+    if processes > 1:
+        each_has = [replace(need, bytes=processes * need.bytes) for need in needs if need.where == "memory"]
+        needs = each_has + [need for need in needs if need.where != "memory"]
     return Plan(tuple(needs), _free(settings, needs, out))
 
 
@@ -214,7 +218,7 @@ def _cache_buffers(settings: RunSettings, source: CacheSource, d_in: int, gradie
     files = [TOKENS, activations_file(settings.site, d_in, dtype)]
     files += [gradients_file(settings.site, d_in, dtype)] if gradients else []
     blocks = sum(math.ceil(shard["tokens"] / block) for shard in manifest.shards)
-    tokens = min(max(1, source.buffer_tokens // block), blocks) * block
+    tokens = min(max(1, shuffled_together(settings, source) // block), blocks) * block
     each = _token_bytes(files)
     return Need("shuffle buffers", 2 * tokens * each, "memory", f"2 x {tokens:,} tokens x {each:,} bytes")
 

@@ -231,7 +231,7 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str
         "context_size": s.context,
         "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
         "dataset_path": s.corpus.source,
-        "exclude_special_tokens": True,
+        "exclude_special_tokens": not s.activations.special_tokens,
         "training_architecture": _ARCHITECTURE[s.sae.allocation.name],
         "saelab": {
             "inputs": inputs, "tokens": tokens, "seed": s.seed, "input_scale": scale, "model_folded": False,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from saelab import CorpusSettings, ModelSettings, load_language_model, open_cache, open_corpus
+from saelab.activations.durable import alone
 from saelab.activations.layout import BLOCK_TOKENS
 from saelab.activations.stream import Pass, provenance, run_model
 from saelab.activations.writer import begin, finish, write_lane
@@ -35,10 +36,11 @@ def main() -> None:
     def rows(lane: int, start: dict | None):
         return corpus.train_rows(seed=SEED, start=start)
 
-    if begin(OUT, identity) is None:
-        for _ in bar(write_lane(OUT, identity, 0, rows, forward), "caching", TOKENS, int):
-            pass
-        finish(OUT, identity)
+    with alone(OUT):
+        if begin(OUT, identity) is None:
+            for _ in bar(write_lane(OUT, identity, 0, rows, forward), "caching", TOKENS, int):
+                pass
+            finish(OUT, identity)
 
     cache = open_cache(OUT)
     with cache.batches(SITES[1], 2048, seed=SEED) as batches:

@@ -17,6 +17,7 @@ from saelab.activations.stream import ActivationBatch, _empty_like, _fields
 from saelab.caching import cache
 from saelab.config import RunSettings, settings_from
 from saelab.errors import SaelabError
+from saelab.feed import shuffled_together
 from saelab.lm import LanguageModel, outlined_language_model
 from saelab.memory import held_by
 from saelab.plan import Need, Plan, plan_cache, plan_training
@@ -139,7 +140,9 @@ def test_a_cache_takes_the_disk_and_its_reader_the_buffers_that_were_planned(
         tmp_path, corpus=str(corpus), activations={"cache": {"path": str(folder), "buffer_tokens": 3000}}
     )
     needed = needs(plan_training(trained))
-    with open_cache(folder).batches(SITE, 256, seed=0, buffer_tokens=3000) as read:
+    assert trained.activations.cache
+    together = shuffled_together(trained, trained.activations.cache)
+    with open_cache(folder).batches(SITE, 256, seed=0, buffer_tokens=together) as read:
         assert needed["shuffle buffers"] == nbytes(tensor for buffer in read._buffers for tensor in buffer)
     assert "pass of the model" not in needed  # nothing but the cache is read
 

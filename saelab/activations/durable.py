@@ -69,8 +69,8 @@ def alone(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SaelabError(f"{folder}: another process is writing this cache; wait for it, or end it") from None
-        except OSError:  # a file system without locks; two writers would still make the same bytes
-            pass
+        except OSError:
+            pass  # a file system without locks: who starts two writers there has to know it
         yield
     finally:
         os.close(handle)
@@ -82,10 +82,10 @@ def told(folder: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise SaelabError(
-                f"{error.filename or folder}: cannot be written: {error.strerror}; run again to continue"
-            ) from error
+        if error.errno != errno.ENOSPC:
+            allowed = error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+            advice = "run again to continue" if allowed else "choose another --out, or see to its permissions"
+            raise SaelabError(f"{error.filename or folder}: cannot be written: {error.strerror}; {advice}") from error
         free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
         raise SaelabError(
             f"{folder}: the disk is full: what was to be written next has {size:,} bytes, and {free:,} are free; "

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +116,16 @@ def spans(n: int, length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + length, n)) for start in range(0, n, length))
 
 
-def checksum(data: memoryview | bytes) -> str:
-    """xxh3, 64 bits, as 16 hexadecimal digits."""
-    return xxhash.xxh3_64_hexdigest(data)
+DIGITS = 16
+"""Hexadecimal digits of a block's checksum."""
+
+
+def checksum(parts: Iterable[memoryview]) -> str:
+    """Of a block: xxh3, 64 bits, of its bytes in each tensor of a file, one after the other."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -132,34 +139,35 @@ class Manifest:
     def tokens(self) -> int:
         return sum(shard["tokens"] for shard in self.shards)
 
-    @property
-    def checksum(self) -> str:
-        """sha256 over all that the manifest says."""
-        return hashlib.sha256(_dump(self._content() | {"checksum": ""})).hexdigest()
-
     def to_bytes(self) -> bytes:
-        return _dump(self._content() | {"checksum": self.checksum})
-
-    def _content(self) -> dict[str, Any]:
-        return {
+        content = {
             "format": FORMAT,
             "version": VERSION,
             "identity": self.identity,
             **{name: sum(shard[name] for shard in self.shards) for name in ("tokens", "rows", "skipped")},
             "shards": self.shards,
+            "checksum": "",
         }
+        unsigned = json.dumps(content, indent=1).encode() + b"\n"
+        return unsigned.removesuffix(_END) + hashlib.sha256(unsigned).hexdigest().encode() + _END
+
+
+_END = b'"\n}\n'
+"""What follows the checksum, which comes last."""
+
+
+def manifest_checksum(folder: Path) -> str:
+    """The sha256 that the manifest of a finished cache says of itself. Raises SaelabError as `read_manifest`."""
+    return _read_signed(folder)[1]
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished cache. Raises SaelabError where it is missing, damaged or of another version."""
     path = folder / MANIFEST
+    data, said = _read_signed(folder)
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if (folder / UNFINISHED).is_dir():
-            raise SaelabError(f"{folder}: this cache is not finished; `saelab cache` continues it") from None
-        raise SaelabError(f"{folder}: no activation cache (`saelab cache CONFIG --out DIR` writes one)") from None
-    except (OSError, ValueError) as error:
+        content = json.loads(data)
+    except ValueError as error:
         raise _damaged_manifest(path) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SaelabError(f"{path}: not the manifest of an activation cache; nothing was read")
@@ -168,13 +176,26 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: written in version {content.get('version')!r} of the format, and this saelab reads version "
             f"{VERSION}; read it with the saelab that wrote it, or write the cache again elsewhere"
         )
-    if content.get("checksum") != hashlib.sha256(_dump(content | {"checksum": ""})).hexdigest():
+    unsigned = hashlib.sha256(data[: len(data) - len(said) - len(_END)])
+    unsigned.update(_END)
+    if said != unsigned.hexdigest():
         raise _damaged_manifest(path)
     return Manifest(content["identity"], content["shards"])
 
 
-def _dump(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, indent=1).encode() + b"\n"
+def _read_signed(folder: Path) -> tuple[bytes, str]:
+    """The bytes of a manifest, and what it gives as its checksum."""
+    try:
+        data = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if (folder / UNFINISHED).is_dir():
+            raise SaelabError(f"{folder}: this cache is not finished; `saelab cache` continues it") from None
+        raise SaelabError(f"{folder}: no activation cache (`saelab cache CONFIG --out DIR` writes one)") from None
+    except NotADirectoryError:
+        raise SaelabError(f"{folder}: is a file; an activation cache is a folder") from None
+    except OSError as error:
+        raise SaelabError(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from error
+    return data, data[-64 - len(_END) : -len(_END)].decode(errors="replace")
 
 
 def _damaged_manifest(path: Path) -> SaelabError:

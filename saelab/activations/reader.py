@@ -3,7 +3,8 @@
 The shuffle, per epoch: all blocks (`layout.BLOCK_TOKENS` tokens each) are permuted, cut into groups of about
 ``buffer_tokens / BLOCK_TOKENS`` blocks, and the tokens of a group are permuted together in memory. Nothing is carried
 from one group to the next, so (epoch, group, offset) is all there is to know about where one is. The order follows from
-seed and buffer size alone. On the disk whole blocks are read, the next group's while this one is handed out.
+seed and buffer size alone. On the disk a group's blocks are read in the order they lie there, the next group's while
+this one is handed out.
 """
 
 import os
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from saelab.activations.layout import (
+    DIGITS,
     ORIGIN,
     TOKENS,
     File,
@@ -29,7 +31,6 @@ from saelab.activations.layout import (
     gradients_file,
     raw,
     read_manifest,
-    spans,
 )
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError, did_you_mean
@@ -51,7 +52,7 @@ class Cursor:
 
 
 class _Block(NamedTuple):
-    shard: int
+    shard: dict[str, Any]
     number: int
     start: int
     """First token, within the shard."""
@@ -67,11 +68,10 @@ class Cache:
         """What the cache is of (FORMAT.md)."""
         self.tokens = manifest.tokens
         """Tokens stored."""
-        self._blocks = [
-            _Block(i, number, start, end)
-            for i, shard in enumerate(manifest.shards)
-            for number, (start, end) in enumerate(spans(shard["tokens"], self.identity["block_tokens"]))
-        ]
+        self._block_tokens: int = self.identity["block_tokens"]
+        counts = [-(-shard["tokens"] // self._block_tokens) for shard in manifest.shards]
+        self._first_blocks = np.cumsum([0, *counts])
+        """Of each shard, the number of its first block in the cache; at the end, how many blocks there are."""
         self._checked: set[str] = set()
 
     @property
@@ -94,10 +94,20 @@ class Cache:
     def in_order(self, site: str, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """Every token once, in the order written, a block at a time."""
         files = self._files(site, gradients)
-        for block in self._blocks:
+        for block in map(self._block, range(self.n_blocks)):
             held = _buffer(files, block.end - block.start)
             self._read(block, files, held, 0)
             yield _batch(held)
+
+    @property
+    def n_blocks(self) -> int:
+        return int(self._first_blocks[-1])
+
+    def _block(self, number: int) -> _Block:
+        at = int(np.searchsorted(self._first_blocks, number, side="right")) - 1
+        shard, within = self.manifest.shards[at], number - int(self._first_blocks[at])
+        start = within * self._block_tokens
+        return _Block(shard, within, start, min(start + self._block_tokens, shard["tokens"]))
 
     def _files(self, site: str, gradients: bool) -> list[File]:
         if site not in self.sites:
@@ -112,32 +122,30 @@ class Cache:
 
     def _read(self, block: _Block, files: list[File], held: list[Tensor], at: int) -> None:
         """Read `block` into `held` from token `at` on. Raises SaelabError where it is not as it was written."""
-        shard = self.manifest.shards[block.shard]
-        targets = iter(held)
+        targets, n = iter(held), block.shard["tokens"]
         for file in files:
-            path, n = file.path(shard["name"]), shard["tokens"]
+            path = file.path(block.shard["name"])
+            parts = [raw(next(targets)[at : at + block.end - block.start]) for _ in file.columns]
+            said = block.shard["files"][path]["blocks"][DIGITS * block.number : DIGITS * (block.number + 1)]
             try:
                 handle = os.open(self.folder / path, os.O_RDONLY)
                 try:
                     self._check_header(handle, file, path, n)
-                    for column in file.columns:
-                        target = raw(next(targets)[at : at + block.end - block.start])
-                        _read_fully(handle, target, file.offset(column.name, n, block.start))
-                        if checksum(target) != shard["files"][path]["blocks"][column.name][block.number]:
-                            raise self._damaged(
-                                path, f"block {block.number} of {column.name!r} (tokens {block.start:,} to "
-                                f"{block.end - 1:,} of the shard) does not match its checksum"
-                            )  # fmt: skip
+                    for column, part in zip(file.columns, parts, strict=True):
+                        _read_fully(handle, part, file.offset(column.name, n, block.start))
                 finally:
                     os.close(handle)
             except OSError as error:
                 raise self._damaged(path, f"cannot be read ({error.strerror})") from error
             except EOFError:
                 raise self._damaged(path, "ends too early") from None
+            if checksum(parts) != said:
+                tokens = f"tokens {block.start:,} to {block.end - 1:,} of the shard"
+                raise self._damaged(path, f"block {block.number} ({tokens}) does not match its checksum")
 
     def _announce(self, block: _Block, files: list[File]) -> None:
         """Have the system begin to read `block`, where it can be told; what is wrong with it is found in `_read`."""
-        shard = self.manifest.shards[block.shard]
+        shard = block.shard
         for file in files:
             with suppress(OSError, AttributeError):
                 handle = os.open(self.folder / file.path(shard["name"]), os.O_RDONLY)
@@ -189,7 +197,7 @@ class Shuffled:
         self._cache, self._files, self._batch_tokens, self._seed = cache, files, batch_tokens, seed
         self._per_group = max(1, buffer_tokens // cache.identity["block_tokens"])
         self._loader = ThreadPoolExecutor(1, "saelab cache reader")
-        capacity = min(self._per_group, len(cache._blocks)) * cache.identity["block_tokens"]
+        capacity = min(self._per_group, cache.n_blocks) * cache.identity["block_tokens"]
         self._buffers = [_buffer(files, capacity) for _ in range(2)]
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
         self._group: list[Tensor] = []
@@ -223,9 +231,10 @@ class Shuffled:
     def groups(self, epoch: int) -> list[np.ndarray]:
         """The numbers of the blocks of each group of an epoch, in the order read."""
         if self._order[0] != epoch:
-            n = len(self._cache._blocks)
+            n = self._cache.n_blocks
             order = np.random.default_rng([self._seed % 2**64, epoch]).permutation(n)
-            self._order = (epoch, np.array_split(order, -(-n // self._per_group)))
+            groups = np.array_split(order, -(-n // self._per_group))
+            self._order = (epoch, [np.sort(group) for group in groups])  # as they lie on the disk
         return self._order[1]
 
     def _after(self, epoch: int, group: int) -> tuple[int, int]:
@@ -236,7 +245,7 @@ class Shuffled:
         groups = self.groups(epoch)
         if group >= len(groups):
             raise SaelabError(f"{self._cache.folder}: there is no group {group}; an epoch has {len(groups)}")
-        blocks = [self._cache._blocks[number] for number in groups[group]]
+        blocks = [self._cache._block(int(number)) for number in groups[group]]
         held = self._buffers[buffer]
 
         def read() -> int:

@@ -54,16 +54,17 @@ class CacheSettings:
     float16 most would be 0."""
     sites: tuple[str, ...] = ()
     """Sites written in the same forward pass; the run's `site` where none is given."""
-    gradients: bool = False
-    """Whether the gradients of the model's loss are written too; they need full passes, forward and backward."""
+    gradients: bool | None = None
+    """Whether the gradients of the model's loss are written too; they need full passes, forward and backward. Default:
+    where the run's affinity needs them."""
     rows_per_forward: int = 32
     """Rows in one forward pass. Results depend on it in their last bits, so a cache has one."""
     shard_tokens: int = 131_072
     """Tokens (special ones counted) in a shard, rounded down to whole passes, at least one. Two shards of every site
-    are held in memory; a kill loses at most the two that were in the making."""
+    are held in memory; a kill loses these and the one before them, if that is still on its way to the disk."""
     lanes: int = 1
     """Streams that the documents are divided into. Under torchrun each process writes lanes of its own, so there must
-    be at least as many lanes as processes; equal lanes, equal cache, by however many processes."""
+    be at least as many lanes as processes. Equal lanes, equal cache, by however many processes of as many threads."""
     nonfinite: Literal["error", "skip"] = "error"
     """What NaN and infinite activations are: an error, or tokens that are left out and counted."""
 

@@ -143,16 +143,16 @@ class Shards:
                     files[path] = {"bytes": file.size(shard.tokens), **digests.result()}
                 if before is not None:
                     before.result().result()  # shards are recorded in their order, and no more than two are under way
+            record = {
+                "name": shard.name, "tokens": shard.tokens, "rows": shard.rows, "skipped": shard.skipped,
+                "first_row": shard.first_row, "start": shard.start, "files": files,
+            }  # fmt: skip
         except BaseException:
             for handle in handles:
                 os.close(handle)
             raise
         finally:
             self._free.put(shard)
-        record = {
-            "name": shard.name, "tokens": shard.tokens, "rows": shard.rows, "skipped": shard.skipped,
-            "first_row": shard.first_row, "start": shard.start, "files": files,
-        }  # fmt: skip
         return self._threads[2].submit(self._finish, record, shard.files, handles, position)
 
     def _finish(
@@ -188,12 +188,14 @@ class Shards:
 
 def _digests(file: File, header: bytes, tensors: list[memoryview], block_tokens: int) -> dict[str, Any]:
     digest = hashlib.sha256(header)
-    blocks: dict[str, list[str]] = {}
-    for column, data in zip(file.columns, tensors, strict=True):
+    for data in tensors:
         digest.update(data)
-        n, step = len(data) // column.token_bytes, column.token_bytes
-        blocks[column.name] = [checksum(data[start * step : end * step]) for start, end in spans(n, block_tokens)]
-    return {"sha256": digest.hexdigest(), "blocks": blocks}
+    steps = [column.token_bytes for column in file.columns]
+    blocks = [
+        checksum(data[start * step : end * step] for data, step in zip(tensors, steps, strict=True))
+        for start, end in spans(len(tensors[0]) // steps[0], block_tokens)
+    ]
+    return {"sha256": digest.hexdigest(), "blocks": "".join(blocks)}
 
 
 def _empty(column: Column, capacity: int) -> Tensor:

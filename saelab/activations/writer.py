@@ -1,7 +1,7 @@
 """Writes a cache, so that a kill at any instant costs at most the shards in the making. FORMAT.md says what goes where.
 
-Three things overlap: a thread reads rows ahead, the caller's thread runs the model and collects a shard in memory, and
-a thread writes the shard before, its sha256 being made beside.
+The caller's thread runs the model and collects a shard in memory, while others write the shards before it (shard.py)
+and, if wanted, read rows ahead.
 """
 
 import hashlib
@@ -33,9 +33,6 @@ from saelab.activations.shard import Shards
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
 
-AHEAD = 4
-"""Passes whose rows are read ahead."""
-
 
 class Rows(Protocol):
     """Rows of token ids, int32 ``[context]``, that can tell where they are (saelab.corpus.rows.Rows)."""
@@ -59,11 +56,16 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
     unfinished = folder / UNFINISHED
     there = finished.identity if finished else _read_json(unfinished / IDENTITY)
-    if there is not None:
-        differs = difference(there, {key: identity.get(key) for key in {**there, **identity}})
-        if differs:
-            raise SaelabError(f"{folder}: holds a cache of something else: its {differs}; choose another --out")
-    elif folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
+    differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity}})
+    if differs and (finished or any(unfinished.glob("*-*.json"))):
+        raise SaelabError(
+            f"{folder}: holds a cache of something else: its {differs}; choose another --out, or delete the folder"
+        )
+    if differs and there:  # no shard was finished, so nothing is lost
+        for file in files_of(there):
+            shutil.rmtree(folder / file.folder, ignore_errors=True)
+        there = None
+    elif there is None and folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise SaelabError(f"{folder}: exists and is no activation cache; choose another --out")
     content = json.dumps(identity).encode()
     with told(folder, len(content)):
@@ -80,9 +82,12 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
 
 
 def write_lane(
-    folder: Path, identity: Mapping[str, Any], lane: int, open_rows: OpenRows, forward: Forward
+    folder: Path, identity: Mapping[str, Any], lane: int, open_rows: OpenRows, forward: Forward, *, ahead: int = 0
 ) -> Generator[int, None, None]:
-    """Write what is missing of a lane; yields the tokens of each pass, those written before as the first.
+    """Write what is missing of a lane; yields the tokens of each pass.
+
+    Rows of up to `ahead` passes are read beforehand, in a thread. That is for a model on another device: on a CPU, a
+    thread that works beside the model's makes them wait for each other.
 
     Raises SaelabError where activations are not finite (or skips their tokens, as the identity says) and where the disk
     is full; shards finished until then stay.
@@ -90,15 +95,14 @@ def write_lane(
     records = _records(folder, lane)
     quota = math.ceil(identity["tokens"] / identity["lanes"])
     done = sum(record["tokens"] for record in records)
-    yield done
-    if done >= quota:
+    if done >= quota or _ended(folder, lane).exists():
         return
     start = records[-1]["next"] if records else None
     first_row = records[-1]["first_row"] + records[-1]["rows"] if records else 0
     rows = open_rows(lane, start)
     index = len(records)
     position, more = rows.state(), True
-    with Shards(folder, identity, quota - done) as shards, closing(_read_ahead(rows, identity)) as blocks:
+    with Shards(folder, identity, quota - done) as shards, closing(_read_rows(rows, identity, ahead)) as blocks:
         while more and done < quota:
             shard = shards.next(shard_name(lane, index), lane, first_row, position)
             more = False
@@ -111,10 +115,32 @@ def write_lane(
             if shard.rows:
                 shards.write(shard, position)
                 first_row, index = first_row + shard.rows, index + 1
+    if done < quota:
+        with told(folder, 2):
+            write_whole(_ended(folder, lane), b"{}")
+
+
+def written(folder: Path, lane: int) -> int:
+    """Tokens of a lane of an unfinished cache that are in finished shards."""
+    return sum(record["tokens"] for record in _records(folder, lane))
+
+
+def _ended(folder: Path, lane: int) -> Path:
+    """What tells that the text of a lane has come to its end."""
+    return folder / UNFINISHED / f"{lane:02d}-ended.json"
 
 
 def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
-    """Write the manifest of the shards that are there, and clear up. Raises SaelabError where no token is stored."""
+    """Write the manifest of the shards that are there, and clear up.
+
+    Raises SaelabError where a lane is not finished, and where no token is stored.
+    """
+    quota = math.ceil(identity["tokens"] / identity["lanes"])
+    for lane in range(identity["lanes"]):
+        if written(folder, lane) < quota and not _ended(folder, lane).exists():
+            raise SaelabError(
+                f"{folder}: lane {lane} is not finished; all processes must write into the same folder. Run again"
+            )
     shards = [record for lane in range(identity["lanes"]) for record in _records(folder, lane)]
     for shard in shards:
         del shard["next"]
@@ -141,15 +167,18 @@ def check(folder: Path, manifest: Manifest, *, contents: bool) -> Iterator[tuple
 
 def rewrite(
     folder: Path, manifest: Manifest, name: str, open_rows: OpenRows, forward: Forward
-) -> Generator[int, None, Manifest]:
-    """Write one shard of a finished cache again; yields the tokens of each pass and returns the manifest then."""
+) -> Generator[int, None, None]:
+    """Write one shard of a finished cache again; yields the tokens of each pass.
+
+    Raises SaelabError where the text does not give the shard's rows any more.
+    """
     at = next(i for i, shard in enumerate(manifest.shards) if shard["name"] == name)
     old, identity = manifest.shards[at], manifest.identity
     lane, passes = int(name.split("-")[0]), -(-old["rows"] // identity["rows_per_forward"])
     rows = open_rows(lane, old["start"])
     with (
         Shards(folder, identity, old["rows"] * identity["context"]) as shards,
-        closing(_read_ahead(rows, identity)) as blocks,
+        closing(_read_rows(rows, identity, 0)) as blocks,
     ):
         shard = shards.next(name, lane, old["first_row"], old["start"])
         for block, _ in islice(blocks, passes):
@@ -160,9 +189,7 @@ def rewrite(
         record = shards.written()
     assert record is not None
     if record != old:  # as another machine's arithmetic may make it
-        manifest = Manifest(identity, [*manifest.shards[:at], record, *manifest.shards[at + 1 :]])
-        _write_manifest(folder, manifest)
-    return manifest
+        _write_manifest(folder, Manifest(identity, [*manifest.shards[:at], record, *manifest.shards[at + 1 :]]))
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -171,18 +198,24 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         write_whole(folder / MANIFEST, content)
 
 
-def _read_ahead(rows: Rows, identity: Mapping[str, Any]) -> Generator[tuple[np.ndarray, dict[str, Any]], None, None]:
-    """Rows for each pass ``[rows, context]`` and the position behind them, read in a thread."""
+def _read_rows(
+    rows: Rows, identity: Mapping[str, Any], ahead: int
+) -> Generator[tuple[np.ndarray, dict[str, Any]], None, None]:
+    """Rows for each pass ``[rows, context]`` and the position behind them."""
 
     def read() -> tuple[np.ndarray, dict[str, Any]] | None:
         block = list(islice(rows, identity["rows_per_forward"]))
         return (np.stack(block), rows.state()) if block else None
 
+    if not ahead:
+        while (block := read()) is not None:
+            yield block
+        return
     reader = ThreadPoolExecutor(1, "saelab cache rows")
     try:
-        ahead = deque(reader.submit(read) for _ in range(AHEAD))
-        while (block := ahead.popleft().result()) is not None:
-            ahead.append(reader.submit(read))
+        reading = deque(reader.submit(read) for _ in range(ahead))
+        while (block := reading.popleft().result()) is not None:
+            reading.append(reader.submit(read))
             yield block
     finally:
         reader.shutdown(wait=True, cancel_futures=True)
@@ -219,8 +252,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise SaelabError(f"{path}: damaged; delete {path.parent.parent} and write the cache again") from error
+    except OSError as error:
+        raise SaelabError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise SaelabError(f"{path}: damaged; delete it, and what it tells of is written again") from error
 
 
 def _remove_leftovers(folder: Path, identity: Mapping[str, Any]) -> None:

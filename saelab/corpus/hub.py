@@ -20,13 +20,15 @@ from saelab.errors import SaelabError, brief
 from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 
 
-def open_hub_dataset(name: str, subset: str | None, split: str, text_column: str | None, nearest: str) -> Source:
-    """The source that streams `name` at its present revision.
+def open_hub_dataset(
+    name: str, subset: str | None, split: str, text_column: str | None, nearest: str, wanted: str | None = None
+) -> Source:
+    """The source that streams `name` at the revision `wanted`, or else the present one.
 
     `nearest` is added to the message where there is no such dataset. Raises SaelabError within some `TIMEOUT`
     seconds if the Hub cannot be reached, or if it has no such dataset, subset, split or column.
     """
-    revision = _revision(name, nearest)
+    revision = _revision(name, nearest, wanted)
     import datasets
 
     datasets.disable_progress_bars()
@@ -85,13 +87,13 @@ def _rows(stream: Any, what: str, numbers: Sequence[int] = range(sys.maxsize)) -
         yield partial("{}, row {}".format, what, number), row
 
 
-def _revision(name: str, nearest: str) -> str:
-    """The commit that the Hub has of `name` now."""
+def _revision(name: str, nearest: str, wanted: str | None) -> str:
+    """The commit that `wanted` is of `name`, or else the one that the Hub has now."""
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     local = f"There is no file or folder of that name either.{nearest}"
     try:
-        return ask_hub(lambda api: api.dataset_info(name, timeout=TIMEOUT)).sha
+        return ask_hub(lambda api: api.dataset_info(name, revision=wanted, timeout=TIMEOUT)).sha
     except HFValidationError as error:
         raise SaelabError(f"corpus: {name!r} cannot be the id of a Hub dataset. {local}") from error
     except RepositoryNotFoundError as error:

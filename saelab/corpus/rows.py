@@ -23,6 +23,8 @@ from saelab.packing import pack_document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ORDER = 1
+"""Of how documents are ordered and packed: to be counted up where that changes, for a cache may be half written."""
 WINDOW = 1 << 22
 """Characters of documents that are shuffled among each other in memory; a token id counts as 4."""
 
@@ -115,6 +117,7 @@ class Corpus:
                 "are; leave that away"
             )
         self.identity: dict[str, Any] = {
+            "order": ORDER,
             "held_out": settings.held_out,
             **self._lengths,
             **source.identity,

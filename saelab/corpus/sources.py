@@ -48,6 +48,11 @@ _KINDS = [
     frozenset({".json"}),
     frozenset({".csv", ".tsv"}),
 ]
+HASHED_WHOLE = 1 << 30
+"""Bytes of files up to which a corpus is known by all of its content, wherever and whenever it was copied; of a larger
+one, the length and a sample of each file are."""
+SAMPLED = 1 << 16
+"""Bytes at the beginning, middle and end of a file that are the sample."""
 _SUFFIXES = frozenset().union(*_KINDS)
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -65,6 +70,9 @@ class CorpusSettings:
     """Which split of a dataset that has several: on the Hub, or saved as a DatasetDict."""
     subset: str | None = None
     """Which configuration of a Hub dataset that has several."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub dataset; default: what it is now. A cache of it can be continued, and trained on,
+    as long as that is the same commit."""
     held_out: float = 0.05
     """Share of the documents that is never trained on, at least one of them. The demo has a split of its own."""
     min_tokens: int = 0
@@ -74,7 +82,7 @@ class CorpusSettings:
     """Documents of more tokens are left out likewise. Default: no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("source", "text_column", "split", "subset"):
+        for name in ("source", "text_column", "split", "subset", "revision"):
             if getattr(self, name) == "":
                 raise SettingError(f"{name}: is empty")
         if not 0 < self.held_out < 1:
@@ -108,7 +116,9 @@ def open_source(settings: CorpusSettings) -> Source:
         raise SaelabError(f"corpus: there is no file or folder {path}.{nearest}")
     from saelab.corpus.hub import open_hub_dataset
 
-    return open_hub_dataset(settings.source, settings.subset, settings.split, settings.text_column, nearest)
+    return open_hub_dataset(
+        settings.source, settings.subset, settings.split, settings.text_column, nearest, settings.revision
+    )
 
 
 def _demo() -> Source:
@@ -156,7 +166,11 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
     if not any(stat.st_size for stat in stats):
         raise SaelabError(f"corpus: {source} is empty (0 bytes)")
     names = [path.relative_to(source).as_posix() if path != source else path.name for path in paths]
-    facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(names, stats, strict=True)]
+    whole = sum(stat.st_size for stat in stats) <= HASHED_WHOLE
+    facts = [
+        [name, stat.st_size, _content(path, stat.st_size, whole)]
+        for name, path, stat in zip(names, paths, stats, strict=True)
+    ]
     identity = {"source": "files", "text": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()}
     suffix = paths[0].suffix.lower()
     about = str(source) if paths == [source] else f"{source} (files found below it: {len(paths)} {suffix})"
@@ -166,6 +180,18 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
     deciding = [None] if len(paths) == 1 else names  # a file alone is split within
     parts = [part_of(read) for path, name in zip(paths, deciding, strict=True) for read in text_parts(path, name)]
     return Source(about, identity, False, partial(in_drawn_order, parts))
+
+
+def _content(path: Path, size: int, whole: bool) -> str:
+    """A hash of a file: of all of it, or of a piece at its beginning, middle and end."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        if whole:
+            return hashlib.file_digest(file, lambda: digest).hexdigest()
+        for at in (0, size // 2, max(0, size - SAMPLED)):
+            file.seek(at)
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
 
 
 def _saved_dataset(folder: Path, settings: CorpusSettings) -> Source:

@@ -197,13 +197,37 @@ def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_folder_of_something_else_is_left_alone(changes, message: str, finished: bool, tmp_path: Path) -> None:
-    begin(tmp_path, identity())
+    facts = identity()
+    begin(tmp_path, facts)
+    for _ in write_lane(tmp_path, facts, 0, Rows, forward(facts)):
+        pass
     if finished:
-        write(tmp_path)
+        finish(tmp_path, facts)
     before = contents(tmp_path)
     with pytest.raises(SaelabError, match=message):
         begin(tmp_path, identity(**changes))
     assert contents(tmp_path) == before
+
+
+def test_where_no_shard_was_finished_another_cache_may_be_written(tmp_path: Path) -> None:
+    """What the advice of an error asks for, such as `cache.nonfinite=skip`, works in the same folder."""
+    facts = identity()
+    with pytest.raises(SaelabError, match="NaN"):
+        write(tmp_path / "cache", facts, with_nan(facts, int(next(Rows(0))[3]), SITE, "activations", float("nan")))
+    other = identity(seed=1, sites={SITE: 8})
+    write(tmp_path / "cache", other)
+    write(tmp_path / "whole", other)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    assert not (tmp_path / "cache" / list(SITES)[1]).exists()
+
+
+def test_a_cache_is_finished_only_when_every_lane_is(tmp_path: Path) -> None:
+    facts = identity(lanes=2)
+    begin(tmp_path, facts)
+    for _ in write_lane(tmp_path, facts, 1, Rows, forward(facts)):
+        pass
+    with pytest.raises(SaelabError, match="lane 0 is not finished"):
+        finish(tmp_path, facts)
 
 
 def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:

@@ -128,7 +128,11 @@ def test_repair_on_a_full_disk_leaves_the_cache_as_it_was(small_disk: Callable[[
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EIO, "cannot be written: Input/")],
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "cannot be written: Disk quota"),
+        (errno.EIO, "cannot be written: Input/"),
+    ],
 )
 def test_a_call_that_fails_anywhere_costs_only_the_shard_in_the_making(
     number: int, message: str, tmp_path: Path

@@ -33,7 +33,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def finished_files(folder: Path) -> dict[str, str]:
     """sha256 of each file of an unfinished cache, as the records of its finished shards promise it."""
     found: dict[str, str] = {}
-    for record in (folder / UNFINISHED).glob("??-*.json"):
+    for record in (folder / UNFINISHED).glob("??-[0-9]*.json"):
         files: dict[str, Any] = json.loads(record.read_bytes())["files"]
         found |= {path: facts["sha256"] for path, facts in files.items()}
     return found
