@@ -36,6 +36,10 @@ class Shard:
 
     def add(self, ids: np.ndarray, result: Pass) -> int:
         """Take in a pass over `ids` ``[rows, context]``; returns how many tokens it added."""
+        with _one_thread():
+            return self._add(ids, result)
+
+    def _add(self, ids: np.ndarray, result: Pass) -> int:
         row, position = result.kept.cpu().nonzero(as_tuple=True)
         at = slice(self.tokens, self.tokens + len(row))
         number = self.lane + self.identity["lanes"] * (self.first_row + self.rows + row)
@@ -59,7 +63,7 @@ class Shard:
 
     def _finite(self, values: Tensor, file: File, row: Tensor, position: Tensor) -> Tensor:
         """Which of the tokens are finite ``[tokens]``; an error where one is not and none may be skipped."""
-        if torch.isfinite(values.sum(dtype=torch.float32)):  # one pass over the values; overflow only sends us on
+        if not len(values) or all(bound.isfinite() for bound in torch.aminmax(values)):  # the fastest way to know
             return torch.ones(len(values), dtype=torch.bool)
         finite = torch.isfinite(values).all(1)
         if not finite.all() and self.identity["nonfinite"] == "error":
@@ -196,6 +200,17 @@ def _digests(file: File, header: bytes, tensors: list[memoryview], block_tokens:
         for start, end in spans(len(tensors[0]) // steps[0], block_tokens)
     ]
     return {"sha256": digest.hexdigest(), "blocks": "".join(blocks)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute in one thread: several would wait for each other where others of ours use the processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _empty(column: Column, capacity: int) -> Tensor:
