@@ -77,7 +77,7 @@ def _from_cache(job: Job, source: CacheSource) -> Feed:
         head.append(next(endless))
         held += len(head[-1])
     sample = torch.cat([batch.values for batch in head]).to(job.lm.device).float()
-    return Feed(sample, chain(head, endless))
+    return Feed(sample, chain(_drain(head), endless))
 
 
 def shuffled_together(settings: RunSettings, source: CacheSource) -> int:
