@@ -87,7 +87,17 @@ class LanguageModel:
     @property
     def unembedding(self) -> Tensor:
         """The matrix from the residual stream to logits, ``[vocabulary, d_model]``."""
-        return self.model.get_output_embeddings().weight.to(self.device)  # type: ignore[operator]
+        return self._head.to(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it runs in."""
+        return self._head.dtype
+
+    @property
+    def _head(self) -> Tensor:
+        """`unembedding` where it lies: with a device_map, on whichever GPU."""
+        return self.model.get_output_embeddings().weight  # type: ignore[operator]
 
     def site(self, name: str) -> Site:
         """Where `name` lies. Raises SaelabError, with the nearest names, if this model has no such site."""
@@ -103,7 +113,7 @@ class LanguageModel:
     def shape(self, sites: Iterable[str] = ()) -> ModelShape:
         """The sizes of the model and of `sites`. Raises SaelabError where it has no such site."""
         parameters = list(self.model.parameters())
-        vocabulary, hidden = self.unembedding.shape
+        vocabulary, hidden = self._head.shape
         return ModelShape(
             parameters=sum(tensor.numel() for tensor in parameters),
             bytes=sum(tensor.nbytes for tensor in [*parameters, *self.model.buffers()]),
@@ -132,8 +142,10 @@ class LanguageModel:
         def keep(name: str) -> Callable[[Tensor], None]:
             def read(value: Tensor) -> None:
                 self._check_floating(name, value)
-                found[name] = value.reshape(*rows.shape, -1).to(self.device)
-                if len(found) == len(wanted):
+                more = len(found.keys() | {name}) < len(wanted)
+                # On its way to the next site, a model may add to `value` in place.
+                found[name] = value.reshape(*rows.shape, -1).to(self.device, copy=more)
+                if not more:
                     raise _Stop
 
             return read
@@ -170,7 +182,7 @@ class LanguageModel:
 
     def rows_at_once(self, context: int) -> int:
         """How many rows `activations_and_gradients` takes through the model together."""
-        return max(1, LOGITS_AT_ONCE // (context * len(self.unembedding)))
+        return max(1, LOGITS_AT_ONCE // (context * len(self._head)))
 
     def _values_and_gradients(self, rows: Tensor, sites: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ids = rows.to(self.device).long()
@@ -182,8 +194,9 @@ class LanguageModel:
             def replace(value: Tensor) -> Tensor:
                 self._check_floating(name, value)
                 # Parameters are frozen: the graph begins at the lowest sites, and a site above them must not end it.
-                found[name] = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
-                return found[name]
+                # Copies on either side, for a model may add in place to what it gave and to what it reads.
+                found[name] = value.clone() if value.requires_grad else value.clone().requires_grad_()
+                return found[name].clone()
 
             return replace
 

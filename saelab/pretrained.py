@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from saelab import demo
@@ -11,6 +12,7 @@ from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DESCRIPTION = ["*.json", "*.txt", "*.model"]
 _WEIGHTS = ["*.safetensors"]  # no pickled ones; and no code
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def model_folder(name: str, weights: bool = True) -> Path:
@@ -76,11 +78,17 @@ def _is_whole(folder: Path, weights: bool) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of configuration and weights; a Hub snapshot is named by its commit, which says the same."""
-    if folder.parent.name == "snapshots":
-        return folder.name
+    """Hash of the configuration and weights, the same for a model of the Hub and for a copy of it in any folder."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_sha256(path))
     return digest.hexdigest()[:40]
+
+
+def _sha256(path: Path) -> bytes:
+    """The sha256 of a file. What the Hub's client keeps of a large file is named by it, and need not be read."""
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return bytes.fromhex(blob.name)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,6 +1,7 @@
 """Activations read from the Hugging Face modules are those of TransformerLens' bridge, on three architectures."""
 
 import copy
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor
 from saelab import lm as lm_module
 from saelab.errors import SaelabError, SettingError
 from saelab.lm import LanguageModel, ModelSettings, dtype_name, load_language_model, model_shape, resolve_device
+from saelab.pretrained import fingerprint
 from saelab.sites import hook
-from tests.tiny import CONTEXT, KINDS, language_model, model_folder, random_rows
+from tests.tiny import ADDS_IN_PLACE, CONTEXT, KINDS, language_model, model_folder, random_rows
 
 SITES = [
     "blocks.0.hook_resid_pre",
@@ -149,7 +151,17 @@ def test_gradients_are_autograds_on_the_plain_model(kind: str, site: str) -> Non
     torch.testing.assert_close(gradients, expected.reshape(gradients.shape), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, ADDS_IN_PLACE])
+def test_a_sites_values_do_not_depend_on_which_others_are_asked_for(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 4)
+    sites = ["blocks.0.hook_mlp_out", "blocks.0.hook_attn_out", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_post"]
+    values = lm.activations(rows, sites)
+    for site in sites:
+        assert torch.equal(values[site], lm.activations(rows, [site])[site])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ADDS_IN_PLACE])
 def test_a_sites_gradient_does_not_depend_on_which_others_are_asked_for(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 4)
@@ -169,6 +181,7 @@ def test_a_sites_gradient_does_not_depend_on_which_others_are_asked_for(kind: st
     for site in several:
         alone = at_one_site(lm, rows, site)
         assert torch.equal(values[site], alone[0])
+        torch.testing.assert_close(values[site], lm.activations(rows, [site])[site])
         torch.testing.assert_close(gradients[site], alone[1], rtol=1e-5, atol=1e-6)
         assert not values[site].requires_grad and not gradients[site].requires_grad
     # what reads the normalised branch is a part of what reads the residual stream
@@ -408,3 +421,28 @@ def test_a_model_that_cannot_be_had_is_one_message_within_five_seconds(
     with pytest.raises(SaelabError, match=r"the Hub cannot be reached .*hf download some/model"):
         load_language_model(ModelSettings("some/model"))
     assert time.monotonic() - begin < 5
+
+
+def test_a_models_fingerprint_is_of_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    folder = model_folder("gpt2")
+    copied = Path(shutil.copytree(folder, tmp_path / "checkpoints" / "snapshots" / "last"))
+    assert fingerprint(copied) == fingerprint(folder)
+    weights = copied / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert fingerprint(copied) != fingerprint(folder)
+
+
+def test_a_models_fingerprint_takes_the_hubs_word_for_a_large_file(tmp_path: Path) -> None:
+    folder, cached = model_folder("gpt2"), tmp_path / "models--someone--model"
+    snapshot, blobs = cached / "snapshots" / "a94a8fe5", cached / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():  # as the Hub's client lays them: small files have another kind of name
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        blob = blobs / (digest if path.suffix == ".safetensors" else digest[:40])
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(blob)
+    assert fingerprint(snapshot) == fingerprint(folder)
+    (snapshot / "model.safetensors").resolve().write_bytes(b"never read")
+    assert fingerprint(snapshot) == fingerprint(folder)

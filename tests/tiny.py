@@ -16,6 +16,8 @@ SENTENCES = [
     "def f(x):\n    return x + 1\n",
 ]
 KINDS = ("gpt2", "gpt_neox", "llama")
+ADDS_IN_PLACE = "falcon"
+"""Not one of `KINDS`: a model that adds attention's output in place to the MLP's."""
 CONTEXT = 32
 
 
@@ -33,6 +35,8 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 def model_folder(kind: str) -> Path:
     """A 3-layer model of width 32 with random weights; GPT-2 and NeoX style tokenizers have BOS = EOS."""
     from transformers import (
+        FalconConfig,
+        FalconForCausalLM,
         GPT2Config,
         GPT2LMHeadModel,
         GPTNeoXConfig,
@@ -65,6 +69,10 @@ def model_folder(kind: str) -> Path:
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **shared))
     elif kind == "gpt_neox":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **rest, **shared))
+    elif kind == ADDS_IN_PLACE:
+        del rest["intermediate_size"]
+        options = {"parallel_attn": True, "multi_query": True, "bias": False, "alibi": False}
+        model = FalconForCausalLM(FalconConfig(max_position_embeddings=64, **options, **rest, **shared))
     else:
         model = LlamaForCausalLM(
             LlamaConfig(max_position_embeddings=64, num_key_value_heads=2, tie_word_embeddings=False, **rest, **shared)

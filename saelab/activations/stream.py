@@ -76,7 +76,7 @@ def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = Fals
     """What decides which activations a corpus gives, apart from sites, order and the size of a pass."""
     return {
         "weights": lm.fingerprint,
-        "model_dtype": str(lm.unembedding.dtype).removeprefix("torch."),
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
         "tokenizer": corpus.identity["tokenizer"],
         "corpus": {name: fact for name, fact in corpus.identity.items() if name not in ("tokenizer", "context")},
         "context": corpus.context,
