@@ -36,12 +36,11 @@ def cache(
     torchrun each process writes lanes of its own, and the result is the same. Raises SaelabError where memory or
     disk do not suffice, or the folder holds something else.
     """
-    folder, world = Path(out).expanduser(), int(os.environ.get("WORLD_SIZE", "1"))
+    folder, (rank, world, beside) = Path(out).expanduser(), _place()
     settings = settings_of(config, overrides)
     wanted = settings.training.tokens if tokens is None else tokens
     if wanted < 1:
         raise SaelabError(f"tokens: {wanted} is not a positive number")
-    rank = int(os.environ.get("RANK", "0"))
     if settings.cache.lanes < world:
         raise SaelabError(
             f"cache.lanes: torchrun started {world} processes, and there are {settings.cache.lanes} lanes of text to "
@@ -54,7 +53,7 @@ def cache(
         track, say = silent, quiet
     with _together(world) as barrier:
         if rank == 0 and not (folder / MANIFEST).exists():
-            plan = plan_cache(settings, folder, wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            plan = plan_cache(settings, folder, wanted, beside)
             for line in plan.lines():
                 say(line)
             plan.check()
@@ -91,8 +90,8 @@ def verify(out: str | Path, *, track: Track = silent) -> Manifest:
 def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
     """What a cache that `job` writes is of: FORMAT.md."""
     settings, write = job.settings, job.settings.cache
-    name = job.lm.name
-    facts = {"model": Path(name).name if Path(name).is_dir() else name} | provenance(
+    local = Path(job.lm.name).expanduser()
+    facts = {"model": local.name if local.is_dir() else job.lm.name} | provenance(
         job.lm, job.corpus, special_tokens=settings.activations.special_tokens
     ) | {
         "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
@@ -176,6 +175,15 @@ def _check_folder(folder: Path) -> None:
         raise SaelabError(f"{parent}: is not to be written to; choose another --out")
 
 
+def _place() -> tuple[int, int, int]:
+    """Of this process among those of torchrun: its number, how many there are, how many of them on this machine."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
+        return 0, 1, 1  # some of these are set in other surroundings, too
+    rank, world, beside = (int(os.environ[name]) for name in names)
+    return rank, world, beside
+
+
 def _on_own_device(settings: RunSettings) -> RunSettings:
     """Each process of torchrun on its own GPU, where there are GPUs and the settings name none."""
     if "LOCAL_RANK" in os.environ and settings.device in ("auto", "cuda") and torch.cuda.is_available():
@@ -193,7 +201,14 @@ def _together(world: int) -> Iterator[Callable[[], object]]:
 
     # Nothing but barriers goes between the processes, and one may have to wait for another's whole lane.
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
+
+    def barrier() -> None:
+        try:
+            distributed.barrier()
+        except RuntimeError as error:
+            raise SaelabError("another of the processes has ended early; what it says tells why") from error
+
     try:
-        yield distributed.barrier
+        yield barrier
     finally:
         distributed.destroy_process_group()

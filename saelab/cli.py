@@ -84,8 +84,9 @@ def cache(
     if out is None:
         raise SaelabError("--out: which folder? For example: saelab cache quickstart --out caches/quickstart")
     if verify:
-        if config is not None:
-            raise SaelabError(f"--verify reads nothing but the folder; leave {config!r} away")
+        if config is not None or tokens is not None:
+            given = repr(config) if config is not None else "--tokens"
+            raise SaelabError(f"--verify reads nothing but the folder; leave {given} away")
         manifest = caching.verify(out, track=progress.bar)
         typer.echo(f"{out}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, all as they were written")
         return

@@ -1,5 +1,6 @@
 """The batches that a run trains on, from wherever its settings say."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -64,9 +65,18 @@ def _from_cache(job: Job, source: CacheSource) -> Feed:
     if cache.tokens < wanted:
         job.say(f"note: {wanted:,} tokens are trained on and the cache holds {cache.tokens:,}: they come again")
 
+    together = shuffled_together(settings, source)
+    group = cache.tokens / math.ceil(cache.tokens / together)
+    mean = group / math.ceil(group / batch_tokens)
+    if mean < 0.95 * batch_tokens:
+        job.say(
+            f"note: the cache's {cache.tokens:,} tokens are cut into batches of {mean:,.0f}, not {batch_tokens:,}, so "
+            "that fewer are trained on; cache more, or choose another `training.batch`"
+        )
+
     def batches() -> Iterator[ActivationBatch]:
         with cache.batches(
-            settings.site, batch_tokens, seed=settings.seed, buffer_tokens=shuffled_together(settings, source),
+            settings.site, batch_tokens, seed=settings.seed, buffer_tokens=together,
             gradients=settings.sae.beta > 0,
         ) as read:  # fmt: skip
             yield from read

@@ -1,5 +1,6 @@
 """Progress of a long step. Rooms take a `Track` and stay silent unless given one that draws."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
@@ -46,12 +47,12 @@ def bar(items: Iterator[T], label: str, total: int, size: Callable[[T], int]) ->
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
-        done = 0
+        done, begin = 0, time.monotonic()
         for item in items:
             yield item
             done += size(item)
             progress.update(task, completed=min(done, total))
         progress.update(task, completed=total)
     if not console.is_terminal:
-        elapsed = progress.tasks[0].finished_time or progress.tasks[0].elapsed or 0.0
+        elapsed = time.monotonic() - begin
         console.print(f"{label}: {done:,} tokens in {elapsed:.1f} s ({done / max(elapsed, 1e-9):,.0f} tokens/s)")

@@ -50,6 +50,7 @@ def train(
 def _train(job: Job, force: bool, track: Track) -> Path:
     settings, run, say = job.settings, Path(job.settings.out), job.say
     _check_free(run, force)
+    _check_outside(run, settings)
     inputs, feed = job.training_inputs(), open_feed(job, track)
     scale, sae = _initialise(settings, feed.sample)
 
@@ -180,6 +181,16 @@ def _check_free(run: Path, force: bool) -> None:
         raise SaelabError(f"out: {run} exists and is no run folder; choose another with out=FOLDER")
     if not force and any(run.iterdir()):
         raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
+
+
+def _check_outside(run: Path, settings: RunSettings) -> None:
+    """What the run reads must not lie in the folder that it replaces."""
+    cache = settings.activations.cache
+    read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
+    for name, source in read.items():
+        path = source and Path(source).expanduser()
+        if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
+            raise SaelabError(f"out: {run} would be replaced, and {name} {path} lies in it; choose another out=FOLDER")
 
 
 def _initialise(settings: RunSettings, sample: Tensor) -> tuple[float, SparseAutoencoder]:

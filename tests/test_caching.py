@@ -181,6 +181,57 @@ def test_again_it_is_verified_and_one_more_token_is_something_else(tmp_path: Pat
     assert contents(folder) == before and any(shard in line for line in said)
 
 
+def test_a_models_name_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    renamed = settings | {"model": "~/renamed"}
+    (tmp_path / "renamed").symlink_to(settings["model"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = cache(renamed, tmp_path / "cache", tokens=500)
+    before = contents(folder)
+    assert open_cache(folder).identity["model"] == "renamed"
+    shard = next(path for path in before if path.startswith(SITES[0]))
+    (folder / shard).unlink()
+    cache(settings, folder, tokens=500)
+    assert contents(folder) == before
+
+
+def test_settings_that_gave_no_token_may_be_changed(tmp_path: Path) -> None:
+    settings = config(tmp_path, lanes=2)
+    with pytest.raises(SaelabError, match="the text holds no token to store"):
+        cache(settings, tmp_path / "cache", ["corpus.min_tokens=1000000", "corpus.held_out=0.5"], tokens=500)
+    cache(settings, tmp_path / "cache", tokens=500)
+    assert contents(tmp_path / "cache") == contents(cache(settings, tmp_path / "other", tokens=500))
+
+
+def test_surroundings_that_are_not_torchruns_are_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    monkeypatch.setenv("RANK", "1")
+    assert open_cache(cache(config(tmp_path), tmp_path / "cache", tokens=500)).tokens >= 500
+
+
+def test_smaller_batches_than_asked_for_are_said(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    n = open_cache(cache(settings, tmp_path / "cache", tokens=500)).tokens
+    said: list[str] = []
+    overrides = [f"activations.cache={tmp_path / 'cache'}", f"training.batch={n - 1}", f"training.tokens={4 * n}"]
+    run = saelab.train(settings, overrides, say=said.append)
+    assert any(f"cut into batches of {n / 2:,.0f}, not {n - 1:,}" in line for line in said)
+    assert json.loads((run / "train.json").read_text())["tokens"] == pytest.approx(2 * n, abs=2 * n / 10)
+    said.clear()
+    saelab.train(settings, [*overrides, f"training.batch={n // 4 + 1}"], force=True, say=said.append)
+    assert not any("cut into batches" in line for line in said), said
+
+
+def test_a_cache_in_the_run_folder_is_not_deleted_with_it(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    run = saelab.train(settings)
+    folder = cache(settings, run / "cache", tokens=500)
+    before = contents(run)
+    with pytest.raises(SaelabError, match=r"would be replaced, and activations\.cache .* lies in it"):
+        saelab.train(settings, [f"activations.cache={folder}"], force=True)
+    assert contents(run) == before
+
+
 def test_more_text_than_there_is_is_said(tmp_path: Path) -> None:
     said: list[str] = []
     settings = config(tmp_path)

@@ -60,7 +60,10 @@ def sync_folder(folder: Path) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Keep other writers out of `folder` meanwhile. Raises SaelabError where one is at work."""
     try:
+        made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            sync_folder(path.parent)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise SaelabError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from error

@@ -134,6 +134,7 @@ class Manifest:
 
     identity: dict[str, Any]
     shards: list[dict[str, Any]]
+    """As FORMAT.md says, without `start` in a cache that is open for reading."""
 
     @property
     def tokens(self) -> int:
@@ -146,27 +147,47 @@ class Manifest:
             "identity": self.identity,
             **{name: sum(shard[name] for shard in self.shards) for name in ("tokens", "rows", "skipped")},
             "shards": self.shards,
-            "checksum": "",
         }
-        unsigned = json.dumps(content, indent=1).encode() + b"\n"
-        return unsigned.removesuffix(_END) + hashlib.sha256(unsigned).hexdigest().encode() + _END
+        return sign(content)
 
 
 _END = b'"\n}\n'
 """What follows the checksum, which comes last."""
 
 
+def sign(content: Mapping[str, Any]) -> bytes:
+    """`content` as a JSON file that ends in its own checksum: sha256 of the file as it would be with an empty one."""
+    unsigned = json.dumps({**content, "checksum": ""}, indent=1).encode() + b"\n"
+    return unsigned.removesuffix(_END) + hashlib.sha256(unsigned).hexdigest().encode() + _END
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether a file that `sign` made is as it was made."""
+    digest = hashlib.sha256(memoryview(data)[: -len(_said(data)) - len(_END)])
+    digest.update(_END)
+    return digest.hexdigest().encode() == _said(data) and data.endswith(_END)
+
+
+def _said(data: bytes) -> bytes:
+    """What a signed file gives as its checksum."""
+    return data[-64 - len(_END) : -len(_END)]
+
+
 def manifest_checksum(folder: Path) -> str:
     """The sha256 that the manifest of a finished cache says of itself. Raises SaelabError as `read_manifest`."""
-    return _read_signed(folder)[1]
+    return _said(_read(folder)).decode(errors="replace")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished cache. Raises SaelabError where it is missing, damaged or of another version."""
     path = folder / MANIFEST
-    data, said = _read_signed(folder)
+    data = _read(folder)
+    intact = is_intact(data)
     try:
-        content = json.loads(data)
+        text = data.decode()
+        del data  # a large cache's is tens of megabytes
+        content = json.loads(text)
+        del text
     except ValueError as error:
         raise _damaged_manifest(path) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -176,17 +197,15 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: written in version {content.get('version')!r} of the format, and this saelab reads version "
             f"{VERSION}; read it with the saelab that wrote it, or write the cache again elsewhere"
         )
-    unsigned = hashlib.sha256(data[: len(data) - len(said) - len(_END)])
-    unsigned.update(_END)
-    if said != unsigned.hexdigest():
+    if not intact:
         raise _damaged_manifest(path)
     return Manifest(content["identity"], content["shards"])
 
 
-def _read_signed(folder: Path) -> tuple[bytes, str]:
-    """The bytes of a manifest, and what it gives as its checksum."""
+def _read(folder: Path) -> bytes:
+    """The bytes of a manifest."""
     try:
-        data = (folder / MANIFEST).read_bytes()
+        return (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         if (folder / UNFINISHED).is_dir():
             raise SaelabError(f"{folder}: this cache is not finished; `saelab cache` continues it") from None
@@ -195,7 +214,6 @@ def _read_signed(folder: Path) -> tuple[bytes, str]:
         raise SaelabError(f"{folder}: is a file; an activation cache is a folder") from None
     except OSError as error:
         raise SaelabError(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from error
-    return data, data[-64 - len(_END) : -len(_END)].decode(errors="replace")
 
 
 def _damaged_manifest(path: Path) -> SaelabError:

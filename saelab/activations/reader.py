@@ -176,6 +176,7 @@ def open_cache(folder: str | Path) -> Cache:
     folder = Path(folder).expanduser()
     cache = Cache(folder, read_manifest(folder))
     for shard in cache.manifest.shards:
+        del shard["start"]  # of use only to write it again, and a fifth of the manifest's memory
         for path, facts in shard["files"].items():
             try:
                 size = (folder / path).stat().st_size
@@ -232,10 +233,14 @@ class Shuffled:
         """The numbers of the blocks of each group of an epoch, in the order read."""
         if self._order[0] != epoch:
             n = self._cache.n_blocks
-            order = np.random.default_rng([self._seed % 2**64, epoch]).permutation(n)
+            order = self._random(epoch).permutation(n)
             groups = np.array_split(order, -(-n // self._per_group))
             self._order = (epoch, [np.sort(group) for group in groups])  # as they lie on the disk
         return self._order[1]
+
+    def _random(self, *drawn_for: int) -> np.random.Generator:
+        """A generator for an epoch's blocks, or for a group's tokens; independent of all others."""
+        return np.random.default_rng(np.random.SeedSequence(self._seed % 2**64, spawn_key=drawn_for))
 
     def _after(self, epoch: int, group: int) -> tuple[int, int]:
         return (epoch, group + 1) if group + 1 < len(self.groups(epoch)) else (epoch + 1, 0)
@@ -268,7 +273,7 @@ class Shuffled:
         self._group = [column[:n] for column in self._buffers[0]]
         self._buffers.reverse()
         self._next = self._load(*self._after(epoch, group), 0)
-        order = np.random.default_rng([self._seed % 2**64, epoch, group]).permutation(n)
+        order = self._random(epoch, group).permutation(n)
         cuts = np.array_split(order, -(-n // self._batch_tokens))
         behind = self.cursor.offset
         while behind > 0:

@@ -27,7 +27,7 @@ class CacheSource:
     path: str
     """The cache's folder."""
     buffer_tokens: int = 131_072
-    """Tokens that are shuffled together. Two such buffers are held, in the cache's dtype."""
+    """Tokens that are shuffled together, at least 16 batches. Two such buffers are held, in the cache's dtype."""
 
     def __post_init__(self) -> None:
         if not self.path:

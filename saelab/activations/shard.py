@@ -1,7 +1,6 @@
 """Shards in the making: collected in memory, pass by pass, then written, whole or not at all."""
 
 import hashlib
-import json
 import os
 import queue
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saelab.activations.durable import sync_folder, temporary, told, write_temporary, write_whole
-from saelab.activations.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, raw, spans
+from saelab.activations.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, raw, sign, spans
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
 
@@ -74,6 +73,11 @@ class Shard:
                 "(`cache.dtype`, `model.dtype`) may help, and `cache.nonfinite=skip` leaves such tokens out"
             )
         return finite
+
+    def sha256(self, wanted: File) -> str:
+        """Of one of its files, as it would be written."""
+        header, tensors = next((header, tensors) for file, header, tensors in self.contents() if file == wanted)
+        return _digests(wanted, header, tensors, self.identity["block_tokens"])["sha256"]
 
     def contents(self) -> Iterator[tuple[File, bytes, list[memoryview]]]:
         """Every file: its header, and the bytes of its tensors."""
@@ -174,8 +178,7 @@ class Shards:
             for name in dict.fromkeys(file.folder for file in files):
                 sync_folder(self._folder / name)
             if position is not None:
-                content = json.dumps(record | {"next": position}).encode()
-                write_whole(self._folder / UNFINISHED / f"{record['name']}.json", content)
+                write_whole(self._folder / UNFINISHED / f"{record['name']}.json", sign(record | {"next": position}))
         return record
 
     @contextmanager

@@ -22,12 +22,15 @@ from saelab.activations.durable import sync_folder, told, write_whole
 from saelab.activations.layout import (
     IDENTITY,
     MANIFEST,
+    TOKENS,
     UNFINISHED,
     Manifest,
     difference,
     files_of,
+    is_intact,
     read_manifest,
     shard_name,
+    sign,
 )
 from saelab.activations.shard import Shards
 from saelab.activations.stream import Pass
@@ -55,19 +58,21 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     """
     finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
     unfinished = folder / UNFINISHED
-    there = finished.identity if finished else _read_json(unfinished / IDENTITY)
-    differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity}})
-    if differs and (finished or any(unfinished.glob("*-*.json"))):
+    there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it anew")
+    # `weights` says which model it is; by what name it was called is no matter.
+    differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity} if key != "model"})
+    if differs and (finished or any(unfinished.glob("*-[0-9]*.json"))):
         raise SaelabError(
             f"{folder}: holds a cache of something else: its {differs}; choose another --out, or delete the folder"
         )
     if differs and there:  # no shard was finished, so nothing is lost
-        for file in files_of(there):
-            shutil.rmtree(folder / file.folder, ignore_errors=True)
+        ours = {file.folder for file in files_of(there)} | {UNFINISHED}
+        for path in [path for path in folder.iterdir() if path.name in ours]:
+            shutil.rmtree(path, ignore_errors=True)
         there = None
     elif there is None and folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise SaelabError(f"{folder}: exists and is no activation cache; choose another --out")
-    content = json.dumps(identity).encode()
+    content = sign(identity)
     with told(folder, len(content)):
         if finished:
             _remove_leftovers(folder, finished.identity)
@@ -95,7 +100,7 @@ def write_lane(
     records = _records(folder, lane)
     quota = math.ceil(identity["tokens"] / identity["lanes"])
     done = sum(record["tokens"] for record in records)
-    if done >= quota or _ended(folder, lane).exists():
+    if done >= quota or _has_ended(folder, lane, records):
         return
     start = records[-1]["next"] if records else None
     first_row = records[-1]["first_row"] + records[-1]["rows"] if records else 0
@@ -116,8 +121,9 @@ def write_lane(
                 shards.write(shard, position)
                 first_row, index = first_row + shard.rows, index + 1
     if done < quota:
-        with told(folder, 2):
-            write_whole(_ended(folder, lane), b"{}")
+        content = sign({"shards": index})
+        with told(folder, len(content)):
+            write_whole(_ended(folder, lane), content)
 
 
 def written(folder: Path, lane: int) -> int:
@@ -126,8 +132,14 @@ def written(folder: Path, lane: int) -> int:
 
 
 def _ended(folder: Path, lane: int) -> Path:
-    """What tells that the text of a lane has come to its end."""
+    """What tells that the text of a lane has come to its end, and how many shards it gave."""
     return folder / UNFINISHED / f"{lane:02d}-ended.json"
+
+
+def _has_ended(folder: Path, lane: int, records: list[dict[str, Any]]) -> bool:
+    """Whether `records` are all that the text of a lane gives."""
+    ended = _read_json(_ended(folder, lane), "delete it, and the end of its lane is looked for again")
+    return ended is not None and ended["shards"] == len(records)
 
 
 def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
@@ -136,12 +148,14 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
     Raises SaelabError where a lane is not finished, and where no token is stored.
     """
     quota = math.ceil(identity["tokens"] / identity["lanes"])
+    shards: list[dict[str, Any]] = []
     for lane in range(identity["lanes"]):
-        if written(folder, lane) < quota and not _ended(folder, lane).exists():
+        records = _records(folder, lane)
+        if sum(record["tokens"] for record in records) < quota and not _has_ended(folder, lane, records):
             raise SaelabError(
                 f"{folder}: lane {lane} is not finished; all processes must write into the same folder. Run again"
             )
-    shards = [record for lane in range(identity["lanes"]) for record in _records(folder, lane)]
+        shards += records
     for shard in shards:
         del shard["next"]
     manifest = Manifest(dict(identity), shards)
@@ -170,7 +184,7 @@ def rewrite(
 ) -> Generator[int, None, None]:
     """Write one shard of a finished cache again; yields the tokens of each pass.
 
-    Raises SaelabError where the text does not give the shard's rows any more.
+    Raises SaelabError where the text does not give the shard's rows any more; nothing of the cache is changed then.
     """
     at = next(i for i, shard in enumerate(manifest.shards) if shard["name"] == name)
     old, identity = manifest.shards[at], manifest.identity
@@ -183,7 +197,9 @@ def rewrite(
         shard = shards.next(name, lane, old["first_row"], old["start"])
         for block, _ in islice(blocks, passes):
             yield shard.add(block, forward(block))
-        if shard.rows != old["rows"]:
+        # What was skipped may depend on a machine's arithmetic; else the tokens must be those that were there.
+        same = shard.skipped or old["skipped"] or shard.sha256(TOKENS) == old["files"][TOKENS.path(name)]["sha256"]
+        if shard.rows != old["rows"] or not same:
             raise SaelabError(f"{folder}: the text has changed: shard {name} cannot be written again from it")
         shards.write(shard, None)
         record = shards.written()
@@ -223,8 +239,8 @@ def _read_rows(
 
 def _records(folder: Path, lane: int) -> list[dict[str, Any]]:
     """The finished shards of a lane of an unfinished cache."""
-    records = []
-    while record := _read_json(folder / UNFINISHED / f"{shard_name(lane, len(records))}.json"):
+    advice, records = "delete it: its shard, and those of its lane behind it, are written again", []
+    while record := _read_json(folder / UNFINISHED / f"{shard_name(lane, len(records))}.json", advice):
         records.append(record)
     return records
 
@@ -246,16 +262,19 @@ def _faults(folder: Path, shard: Mapping[str, Any], contents: bool) -> Iterator[
             yield path, f"cannot be read ({error.strerror})"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """What a file that was renamed into place says; None where there is none."""
+def _read_json(path: Path, advice: str) -> dict[str, Any] | None:
+    """What a signed file says; None where there is none. Raises SaelabError with `advice` where it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise SaelabError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise SaelabError(f"{path}: damaged; delete it, and what it tells of is written again") from error
+    if not is_intact(data):
+        raise SaelabError(f"{path}: damaged; {advice}")
+    content = json.loads(data)
+    del content["checksum"]
+    return content
 
 
 def _remove_leftovers(folder: Path, identity: Mapping[str, Any]) -> None:

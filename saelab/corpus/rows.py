@@ -61,11 +61,12 @@ class Rows(Iterator[np.ndarray]):
     def state(self) -> dict[str, Any]:
         """Where it is: with this as `start`, `Corpus.train_rows` gives the rows that would come next.
 
-        JSON-able, some 7 bytes times the context at most and less than 1 KB beside that. To go on, the window of
+        JSON-able, some 6 bytes times the context at most and less than 1 KB beside that. To go on, the window of
         documents that it lies in is read again and shuffled as it was; nothing before that window is read, except of
         the part of the source that it begins in, and nothing before the present document is tokenised.
         """
-        text = json.dumps({**self._of, **self._position._asdict()}, sort_keys=True)
+        position = self._position._asdict() | {"before": " ".join(map(str, self._position.before))}
+        text = json.dumps({**self._of, **position}, sort_keys=True)
         return {**json.loads(text), "check": _hash(text)}
 
 
@@ -80,6 +81,7 @@ def _read_state(state: Mapping[str, Any], of: Mapping[str, Any]) -> _Position:
             f"corpus: the position from which rows should go on is of other rows ({'; '.join(differing)}); use the "
             "corpus, tokenizer and settings that it was made with, or begin again without it"
         )
+    facts["before"] = [int(token) for token in facts["before"].split()]
     return _Position(**{name: facts[name] for name in _Position._fields})
 
 

@@ -165,10 +165,10 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
     stats = [path.stat() for path in paths]
     if not any(stat.st_size for stat in stats):
         raise SaelabError(f"corpus: {source} is empty (0 bytes)")
-    names = [path.relative_to(source).as_posix() if path != source else path.name for path in paths]
-    whole = sum(stat.st_size for stat in stats) <= HASHED_WHOLE
+    whole, alone = sum(stat.st_size for stat in stats) <= HASHED_WHOLE, len(paths) == 1
+    names = [None if alone else path.relative_to(source).as_posix() for path in paths]  # a file alone is split within
     facts = [
-        [name, stat.st_size, _content(path, stat.st_size, whole)]
+        [name or path.suffix.lower(), stat.st_size, _content(path, stat.st_size, whole)]
         for name, path, stat in zip(names, paths, stats, strict=True)
     ]
     identity = {"source": "files", "text": hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()}
@@ -177,8 +177,7 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
     if suffix in _SUFFIXES - TEXT:
         tasks = [task for path in paths for task in row_tasks(path)]
         return source_of_tasks(tasks, about, identity, settings.text_column)
-    deciding = [None] if len(paths) == 1 else names  # a file alone is split within
-    parts = [part_of(read) for path, name in zip(paths, deciding, strict=True) for read in text_parts(path, name)]
+    parts = [part_of(read) for path, name in zip(paths, names, strict=True) for read in text_parts(path, name)]
     return Source(about, identity, False, partial(in_drawn_order, parts))
 
 

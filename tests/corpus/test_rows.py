@@ -67,10 +67,10 @@ def test_fingerprint_tells_apart_what_gives_other_rows(tmp_path, tokenizer):
         opened(write(tmp_path / "b.jsonl", TEXTS[1:]), tokenizer),
     ]
     assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 5
-    moved = tmp_path / "elsewhere" / "a.jsonl"
+    moved = tmp_path / "elsewhere" / "other.jsonl"
     moved.parent.mkdir()
     source.rename(moved)
-    assert opened(moved, tokenizer).fingerprint == first.fingerprint, "where it lies is no matter"
+    assert opened(moved, tokenizer).fingerprint == first.fingerprint, "neither place nor name matters"
 
 
 def test_fingerprint_ignores_what_else_the_tokenizer_was_used_for(tmp_path, tokenizer):

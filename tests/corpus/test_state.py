@@ -119,7 +119,7 @@ def test_the_state_given_is_a_copy(tmp_path, tokenizer):
     next(rows)
     before = json.dumps(rows.state())
     state = rows.state()
-    state["before"].append(1)
+    state.clear()
     state["source"] = "changed"
     assert json.dumps(rows.state()) == before
 

@@ -9,13 +9,14 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from saelab.activations.layout import MANIFEST, UNFINISHED, Manifest, read_manifest
 from saelab.activations.reader import open_cache
-from saelab.activations.writer import check
+from saelab.activations.writer import check, rewrite
 from saelab.caching import cache as write_cache
 from saelab.errors import SaelabError
 from tests.activations import made
@@ -211,13 +212,46 @@ def test_a_shard_cut_off_before_the_cache_is_finished_is_repaired(tmp_path: Path
     assert tree(tmp_path / "cache") == tree(whole)
 
 
-def test_a_damaged_record_of_an_unfinished_cache_is_an_error(tmp_path: Path) -> None:
-    """Guaranteed: a record that cannot be read is an error that names it and says what to do, not a shard forgotten."""
-    interrupt_after(4, tmp_path / "cache", FACTS)
-    record = tmp_path / "cache" / UNFINISHED / "00-00000.json"
+@pytest.mark.parametrize("name", ["identity.json", "00-00000.json", "00-00001.json", "00-ended.json", "01-00000.json"])
+def test_a_damaged_record_of_an_unfinished_cache_is_an_error(name: str, tmp_path: Path) -> None:
+    """Guaranteed: a flipped byte anywhere in what an unfinished cache says of itself, or a part cut off, is an error
+    that names the file and says what to do. Where that is to delete it, nothing is lost or doubled by it."""
+    stop, folder = 13, tmp_path / "cache"
+    whole = made.write(tmp_path / "whole", FACTS, stop=stop)
+    assert [shard["name"] for shard in whole.shards] == ["00-00000", "00-00001", "01-00000", "01-00001"]
+    interrupt_after(7, folder, FACTS, stop=stop)  # one lane has come to the end of its text, the other has not
+    record = folder / UNFINISHED / name
+    before = record.read_bytes()
+    for at in range(len(before)):
+        flip(record, at)
+        with pytest.raises(SaelabError, match=f"{name}: damaged; delete "):
+            made.write(folder, FACTS, stop=stop)
+        flip(record, at)
     cut_to_half(record)
-    with pytest.raises(SaelabError, match=r"00-00000.json: damaged; delete it, and what it tells of is written"):
-        made.write(tmp_path / "cache", FACTS)
+    with pytest.raises(SaelabError, match=f"{name}: damaged; delete "):
+        made.write(folder, FACTS, stop=stop)
+    if name != "identity.json":
+        record.unlink()
+        made.write(folder, FACTS, stop=stop)
+        assert tree(folder) == tree(tmp_path / "whole")
+
+
+def test_repair_from_another_text_changes_nothing(tmp_path: Path, cache: Path) -> None:
+    """Guaranteed: where the text is another by now, in a way that its fingerprint does not show, a damaged shard is not
+    written again from it, and what is there stays."""
+    facts, name = read_manifest(cache).identity, "00-00001"
+    (cache / ACTIVATIONS).unlink()
+    before = tree(cache)
+
+    class Other(made.Rows):
+        def __next__(self) -> np.ndarray:
+            ids = super().__next__()
+            ids[1] += 1
+            return ids
+
+    with pytest.raises(SaelabError, match=f"the text has changed: shard {name} cannot be written again"):
+        list(rewrite(cache, read_manifest(cache), name, Other, made.forward(facts)))
+    assert tree(cache) == before
 
 
 def test_damage_is_found_while_training_reads(cache: Path) -> None:

@@ -110,6 +110,17 @@ def test_more_processes_than_lanes_is_a_clear_error(tmp_path: Path) -> None:
     assert "set cache.lanes=2" in stderr and not (tmp_path / "cache").exists()
 
 
+def test_what_ends_one_process_of_several_is_told_by_it_alone(tmp_path: Path) -> None:
+    """Guaranteed: where one of two processes ends with an error, the other ends too, without a traceback."""
+    config = made_by_command(tmp_path, lanes=2)
+    run([*COMMAND, config, "--tokens", "2000", "--out", tmp_path / "cache"])
+    stderr = run([*TORCHRUN, config, "--tokens", "3000", "--out", tmp_path / "cache"], code=1)
+    assert "holds a cache of something else: its tokens 2000, not 3000" in stderr
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2 and any("another of the processes has ended early" in line for line in said), stderr
+    assert "gloo" not in stderr
+
+
 def test_two_commands_at_once_on_one_cache(tmp_path: Path) -> None:
     """Guaranteed: while one process writes a cache, another that is told to write it ends with exit code 2 and says
     why; the first is not disturbed."""

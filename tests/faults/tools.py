@@ -59,7 +59,7 @@ def read_an_epoch(folder: Path) -> int:
     return cache.tokens
 
 
-def interrupt_after(passes: int, folder: Path, facts: dict[str, Any]) -> None:
+def interrupt_after(passes: int, folder: Path, facts: dict[str, Any], stop: int = 10**9) -> None:
     """Begin to write a cache of made-up activations; the model fails behind so many passes."""
     run = made.forward(facts)
     left = [passes]
@@ -71,7 +71,7 @@ def interrupt_after(passes: int, folder: Path, facts: dict[str, Any]) -> None:
         return run(ids)
 
     with pytest.raises(RuntimeError, match="interrupted"):
-        made.write(folder, facts, forward)
+        made.write(folder, facts, forward, stop)
 
 
 def made_by_command(folder: Path, **cache: Any) -> Path:
