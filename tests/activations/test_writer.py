@@ -1,10 +1,11 @@
 """A cache holds what the model gave at every ordinary token, once, however often its writing was interrupted."""
 
 import json
-from collections.abc import Mapping
-from itertools import islice, pairwise
+import os
+from collections.abc import Callable, Mapping
+from itertools import count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -291,3 +292,81 @@ def test_the_record_of_an_unfinished_shard_says_where_to_go_on(tmp_path: Path) -
     records = [json.loads(path.read_bytes()) for path in sorted((tmp_path / layout.UNFINISHED).glob("0*.json"))]
     for record, following in pairwise(records):
         assert record["next"] == following["start"] == {"row": following["first_row"]}
+
+
+class Call(NamedTuple):
+    """A call of the system, and when it was under way: one is before another where it had ended when that began."""
+
+    name: str
+    path: str
+    """The first argument; of a replace, the new name. Of what has only a handle, nothing."""
+    inode: int
+    """Of the file or folder that is written, synced or renamed."""
+    folder: int
+    """Inode of the folder that a replace gives a name in."""
+    began: int
+    ended: int
+
+    def before(self, other: "Call") -> bool:
+        return self.ended < other.began
+
+
+def calls_of(work: Callable[[], Any]) -> list[Call]:
+    """What `work` does to the disk, in whatever thread."""
+    ticks, calls = count(), list[Call]()
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            path, inode, folder = "", 0, 0
+            if name in ("write", "fsync"):
+                inode = os.fstat(arguments[0]).st_ino
+            elif name == "replace":
+                path, inode = str(arguments[1]), os.stat(arguments[0]).st_ino
+                folder = os.stat(Path(path).parent).st_ino
+            began = next(ticks)
+            result = original(*arguments, **named)
+            calls.append(Call(name, path or str(arguments[0]), inode, folder, began, next(ticks)))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write", "fsync", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, noted(name, getattr(os, name)))
+        work()
+    return calls
+
+
+def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path: Path) -> None:
+    """Only a loss of power tells bytes on the disk from those that the system still holds: a kill, as in
+    tests/faults/test_kill.py, leaves both. So what is looked at is the order of the calls."""
+    manifests: list[Manifest] = []
+    calls = calls_of(lambda: manifests.append(write(tmp_path, identity(gradients=True, lanes=2))))
+    renames = {str(Path(call.path).relative_to(tmp_path)): call for call in calls if call.name == "replace"}
+    synced = [call for call in calls if call.name == "fsync"]
+    removed = [call for call in calls if call.name in ("unlink", "rmdir")]
+    shards = {f"{layout.UNFINISHED}/{shard['name']}.json": shard["files"] for shard in manifests[0].shards}
+    files = {path for of_shard in shards.values() for path in of_shard}
+    first = f"{layout.UNFINISHED}/{layout.IDENTITY}"
+    assert len(shards) > 4 and set(renames) == {first, *shards, *files, layout.MANIFEST}
+    assert len(renames) == sum(call.name == "replace" for call in calls) and len(removed) > len(shards)
+
+    for path, rename in renames.items():
+        writes = [call for call in calls if call.name == "write" and call.inode == rename.inode]
+        whole = [sync for sync in synced if sync.inode == rename.inode and all(w.before(sync) for w in writes)]
+        assert writes and any(sync.before(rename) for sync in whole), f"{path} had its name before its bytes"
+
+    def name_is_kept(rename: Call, then: Call) -> bool:
+        """Whether the folder is on the disk, with the new name in it, before `then`."""
+        return any(rename.before(sync) and sync.inode == rename.folder and sync.before(then) for sync in synced)
+
+    manifest = renames[layout.MANIFEST]
+    for record, of_shard in shards.items():
+        for path in of_shard:
+            assert name_is_kept(renames[path], renames[record]), f"{record} was there before the name of {path}"
+        assert name_is_kept(renames[first], renames[record]), f"{record} was there before the name of {first}"
+        assert name_is_kept(renames[record], manifest), f"the manifest was there before the name of {record}"
+    for call in removed:
+        assert name_is_kept(manifest, call), f"{call.path} was removed before the cache was whole"
+    root = tmp_path.stat().st_ino  # without the names of its folders on the disk, a shard is as good as none
+    assert any(sync.inode == root and sync.before(renames[next(iter(shards))]) for sync in synced)
