@@ -1,7 +1,6 @@
 """A cache is read completely, once per epoch, well shuffled, and again from any place in the same order."""
 
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +97,18 @@ def test_the_order_follows_from_the_seed_alone(cache, monkeypatch) -> None:
 
 
 def test_groups_are_of_one_size_and_carry_nothing_over(cache) -> None:
+    """That is why a cursor is all there is to know of a place: what is handed out in a group is that group's blocks."""
+    blocks = [places([batch]) for batch in cache.in_order(SITE)]
     with cache.batches(SITE, 64, seed=0, buffer_tokens=500) as shuffled:
         groups = shuffled.groups(0)
         assert max(map(len, groups)) - min(map(len, groups)) <= 1 and max(map(len, groups)) * 50 <= 500
-        rows = [set() for _ in groups]
-        for batch in islice(shuffled, sum(1 for _ in read(cache, 64))):
-            rows[0].update(batch.rows.tolist())
-    assert sorted(np.concatenate(groups).tolist()) == list(range(cache.n_blocks))
+        found: list[list[tuple[int, int]]] = [[] for _ in groups]
+        while shuffled.cursor.epoch == 0:
+            group = shuffled.cursor.group
+            found[group] += places([next(shuffled)])
+    assert len(groups) > 4 and sorted(np.concatenate(groups).tolist()) == list(range(cache.n_blocks))
+    for group, handed_out in zip(groups, found, strict=True):
+        assert sorted(handed_out) == sorted(place for number in group for place in blocks[number])
 
 
 def test_neighbours_are_far_apart_and_order_tells_nothing(tmp_path: Path) -> None:
