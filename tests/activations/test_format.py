@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +16,44 @@ from safetensors import safe_open
 
 from saelab.activations import layout
 from saelab.errors import SaelabError
-from tests.activations.made import SITE, SITES, contents, identity, write
+from tests.activations.made import BOS, SITES, Rows, contents, identity, values, write
 
-READ_A_SHARD = """
-import json, sys
-from safetensors.torch import load_file
-
-folder, site, sums = sys.argv[1], sys.argv[2], []
-manifest = json.load(open(f"{folder}/manifest.json"))
-for shard in manifest["shards"]:
-    x = load_file(f"{folder}/{site}/{shard['name']}.safetensors")["activations"]
-    origin = load_file(f"{folder}/tokens/{shard['name']}.safetensors")
-    sums.append([x.double().sum().item(), int(origin["tokens"].sum()), len(x), len(origin["rows"])])
-assert "saelab" not in sys.modules
-print(json.dumps(sums))
+EXAMPLE_SITE = "blocks.2.hook_resid_post"
+BEFORE = """import sys
+sys.modules["saelab"] = None  # whoever imports it now gets an ImportError
+shards = []
 """
+BEHIND = """
+    shards.append({"x": x.tolist(), "dtype": str(x.dtype)} | {name: of.tolist() for name, of in origin.items()})
+json.dump(shards, sys.stdout)
+"""
+"""What is written around the example of FORMAT.md, which ends within its loop, to learn what it has read."""
 
 
-def test_a_shard_is_read_in_a_few_lines_without_saelab(tmp_path: Path) -> None:
-    manifest = write(tmp_path / "cache")
-    found = subprocess.run(
-        [sys.executable, "-c", READ_A_SHARD, str(tmp_path / "cache"), SITE], capture_output=True, text=True, check=True
-    )
-    sums = json.loads(found.stdout)
-    assert [n for _, _, n, _ in sums] == [n for _, _, _, n in sums] == [shard["tokens"] for shard in manifest.shards]
-    assert sum(n for _, _, n, _ in sums) == manifest.tokens > 1000
-    assert all(tokens > 0 and total != 0 for total, tokens, _, _ in sums)
-
-
-def test_the_example_of_the_format_is_the_code_that_reads() -> None:
+def test_the_example_of_the_format_reads_a_cache_without_saelab(tmp_path: Path) -> None:
+    """It runs as it stands there, in a folder where DIR is a cache of the site that it names."""
     text = (Path(layout.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    assert example and len(example[1].strip().splitlines()) < 10
-    compile(example[1], "FORMAT.md", "exec")
+    assert example and len([line for line in example[1].splitlines() if line.strip()]) < 10
+    manifest = write(tmp_path / "DIR", identity(sites={EXAMPLE_SITE: 8}))
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE + example[1].rstrip() + BEHIND],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shards = json.loads(done.stdout)
+    assert [len(shard["x"]) for shard in shards] == [shard["tokens"] for shard in manifest.shards]
+    assert len(shards) > 1 and {shard["dtype"] for shard in shards} == {"torch.float32"}
+    found = {name: torch.tensor([value for shard in shards for value in shard[name]]) for name in ("x", *layout.ORIGIN)}
+    ids = torch.from_numpy(np.stack(list(islice(Rows(0), sum(shard["rows"] for shard in manifest.shards)))))
+    row, position = (ids != BOS).nonzero(as_tuple=True)
+    for name, wanted in (("rows", row), ("positions", position), ("tokens", ids[row, position].long())):
+        assert torch.equal(found[name], wanted), name
+    assert torch.equal(found["x"], values(found["tokens"], 8, 0))
+
+
+def test_the_format_names_what_is_on_the_disk() -> None:
+    text = (Path(layout.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     for name in ("manifest.json", "unfinished/", "identity.json", "block_tokens", "first_row", "xxh3", "sha256"):
         assert name in text
 
