@@ -55,7 +55,7 @@ class Size:
         """Bytes of disk that all of it takes."""
         half, full = 2 * self.d_in + 12, 4 * self.d_in + 12
         demo = (self.passes + self.warmup) * ours_cache.PASS_TOKENS * (2 * 256 + 12)
-        return (rounds + 1) * (2 * self.tokens * half + self.few_tokens * (2 * full + half) + demo)
+        return (rounds + 1) * (2 * self.tokens * half + self.few_tokens * (3 * full + half) + demo)
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,13 @@ def _measured(processes: "Processes", work: Path, rounds: int, peers: Path | Non
             lambda: _per_second(processes.ours("model", work), "tokens"),
         )  # fmt: skip
         if peers:
-            other = _per_second(processes.peer(peers, "write", next(folders), int(few)), "values")
-            for dtype in ("float32", "bfloat16"):
-                result = processes.ours("write", next(folders), "--tokens", few, "--given", "float32", "--dtype", dtype)
-                mine = _per_second(result, "values")
-                compare(f"sae_lens_{dtype}", turn, lambda mine=mine: mine, lambda other=other: other)
+            for dtype in ("float32", "bfloat16"):  # the peer has one dtype, and writes anew beside each of ours
+                given = ("--tokens", few, "--given", "float32", "--dtype", dtype)
+                compare(
+                    f"sae_lens_{dtype}", turn,
+                    lambda given=given: _per_second(processes.ours("write", next(folders), *given), "values"),
+                    lambda: _per_second(processes.peer(peers, "write", next(folders), int(few)), "values"),
+                )  # fmt: skip
 
     processes.label = "once"
     small = next(folders)

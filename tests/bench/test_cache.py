@@ -84,14 +84,36 @@ def test_what_is_compared_takes_turns(monkeypatch: pytest.MonkeyPatch, tmp_path:
     order: list[str] = []
 
     def noted(command: list[str], threads: int, say: processes.Say) -> tuple[dict[str, Any], float]:
-        order.append(command[command.index("--measure") + 1])
+        if "--measure" in command:
+            measure = command[command.index("--measure") + 1]
+            dtype = command[command.index("--dtype") + 1] if "--dtype" in command else ""
+            order.append("peer" if peer_cache.__file__ in command else f"{measure} {dtype}".strip())
         return canned(command, threads, say)
 
     monkeypatch.setattr(cache, "run_measurement", noted)
-    cache.bench(rounds=2, folder=tmp_path, size=TINY, threads=1)
-    first = ["write", "raw_write", "read", "raw_read", "warm", "caching", "model"]
-    second = ["raw_write", "write", "raw_read", "read", "warm", "model", "caching"]
-    assert order[:14] == first + second
+    cache.bench(rounds=3, peers=Path(sys.executable), folder=tmp_path, size=TINY, threads=1)
+    pairs = [
+        ["write", "raw_write"], ["read", "raw_read"], ["warm"], ["caching", "model"],
+        ["write float32", "peer"], ["write bfloat16", "peer"],
+    ]  # fmt: skip
+    ours_first = [measure for pair in pairs for measure in pair]
+    ours_last = [measure for pair in pairs for measure in reversed(pair)]
+    assert order[: 3 * len(ours_first)] == ours_first + ours_last + ours_first
+
+
+def test_every_round_has_its_own_figure_of_the_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A ratio is of neighbours: no figure of the peer stands in two of them."""
+    seconds = iter(range(1, 100))
+
+    def slower_and_slower(command: list[str], threads: int, say: processes.Say) -> tuple[dict[str, Any], float]:
+        result, others = canned(command, threads, say)
+        return result | ({"seconds": next(seconds)} if peer_cache.__file__ in command else {}), others
+
+    monkeypatch.setattr(cache, "run_measurement", slower_and_slower)
+    record = cache.bench(rounds=2, peers=Path(sys.executable), folder=tmp_path, size=TINY, threads=1)
+    rounds = [row for name in ("float32", "bfloat16") for row in record["pairs"][f"sae_lens_{name}"]["rounds"]]
+    assert len({row["other"] for row in rounds}) == len(rounds) == 4
+    assert all(row["ratio"] == row["ours"] / row["other"] for row in rounds)
 
 
 def test_an_interpreter_that_is_none_or_has_no_peer_is_an_error(tmp_path: Path) -> None:
