@@ -33,7 +33,7 @@ from saelab.lm import LanguageModel, outlined_language_model, resolve_device
 from saelab.memory import free_memory, free_on_disk, held_by, size
 from saelab.sae.model import MULTI_FACTOR
 from saelab.sae.selection import Encoder, Scratch, pre_activations
-from saelab.sae.thresholds import BLOCK_ENTRIES, CALIBRATION_TOKENS
+from saelab.sae.thresholds import BLOCK_ENTRIES, CALIBRATION_TOKENS, keys_held
 from saelab.sites import no_numbers
 
 if TYPE_CHECKING:
@@ -49,8 +49,11 @@ _ENTRY_BYTES = 100
 """Of an active entry, with its place among the tokens and among the features."""
 _AUX_BYTES = 60
 """Of an entry of the auxiliary loss."""
-_CANDIDATE_BYTES = 56
-"""Of a pre-activation that may decide a threshold, while they are sorted."""
+_CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
+"""Of a pre-activation that may decide a threshold: its key, which a CPU sorts in place. What a GPU's sort takes beside
+it is reckoned, not measured: its result, indices before and after, and as much again as two of these for radix sort."""
+_CALIBRATED_BYTES = 12
+"""Of a pre-activation among those that are looked through at once: itself, and all that is made of it."""
 _LIFTED = 4096
 """Features that are lifted together."""
 _TOKENISED_BYTES = 100
@@ -255,9 +258,12 @@ def _sae_needs(settings: RunSettings, d_in: int, where: Place) -> list[Need]:
         Need("checkpoint", 4 * numbers, "disk", sizes),
     ]  # fmt: skip
     if sae.allocation.name != "token_choice":
-        candidates = max(BLOCK_ENTRIES, sae.k * CALIBRATION_TOKENS)
-        calibration = _CANDIDATE_BYTES * (2 * candidates + BLOCK_ENTRIES)
-        how = f"(2 x {candidates:,} + {BLOCK_ENTRIES:,}) x {_CANDIDATE_BYTES} bytes, less what a step needed"
+        tokens = -(-CALIBRATION_TOKENS // (settings.context - 1)) * settings.context  # whole rows
+        largest = sae.k * tokens + 2 * sae.n_features  # two beyond its density are looked at of each feature
+        candidates = keys_held(largest, sae.n_features, tokens * sae.n_features)
+        each, block = _CANDIDATE_BYTES[where], max(BLOCK_ENTRIES, sae.n_features)
+        calibration = each * candidates + _CALIBRATED_BYTES * block
+        how = f"{candidates:,} x {each} bytes + {block:,} x {_CALIBRATED_BYTES} bytes, less what a step needed"
         needs.append(Need("thresholds", max(0, calibration - during), where, how))
     return needs
 

@@ -23,6 +23,7 @@ from saelab.memory import held_by
 from saelab.plan import Need, Plan, plan_cache, plan_training
 from saelab.sae.allocation import FeatureChoice, TokenChoice
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.thresholds import calibrate
 from saelab.training.optim import adam, step
 from tests.tiny import CONTEXT, KINDS, language_model, model_folder, random_rows, text
 
@@ -169,6 +170,23 @@ def test_low_precision_and_thresholds_show_in_the_plan(tmp_path: Path) -> None:
     assert "thresholds" not in wide
     mutual = needs(plan_training(settings(tmp_path, sae={"n_features": 128, "k": 4, "allocation": "mutual_choice"})))
     assert mutual["thresholds"] > 4 * plan.CALIBRATION_TOKENS * 8
+
+
+@pytest.mark.parametrize("allocation", ["mutual_choice", "feature_choice"])
+def test_thresholds_take_what_the_step_left_and_the_need_beside_it(tmp_path: Path, allocation: str) -> None:
+    """The tensors alive at once while thresholds are set are bounded by the plan, which is at most twice as much."""
+    n_features, k = 128, 16
+    sae_settings = {"n_features": n_features, "k": k, "allocation": allocation}
+    found = needs(plan_training(settings(tmp_path, sae=sae_settings)))
+    step_left = sum(found[what] for what in ("its gradients", "optimiser", "pre-activations", "training step"))
+    sae = SparseAutoencoder(32, n_features, k)
+    sae.initialise(torch.randn(256, 32))
+    density = torch.tensor(k / n_features, dtype=torch.float64)
+    densities = density if allocation == "mutual_choice" else density.expand(n_features)
+    batches = (torch.randn(2000, 32) for _ in range(plan.CALIBRATION_TOKENS // 2000))
+    held = held_by(lambda: calibrate(sae.pre_activations, batches, densities, plan.CALIBRATION_TOKENS))
+    assert found["thresholds"] > 0
+    assert held <= found["thresholds"] + step_left <= 2 * held
 
 
 def test_a_plan_that_fits_says_nothing_and_one_that_does_not_says_the_numbers() -> None:

@@ -10,6 +10,7 @@ high where a feature has few tokens per batch: with one, it lets some 0.6 of the
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,10 @@ MIN_HITS = 10
 
 BLOCK_ENTRIES = 2**22
 """Pre-activations at a time: 16 MB."""
+_PART = 2**18
+"""Entries for which there are int64 indices at a time: 2 MB."""
+_MOST_BITS = 2**31 - 1
+"""The bits of a positive float32 are less, as a whole number."""
 
 
 class Calibration(NamedTuple):
@@ -50,8 +55,8 @@ def calibrate(
     The j-th largest of n samples is exceeded by j / (n + 1) of all further ones, on average. So the threshold is where
     j = density * (n + 1), between the two samples on either side (as far down as log j says, for tails fall about
     exponentially; linearly in j, a threshold between the second and third lets 3% too few through); the largest sample
-    where j < 1. Exact, as if all pre-activations had been sorted, but no more than some two or three times k * tokens
-    of them are held.
+    where j < 1. Exact, as if all pre-activations had been sorted, but no more than twice k * tokens of them are held
+    (or k * tokens and 4 M), in 8 bytes each; float64 takes 16. An infinite one is the largest; NaN counts as inactive.
     """
     if tokens is None:
         batches = list(batches)
@@ -69,13 +74,14 @@ def calibrate(
             pre = pre_activations(x)
             if largest is None:
                 wanted = wanted.to(pre.device)
-                largest = _Largest(_position(wanted, tokens, n_features), pre)
+                largest = _Largest(_position(wanted, tokens, n_features), pre, tokens * n_features)
             largest.see(pre)
+            del pre  # or there would be two while the next is computed
     if largest is None:
         raise ValueError("calibration: there is not a single token to set thresholds on")
     position = _position(wanted, read, n_features)
     first = position.floor().clamp_min(1)
-    upper, lower = largest.at(first.long()), largest.at(first.long() + 1)
+    upper, lower = largest.at(torch.stack((first, first + 1)).long())
     threshold = upper + (position / first).log().clamp_min(0) / (1 / first).log1p() * (lower - upper)
     hits = wanted * read * (1 if per_feature else n_features)
     shape = densities.shape
@@ -91,54 +97,139 @@ def _position(densities: Tensor, tokens: int, n_features: int) -> Tensor:
 
 
 class _Largest:
-    """The largest positive entries of each group, as many as a threshold can need: a group is a feature, or all."""
+    """The largest positive entries of each group, as many as a threshold can need: a group is a feature, or all.
 
-    def __init__(self, position: Tensor, like: Tensor) -> None:
+    They are held as keys in one buffer, sorted and cut to those largest whenever it is full. A key is a number with the
+    group in its upper half, and in its lower half what falls as the value rises: one sort in place, without an index,
+    puts the groups in order and the values of each group in falling order.
+    """
+
+    def __init__(self, position: Tensor, like: Tensor, entries: int) -> None:
+        """The places in `position` ``[groups]`` can be asked for; pre-activations are `like`, `entries` at the most."""
         self.sizes = position.floor().long().clamp_min(1) + 1
         self.dtype = like.dtype
-        self.groups = torch.empty(0, dtype=torch.int32, device=like.device)
-        self.values = like.new_empty(0)
         self.bounds = like.new_zeros(len(position))
         """What an entry of a group must exceed to be among its largest."""
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._limit = max(BLOCK_ENTRIES, int(self.sizes.sum()))
+        capacity = keys_held(int(self.sizes.sum()), like.shape[1], entries)
+        kind = torch.complex128 if like.dtype == torch.float64 else torch.int64
+        self._keys = torch.empty(capacity, dtype=kind, device=like.device)
+        self._filled = self._kept = 0
+        self._starts = self._counts = torch.zeros_like(self.sizes)
+        """Of each group, where it starts among the keys kept, and how many it has."""
+
+    @property
+    def values(self) -> Tensor:
+        """The entries that the last cut left, group after group: what tests count, like `_pending`."""
+        return _values(self._keys[: self._kept]).to(self.dtype)
+
+    @property
+    def _pending(self) -> list[tuple[Tensor, Tensor]]:
+        """The groups and values that came since."""
+        keys = self._keys[self._kept : self._filled]
+        return [(_groups(keys), _values(keys).to(self.dtype))] if len(keys) else []
 
     def see(self, pre: Tensor) -> None:
         """Take in pre-activations ``[t, n_features]``."""
-        rows, features = (pre > self.bounds).nonzero(as_tuple=True)
-        groups = features.int() if len(self.bounds) > 1 else torch.zeros_like(features, dtype=torch.int32)
-        self._pending.append((groups, pre[rows, features]))
-        if sum(len(values) for _, values in self._pending) > self._limit:
-            self._prune()
+        n_features = pre.shape[1]
+        for part in pre.split(max(1, _PART // n_features)):  # indices are int64: not of all at once
+            index = (part > self.bounds).reshape(-1).nonzero().squeeze(1)
+            values = part.reshape(-1).index_select(0, index)
+            groups = index.remainder_(n_features) if len(self.bounds) > 1 else index.zero_()
+            if self._filled + len(values) > len(self._keys):
+                self._prune()
+            self._keys[self._filled : self._filled + len(values)] = _keys(groups, values)
+            self._filled += len(values)
 
     def at(self, place: Tensor) -> Tensor:
-        """The value at a place ``[groups]`` in each group's falling order, from 1; float64, 0 behind its end."""
+        """The values at places ``[..., groups]`` in each group's falling order, from 1; float64, 0 behind its end."""
         self._prune()
-        starts, counts = self._extent()
-        there = place <= counts
-        index = torch.where(there, starts + place - 1, 0)
-        values = self.values.double() if len(self.values) else torch.zeros(1, dtype=torch.float64, device=there.device)
-        return torch.where(there, values[index], 0.0)
+        if len(self.sizes) == 1:
+            _sort(self._keys[: self._filled])
+        there = place <= self._counts
+        index = torch.where(there, self._starts + place - 1, 0)
+        return torch.where(there, _values(self._keys[index]).double(), 0.0)
 
     def _prune(self) -> None:
-        if not self._pending:
+        if self._filled == self._kept:
             return
-        groups = torch.cat([self.groups, *(part for part, _ in self._pending)])
-        values = torch.cat([self.values, *(part for _, part in self._pending)])
-        self._pending.clear()
-        values, order = values.sort(descending=True)
-        self.groups, order = groups[order].sort(stable=True)
-        self.values = values[order]
-        starts, counts = self._extent()
-        rank = torch.arange(len(self.groups), device=starts.device) - starts[self.groups.long()]
-        keep = rank < self.sizes[self.groups.long()]
-        self.groups, self.values = self.groups[keep], self.values[keep]
-        starts, counts = self._extent()
-        full = counts >= self.sizes
-        self.bounds[full] = self.values[(starts + counts - 1)[full]]
+        keys = self._keys[: self._filled]
+        if len(self.sizes) == 1:
+            ends = torch.full_like(self.sizes, len(keys))
+            _smallest_first(keys, int(self.sizes))
+        else:
+            _sort(keys)
+            ends = _ends(keys, len(self.sizes))
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        self._counts = counts.minimum(self.sizes)
+        if len(counts) > 1:  # what is kept of a single group is where it belongs
+            self._close_up(keys, ends - counts)
+        self._starts = self._counts.cumsum(0) - self._counts
+        self._filled = self._kept = int(self._counts.sum())
+        full = self._counts == self.sizes
+        last = (self._starts + self._counts - 1)[full]
+        self.bounds[full] = _values(self._keys[last]).to(self.dtype)
 
-    def _extent(self) -> tuple[Tensor, Tensor]:
-        """Where each group starts among the entries, and how many it has."""
-        names = torch.arange(len(self.sizes) + 1, dtype=torch.int32, device=self.groups.device)
-        ends = torch.searchsorted(self.groups, names)
-        return ends[:-1], ends.diff()
+    def _close_up(self, keys: Tensor, starts: Tensor) -> None:
+        """Move what is kept of each group over what is not; `starts` ``[groups]`` are where the groups start."""
+        to = 0
+        for first in range(0, len(keys), _PART):
+            part = keys[first : first + _PART]
+            groups = _groups(part)
+            rank = torch.arange(first, first + len(part), device=keys.device) - starts[groups]
+            part = part[rank < self.sizes[groups]]
+            keys[to : to + len(part)] = part  # never ahead of what is read
+            to += len(part)
+
+
+def keys_held(largest: int, n_features: int, entries: int) -> int:
+    """How many keys the buffer has room for, where `largest` of `entries` pre-activations are looked for.
+
+    As many again as are kept, so that all the sorting takes a time near that of reading; no more than there can be.
+    """
+    return max(1, min(entries, largest + max(largest, BLOCK_ENTRIES, n_features)))
+
+
+def _keys(groups: Tensor, values: Tensor) -> Tensor:
+    """Keys of positive values ``[n]``; `groups` ``[n]`` int64 is overwritten.
+
+    The bits of a positive float32 are a whole number that rises with it, and float32 holds what float16 and bfloat16
+    do. A float64 fills a word by itself: its key is a complex number, which numpy orders by the real part first.
+    """
+    if values.dtype == torch.float64:
+        return torch.complex(groups.double(), -values)
+    return groups.bitwise_left_shift_(32).add_(_MOST_BITS - values.float().view(torch.int32))
+
+
+def _groups(keys: Tensor) -> Tensor:
+    return keys.real.long() if keys.is_complex() else keys >> 32
+
+
+def _values(keys: Tensor) -> Tensor:
+    """Float64 of complex keys, else float32."""
+    return -keys.imag if keys.is_complex() else (_MOST_BITS - (keys & _MOST_BITS)).int().view(torch.float32)
+
+
+def _ends(keys: Tensor, n_groups: int) -> Tensor:
+    """Behind which of the sorted keys each group ends: ``[n_groups]``."""
+    names = torch.arange(1, n_groups + 1, device=keys.device)
+    if keys.is_complex():
+        return torch.searchsorted(keys.real.contiguous(), names.double())
+    return torch.searchsorted(keys, names << 32)
+
+
+def _sort(keys: Tensor) -> None:
+    """In place. torch would make a second buffer, of int64 indices, and does not sort complex numbers."""
+    if keys.device.type == "cpu":
+        keys.numpy().sort()
+    elif keys.is_complex():
+        keys.copy_(torch.from_numpy(np.sort(keys.cpu().numpy())))
+    else:
+        keys.copy_(keys.sort().values)
+
+
+def _smallest_first(keys: Tensor, n: int) -> None:
+    """In place: the `n` smallest before all others, the largest of them last; on a CPU much faster than sorting."""
+    if keys.device.type != "cpu":
+        _sort(keys)
+    elif n < len(keys):
+        keys.numpy().partition(n - 1)

@@ -78,6 +78,43 @@ def test_equals_a_full_sort_of_all_pre_activations(
     assert torch.equal(found.flagged, found.expected_hits < 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_feature", [False, True])
+@pytest.mark.parametrize("place", [1, 12])
+def test_every_precision_is_exact_to_its_last_bit(dtype: torch.dtype, per_feature: bool, place: int) -> None:
+    """A threshold on a sample is that very sample, subnormal or as large as there are; while much is forgotten."""
+    generator, info = torch.Generator().manual_seed(0), torch.finfo(dtype)
+    tokens = 63 if per_feature else 73  # so that samples + 1 is a power of two, and no density is rounded
+    for scale in (16 * info.tiny * info.eps, 1.0, info.max / 64):
+        whole, bits = (torch.randint(low, 16, (tokens, 7), generator=generator).double() for low in (-15, 0))
+        pre = (whole * (1 + info.eps * bits) * scale).to(dtype)
+        columns = pre if per_feature else pre.reshape(-1, 1)
+        density = torch.tensor(place / (len(columns) + 1), dtype=torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(thresholds, "BLOCK_ENTRIES", 20)
+            patch.setattr(thresholds, "_PART", 7)
+            found = calibrate(lambda x: x, pre.split(9), density.expand(7) if per_feature else density).threshold
+        assert found.dtype == dtype
+        exact = columns.sort(dim=0, descending=True).values[place - 1]
+        assert (exact > 0).all() and torch.equal(found.reshape(-1), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_an_infinite_entry_is_the_largest_and_nan_is_no_entry(dtype: torch.dtype, per_feature: bool) -> None:
+    column = torch.tensor([1.0, math.nan, 4.0, math.inf, 3.0, -math.inf, 2.0], dtype=dtype)
+    pre = torch.stack([column, torch.full_like(column, math.nan), column.clamp_max(9.0)], 1)
+    if not per_feature:
+        pre = column[:, None]
+    for place in (1, 2, 3, 5, 7):  # inf, 4, 3, 1 of the first column; none is left at 7
+        density = torch.tensor(place / 8, dtype=torch.float64)
+        found = calibrate(lambda x: x, pre.split(2), density.expand(pre.shape[1]) if per_feature else density).threshold
+        wanted = {1: math.nan, 2: 4.0, 3: 3.0, 5: 1.0, 7: 0.0}[place]  # inf + 0 x -inf
+        if per_feature:
+            wanted = [wanted, 0.0, {1: 9.0}.get(place, wanted)]
+        torch.testing.assert_close(found, torch.tensor(wanted, dtype=dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_how_the_tokens_are_batched_does_not_matter_nor_does_their_order() -> None:
     x, pre = data(3000, 1), encoder()
     one = calibrate(pre, [x], of_features())
