@@ -117,17 +117,6 @@ class _Largest:
         self._starts = self._counts = torch.zeros_like(self.sizes)
         """Of each group, where it starts among the keys kept, and how many it has."""
 
-    @property
-    def values(self) -> Tensor:
-        """The entries that the last cut left, group after group: what tests count, like `_pending`."""
-        return _values(self._keys[: self._kept]).to(self.dtype)
-
-    @property
-    def _pending(self) -> list[tuple[Tensor, Tensor]]:
-        """The groups and values that came since."""
-        keys = self._keys[self._kept : self._filled]
-        return [(_groups(keys), _values(keys).to(self.dtype))] if len(keys) else []
-
     def see(self, pre: Tensor) -> None:
         """Take in pre-activations ``[t, n_features]``."""
         n_features = pre.shape[1]

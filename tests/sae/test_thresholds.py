@@ -181,7 +181,7 @@ def test_memory_follows_the_budget() -> None:
     original = thresholds._Largest._prune
 
     def prune(self: thresholds._Largest) -> None:
-        held.append(len(self.values) + sum(len(values) for _, values in self._pending))
+        held.append(self._filled)
         original(self)
 
     def batches() -> Iterator[Tensor]:
