@@ -11,10 +11,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from saelab.errors import SaelabError
 
+PAGE = 4096
+"""What lies at a multiple of it, in memory and in its file, can go to the disk without a copy."""
 _AT_ONCE = 1 << 23
 """Bytes given to one write."""
+_DIRECT = getattr(os, "O_DIRECT", 0)  # not everywhere
 
 
 def temporary(path: Path) -> Path:
@@ -30,17 +35,40 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_temporary(path: Path, parts: Iterable[memoryview]) -> int:
-    """Write `parts` under the temporary name of `path`; the open file, to be synced before it is renamed."""
+    """Write `parts` under the temporary name of `path`; the open file, to be synced before it is renamed.
+
+    Pages that lie as the disk wants them go there past the system's cache: copies in memory that nobody reads soon take
+    most of a processor, and the place of what is read.
+    """
     handle = os.open(temporary(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
+        offset = 0
         for part in parts:
-            at = 0
+            pages = len(part) - len(part) % PAGE
+            there = bool(pages) and offset % PAGE == 0 and np.frombuffer(part, np.uint8).ctypes.data % PAGE == 0
+            at = _write_directly(handle, part[:pages]) if there else 0
             while at < len(part):
                 at += os.write(handle, part[at : at + _AT_ONCE])
+            offset += len(part)
     except BaseException:
         os.close(handle)
         raise
     return handle
+
+
+def _write_directly(handle: int, pages: memoryview) -> int:
+    """Write `pages` past the system's cache; how many bytes of them the file system takes so, which may be none."""
+    flags, at = fcntl.fcntl(handle, fcntl.F_GETFL), 0
+    try:
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags | _DIRECT)
+        while at < len(pages):
+            at += os.write(handle, pages[at : at + _AT_ONCE])
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it knows no such thing, or wants other sizes
+            raise
+    finally:
+        fcntl.fcntl(handle, fcntl.F_SETFL, flags)
+    return at
 
 
 def _settle(handle: int) -> None:

@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from saelab.activations.durable import PAGE
 from saelab.errors import SaelabError
 
 FORMAT = "saelab activations"
@@ -65,7 +66,7 @@ class File(NamedTuple):
             }  # fmt: skip
             at = end
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % PAGE)
         return len(text).to_bytes(8, "little") + text
 
     def offset(self, column: str, n: int, token: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.durable import sync_folder, temporary, told, write_temporary, write_whole
+from saelab.activations.durable import PAGE, sync_folder, temporary, told, write_temporary, write_whole
 from saelab.activations.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, raw, sign, spans
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
@@ -130,19 +130,23 @@ class Shards:
         Raises what has gone wrong with those before.
         """
         if self._last is not None:
-            self._last.result()
+            with self._told():
+                self._last.result()
         self._last = self._threads[0].submit(self._hand_over, shard, position, self._last)
 
     def written(self) -> dict[str, Any] | None:
         """The last shard's entry in the manifest, once it is on the disk. Raises what has gone wrong."""
-        return None if self._last is None else self._last.result().result()
+        if self._last is None:
+            return None
+        with self._told():
+            return self._last.result().result()
 
     def _hand_over(
         self, shard: Shard, position: Mapping[str, Any] | None, before: "Future[Future[dict[str, Any]]] | None"
     ) -> "Future[dict[str, Any]]":
         handles: list[int] = []
         try:
-            with self._told(shard.name, shard.files, shard.tokens):
+            with self._whole(shard.name, shard.files, shard.tokens):
                 files = {}
                 for file, header, tensors in shard.contents():
                     digests = self._threads[1].submit(_digests, file, header, tensors, shard.identity["block_tokens"])
@@ -166,7 +170,7 @@ class Shards:
     def _finish(
         self, record: dict[str, Any], files: list[File], handles: list[int], position: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        with self._told(record["name"], files, record["tokens"]):
+        with self._whole(record["name"], files, record["tokens"]):
             try:
                 for handle in handles:
                     os.fsync(handle)
@@ -182,15 +186,32 @@ class Shards:
         return record
 
     @contextmanager
-    def _told(self, name: str, files: list[File], tokens: int) -> Iterator[None]:
-        """As `durable.told`; what was written of the shard is removed, for it is in the way where the disk is full."""
-        with told(self._folder, sum(file.size(tokens) for file in files)):
-            try:
-                yield
-            except BaseException:
-                for file in files:
-                    temporary(self._folder / file.path(name)).unlink(missing_ok=True)
-                raise
+    def _whole(self, name: str, files: list[File], tokens: int) -> Iterator[None]:
+        """What was written of a shard that cannot be finished is removed: it is in the way where the disk is full."""
+        try:
+            yield
+        except BaseException as error:
+            for file in files:
+                temporary(self._folder / file.path(name)).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _Unwritten(sum(file.size(tokens) for file in files)) from error
+            raise
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """As `durable.told`, once the shard behind the one that failed has been removed too, and its bytes are free."""
+        try:
+            yield
+        except _Unwritten as error:
+            with told(self._folder, error.size):
+                raise error.__cause__ or error from None
+
+
+class _Unwritten(Exception):
+    """A shard of `size` bytes could not be written; the cause says why."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
 def _digests(file: File, header: bytes, tensors: list[memoryview], block_tokens: int) -> dict[str, Any]:
@@ -217,4 +238,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _empty(column: Column, capacity: int) -> Tensor:
-    return torch.empty(column.shape(capacity), dtype=column.dtype)
+    """A tensor that begins with a page, for `write_temporary`."""
+    size = column.token_bytes * capacity
+    memory = torch.empty(size + PAGE, dtype=torch.uint8)
+    begin = -memory.data_ptr() % PAGE
+    return memory[begin : begin + size].view(column.dtype).view(column.shape(capacity))
