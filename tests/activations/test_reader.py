@@ -1,5 +1,8 @@
 """A cache is read completely, once per epoch, well shuffled, and again from any place in the same order."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelab.activations import reader
+from saelab.activations.layout import MANIFEST, Manifest, files_of, shard_name
 from saelab.activations.reader import Cache, Cursor, open_cache
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
@@ -166,3 +170,43 @@ def test_a_read_that_fails_is_told_when_its_tokens_are_due(tmp_path: Path) -> No
             for batch in shuffled:
                 seen += len(batch)
     assert cache.tokens > seen > cache.tokens * (n_groups - 1) / n_groups - 100
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from saelab.activations.reader import open_cache
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+cache = open_cache(sys.argv[1])
+print(status("VmHWM") - before, status("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
+def test_what_is_known_of_each_block_of_a_large_cache_takes_little_memory(tmp_path: Path) -> None:
+    """Some 26 MB for 5 * 10^8 tokens, 46 MB while it is opened; the files have their length and take no room."""
+    n, random = 130_560, np.random.default_rng(0)
+    facts = identity(sites={"made.up": 768}, dtype="bfloat16", context=256, block_tokens=1024, tokens=5 * 10**8)
+    shards = []
+    for index in range(-(-facts["tokens"] // n)):
+        name, entries = shard_name(0, index), {}
+        for file in files_of(facts):
+            path = tmp_path / file.path(name)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            os.truncate(path, file.size(n))
+            checksums = {"sha256": random.bytes(32).hex(), "blocks": random.bytes(8 * -(-n // 1024)).hex()}
+            entries[file.path(name)] = {"bytes": file.size(n), **checksums}
+        before = " ".join(map(str, random.integers(0, 50_000, 127)))  # half a row
+        start = {"before": before, "window": index // 40, "documents": index % 100, "rows": 3, "check": "0" * 32}
+        counts = {"tokens": n, "rows": 512, "skipped": 0, "first_row": 512 * index}
+        shards.append({"name": name, **counts, "start": start, "files": entries})
+    (tmp_path / MANIFEST).write_bytes(Manifest(facts, shards).to_bytes())
+    said = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak, kept = map(int, said.stdout.split())
+    assert 10e6 < kept < 40e6 and kept <= peak < 65e6, (peak, kept)
