@@ -220,5 +220,5 @@ def _smallest_first(keys: Tensor, n: int) -> None:
     """In place: the `n` smallest before all others, the largest of them last; on a CPU much faster than sorting."""
     if keys.device.type != "cpu":
         _sort(keys)
-    elif n < len(keys):
+    elif n <= len(keys):
         keys.numpy().partition(n - 1)

@@ -214,3 +214,13 @@ def test_an_autoencoder_with_thresholds_encodes_every_token_by_itself() -> None:
     near = ((sae.pre_activations(x) - found.threshold).abs() < 1e-5 * found.threshold).float()
     torch.testing.assert_close(together * (1 - near), alone * (1 - near), rtol=1e-5, atol=1e-5)
     assert (together > 0).any()
+
+
+def test_cutting_as_many_as_are_kept_forgets_none_that_counts() -> None:
+    """Where just as many entries are held as may be needed, the bound is the least of them, not the last to come."""
+    largest = thresholds._Largest(torch.tensor([2.0]), torch.empty(1, 1), 100)
+    largest.see(torch.tensor([[1.0], [2.0], [9.0]]))
+    largest._prune()
+    assert largest.bounds.item() == 1
+    largest.see(torch.tensor([[5.0]]))
+    assert [largest.at(torch.tensor([place])).item() for place in (1, 2, 3)] == [9, 5, 2]
