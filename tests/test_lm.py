@@ -1,7 +1,6 @@
 """Activations read from the Hugging Face modules are those of TransformerLens' bridge, on three architectures."""
 
 import copy
-import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 from saelab import lm as lm_module
 from saelab.errors import SaelabError, SettingError
 from saelab.lm import LanguageModel, ModelSettings, dtype_name, load_language_model, model_shape, resolve_device
-from saelab.pretrained import fingerprint
 from saelab.sites import hook
 from tests.tiny import ADDS_IN_PLACE, CONTEXT, KINDS, language_model, model_folder, random_rows
 
@@ -421,28 +419,3 @@ def test_a_model_that_cannot_be_had_is_one_message_within_five_seconds(
     with pytest.raises(SaelabError, match=r"the Hub cannot be reached .*hf download some/model"):
         load_language_model(ModelSettings("some/model"))
     assert time.monotonic() - begin < 5
-
-
-def test_a_models_fingerprint_is_of_its_content_wherever_it_lies(tmp_path: Path) -> None:
-    folder = model_folder("gpt2")
-    copied = Path(shutil.copytree(folder, tmp_path / "checkpoints" / "snapshots" / "last"))
-    assert fingerprint(copied) == fingerprint(folder)
-    weights = copied / "model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert fingerprint(copied) != fingerprint(folder)
-
-
-def test_a_models_fingerprint_takes_the_hubs_word_for_a_large_file(tmp_path: Path) -> None:
-    folder, cached = model_folder("gpt2"), tmp_path / "models--someone--model"
-    snapshot, blobs = cached / "snapshots" / "a94a8fe5", cached / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in folder.iterdir():  # as the Hub's client lays them: small files have another kind of name
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        blob = blobs / (digest if path.suffix == ".safetensors" else digest[:40])
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(blob)
-    assert fingerprint(snapshot) == fingerprint(folder)
-    (snapshot / "model.safetensors").resolve().write_bytes(b"never read")
-    assert fingerprint(snapshot) == fingerprint(folder)
