@@ -7,9 +7,9 @@ the link or the sidebar names, then runs the page. Text that is not ours is esca
 import sys
 from pathlib import Path
 
-import explorer_state as state
 import streamlit as st
-from explorer_html import STYLE
+from explorer import state
+from explorer.html import STYLE
 
 from saelab.errors import SaelabError
 

@@ -7,15 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saelab.activations.reader import open_cache
+    from saelab.activations.cache.reader import open_cache
     from saelab.analysis.fidelity import Fidelity, fidelity
-    from saelab.caching import cache
     from saelab.codes import Codes
-    from saelab.config import RunSettings, load_config
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
-    from saelab.lm import LanguageModel, ModelSettings, load_language_model
-    from saelab.run import evaluate, features, train
+    from saelab.lm.load import load_language_model
+    from saelab.lm.model import LanguageModel
+    from saelab.lm.settings import ModelSettings
+    from saelab.runs.cache import cache
+    from saelab.runs.config import RunSettings, load_config
+    from saelab.runs.stages import evaluate, index, train
     from saelab.sae.checkpoint import load, save_sae
     from saelab.sae.model import SparseAutoencoder
 
@@ -25,22 +27,22 @@ _HOME = {
     "Codes": "saelab.codes",
     "CorpusSettings": "saelab.corpus",
     "Fidelity": "saelab.analysis.fidelity",
-    "LanguageModel": "saelab.lm",
-    "ModelSettings": "saelab.lm",
-    "RunSettings": "saelab.config",
+    "LanguageModel": "saelab.lm.model",
+    "ModelSettings": "saelab.lm.settings",
+    "RunSettings": "saelab.runs.config",
     "SaelabError": "saelab.errors",
     "SparseAutoencoder": "saelab.sae.model",
-    "cache": "saelab.caching",
-    "evaluate": "saelab.run",
-    "features": "saelab.features",  # the package itself, which can be called
+    "cache": "saelab.runs.cache",
+    "evaluate": "saelab.runs.stages",
     "fidelity": "saelab.analysis.fidelity",
+    "index": "saelab.runs.stages",
     "load": "saelab.sae.checkpoint",
-    "load_config": "saelab.config",
-    "load_language_model": "saelab.lm",
-    "open_cache": "saelab.activations.reader",
+    "load_config": "saelab.runs.config",
+    "load_language_model": "saelab.lm.load",
+    "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
     "save_sae": "saelab.sae.checkpoint",
-    "train": "saelab.run",
+    "train": "saelab.runs.stages",
 }
 
 __all__ = [
@@ -54,8 +56,8 @@ __all__ = [
     "SparseAutoencoder",
     "cache",
     "evaluate",
-    "features",
     "fidelity",
+    "index",
     "load",
     "load_config",
     "load_language_model",
@@ -69,8 +71,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'saelab' has no attribute {name!r}")
-    module = import_module(_HOME[name])
-    return module if name == "features" else getattr(module, name)
+    return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -43,9 +43,10 @@ def demo(
 
     Example: saelab demo --no-app
     """
-    from saelab import progress, run
+    from saelab import progress
+    from saelab.runs import stages
 
-    folder = run.demo("quickstart", overrides or [], force=force, track=progress.bar, say=_say)
+    folder = stages.demo("quickstart", overrides or [], force=force, track=progress.bar, say=_say)
     _print_evaluation(folder)
     if app:
         _serve([folder], port)
@@ -58,9 +59,10 @@ def train(config: Annotated[str, typer.Argument(help="a YAML file, or the name o
 
     Example: saelab train quickstart sae.k=64 out=runs/k64
     """
-    from saelab import progress, run
+    from saelab import progress
+    from saelab.runs import stages
 
-    folder = run.train(config, overrides or [], force=force, track=progress.bar, say=_say)
+    folder = stages.train(config, overrides or [], force=force, track=progress.bar, say=_say)
     typer.echo(folder)
 
 
@@ -79,7 +81,8 @@ def cache(
 
     Example: saelab cache quickstart --out caches/quickstart --tokens 1e6
     """
-    from saelab import caching, progress
+    from saelab import progress
+    from saelab.runs import cache as caching
 
     if out is None:
         raise SaelabError("--out: which folder? For example: saelab cache quickstart --out caches/quickstart")
@@ -114,8 +117,8 @@ def plan(
     """
     from rich.console import Console
 
-    from saelab.job import settings_of
-    from saelab.plan import plan_cache, plan_training
+    from saelab.runs.job import settings_of
+    from saelab.runs.plan import plan_cache, plan_training
 
     settings = settings_of(config, overrides or [])
     plans = (plan_training(settings), plan_cache(settings, out, int(tokens or settings.training.tokens)))
@@ -132,26 +135,33 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], override
     Example: saelab eval runs/quickstart eval.ce_tokens=200e3
     """
     from saelab import progress
-    from saelab.run import evaluate as stage
+    from saelab.runs.stages import evaluate as stage
 
     stage(run, overrides or [], track=progress.bar, say=_say)
     _print_evaluation(run)
 
 
 @app.command()
-def features(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
+def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
     """Write a run's feature database from held-out text: densities, top contexts, logits, neighbours.
 
-    Example: saelab features runs/quickstart features.tokens=1e6
+    Example: saelab index runs/quickstart features.tokens=1e6
     """
     from saelab import progress
-    from saelab.run import features as stage
+    from saelab.runs.stages import index as stage
 
     summary = stage(run, overrides or [], track=progress.bar, say=_say)
     typer.echo(
         f"{summary['n_features']:,} features on {summary['n_tokens']:,} held-out tokens, {summary['never_active']:,} "
         f"never active; tables in {run / 'features'}"
     )
+
+
+@app.command(hidden=True)
+def features(run: Path, overrides: _Overrides = None) -> None:
+    """The name of `saelab index` in earlier versions; it goes with the next release."""
+    _say("note: `saelab features` is now `saelab index`; the old name goes with the next release")
+    index(run, overrides)
 
 
 @app.command(name="app")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from saelab import CorpusSettings, ModelSettings, load_language_model, open_cache, open_corpus
-from saelab.activations.durable import alone
-from saelab.activations.layout import BLOCK_TOKENS
+from saelab.activations.cache.layout import BLOCK_TOKENS
+from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass, provenance, run_model
-from saelab.activations.writer import begin, finish, write_lane
+from saelab.files import alone
 from saelab.progress import bar
 
 OUT = Path("caches/script")
@@ -24,7 +24,7 @@ SITES, CONTEXT, TOKENS, SEED = ["blocks.1.hook_resid_post", "blocks.2.hook_resid
 def main() -> None:
     lm = load_language_model(ModelSettings("demo"), device="auto")
     corpus = open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT)
-    identity = {  # what the cache is of; all of it is compared when writing goes on (saelab/activations/FORMAT.md)
+    identity = {  # what the cache is of; all of it is compared when writing goes on (the cache's FORMAT.md)
         "model": lm.name, **provenance(lm, corpus), "sites": {site: lm.width(site) for site in SITES},
         "dtype": "bfloat16", "gradients": False, "seed": SEED, "rows_per_forward": 32, "passes_per_shard": 16,
         "block_tokens": BLOCK_TOKENS, "lanes": 1, "nonfinite": "error", "tokens": TOKENS,

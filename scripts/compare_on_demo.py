@@ -27,12 +27,13 @@ from saelab import CorpusSettings, ModelSettings, SparseAutoencoder, fidelity, l
 from saelab.activations.stream import read_activations
 from saelab.analysis.fidelity import Fidelity
 from saelab.corpus import Corpus
-from saelab.lm import LanguageModel
+from saelab.lm.model import LanguageModel
 from saelab.progress import bar
-from saelab.sae.capacity import ZipfFit, expected_densities, fit_zipf
+from saelab.sae.allocation.capacity import ZipfFit, expected_densities, fit_zipf
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.sae.thresholds import calibrate
-from saelab.training.trainer import TrainingSettings, train
+from saelab.training.settings import TrainingSettings
+from saelab.training.trainer import train
 
 SITE, CONTEXT = "blocks.2.hook_resid_post", 256
 HELD_OUT, CE_TOKENS, CALIBRATION = 300_000, 32_768, 80_000

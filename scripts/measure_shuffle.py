@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from saelab import open_cache
-from saelab.activations.layout import BLOCK_TOKENS
-from saelab.activations.reader import Cache
+from saelab.activations.cache.layout import BLOCK_TOKENS
+from saelab.activations.cache.reader import Cache
+from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass
-from saelab.activations.writer import begin, finish, write_lane
 
 CONTEXT, TOKENS, BATCH, SITE = 256, 5_000_000, 2048, "made.up"
 IDENTITY = {

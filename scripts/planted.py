@@ -23,7 +23,7 @@ import torch
 
 from saelab.analysis.planted import Scores, draw, learn, plant, random_dictionary, score, set_l0
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
-from saelab.training.trainer import TrainingSettings
+from saelab.training.settings import TrainingSettings
 
 N_TRUE, EXPONENT, SHIFT, BATCH = 512, 1.0, 10.0, 512
 CALIBRATION, HELD_OUT = 32_768, 131_072

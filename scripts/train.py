@@ -19,10 +19,12 @@ from saelab import (
     save_sae,
 )
 from saelab.activations.stream import read_activations, shuffled_batches
-from saelab.features.index import FeatureSettings, build_features
+from saelab.features.index import build_features
+from saelab.features.settings import FeatureSettings
 from saelab.progress import bar
 from saelab.sae.settings import SaeSettings
-from saelab.training.trainer import TrainingSettings, train
+from saelab.training.settings import TrainingSettings
+from saelab.training.trainer import train
 
 OUT = Path("runs/script")
 SITE, CONTEXT, SEED = "blocks.2.hook_resid_post", 256, 0

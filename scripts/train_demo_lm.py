@@ -1,7 +1,7 @@
 """Train the demo language model (saelab/demo): a 4-layer Llama of 4.5 M parameters on the Python standard library.
 
 Needs torch >= 2.9, transformers, tokenizers and safetensors; the text comes from the interpreter that runs it, or from
-`--corpus DIR`, another copy of the library. Rows are packed exactly as SAEs will see them (saelab.packing). Muon
+`--corpus DIR`, another copy of the library. Rows are packed exactly as SAEs will see them (saelab.corpus.packing). Muon
 for the hidden matrices, AdamW for embeddings and norms; the learning rate rises, stays, and falls linearly to zero over
 the last `--decay` of the tokens. Run it again with the same `--work` folder and it goes on from its last checkpoint.
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saelab.corpus.packing import pack
 from saelab.demo.stdlib import StdlibText, read_stdlib
-from saelab.packing import pack
 
 VOCAB, CONTEXT, SPECIAL = 4096, 256, "<|endoftext|>"
 SAMPLE_ROWS = 64

@@ -34,7 +34,7 @@ def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
-    for command in ("demo", "train", "cache", "plan", "eval", "features", "app"):
+    for command in ("demo", "train", "cache", "plan", "eval", "index", "app"):
         assert command in top.stdout
         assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
 
@@ -58,7 +58,7 @@ def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
         (["cache", "quickstart", "--out", "new", "cache.sites=[blocks.9.hook_resid_post]"], "blocks.9.hook_resid_post"),
         (["train", "quickstart", "activations.cache=new"], "new: no activation cache"),
         (["eval", "."], "not a run folder"),
-        (["features", "runs"], "not a run folder"),
+        (["index", "runs"], "not a run folder"),
         (["app", "missing"], "no such folder"),
     ],
 )
@@ -106,3 +106,9 @@ def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 120
     taken = saelab("train", "quickstart", *small, cwd=tmp_path)
     assert taken.returncode == 2 and "--force" in taken.stderr
+
+
+def test_the_old_name_of_index_still_works_and_says_so(tmp_path: Path) -> None:
+    result = saelab("features", "runs", cwd=tmp_path)
+    assert result.returncode == 2 and "`saelab features` is now `saelab index`" in result.stderr
+    assert "not a run folder" in result.stderr

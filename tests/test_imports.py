@@ -23,23 +23,19 @@ def test_the_numerical_core_needs_torch_numpy_and_safetensors_alone() -> None:
 
 
 def test_transformer_lens_comes_with_a_model_only() -> None:
-    found = loaded("import saelab.run, saelab.cli, saelab.lm")
+    found = loaded("import saelab.runs.stages, saelab.cli, saelab.lm.model")
     assert "transformer_lens" not in found and "transformers" not in found
 
 
-@pytest.mark.parametrize("name", ["load", "train", "fidelity", "features", "evaluate", "Codes", "open_corpus"])
+@pytest.mark.parametrize("name", ["load", "train", "fidelity", "index", "evaluate", "Codes", "open_corpus"])
 def test_public_names_are_there(name: str) -> None:
     import saelab
 
     assert callable(getattr(saelab, name)) and name in dir(saelab)
 
 
-def test_features_stays_callable_once_its_modules_are_imported(tmp_path) -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     import saelab
-    import saelab.features.query
-    from saelab.errors import SaelabError
 
-    with pytest.raises(SaelabError, match="not a run folder"):
-        saelab.features(tmp_path)
     with pytest.raises(AttributeError):
         saelab.no_such_name  # noqa: B018

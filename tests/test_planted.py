@@ -28,7 +28,7 @@ from saelab.analysis.planted import (
     set_l0,
 )
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
-from saelab.training.trainer import TrainingSettings
+from saelab.training.settings import TrainingSettings
 
 D, N_TRUE, K, TOKENS = 32, 64, 3, 60_000
 

@@ -91,7 +91,8 @@ def test_the_readmes_code_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_the_demo_model_is_trained_resumed_and_written_as_a_hugging_face_folder(tmp_path: Path) -> None:
-    from saelab.lm import ModelSettings, load_language_model
+    from saelab.lm.load import load_language_model
+    from saelab.lm.settings import ModelSettings
 
     library, out = tmp_path / "library", tmp_path / "model"
     for package in ("json", "email", "unittest"):

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from saelab.lm import LanguageModel, ModelSettings, load_language_model
+from saelab.lm.load import load_language_model
+from saelab.lm.model import LanguageModel
+from saelab.lm.settings import ModelSettings
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",

@@ -2,15 +2,13 @@
 
 import random
 
-import explorer_charts as charts
-import explorer_html as html
-import explorer_state as state
 import numpy as np
 import pandas as pd
 import streamlit as st
+from explorer import charts, html, state
 
-from saelab.features import query
-from saelab.features.query import Feature, Summary
+from saelab.features import database
+from saelab.features.database import Feature, Summary
 
 NEIGHBOUR_TOKENS = 4
 
@@ -81,7 +79,7 @@ def draw_neighbours(feature: Feature, table: pd.DataFrame) -> None:
 
 
 def draw_contexts(feature: Feature) -> None:
-    found = state.read(query.contexts, feature.index)
+    found = state.read(database.contexts, feature.index)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.subheader(f"Top {len(found)} contexts", anchor=False, width="stretch")
         breaks = st.toggle("Line breaks", key="line_breaks", help="show the text with its line breaks and indents")
@@ -89,11 +87,11 @@ def draw_contexts(feature: Feature) -> None:
 
 
 def page() -> None:
-    table = state.read(query.feature_table)
-    whole = state.read(query.summary)
+    table = state.read(database.feature_table)
+    whole = state.read(database.summary)
     active = table["feature"].to_numpy()[table["n_active"].to_numpy() > 0]
     index = state.current_feature(len(table), otherwise=int(active[0]) if len(active) else 0)
-    feature = state.read(query.feature, index)
+    feature = state.read(database.feature, index)
     draw_header(index, len(table), active)
     st.caption(state.plain(f"{whole.site} of the model {whole.model}, {len(table):,} features"))
     if feature.never_active:

@@ -1,13 +1,12 @@
 """The table of a run's features: search it, sort it, and open one by clicking on its line."""
 
-import explorer_charts as charts
-import explorer_state as state
 import pandas as pd
 import streamlit as st
-from explorer_html import typed, visible
-from explorer_state import IN_CONTEXTS, IN_TOKENS, LOWEST_DENSITY
+from explorer import charts, state
+from explorer.html import typed, visible
+from explorer.state import IN_CONTEXTS, IN_TOKENS, LOWEST_DENSITY
 
-from saelab.features import query
+from saelab.features import database
 
 
 def filtered(table: pd.DataFrame, never_active: int) -> pd.DataFrame:
@@ -31,9 +30,9 @@ def filtered(table: pd.DataFrame, never_active: int) -> pd.DataFrame:
     keep = pd.Series(True, index=table.index)
     if text.strip():
         if where == IN_CONTEXTS:
-            keep &= table["feature"].isin(state.read(query.search_contexts, typed(text)).tolist())
+            keep &= table["feature"].isin(state.read(database.search_contexts, typed(text)).tolist())
         else:
-            keep &= query.search_tokens(table, typed(text))
+            keep &= database.search_tokens(table, typed(text))
     active = table["n_active"] > 0
     # The slider's ends mean no limit.
     above = 10**low if low > LOWEST_DENSITY else 0.0
@@ -76,10 +75,10 @@ def draw_table(lines: pd.DataFrame) -> None:
 
 
 def page() -> None:
-    table = state.read(query.feature_table)
-    whole = state.read(query.summary)
+    table = state.read(database.feature_table)
+    whole = state.read(database.summary)
     st.header("Features", anchor=False)
-    edges, counts = query.density_histogram(table)
+    edges, counts = database.density_histogram(table)
     middles = (edges[:-1] + edges[1:]) / 2
     figure = charts.bars(middles, counts, edges[1] - edges[0], "density, log10 of the fraction of tokens", "features")
     charts.draw(figure, "densities", "Histogram of the features' densities")

@@ -1,11 +1,10 @@
 """A run as a whole: how well it reconstructs, how training went, and its settings."""
 
-import explorer_charts as charts
-import explorer_state as state
 import streamlit as st
-from explorer_html import facts_html, number
+from explorer import charts, state
+from explorer.html import facts_html, number
 
-from saelab.features import query
+from saelab.features import database
 
 # What eval.json may hold, in the order to read it: (name, title, unit, definition).
 FIGURES = [
@@ -61,7 +60,7 @@ def shown(value: object) -> str:
 
 def draw_evaluation() -> None:
     st.subheader("Evaluation", anchor=False)
-    found = state.read(query.evaluation)
+    found = state.read(database.evaluation)
     if found is None:
         st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` does it.")
         return
@@ -77,7 +76,7 @@ def draw_evaluation() -> None:
 
 def draw_training() -> None:
     st.subheader("Training", anchor=False)
-    metrics = state.read(query.metrics)
+    metrics = state.read(database.metrics)
     x = next((name for name in ("tokens", "step") if name in metrics), None)
     if x is None:
         st.info("No training metrics were logged.")
@@ -95,16 +94,16 @@ def page() -> None:
     run = state.current_run()
     st.header(state.plain(st.session_state["run_name"]), anchor=False)
     if run.has_features:
-        whole = state.read(query.summary)
+        whole = state.read(database.summary)
         st.caption(
             state.plain(f"{whole.n_features:,} features of {whole.site} ({whole.d_in} wide) of the model {whole.model}")
         )
     else:
-        st.info(f"No features yet. `saelab features {state.code(str(run.path))}` makes them.")
+        st.info(f"No features yet. `saelab index {state.code(str(run.path))}` makes them.")
     draw_evaluation()
     draw_training()
     with st.expander("Settings, as resolved (config.yaml)"):
-        st.code(state.read(query.settings_text), language="yaml")
+        st.code(state.read(database.settings_text), language="yaml")
 
 
 page()

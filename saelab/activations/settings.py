@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from saelab.errors import SettingError
-from saelab.lm import dtype_name
+from saelab.lm.settings import dtype_name
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
-from saelab.lm import LanguageModel
+from saelab.lm.model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.settings import EvalSettings
 from saelab.codes import Codes
-from saelab.errors import SaelabError, SettingError
-from saelab.lm import LanguageModel
+from saelab.errors import SaelabError
+from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 
 if TYPE_CHECKING:
@@ -43,21 +44,6 @@ INFERENCE = "inference"
 ORACLE = "oracle: sees the next token"
 MIN_DEAD_TOKENS = 300_000
 """Fewer held-out tokens than this say little about rare features; results say so."""
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    tokens: int = 300_000
-    """Held-out tokens for FVU, L0, cosine and never-active features; at least 300 k for a figure to report."""
-    ce_tokens: int = 65_536
-    """Of those, the tokens for CE and KL, which take four full runs of the model."""
-    rows_per_forward: int = 16
-    """Rows in one forward pass."""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "ce_tokens", "rows_per_forward"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
 
 
 class Autoencoder(Protocol):

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.sae.capacity import expected_densities, ranks
+from saelab.sae.allocation.capacity import expected_densities, ranks
 from saelab.sae.losses import under_used
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import calibrate
-from saelab.training.trainer import TrainingSettings, train
+from saelab.training.settings import TrainingSettings
+from saelab.training.trainer import train
 
 _BLOCK = 4096
 """Tokens drawn or encoded at a time."""

@@ -32,7 +32,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from saelab.bench.peer_step import Enough, Source
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
-from saelab.training.trainer import TrainingSettings, train
+from saelab.training.settings import TrainingSettings
+from saelab.training.trainer import train
 
 STAGES = ("encoder matmul", "selection", "decode", "backward", "optimiser")
 PRECISIONS = {"fp32": "float32", "bf16_selection": "bfloat16"}

@@ -4,7 +4,7 @@
 
 prints one line of JSON. What is measured:
 
-caching       `saelab.caching.cache` on the demo model and text, bfloat16 on disk; loading and the first passes left out
+caching       `saelab.cache` on the demo model and text, bfloat16 on disk; loading and the first passes left out
 model         a bare Hugging Face model on the same rows: sdpa, no_grad, a forward hook that raises at the same layer
 end_to_end    as caching, but for float32 on disk, and from the first row to the finished cache
 write         the writer on activations that are there already; the cache stays in the folder
@@ -30,10 +30,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from saelab.activations.layout import BLOCK_TOKENS, files_of
-from saelab.activations.reader import Shuffled, open_cache
+from saelab.activations.cache.layout import BLOCK_TOKENS, files_of
+from saelab.activations.cache.reader import Shuffled, open_cache
+from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass
-from saelab.activations.writer import begin, finish, write_lane
 
 CONFIG = "quickstart"
 """Model, text and site of `caching`, `model` and `end_to_end`: the demo's."""
@@ -201,7 +201,7 @@ def end_to_end(folder: Path, tokens: int) -> dict[str, float]:
 
 def _times_of_caching(folder: Path, tokens: int, dtype: str) -> list[float]:
     """When caching began, when each pass was taken in, and when the cache was whole."""
-    from saelab.caching import cache  # transformers and all that: several seconds that other measurements do without
+    from saelab.runs.cache import cache  # transformers and all that: several seconds that other measurements do without
 
     times: list[float] = []
 
@@ -221,7 +221,7 @@ def model(passes: int, warmup: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from saelab.demo import MODEL
-    from saelab.job import Job, settings_of
+    from saelab.runs.job import Job, settings_of
 
     job = Job(settings_of(CONFIG))
     rows = np.stack(list(islice(job.corpus.train_rows(seed=job.settings.seed), ROWS * (passes + warmup))))

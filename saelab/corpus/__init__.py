@@ -3,6 +3,6 @@ read local files and the Hugging Face Hub, encoder.py tokenises, rows.py draws t
 and goes on from where it was."""
 
 from saelab.corpus.rows import Corpus, open_corpus
-from saelab.corpus.sources import CorpusSettings
+from saelab.corpus.settings import CorpusSettings
 
 __all__ = ["Corpus", "CorpusSettings", "open_corpus"]

@@ -16,9 +16,10 @@ import numpy as np
 
 from saelab.corpus.documents import Cursor, Document, Lane, Source
 from saelab.corpus.encoder import Encoder
-from saelab.corpus.sources import CorpusSettings, open_source
+from saelab.corpus.packing import pack_document
+from saelab.corpus.settings import CorpusSettings
+from saelab.corpus.sources import open_source
 from saelab.errors import SaelabError, SettingError
-from saelab.packing import pack_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -24,13 +24,13 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 from saelab.corpus.documents import Document, Source, in_drawn_order, part_of, source_of_tasks
 from saelab.corpus.files import row_tasks, saved_dataset_tasks, text_parts
-from saelab.errors import SaelabError, SettingError, did_you_mean
+from saelab.corpus.settings import CorpusSettings
+from saelab.errors import SaelabError, did_you_mean
 
 TEXT = frozenset(
     "." + name
@@ -55,45 +55,6 @@ SAMPLED = 1 << 16
 """Bytes at the beginning, middle and end of a file that are the sample."""
 _SUFFIXES = frozenset().union(*_KINDS)
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """Which text to read."""
-
-    source: str = "demo"
-    """``demo``, a local folder or file (text, JSON Lines, JSON, Parquet, CSV), or the id of a Hub dataset."""
-    text_column: str | None = None
-    """Column of a dataset that holds the text or token ids. Default: ``text``, else token ids in ``input_ids`` or
-    ``tokens``."""
-    split: str = "train"
-    """Which split of a dataset that has several: on the Hub, or saved as a DatasetDict."""
-    subset: str | None = None
-    """Which configuration of a Hub dataset that has several."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub dataset; default: what it is now. A cache of it can be continued, and trained on,
-    as long as that is the same commit."""
-    held_out: float = 0.05
-    """Share of the documents that is never trained on, at least one of them. The demo has a split of its own."""
-    min_tokens: int = 0
-    """Documents of fewer tokens (EOS not counted) are left out, of training and held-out text alike; not for corpora of
-    token ids. A document is a row of a dataset, a file of a folder, or a piece of a long text file."""
-    max_tokens: int | None = None
-    """Documents of more tokens are left out likewise. Default: no limit."""
-
-    def __post_init__(self) -> None:
-        for name in ("source", "text_column", "split", "subset", "revision"):
-            if getattr(self, name) == "":
-                raise SettingError(f"{name}: is empty")
-        if not 0 < self.held_out < 1:
-            raise SettingError(
-                f"held_out: {self.held_out} is not between 0 and 1; evaluation needs some text of its own"
-            )
-        if self.min_tokens < 0:
-            raise SettingError(f"min_tokens: {self.min_tokens} is negative; 0 leaves no document out")
-        if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
-            least = "min_tokens" if self.min_tokens > 1 else "1"
-            raise SettingError(f"max_tokens: {self.max_tokens} is less than {least}; every document would be left out")
 
 
 def open_source(settings: CorpusSettings) -> Source:

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saelab.errors import SaelabError, SettingError
-from saelab.lm import LanguageModel
+from saelab.errors import SaelabError
+from saelab.features.settings import FeatureSettings
+from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.sae.model import SparseAutoencoder
 
@@ -28,23 +29,6 @@ LIST_LENGTH = 10
 _RESIDUAL = re.compile(
     r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(mlp|attn)_out|hook_in|hook_out|(mlp|attn)\.hook_out)"
 )
-
-
-@dataclass(frozen=True)
-class FeatureSettings:
-    tokens: int = 300_000
-    """Held-out tokens the database is made from."""
-    contexts: int = 20
-    """Strongest contexts kept per feature, at most one per row of text."""
-    window: int = 32
-    """Tokens shown of each context."""
-    rows_per_forward: int = 32
-    """Rows in one forward pass."""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "contexts", "window", "rows_per_forward"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch.profiler import record_function
 from saelab.codes import Codes, concatenate
 from saelab.kernels import sddmm, spmm
 from saelab.sae.affinity import alignment, worth
-from saelab.sae.allocation import Rule, TokenChoice
+from saelab.sae.allocation.rules import Rule, TokenChoice
+from saelab.sae.allocation.selection import Encoder, Scratch, Wanted, pre_activations, select
 from saelab.sae.losses import auxiliary, batch_fvu
-from saelab.sae.selection import Encoder, Scratch, Wanted, pre_activations, select
 
 MULTI_FACTOR = 4
 """Multi-TopK reconstructs once more with so many times the budget (Gao et al. 2024, app. B)."""

@@ -7,8 +7,8 @@ fitted, does the host read the densities.
 import torch
 from torch import Tensor
 
-from saelab.sae.allocation import FeatureChoice, MutualChoice, Rule, TokenChoice
-from saelab.sae.capacity import draw_capacities, expected_densities, fit_zipf, ranks, zipf_capacities
+from saelab.sae.allocation.capacity import draw_capacities, expected_densities, fit_zipf, ranks, zipf_capacities
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
 from saelab.sae.losses import under_used
 from saelab.sae.settings import SaeSettings
 

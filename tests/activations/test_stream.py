@@ -7,7 +7,7 @@ import torch
 from saelab.activations.settings import StreamSettings
 from saelab.activations.stream import ActivationBatch, read_activations, shuffled_batches
 from saelab.errors import SaelabError, SettingError
-from saelab.lm import LanguageModel
+from saelab.lm.model import LanguageModel
 from tests.tiny import CONTEXT, KINDS, language_model, random_rows
 
 SITE = "blocks.1.hook_resid_post"

@@ -1,12 +1,12 @@
 import re
 from html.parser import HTMLParser
 
-import explorer_html as html
 import pytest
+from explorer import html
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saelab.features.query import Context
+from saelab.features.database import Context
 from tests.app.synthetic_run import HOSTILE
 
 STYLE = re.compile(

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from saelab.features import query
+from saelab.features import database
 from tests.app.synthetic_run import HOSTILE, NEVER_ACTIVE, SCRIPT, write_features, write_run
 
 
@@ -71,7 +71,7 @@ def test_a_run_that_was_only_trained_says_what_comes_next(explorer, runs):
     app = explorer(runs, run="bare")
     texts = [element.value for element in app.info]
     assert any(f"`saelab eval {runs / 'bare'}`" in text for text in texts)
-    assert any(f"`saelab features {runs / 'bare'}`" in text for text in texts)
+    assert any(f"`saelab index {runs / 'bare'}`" in text for text in texts)
     assert len(app.get("plotly_chart")) == 7
 
 
@@ -87,21 +87,21 @@ def test_the_table_hides_never_active_features_until_asked_and_counts_them(explo
 
 
 def test_the_table_searches_tokens_and_context_text(explorer, runs):
-    whole = query.feature_table(runs / "whole")
+    whole = database.feature_table(runs / "whole")
     app = explorer(runs, page="features", run="whole")
     app.text_input(key="search").set_value("<SCRIPT>").run()
-    expected = whole["feature"][query.search_tokens(whole, "<script>") & (whole["n_active"] > 0)]
+    expected = whole["feature"][database.search_tokens(whole, "<script>") & (whole["n_active"] > 0)]
     assert table(app)["feature"].tolist() == expected.tolist() != []
     app.text_input(key="search").set_value("return self").run()
     assert not app.dataframe and app.info
     app.segmented_control(key="search_in").set_value("context text").run()
-    assert table(app)["feature"].tolist() == query.search_contexts(runs / "whole", "return self").tolist() != []
+    assert table(app)["feature"].tolist() == database.search_contexts(runs / "whole", "return self").tolist() != []
 
 
 def test_the_table_filters_by_density(explorer, runs):
     app = explorer(runs, page="features", run="whole")
     app.slider(key="density_range").set_value((-3.0, -2.0)).run()
-    densities = query.feature_table(runs / "whole")["density"]
+    densities = database.feature_table(runs / "whole")["density"]
     assert len(table(app)) == densities.between(1e-3, 1e-2).sum() > 0
     assert np.allclose(table(app)["density"] / 100, densities[densities.between(1e-3, 1e-2)])
 
@@ -123,7 +123,7 @@ def test_a_click_on_a_line_opens_its_feature_and_filters_stay(explorer, runs):
 
 def test_a_link_shows_its_feature(explorer, runs):
     app = explorer(runs, run="whole", feature="3")
-    feature = query.feature(runs / "whole", 3)
+    feature = database.feature(runs / "whole", 3)
     assert app.header[0].value == "Feature 3"
     assert app.metric[0].value == f"{100 * feature.density:.4f}%"
     assert app.metric[1].value == f"{feature.n_active:,} tokens"
@@ -204,7 +204,7 @@ def test_a_link_to_no_run_is_one_clear_message_that_names_the_runs(explorer, run
 
 @pytest.mark.parametrize("page", ["features", "feature"])
 def test_a_run_without_features_says_what_makes_them(explorer, runs, page):
-    assert f"`saelab features {runs / 'bare'}`" in message(explorer(runs, page=page, run="bare"))
+    assert f"`saelab index {runs / 'bare'}`" in message(explorer(runs, page=page, run="bare"))
 
 
 def test_no_runs_at_all(explorer, tmp_path, monkeypatch):
@@ -221,8 +221,8 @@ def test_a_missing_folder_beside_runs_is_told_and_the_runs_are_shown(explorer, r
 
 def test_a_damaged_file_is_one_message_that_names_it(explorer, tmp_path):
     run = write_run(tmp_path / "run")
-    (run / query.FEATURES).write_bytes(b"PAR1 no more")
-    assert str(run / query.FEATURES) in message(explorer(run, page="features"))
+    (run / database.FEATURES).write_bytes(b"PAR1 no more")
+    assert str(run / database.FEATURES) in message(explorer(run, page="features"))
     (run / "eval.json").write_text("[1, 2]")
     assert "eval.json" in message(explorer(run))
 
@@ -255,7 +255,7 @@ def test_a_run_that_changes_is_read_again(explorer, tmp_path):
     write_features(run, 40, np.random.default_rng(9))
     app.run()
     assert app.metric[0].value != before
-    assert app.metric[1].value == f"{query.feature(run, 2).n_active:,} tokens"
+    assert app.metric[1].value == f"{database.feature(run, 2).n_active:,} tokens"
     (run / "eval.json").write_text(json.dumps({"fvu": 0.9876}))
     app.switch_page("views/overview.py").run()
     assert "0.9876" in pages_html(app)
@@ -264,12 +264,12 @@ def test_a_run_that_changes_is_read_again(explorer, tmp_path):
 def test_lists_may_be_empty(explorer, tmp_path):
     """At sites whose output does not reach the logits by a sum, there is no logit lens."""
     run = write_run(tmp_path / "run")
-    found = pq.read_table(run / query.FEATURES)
+    found = pq.read_table(run / database.FEATURES)
     lines = [
         line | {key: [] for key in ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")}
         for line in found.to_pylist()
     ]
-    pq.write_table(type(found).from_pylist(lines, found.schema), run / query.FEATURES)
+    pq.write_table(type(found).from_pylist(lines, found.schema), run / database.FEATURES)
     app = explorer(run, run="run", feature="1")
     assert not app.error and pages_html(app).count('class="sl-context"') == 20
     assert any("does not reach the logits" in caption.value for caption in app.caption)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from saelab.activations.reader import open_cache
+from saelab.activations.cache.reader import open_cache
 from saelab.bench import cache, ours_cache, peer_cache, processes
 from saelab.bench.cache import PAIRS, Size
 from saelab.errors import SaelabError

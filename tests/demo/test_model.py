@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from saelab import demo
-from saelab.lm import LanguageModel, ModelSettings, load_language_model
+from saelab.lm.load import load_language_model
+from saelab.lm.model import LanguageModel
+from saelab.lm.settings import ModelSettings
 
 MEASURED = json.loads(demo.MEASURED.read_text(encoding="utf-8"))
 

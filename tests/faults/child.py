@@ -63,7 +63,7 @@ def kill_at(last: int | None) -> Callable[[int, str, tuple[Any, ...]], None]:
 
 def write(folder: str, facts: dict[str, Any], calls: int | None) -> int:
     """Write or continue the cache; how many calls that took."""
-    from tests.activations import made
+    from tests.activations.cache import made
 
     os.fsync = lambda handle: None  # what a killed process leaves does not depend on it, and it takes most of the time
     with counted(kill_at(calls)) as seen:
@@ -75,7 +75,7 @@ def write(folder: str, facts: dict[str, Any], calls: int | None) -> int:
 def main() -> None:
     import torch
 
-    import tests.activations.made  # noqa: F401  (before forking, once for all)
+    import tests.activations.cache.made  # noqa: F401  (before forking, once for all)
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from saelab.activations.layout import MANIFEST, UNFINISHED, Manifest, read_manifest
-from saelab.activations.reader import open_cache
-from saelab.activations.writer import check, rewrite
-from saelab.caching import cache as write_cache
+from saelab.activations.cache.layout import MANIFEST, UNFINISHED, Manifest, read_manifest
+from saelab.activations.cache.reader import open_cache
+from saelab.activations.cache.writer import check, rewrite
 from saelab.errors import SaelabError
-from tests.activations import made
+from saelab.runs.cache import cache as write_cache
+from tests.activations.cache import made
 from tests.faults.tools import (
     command,
     interrupt_after,

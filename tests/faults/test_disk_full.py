@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from saelab.activations.layout import MANIFEST, UNFINISHED
-from saelab.activations.reader import open_cache
+from saelab.activations.cache.layout import MANIFEST, UNFINISHED
+from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
-from tests.activations import made
+from tests.activations.cache import made
 from tests.faults.child import counted
 from tests.faults.tools import (
     command,

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from saelab.activations.layout import MANIFEST
-from saelab.activations.reader import open_cache
+from saelab.activations.cache.layout import MANIFEST
+from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
-from tests.activations.made import SITE, identity
+from tests.activations.cache.made import SITE, identity
 from tests.faults.tools import finished_files, finished_shards_are_whole, stamps, tree
 
 ROOT = Path(__file__).parents[2]

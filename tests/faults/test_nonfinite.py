@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saelab.activations.layout import UNFINISHED
-from saelab.activations.reader import Cache, open_cache
+from saelab.activations.cache.layout import UNFINISHED
+from saelab.activations.cache.reader import Cache, open_cache
 from saelab.activations.stream import ActivationBatch, Pass
 from saelab.errors import SaelabError
-from tests.activations import made
+from tests.activations.cache import made
 from tests.faults.tools import (
     command,
     finished_shards_are_whole,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from saelab.activations.layout import IDENTITY, UNFINISHED
-from saelab.activations.reader import open_cache
+from saelab.activations.cache.layout import IDENTITY, UNFINISHED
+from saelab.activations.cache.reader import open_cache
 from tests.faults.tools import finished_shards_are_whole, made_by_command, read_an_epoch, tree
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from saelab.activations.layout import UNFINISHED
-from saelab.activations.reader import open_cache
+from saelab.activations.cache.layout import UNFINISHED
+from saelab.activations.cache.reader import open_cache
 from saelab.activations.stream import Pass
-from tests.activations import made
+from tests.activations.cache import made
 from tests.tiny import CONTEXT, model_folder, text
 
 

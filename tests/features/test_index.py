@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from saelab.features.index import BINS, Activity, FeatureSettings, build_features, collect_activity, strongest_places
+from saelab.features.index import BINS, Activity, build_features, collect_activity, strongest_places
+from saelab.features.settings import FeatureSettings
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, language_model, random_rows
 

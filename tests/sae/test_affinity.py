@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saelab.sae.affinity import alignment, worth
-from saelab.sae.allocation import MutualChoice, Rule, TokenChoice
+from saelab.sae.allocation.rules import MutualChoice, Rule, TokenChoice
 from saelab.sae.model import SparseAutoencoder
 
 D, F, K, N = 8, 40, 4, 60

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.sae import selection
-from saelab.sae.allocation import FeatureChoice, MutualChoice, Rule, TokenChoice
+from saelab.sae.allocation import selection
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
+from saelab.sae.allocation.selection import Wanted
 from saelab.sae.model import SparseAutoencoder, TrainingPass, geometric_median
-from saelab.sae.selection import Wanted
 
 D, F, K, N = 6, 20, 4, 30
 TOKEN = TokenChoice(K)
@@ -206,9 +206,13 @@ def test_bfloat16_proposes_and_float32_decides() -> None:
     sae.initialise(x)
     uniform = FeatureChoice(torch.full((2048,), 2), 2 * 2048)
     for rule in (TokenChoice(16), MutualChoice(16), uniform):
-        exact, low = (sae.training_pass(x, rule, low=low).codes for low in (False, True))
-        assert torch.equal(exact.features, low.features) and torch.equal(exact.offsets, low.offsets)
-        torch.testing.assert_close(low.values, exact.values, rtol=1e-5, atol=1e-5)
+        exact, low = (sae.training_pass(x, rule, low=low).codes.to_dense() for low in (False, True))
+        both = (exact > 0) & (low > 0)
+        torch.testing.assert_close(low[both], exact[both], rtol=1e-5, atol=1e-5)
+        # Two sums in float32 may order entries whose scores differ by a rounding error either way; nothing else differs.
+        only_exact, only_low = exact[(exact > 0) & ~both], low[(low > 0) & ~both]
+        assert len(only_exact) == len(only_low) <= 2
+        torch.testing.assert_close(only_low.sort().values, only_exact.sort().values, rtol=1e-6, atol=0.0)
 
 
 def test_lifting_gives_silent_features_a_token_and_leaves_the_others_alone() -> None:

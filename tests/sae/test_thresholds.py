@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.sae import thresholds
-from saelab.sae.capacity import expected_densities
+from saelab.sae.allocation.capacity import expected_densities
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.thresholds import calibrate
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saelab.sae.allocation import FeatureChoice, MutualChoice, TokenChoice
-from saelab.sae.capacity import expected_densities
+from saelab.sae.allocation.capacity import expected_densities
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, TokenChoice
 from saelab.sae.losses import under_used
 from saelab.sae.settings import AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.budget import Budget, Usage, _runs

@@ -11,7 +11,8 @@ from saelab.errors import SaelabError, SettingError
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.optim import remove_parallel_gradient
-from saelab.training.trainer import MAX_DEAD_AFTER, TrainingSettings, learning_rate, train
+from saelab.training.settings import MAX_DEAD_AFTER, TrainingSettings
+from saelab.training.trainer import learning_rate, train
 
 D, TRUE = 16, 40
 

@@ -1,0 +1,169 @@
+"""The HTML that the explorer writes itself: contexts with shaded tokens, the logit lens, tables of facts.
+
+Tokens come from a corpus and are untrusted: every piece of text passes `escape`, quotes included, on its way into an
+element or an attribute, and none of it reaches Markdown. Numbers are formatted here and measured elsewhere.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from html import escape
+
+from saelab.features.database import Context
+
+# One hue, mixed with whatever background the theme has; at full strength text stays legible in light and dark.
+HUE = "255, 140, 0"
+OTHER_HUE = "80, 140, 230"  # for what a feature suppresses
+WEAKEST, STRONGEST = 0.12, 0.62
+
+STYLE = f"""<style>
+.stMainBlockContainer {{ padding-top: 4.2rem; padding-bottom: 3rem; }}
+.st-key-neighbours a {{ background: transparent; padding: 0 .3rem; min-height: 0; }}
+.st-key-neighbours a p {{ color: rgb(200, 110, 10); font-variant-numeric: tabular-nums; }}
+.sl-context {{ display: grid; grid-template-columns: 3.4rem minmax(0, 1fr) 8.5rem; gap: 0 1rem; align-items: baseline;
+  padding: .3rem 0; border-top: 1px solid rgba(128, 128, 128, .2); }}
+.sl-text, .sl-bar {{ font-family: "Source Code Pro", ui-monospace, Menlo, Consolas, monospace; font-size: .84rem; }}
+.sl-text {{ line-height: 1.75; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }}
+.sl-token {{ border-radius: .2rem; padding: .1rem 0; cursor: default; unicode-bidi: isolate; }}
+.sl-token:hover {{ box-shadow: 0 0 0 1px rgba(128, 128, 128, .9); }}
+.sl-peak {{ font-weight: 700; box-shadow: 0 0 0 1px rgba({HUE}, .95); }}
+.sl-mark {{ opacity: .45; font-weight: 400; }}
+.sl-token[style] .sl-mark {{ opacity: .8; }}
+.sl-dim {{ opacity: .62; font-size: .78rem; }}
+.sl-value {{ text-align: right; font-variant-numeric: tabular-nums; font-size: .84rem; }}
+.sl-lens {{ display: grid; grid-template-columns: minmax(0, 1fr) 3.2rem; gap: .14rem .6rem; align-items: center; }}
+.sl-bar {{ border-radius: .2rem; padding: .06rem .4rem; white-space: pre; overflow: hidden; text-overflow: ellipsis; }}
+.sl-facts {{ width: 100%; border-collapse: collapse; font-size: .9rem; }}
+.sl-facts td, .sl-facts th {{ padding: .3rem 1.2rem .3rem 0; text-align: left; vertical-align: baseline; border: 0;
+  border-bottom: 1px solid rgba(128, 128, 128, .2); }}
+.sl-facts th {{ font-weight: 400; opacity: .62; font-size: .78rem; }}
+.sl-facts td.sl-value {{ text-align: right; white-space: nowrap; font-weight: 600; font-size: .9rem; }}
+.sl-scale {{ display: inline-block; width: 6rem; height: .7rem; border-radius: .2rem; vertical-align: middle;
+  background: linear-gradient(90deg, rgba({HUE}, {WEAKEST}), rgba({HUE}, {STRONGEST})); }}
+</style>"""
+
+_MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+_WHITESPACE = re.compile(r"[\n\r\t]| {2,}")
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp")  # categories of Unicode
+_PRINTED = " \u200d"  # of those: the space, and what holds together an emoji of several characters
+
+
+@lru_cache(maxsize=100_000)  # a table shows the same few thousand tokens again and again
+def visible(token: str) -> str:
+    """A token on its own, as plain text that shows its white space: "␣def", "↵", "␣×8", and "∅" for an empty one."""
+    text = "".join(shown for shown, _ in _pieces(token))
+    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    if before == len(text):
+        return "␣" * before or "∅"
+    return "␣" * before + text.strip(" ") + "␣" * after
+
+
+def typed(text: str) -> str:
+    """What a reader means who types or pastes the marks that `visible` shows: "↵" is a line break again."""
+    text = re.sub(r"␣×(\d{1,3})", lambda match: " " * int(match[1]), text).replace("␣", " ")
+    for character, mark in _MARKS.items():
+        text = text.replace(mark, character)
+    return text
+
+
+def number(value: float) -> str:
+    """Three significant digits: "12.3", "0.0450", "1,234", "0"."""
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def shading(share: float) -> str:
+    """The colour behind an activation that is this share, 0 to 1, of the strongest; "" where there is none."""
+    if not share > 0:  # nan too
+        return ""
+    return f"rgba({HUE}, {WEAKEST + (STRONGEST - WEAKEST) * min(1.0, share):.2f})"
+
+
+def token_html(token: str, activation: float, strongest: float, *, peak: bool = False, breaks: bool = False) -> str:
+    """A token of a context, shaded by its activation; hovering shows both. `breaks` keeps line breaks and indents."""
+    colour = shading(activation / strongest if strongest > 0 else 0.0)
+    style = f' style="background: {colour}"' if colour else ""
+    hover = f"{visible(token)}   {number(activation) if activation else 'not active'}"
+    pieces = _pieces(token, breaks) or [("∅", True)]
+    inner = "".join(f'<span class="sl-mark">{escape(text)}</span>' if mark else escape(text) for text, mark in pieces)
+    return f'<span class="sl-token{" sl-peak" if peak else ""}" title="{escape(hover)}"{style}>{inner}</span>'
+
+
+def contexts_html(contexts: Iterable[Context], strongest: float, *, breaks: bool = False) -> str:
+    """Contexts under each other: the activation at the peak, the text, and where it is. `strongest` is full shading."""
+    return "".join(
+        f'<div class="sl-context"><span class="sl-value">{number(context.activation)}</span><span class="sl-text">'
+        + "".join(
+            token_html(token, activation, strongest, peak=i == context.peak, breaks=breaks)
+            for i, (token, activation) in enumerate(zip(context.tokens, context.activations, strict=True))
+        )
+        + f'</span><span class="sl-dim">row {context.row}, token {context.position}</span></div>'
+        for context in contexts
+    )
+
+
+def scale_html(strongest: float) -> str:
+    """What the shading means."""
+    return (
+        f'<span class="sl-dim">activation 0 <span class="sl-scale"></span> {number(strongest)}, the strongest; '
+        "framed: the peak; hover over a token for its value</span>"
+    )
+
+
+def logits_html(pairs: Sequence[tuple[str, float]]) -> str:
+    """Tokens and their logits under each other, each behind a bar as long as the logit is large."""
+    longest = max((abs(value) for _, value in pairs), default=0.0) or 1.0
+    lines = []
+    for token, value in pairs:
+        share, hue = 100 * abs(value) / longest, HUE if value > 0 else OTHER_HUE
+        bar = f"linear-gradient(90deg, rgba({hue}, .38) {share:.0f}%, rgba({hue}, .07) {share:.0f}%)"
+        text = escape(visible(token))
+        lines.append(f'<span class="sl-bar" style="background: {bar}" title="{text}">{text}</span>')
+        lines.append(f'<span class="sl-value">{value:+.2f}</span>')
+    return f'<div class="sl-lens">{"".join(lines)}</div>'
+
+
+def facts_html(rows: Iterable[tuple[str, str, str, str]]) -> str:
+    """A table of (quantity, value, unit, definition)."""
+    lines = "".join(
+        f'<tr><td>{escape(name)}</td><td class="sl-value">{escape(value)}</td><td class="sl-dim">{escape(unit)}</td>'
+        f'<td class="sl-dim">{escape(meaning)}</td></tr>'
+        for name, value, unit, meaning in rows
+    )
+    return f'<table class="sl-facts"><tbody>{lines}</tbody></table>'
+
+
+def tokens_html(tokens: Iterable[str]) -> str:
+    """A few tokens on one line."""
+    inner = "  ".join(f"<span>{escape(visible(token))}</span>" for token in tokens)
+    return f'<div class="sl-text sl-dim">{inner}</div>'
+
+
+def _pieces(token: str, breaks: bool = False) -> list[tuple[str, bool]]:
+    """The token in pieces of (text to show, whether it stands for something invisible)."""
+    found: list[tuple[str, bool]] = []
+    position = 0
+    for match in _WHITESPACE.finditer(token):
+        found += _printable(token[position : match.start()])
+        position = match.end()
+        run = match[0]
+        if breaks and run != "\r":
+            found += [("↵", True), ("\n", False)] if run == "\n" else [(run, False)]
+        else:
+            found.append((_MARKS.get(run) or f"␣×{len(run)}", True))
+    return found + _printable(token[position:])
+
+
+def _printable(text: str) -> list[tuple[str, bool]]:
+    """Text with its invisible characters as codes: some would act on the page (turn its direction)."""
+    found: list[tuple[str, bool]] = []
+    plain = ""
+    for character in text:
+        if unicodedata.category(character) in _INVISIBLE and character not in _PRINTED:
+            found += [(plain, False)] * bool(plain) + [(f"\\u{ord(character):04x}", True)]
+            plain = ""
+        else:
+            plain += character
+    return found + [(plain, False)] * bool(plain)

@@ -1,0 +1,173 @@
+"""The run and the feature that are shown, which the link names (`?run=..&feature=..`), and what is read of them.
+
+The link is the truth. Whatever changes the run or the feature writes it to the link, and a page reads it from there.
+The session only remembers what a link leaves open: those of the sidebar name neither.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import streamlit as st
+
+from saelab.errors import SaelabError
+from saelab.features import database
+from saelab.features.database import RunInfo
+
+# Not in a folder named "pages": beside one, a server that has just started runs the page of a link without main.py.
+OVERVIEW, FEATURES, FEATURE = "views/overview.py", "views/features.py", "views/feature.py"
+
+IN_TOKENS, IN_CONTEXTS = "tokens", "context text"
+LOWEST_DENSITY = -7.0  # log10
+# The filters of the table of features and what they are at first; they stay while another page is shown.
+FILTERS = {
+    "search": "",
+    "search_in": IN_TOKENS,
+    "density_range": (LOWEST_DENSITY, 0.0),
+    "show_never_active": False,
+}
+
+T = TypeVar("T")
+
+
+def keep_filters() -> None:
+    """Streamlit forgets a widget that a run of the script has not drawn, unless its value was set by hand."""
+    for key, first in FILTERS.items():
+        st.session_state[key] = st.session_state.get(key, first)
+
+
+def pick_run(folders: Sequence[str]) -> None:
+    """Draw the picker and make the run that the link names the current one. Raises SaelabError if there is none."""
+    runs, problems = _find_runs(folders)
+    if not runs:
+        where = ", ".join(folders)
+        raise (
+            problems[0]
+            if problems
+            else SaelabError(
+                f"There is no run in {where}. A finished run is a folder that holds {database.RUN_MARKER}; "
+                "`saelab train configs/quickstart.yaml` makes one."
+            )
+        )
+    remembered = st.session_state.get("run_name")
+    name = st.query_params.get("run", remembered if remembered in runs else _latest(runs))
+    known = name in runs
+    if known:
+        st.session_state["run_picker"] = name
+    else:
+        st.session_state.pop("run_picker", None)
+    with st.sidebar:
+        st.selectbox(
+            "Run",
+            list(runs),
+            index=0 if known else None,
+            placeholder="choose a run",
+            key="run_picker",
+            on_change=_picked,
+        )
+        for problem in problems:
+            show_error(problem)
+    if not known:
+        raise SaelabError(f"There is no run {name!r} here. Choose one in the sidebar: {_some(list(runs))}.")
+    st.session_state["run_name"], st.session_state["run"] = name, runs[name]
+    st.query_params["run"] = name
+
+
+def current_run() -> RunInfo:
+    return st.session_state["run"]
+
+
+def current_feature(n_features: int, otherwise: int) -> int:
+    """The feature that the link names; without one, the last one that was shown of this run, or `otherwise`.
+
+    Raises SaelabError if the link names something else than one of the run's features.
+    """
+    wanted = st.query_params.get("feature")
+    shown: dict[str, int] = st.session_state.setdefault("last_features", {})
+    run = str(current_run().path)
+    if wanted is None:
+        index = shown.get(run, otherwise)
+        index = index if index < n_features else otherwise
+    elif re.fullmatch("[0-9]{1,12}", wanted) and int(wanted) < n_features:
+        index = int(wanted)
+    else:
+        last = f"{n_features - 1:,}"
+        raise SaelabError(
+            f"This link does not lead to a feature: feature={_some([wanted])} is not a whole number from 0 to {last}. "
+            "Correct the address, or choose a feature on the page Features."
+        )
+    shown[run] = index
+    st.query_params["feature"] = str(index)
+    return index
+
+
+def go_to(index: int) -> None:
+    """Show another feature of the run: for callbacks of the page that shows one."""
+    st.query_params["feature"] = str(index)
+
+
+def link_to(index: int) -> dict[str, str]:
+    """The part of a link that names a feature of the current run."""
+    return {"run": st.session_state["run_name"], "feature": str(index)}
+
+
+def read(reader: Callable[..., T], *arguments: object) -> T:
+    """A function of `saelab.features.database`, of the current run; read anew when a file of the run changes."""
+    path = current_run().path
+    names = ("config.yaml", "metrics.jsonl", "eval.json", database.FEATURES, database.CONTEXTS, database.SUMMARY)
+    stats = [(path / name).stat() if (path / name).is_file() else None for name in names]
+    stamp = tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
+    return _read(reader.__name__, str(path), stamp, *arguments)
+
+
+@st.cache_data(max_entries=200, show_spinner=False)
+def _read(name: str, path: str, stamp: tuple, *arguments: object):
+    return getattr(database, name)(path, *arguments)
+
+
+def plain(text: str) -> str:
+    """Text that Streamlit shows as it is, with no Markdown in it: for what a link, a file or a folder's name says."""
+    text = re.sub(r"([\\`*_{}\[\]()<>#+!|~$&:^-])", r"\\\1", text)
+    # A bare address would still become a link.
+    return text.replace("//", "/\u200b/").replace("www.", "www\u200b.").replace("@", "@\u200b")
+
+
+def code(text: str) -> str:
+    """Text to stand between backticks in Markdown."""
+    return text.replace("`", "'")
+
+
+def show_error(error: SaelabError) -> None:
+    st.error(plain(str(error)), icon=":material/error:")
+
+
+def _find_runs(folders: Sequence[str]) -> tuple[dict[str, RunInfo], list[SaelabError]]:
+    found: dict[str, RunInfo] = {}
+    problems: list[SaelabError] = []
+    for folder in folders:
+        try:
+            runs = database.find_runs(folder)
+        except SaelabError as error:
+            problems.append(error)
+            continue
+        for run in runs:
+            same = run.name in found and found[run.name].path.resolve() != run.path.resolve()
+            found[str(run.path) if same else run.name] = run
+    return found, problems
+
+
+def _latest(runs: dict[str, RunInfo]) -> str:
+    """The run that was trained last, of those with features if there are any."""
+    return max(
+        runs, key=lambda name: (runs[name].has_features, (runs[name].path / database.RUN_MARKER).stat().st_mtime)
+    )
+
+
+def _picked() -> None:
+    if st.session_state["run_picker"] is not None:
+        st.query_params.from_dict({"run": st.session_state["run_picker"]})
+
+
+def _some(names: list[str], most: int = 8, longest: int = 60) -> str:
+    short = [name if len(name) <= longest else name[:longest] + "..." for name in names[:most]]
+    return ", ".join(short) + (" and others" if len(names) > most else "")

@@ -1,0 +1,238 @@
+"""How a cache lies on disk: names, headers, checksums, the manifest. FORMAT.md, beside this file, is the reference."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from saelab.errors import SaelabError
+from saelab.files import PAGE
+
+FORMAT = "saelab activations"
+VERSION = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"
+IDENTITY = "identity.json"
+BLOCK_TOKENS = 1024
+"""Tokens that share a checksum and stay together until they are shuffled; at d_in 768 in bfloat16, 1.5 MB."""
+ORIGIN = ("tokens", "rows", "positions")
+"""The tensors that tell where each token comes from."""
+_SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+
+
+class Column(NamedTuple):
+    """A tensor of the cache: one entry, or one vector, per token."""
+
+    name: str
+    dtype: torch.dtype
+    width: int | None
+    """None: one-dimensional."""
+
+    @property
+    def token_bytes(self) -> int:
+        return self.dtype.itemsize * (self.width or 1)
+
+    def shape(self, n: int) -> list[int]:
+        return [n] if self.width is None else [n, self.width]
+
+
+class File(NamedTuple):
+    """One kind of file: where it is, and which tensors it holds."""
+
+    folder: str
+    suffix: str
+    columns: tuple[Column, ...]
+
+    def path(self, shard: str) -> str:
+        return f"{self.folder}/{shard}{self.suffix}"
+
+    def size(self, n: int) -> int:
+        """Bytes of the file of a shard of n tokens."""
+        return len(self.header(n)) + sum(column.token_bytes for column in self.columns) * n
+
+    def header(self, n: int) -> bytes:
+        """The file's bytes before its first tensor."""
+        entries, at = {}, 0
+        for column in self.columns:
+            end = at + column.token_bytes * n
+            entries[column.name] = {
+                "dtype": _SAFETENSORS[column.dtype], "shape": column.shape(n), "data_offsets": [at, end]
+            }  # fmt: skip
+            at = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % PAGE)
+        return len(text).to_bytes(8, "little") + text
+
+    def offset(self, column: str, n: int, token: int) -> int:
+        """Byte at which `token` of `column` begins."""
+        at = len(self.header(n))
+        for other in self.columns:
+            if other.name == column:
+                return at + other.token_bytes * token
+            at += other.token_bytes * n
+        raise KeyError(column)
+
+
+TOKENS = File("tokens", ".safetensors", tuple(Column(name, torch.int32, None) for name in ORIGIN))
+
+
+def activations_file(site: str, d_in: int, dtype: str) -> File:
+    return File(site, ".safetensors", (Column("activations", getattr(torch, dtype), d_in),))
+
+
+def gradients_file(site: str, d_in: int, dtype: str) -> File:
+    stored = torch.float32 if dtype == "float32" else torch.bfloat16
+    return File(site, ".gradients.safetensors", (Column("gradients", stored, d_in),))
+
+
+def files_of(identity: Mapping[str, Any]) -> list[File]:
+    """All kinds of files of a cache of this identity."""
+    files = [TOKENS]
+    for site, d_in in identity["sites"].items():
+        files.append(activations_file(site, d_in, identity["dtype"]))
+        if identity["gradients"]:
+            files.append(gradients_file(site, d_in, identity["dtype"]))
+    return files
+
+
+def shard_name(lane: int, index: int) -> str:
+    return f"{lane:02d}-{index:05d}"
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat = tensor.reshape(-1)
+    assert flat.data_ptr() == tensor.data_ptr() or not len(flat)
+    return flat.view(torch.uint8).numpy().data.cast("B")
+
+
+def spans(n: int, length: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each block of `length` tokens in a shard of n."""
+    return ((start, min(start + length, n)) for start in range(0, n, length))
+
+
+DIGITS = 16
+"""Hexadecimal digits of a block's checksum."""
+
+
+def checksum(parts: Iterable[memoryview]) -> str:
+    """Of a block: xxh3, 64 bits, of its bytes in each tensor of a file, one after the other."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    identity: dict[str, Any]
+    shards: list[dict[str, Any]]
+    """As FORMAT.md says, without `start` in a cache that is open for reading."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard["tokens"] for shard in self.shards)
+
+    def to_bytes(self) -> bytes:
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self.identity,
+            **{name: sum(shard[name] for shard in self.shards) for name in ("tokens", "rows", "skipped")},
+            "shards": self.shards,
+        }
+        return sign(content)
+
+
+_END = b'"\n}\n'
+"""What follows the checksum, which comes last."""
+
+
+def sign(content: Mapping[str, Any]) -> bytes:
+    """`content` as a JSON file that ends in its own checksum: sha256 of the file as it would be with an empty one."""
+    unsigned = json.dumps({**content, "checksum": ""}, indent=1).encode() + b"\n"
+    return unsigned.removesuffix(_END) + hashlib.sha256(unsigned).hexdigest().encode() + _END
+
+
+def is_intact(data: bytes) -> bool:
+    """Whether a file that `sign` made is as it was made."""
+    digest = hashlib.sha256(memoryview(data)[: -len(_said(data)) - len(_END)])
+    digest.update(_END)
+    return digest.hexdigest().encode() == _said(data) and data.endswith(_END)
+
+
+def _said(data: bytes) -> bytes:
+    """What a signed file gives as its checksum."""
+    return data[-64 - len(_END) : -len(_END)]
+
+
+def manifest_checksum(folder: Path) -> str:
+    """The sha256 that the manifest of a finished cache says of itself. Raises SaelabError as `read_manifest`."""
+    return _said(_read(folder)).decode(errors="replace")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished cache. Raises SaelabError where it is missing, damaged or of another version."""
+    path = folder / MANIFEST
+    data = _read(folder)
+    intact = is_intact(data)
+    try:
+        text = data.decode()
+        del data  # a large cache's is tens of megabytes
+        content = json.loads(text)
+        del text
+    except ValueError as error:
+        raise _damaged_manifest(path) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise SaelabError(f"{path}: not the manifest of an activation cache; nothing was read")
+    if content.get("version") != VERSION:
+        raise SaelabError(
+            f"{path}: written in version {content.get('version')!r} of the format, and this saelab reads version "
+            f"{VERSION}; read it with the saelab that wrote it, or write the cache again elsewhere"
+        )
+    if not intact:
+        raise _damaged_manifest(path)
+    return Manifest(content["identity"], content["shards"])
+
+
+def _read(folder: Path) -> bytes:
+    """The bytes of a manifest."""
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        if (folder / UNFINISHED).is_dir():
+            raise SaelabError(f"{folder}: this cache is not finished; `saelab cache` continues it") from None
+        raise SaelabError(f"{folder}: no activation cache (`saelab cache CONFIG --out DIR` writes one)") from None
+    except NotADirectoryError:
+        raise SaelabError(f"{folder}: is a file; an activation cache is a folder") from None
+    except OSError as error:
+        raise SaelabError(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from error
+
+
+def _damaged_manifest(path: Path) -> SaelabError:
+    return SaelabError(
+        f"{path}: damaged (it does not match its own checksum); take it from a backup, or delete the folder and write "
+        "the cache again"
+    )
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first field of `wanted` that `found` has otherwise, in words; None where there is none."""
+    for name, value in wanted.items():
+        there = found.get(name)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            keys = dict.fromkeys([*value, *there])
+            inner = difference(there, {key: value.get(key) for key in keys}, f"{prefix}{name}.")
+            if inner is not None:
+                return inner
+        elif there != value:
+            return f"{prefix}{name} {there!r}, not {value!r}"
+    return None

@@ -1,0 +1,22 @@
+"""What the feature database is made from and keeps."""
+
+from dataclasses import dataclass
+
+from saelab.errors import SettingError
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    tokens: int = 300_000
+    """Held-out tokens the database is made from."""
+    contexts: int = 20
+    """Strongest contexts kept per feature, at most one per row of text."""
+    window: int = 32
+    """Tokens shown of each context."""
+    rows_per_forward: int = 32
+    """Rows in one forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "contexts", "window", "rows_per_forward"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")

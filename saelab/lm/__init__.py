@@ -1,0 +1,1 @@
+"""A language model at named sites: activations, gradients, logits, and runs with something spliced in."""

@@ -1,0 +1,232 @@
+"""A language model: activations at named sites, logits, and runs with something else spliced in at a site.
+
+Sites have TransformerLens' names (sites.py). Its bridge runs attention eagerly; the values here are therefore read from
+the Hugging Face modules underneath, with sdpa attention and a forward pass that stops after the last site. Tests hold
+both equal.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saelab.errors import SaelabError, did_you_mean
+from saelab.lm.sites import Site, hook
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that one pass of `activations_and_gradients` makes, if a single row does not make more (268 MB in float32)."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model."""
+
+    parameters: int
+    bytes: int
+    """Of parameters and buffers, in the model's dtype."""
+    vocabulary: int
+    hidden: int
+    layers: int
+    widths: dict[str, int]
+    """d_in of every wanted site."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once every wanted site has been read."""
+
+
+class LanguageModel:
+    """A frozen Hugging Face model with the site names of TransformerLens.
+
+    Rows are token ids ``[rows, context]``, BOS first where the tokenizer has one.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, tokenizer: Any, sites: Mapping[str, Site], fingerprint: str
+    ) -> None:
+        self.name = name
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.sites = sites
+        self.fingerprint = fingerprint
+        self.device = next(model.parameters()).device
+        self.max_context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long, device=self.device)
+
+    @property
+    def unembedding(self) -> Tensor:
+        """The matrix from the residual stream to logits, ``[vocabulary, d_model]``."""
+        return self._head.to(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it runs in."""
+        return self._head.dtype
+
+    @property
+    def _head(self) -> Tensor:
+        """`unembedding` where it lies: with a device_map, on whichever GPU."""
+        return self.model.get_output_embeddings().weight  # type: ignore[operator]
+
+    def site(self, name: str) -> Site:
+        """Where `name` lies. Raises SaelabError, with the nearest names, if this model has no such site."""
+        if name not in self.sites:
+            raise SaelabError(f"site: {self.name} has no {name!r}.{did_you_mean(name, self.sites)}")
+        return self.sites[name]
+
+    def width(self, site: str) -> int:
+        """d_in of a site: the width of its activations, attention heads flattened."""
+        rows = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.activations(rows, [site])[site].shape[-1]
+
+    def shape(self, sites: Iterable[str] = ()) -> ModelShape:
+        """The sizes of the model and of `sites`. Raises SaelabError where it has no such site."""
+        parameters = list(self.model.parameters())
+        vocabulary, hidden = self._head.shape
+        return ModelShape(
+            parameters=sum(tensor.numel() for tensor in parameters),
+            bytes=sum(tensor.nbytes for tensor in [*parameters, *self.model.buffers()]),
+            vocabulary=vocabulary, hidden=hidden, layers=self.model.config.num_hidden_layers,  # type: ignore[union-attr]
+            widths={site: self.width(site) for site in sites},
+        )  # fmt: skip
+
+    def ordinary(self, rows: Tensor) -> Tensor:
+        """True where a token is not BOS or another special token: bool ``[rows, context]``."""
+        return ~torch.isin(rows, self.special_ids.to(rows.device))
+
+    def scored(self, rows: Tensor) -> Tensor:
+        """True where the next token's loss counts, both tokens being ordinary: bool ``[rows, context]``.
+
+        A row's last position has no next token and is False.
+        """
+        ordinary = self.ordinary(rows)
+        return F.pad(ordinary[:, :-1] & ordinary[:, 1:], (0, 1))
+
+    @torch.no_grad()
+    def activations(self, rows: Tensor, sites: Iterable[str]) -> dict[str, Tensor]:
+        """Activations ``[rows, context, d_in]`` in the model's dtype at every site, from one pass that stops there."""
+        wanted = list(dict.fromkeys(sites))
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Tensor], None]:
+            def read(value: Tensor) -> None:
+                self._check_floating(name, value)
+                more = len(found.keys() | {name}) < len(wanted)
+                # On its way to the next site, a model may add to `value` in place.
+                found[name] = value.reshape(*rows.shape, -1).to(self.device, copy=more)
+                if not more:
+                    raise _Stop
+
+            return read
+
+        with ExitStack() as hooks:
+            for name in wanted:
+                hooks.enter_context(hook(self.model, self.site(name), keep(name)))
+            try:
+                self._forward(rows)
+            except _Stop:
+                return found
+        raise self._never_runs(*(name for name in wanted if name not in found))
+
+    def activations_and_gradients(
+        self, rows: Tensor, sites: Iterable[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations in the model's dtype, and the loss's gradients in float32, ``[rows, context, d_in]`` by site.
+
+        The loss is the cross-entropy of the next token in the clean run, in nats, summed over the positions that are
+        `scored`; so g at a position is what its activation does to all later losses of its row, whatever the number of
+        rows. It knows the tokens to come: fit for training, not for evaluation. At a row's last position it is 0, and
+        so are all others behind the row's last scored one. Like a splice, it goes through what reads the site's value.
+        A site's gradient does not depend on which others are asked for.
+
+        One full forward pass, and a backward pass that ends at the lowest site. Memory, beside the activations that the
+        backward pass keeps above that site: at most three float32 copies of the logits of ``2**26 / (context *
+        vocabulary)`` rows, at least one; more rows are done in turn. Raises SaelabError where a site holds no
+        activations or the loss does not depend on it.
+        """
+        wanted = list(dict.fromkeys(sites))
+        parts = [self._values_and_gradients(block, wanted) for block in rows.split(self.rows_at_once(rows.shape[1]))]
+        values, gradients = ({name: torch.cat([part[i][name] for part in parts]) for name in wanted} for i in (0, 1))
+        return values, gradients
+
+    def rows_at_once(self, context: int) -> int:
+        """How many rows `activations_and_gradients` takes through the model together."""
+        return max(1, LOGITS_AT_ONCE // (context * len(self._head)))
+
+    def _values_and_gradients(self, rows: Tensor, sites: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ids = rows.to(self.device).long()
+        found: dict[str, Tensor] = {}
+
+        def cut(name: str) -> Callable[[Tensor], Tensor]:
+            """Hand what reads the site's value, and nothing else, a tensor of its own to read it from."""
+
+            def replace(value: Tensor) -> Tensor:
+                self._check_floating(name, value)
+                # Parameters are frozen: the graph begins at the lowest sites, and a site above them must not end it.
+                # Copies on either side, for a model may add in place to what it gave and to what it reads.
+                found[name] = value.clone() if value.requires_grad else value.clone().requires_grad_()
+                return found[name].clone()
+
+            return replace
+
+        with torch.enable_grad(), ExitStack() as hooks:
+            for name in sites:
+                hooks.enter_context(hook(self.model, self.site(name), cut(name)))
+            logits = self._forward(ids)
+        if len(found) < len(sites):
+            raise self._never_runs(*(name for name in sites if name not in found))
+        # The loss itself is not needed, and its gradient at the logits is softmax - one-hot: fewer copies of the
+        # logits than autograd through the cross-entropy keeps.
+        slope = logits.detach().softmax(-1, dtype=torch.float32)
+        slope.scatter_add_(-1, ids.roll(-1, 1)[..., None], slope.new_full((*ids.shape, 1), -1.0))
+        slope.masked_fill_(~self.scored(ids)[..., None], 0.0)
+        slopes: tuple[Tensor | None, ...] = (None,) * len(sites)
+        if logits.requires_grad:
+            read = [found[name] for name in sites]
+            slopes = torch.autograd.grad(logits, read, slope.to(logits.dtype), allow_unused=True)
+        gradients = {}
+        for name, gradient in zip(sites, slopes, strict=True):
+            if gradient is None:
+                raise SaelabError(f"site: the loss of {self.name} does not depend on {name}")
+            gradients[name] = gradient.reshape(*rows.shape, -1).to(self.device).float()
+        return {name: found[name].detach().reshape(*rows.shape, -1).to(self.device) for name in sites}, gradients
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor) -> Tensor:
+        """``[rows, context, vocabulary]``."""
+        return self._forward(rows)
+
+    @torch.no_grad()
+    def spliced_logits(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``.
+
+        `replace` maps the activations of all ordinary tokens, ``[tokens, d_in]`` in the model's dtype, to what stands
+        in for them. BOS and other special positions are left clean.
+        """
+
+        def splice(value: Tensor) -> Tensor:
+            flat = value.reshape(*rows.shape, -1).clone()
+            ordinary = self.ordinary(rows).to(flat.device)
+            flat[ordinary] = replace(flat[ordinary].to(self.device)).to(flat)
+            return flat.view_as(value)
+
+        with hook(self.model, self.site(site), splice):
+            return self._forward(rows)
+
+    def _check_floating(self, site: str, value: Tensor) -> None:
+        if not value.is_floating_point():
+            raise SaelabError(f"site: {site} of {self.name} holds token ids, no activations")
+
+    def _never_runs(self, *sites: str) -> SaelabError:
+        return SaelabError(f"site: {self.name} never runs {', '.join(sites)} in a forward pass")
+
+    def _forward(self, rows: Tensor) -> Tensor:
+        if self.max_context is not None and rows.shape[1] > self.max_context:
+            raise SaelabError(
+                f"context: {self.name} takes at most {self.max_context} tokens, the rows have {rows.shape[1]}"
+            )
+        return self.model(input_ids=rows.to(self.device).long(), use_cache=False).logits.to(self.device)

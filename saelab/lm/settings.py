@@ -1,0 +1,31 @@
+"""Which language model, in which precision."""
+
+from dataclasses import dataclass
+
+from saelab.errors import SettingError
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_DEVICE_MAPS = ("auto", "balanced", "sequential")
+
+
+def dtype_name(name: str) -> str:
+    """The long form of a dtype's name: ``bf16`` or ``bfloat16`` -> ``bfloat16``. Raises SettingError for others."""
+    if name not in _DTYPES and name not in _DTYPES.values():
+        raise SettingError(f"dtype: {name!r} is not float32, bfloat16 or float16 (in short fp32, bf16, fp16)")
+    return _DTYPES.get(name, name)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    name: str = "demo"
+    """``demo`` (the embedded model), a Hub id such as ``gpt2``, or a local Hugging Face folder."""
+    dtype: str = "float32"
+    """Precision the model runs in: float32, bfloat16 or float16 (or fp32, bf16, fp16). SAEs always see float32."""
+    device_map: str | None = None
+    """For a model larger than one GPU: auto, balanced or sequential, as accelerate spreads its layers over all GPUs.
+    The autoencoder is on the first of them. Goes with ``device: auto``, not with cpu or cuda:N."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.device_map is not None and self.device_map not in _DEVICE_MAPS:
+            raise SettingError(f"device_map: {self.device_map!r} is not {', '.join(_DEVICE_MAPS)} or null")

@@ -1,0 +1,1 @@
+"""Runs: a config, the folder it makes, and the stages that fill that folder."""

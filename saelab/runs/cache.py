@@ -1,0 +1,175 @@
+"""The stage that writes a cache: a config's model over its text, in one process or in several of torchrun's."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saelab.activations.cache.layout import BLOCK_TOKENS, MANIFEST, Manifest, read_manifest
+from saelab.activations.cache.writer import begin, check, finish, rewrite, write_lane, written
+from saelab.activations.stream import Pass, provenance, run_model
+from saelab.corpus.rows import Rows
+from saelab.errors import SaelabError
+from saelab.files import alone
+from saelab.progress import Track, silent
+from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.plan import plan_cache
+from saelab.training.distributed import own_device, processes, together
+
+_AHEAD = 4
+"""Passes whose rows are read ahead of a model on a GPU."""
+
+
+def cache(
+    config: Config, out: str | Path, overrides: Iterable[str] = (), *, tokens: int | None = None,
+    track: Track = silent, say: Say = quiet,
+) -> Path:  # fmt: skip
+    """Write the activations of `tokens` tokens (default: the training's), as `config` says, into the folder `out`.
+
+    Taken up again where it was interrupted; a finished cache is verified, and damaged shards are written again. Under
+    torchrun each process writes lanes of its own, and the result is the same. Raises SaelabError where memory or
+    disk do not suffice, or the folder holds something else.
+    """
+    folder, (rank, world, beside) = Path(out).expanduser(), processes()
+    settings = settings_of(config, overrides)
+    wanted = settings.training.tokens if tokens is None else tokens
+    if wanted < 1:
+        raise SaelabError(f"tokens: {wanted} is not a positive number")
+    if settings.cache.lanes < world:
+        raise SaelabError(
+            f"cache.lanes: torchrun started {world} processes, and there are {settings.cache.lanes} lanes of text to "
+            f"share out; set cache.lanes={world}"
+        )
+    if world > 1 and settings.model.device_map is not None:
+        raise SaelabError("model.device_map: spreads one process over all GPUs; under torchrun each has one of its own")
+    _check_folder(folder)
+    if rank:
+        track, say = silent, quiet
+    with together(world) as barrier:
+        if rank == 0 and not (folder / MANIFEST).exists():
+            plan = plan_cache(settings, folder, wanted, beside)
+            for line in plan.lines():
+                say(line)
+            plan.check()
+        job = Job(replace(settings, device=own_device(settings.device)), say)
+        identity = cache_identity(job, wanted)
+        with alone(folder) if rank == 0 else nullcontext():
+            finished = begin(folder, identity) if rank == 0 else None
+            barrier()
+            if finished is None and not (folder / MANIFEST).exists():
+                _write(job, folder, identity, range(rank, settings.cache.lanes, world), track)
+            barrier()
+            if rank == 0:
+                manifest = finished or finish(folder, identity)
+                _repair(job, folder, manifest, contents=finished is not None, track=track)
+                _tell(folder, manifest, wanted, say)
+            barrier()
+    return folder
+
+
+def verify(out: str | Path, *, track: Track = silent) -> Manifest:
+    """The manifest of a finished cache. Raises SaelabError where a file has not the sha256 that it was written with."""
+    folder = Path(out).expanduser()
+    manifest = read_manifest(folder)
+    checked = track(
+        check(folder, manifest, contents=True), "verifying", manifest.tokens, lambda item: item[0]["tokens"]
+    )
+    faults = [fault for _, fault in checked if fault]
+    if faults:
+        more = f" (and {len(faults) - 1} more shards)" if len(faults) > 1 else ""
+        raise SaelabError(f"{faults[0]}{more}; `saelab cache` with the same CONFIG and --out {folder} repairs it")
+    return manifest
+
+
+def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
+    """What a cache that `job` writes is of: FORMAT.md."""
+    settings, write = job.settings, job.settings.cache
+    local = Path(job.lm.name).expanduser()
+    facts = {"model": local.name if local.is_dir() else job.lm.name} | provenance(
+        job.lm, job.corpus, special_tokens=settings.activations.special_tokens
+    ) | {
+        "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
+        "dtype": write.dtype, "gradients": settings.writes_gradients, "seed": settings.seed,
+        "rows_per_forward": write.rows_per_forward,
+        "passes_per_shard": max(1, write.shard_tokens // (write.rows_per_forward * settings.context)),
+        "block_tokens": BLOCK_TOKENS, "lanes": write.lanes, "nonfinite": write.nonfinite, "tokens": tokens,
+    }  # fmt: skip
+    return json.loads(json.dumps(facts))  # as it comes back from the manifest
+
+
+def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[int], track: Track) -> None:
+    lanes = list(lanes)
+    ahead = 0 if job.lm.device.type == "cpu" else _AHEAD
+    passes = (
+        added
+        for lane in lanes
+        for added in write_lane(folder, identity, lane, _rows(job), _forward(job, identity), ahead=ahead)
+    )
+    there = sum(written(folder, lane) for lane in lanes)
+    if there:
+        job.say(f"{folder}: {there:,} tokens are there; writing goes on behind them")
+    share = identity["tokens"] * len(lanes) // identity["lanes"]
+    for _ in track(passes, "caching", max(1, share - there), lambda added: added):
+        pass
+
+
+def _repair(job: Job, folder: Path, manifest: Manifest, *, contents: bool, track: Track) -> None:
+    """Write the shards that are damaged again; without `contents`, only missing and cut files count."""
+    checked = check(folder, manifest, contents=contents)
+    if contents:
+        checked = track(checked, "verifying", manifest.tokens, lambda item: item[0]["tokens"])
+    for shard, fault in [(shard, fault) for shard, fault in checked if fault]:
+        job.say(f"{fault}: shard {shard['name']} is written again")
+        passes = rewrite(folder, manifest, shard["name"], _rows(job), _forward(job, manifest.identity))
+        for _ in track(passes, f"shard {shard['name']}", shard["tokens"], lambda added: added):
+            pass
+        manifest = read_manifest(folder)
+
+
+def _rows(job: Job) -> Callable[[int, Mapping[str, Any] | None], Rows]:
+    seed, lanes = job.settings.seed, job.settings.cache.lanes
+
+    def rows(lane: int, start: Mapping[str, Any] | None) -> Rows:
+        return job.corpus.train_rows(seed=seed, lane=lane, lanes=lanes, start=start)
+
+    return rows
+
+
+def _forward(job: Job, identity: Mapping[str, Any]) -> Callable[[np.ndarray], Pass]:
+    def forward(ids: np.ndarray) -> Pass:
+        return run_model(
+            job.lm, torch.from_numpy(ids), list(identity["sites"]), gradients=identity["gradients"],
+            special_tokens=identity["special_tokens"],
+        )  # fmt: skip
+
+    return forward
+
+
+def _tell(folder: Path, manifest: Manifest, wanted: int, say: Say) -> None:
+    size = sum(facts["bytes"] for shard in manifest.shards for facts in shard["files"].values())
+    say(f"{folder}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB")
+    skipped = sum(shard["skipped"] for shard in manifest.shards)
+    if skipped:
+        say(f"note: {skipped:,} tokens with NaN or infinite values were left out")
+    if manifest.tokens < wanted:
+        lanes = "" if manifest.identity["lanes"] == 1 else " of a lane"
+        say(f"note: {wanted:,} tokens were asked for; the text{lanes} came to its end before")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises SaelabError where `folder` is none, and cannot be made one, before anything is loaded."""
+    try:
+        there = folder.exists()
+        parent = folder if there else next(path for path in folder.absolute().parents if path.exists())
+    except OSError as error:
+        raise SaelabError(f"{str(folder)[:80]}: cannot be a folder ({error.strerror}); choose another --out") from error
+    if not parent.is_dir():
+        raise SaelabError(f"{parent}: is no folder; choose another --out")
+    if not there and not os.access(parent, os.W_OK):
+        raise SaelabError(f"{parent}: is not to be written to; choose another --out")

@@ -1,0 +1,87 @@
+"""A job: settings with the model and the text they name, and the hashes that say what a result was made from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.activations.cache.layout import manifest_checksum
+from saelab.corpus import Corpus, open_corpus
+from saelab.errors import SaelabError
+from saelab.lm.load import load_language_model
+from saelab.lm.model import LanguageModel
+from saelab.runs.config import RunSettings, find_config, load_config, settings_from
+from saelab.sae.checkpoint import WEIGHTS
+
+Config = str | Path | Mapping[str, Any] | RunSettings
+Say = Callable[[str], None]
+
+
+def quiet(message: str) -> None:
+    """A Say that says nothing."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings with the model and the text they name, each loaded when first needed."""
+
+    settings: RunSettings
+    say: Say = quiet
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        self.say(f"model: {self.settings.model.name}")
+        lm = load_language_model(self.settings.model, self.settings.device)
+        lm.site(self.settings.site)
+        if lm.max_context is not None and self.settings.context > lm.max_context:
+            raise SaelabError(f"context: {lm.name} takes at most {lm.max_context} tokens, not {self.settings.context}")
+        return lm
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        corpus = open_corpus(self.settings.corpus, self.lm.tokenizer, self.settings.context)
+        self.say(f"corpus: {corpus.about}")
+        return corpus
+
+    def held_out(self, tokens: int) -> Tensor:
+        return torch.from_numpy(self.corpus.held_out_rows(tokens))
+
+    def training_inputs(self) -> str:
+        """Hash of everything the trained weights depend on."""
+        settings = asdict(self.settings)
+        parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
+        cache = self.settings.activations.cache
+        if cache is not None:  # what is in the cache counts, not where it lies
+            contents = manifest_checksum(Path(cache.path).expanduser())
+            parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
+        if self.settings.sae.allocation.name != "token_choice":  # thresholds are set behind evaluation's tokens
+            parts["eval_tokens"] = self.settings.eval.tokens
+        parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
+        return _hash(parts)
+
+    def result_inputs(self, run: Path, section: Any) -> str:
+        """Hash of everything a result on held-out text depends on."""
+        weights = hashlib.sha256((run / "sae" / WEIGHTS).read_bytes()).hexdigest()
+        return _hash({
+            "weights": weights, "settings": asdict(section), "model": self.lm.fingerprint,
+            "dtype": self.settings.model.dtype, "corpus": self.corpus.fingerprint, "site": self.settings.site,
+        })  # fmt: skip
+
+
+def settings_of(config: Config, overrides: Iterable[str] = ()) -> RunSettings:
+    """Settings from a file, a shipped config's name, a mapping, or settings as they are."""
+    if isinstance(config, RunSettings):
+        return settings_from(asdict(config), overrides)
+    if isinstance(config, Mapping):
+        return settings_from(config, overrides)
+    return load_config(find_config(config), overrides)
+
+
+def _hash(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,51 @@
+"""How long and how fast an autoencoder is trained."""
+
+import math
+from dataclasses import dataclass
+
+from saelab.errors import SettingError
+
+MAX_DEAD_AFTER = 10_000_000
+DEAD_SHARE = 0.10
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    tokens: int = 1_000_000
+    """Ordinary tokens (no BOS, no other special token) to train on."""
+    batch: int = 2048
+    """Tokens per step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    warmup: float = 0.05
+    """Share of the steps over which the rate rises from zero."""
+    decay: float = 0.5
+    """Share of the steps, the last ones, over which the rate falls to zero."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "log_every"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a share between 0 and 1")
+        if self.batch < 2:
+            raise SettingError(f"batch: {self.batch} token has no variance to explain; at least 2 are needed")
+        if self.batch > self.tokens:
+            raise SettingError(f"batch: {self.batch} is more than the {self.tokens} tokens of the run")
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch
+
+    @property
+    def dead_after(self) -> int:
+        """A feature is dead, while training, when it was not active for this many tokens."""
+        return min(MAX_DEAD_AFTER, round(DEAD_SHARE * self.tokens))

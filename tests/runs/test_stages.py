@@ -1,0 +1,243 @@
+"""train, eval and features on models and corpora of other kinds than the demo's, so that nothing works on it alone."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import saelab
+from saelab.errors import SaelabError
+from saelab.runs import feed, stages
+from saelab.runs.job import Job, settings_of
+from tests.tiny import CONTEXT, model_folder, text
+
+SMALL = {
+    "context": CONTEXT,
+    "device": "cpu",
+    "activations": {"stream": {"buffer_tokens": 2000, "rows_per_forward": 8}},
+    "sae": {"n_features": 64, "k": 4},
+    "training": {"tokens": 6000, "batch": 200, "lr": 3e-3},
+    "eval": {"tokens": 1500, "ce_tokens": 600},
+    "features": {"tokens": 1500, "window": 12},
+}
+
+
+def small(tmp_path: Path, kind: str = "gpt2") -> dict:
+    """A run on a GPT-2 with a text file, or on a NeoX with Parquet."""
+    if kind == "gpt2":
+        corpus, site = tmp_path / "book.txt", "blocks.1.hook_resid_post"
+        corpus.write_text(text(3000))
+    else:
+        corpus, site = tmp_path / "rows.parquet", "blocks.1.hook_mlp_out"
+        pd.DataFrame({"body": [f"{n}: {text(12)}" for n in range(300)]}).to_parquet(corpus)
+    source = {"source": str(corpus), "held_out": 0.2} | ({} if kind == "gpt2" else {"text_column": "body"})
+    return SMALL | {"out": str(tmp_path / "run"), "site": site, "model": str(model_folder(kind)), "corpus": source}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
+def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    run = saelab.train(small(tmp_path, kind), say=said.append)
+    record = json.loads((run / "train.json").read_text())
+    assert record["complete"] and record["tokens"] == 6000
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["fvu"] < lines[0]["fvu"] and lines[-1]["step"] == 29
+
+    result = saelab.evaluate(run, say=said.append)
+    written = json.loads((run / "eval.json").read_text())
+    assert written["fvu"] == result.fvu < 1 and 0 < result.l0 <= 4 and result.tokens >= 1500
+    assert any("fewer than 300,000" in line for line in said)
+
+    summary = saelab.index(run)
+    table = pq.read_table(run / "features" / "features.parquet")
+    assert summary["n_features"] == table.num_rows == 64
+    assert sum(table["n_active"].to_pylist()) == pytest.approx(summary["n_tokens"] * result.l0, rel=0.05)
+
+    sae = saelab.load(run)
+    assert sae.metadata["hook_name"] == small(tmp_path, kind)["site"]
+    lm = Job(settings_of(run / "config.yaml")).lm
+    rows = Job(settings_of(run / "config.yaml")).held_out(1500)
+    assert saelab.fidelity(sae, lm, rows, ce_tokens=600).fvu == pytest.approx(result.fvu, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sae.allocation=mutual_choice", "sae.selection=bfloat16"],
+        ["sae.allocation={name: feature_choice, capacity: uniform}", "sae.aux=aux_zipf"],
+        ["sae.affinity.beta=2", "sae.affinity.name=gradient", "sae.multi_topk=true"],
+    ],
+    ids=lambda overrides: overrides[0].split("=")[1].strip("{"),
+)
+def test_other_ways_of_training_end_in_a_checkpoint_that_needs_no_batch(tmp_path: Path, overrides: list[str]) -> None:
+    said: list[str] = []
+    run = saelab.train(small(tmp_path), overrides, say=said.append)
+    sae = saelab.load(run)
+    facts = sae.metadata["saelab"]
+    assert (sae.threshold is None) == ("gradient" in overrides[-2])
+    assert facts["beta"] == sae.beta == (2.0 if sae.threshold is None else 0.0)
+    if sae.threshold is not None:
+        assert facts["calibration_tokens"] > 0 and any("little held-out text" in line for line in said)
+    result = saelab.evaluate(run)
+    assert result.fvu < 1 and result.l0 == pytest.approx(4, rel=0.15)
+    x = torch.randn(40, 32) * 20
+    assert torch.equal(sae.encode(x)[:1].features, sae.encode(x[:1]).features)
+
+
+def test_the_saved_weights_apply_to_unscaled_activations(tmp_path: Path) -> None:
+    run = saelab.train(small(tmp_path))
+    sae = saelab.load(run)
+    job = Job(settings_of(run / "config.yaml"))
+    scale = json.loads((run / "train.json").read_text())["input_scale"]
+    assert scale != pytest.approx(1.0, abs=0.05)
+    rows = job.held_out(1500)
+    x = job.lm.activations(rows, [job.settings.site])[job.settings.site][job.lm.ordinary(rows)]
+    assert x.square().sum(1).mean().sqrt() * scale == pytest.approx(32**0.5, rel=0.1)
+    fvu = ((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()).item()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert fvu == pytest.approx(last["fvu"], abs=0.15)
+
+
+def test_the_same_seed_trains_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    one, two, other = (
+        saelab.train(config, [f"out={tmp_path / name}", f"seed={seed}"])
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    weights = [(run / "sae" / "sae_weights.safetensors").read_bytes() for run in (one, two, other)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_an_existing_run_is_replaced_only_with_force_and_another_folder_never(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    run = saelab.train(config)
+    before = (run / "sae" / "sae_weights.safetensors").read_bytes()
+    with pytest.raises(SaelabError, match=r"exists; choose another with out=FOLDER, or give --force"):
+        saelab.train(config, ["seed=1"])
+    assert (run / "sae" / "sae_weights.safetensors").read_bytes() == before
+    saelab.train(config, ["seed=1"], force=True)
+    assert (run / "sae" / "sae_weights.safetensors").read_bytes() != before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    with pytest.raises(SaelabError, match="is no run folder"):
+        saelab.train(config, [f"out={mine}"], force=True)
+    (mine / "config.yaml").write_text("a: 1")  # a common name: it does not make a run folder
+    with pytest.raises(SaelabError, match="is no run folder"):
+        saelab.train(config, [f"out={mine}"], force=True)
+    (tmp_path / "link").symlink_to(run)
+    with pytest.raises(SaelabError, match="is no run folder"):
+        saelab.train(config, [f"out={tmp_path / 'link'}"], force=True)
+    assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
+    config = small(tmp_path)
+    for override, message in [
+        ("site=blocks.1.hook_residpost", "Nearest: .*blocks.1.hook_resid_post"),
+        ("context=65", "takes at most 64 tokens"),
+        (f"corpus={tmp_path / 'nowhere.txt'}", "nowhere.txt"),
+        (f"model={tmp_path / 'nowhere'}", "there is no folder"),
+        ("device=cuda:99", "device"),
+        ("device=mps", "is not auto, cpu, cuda or cuda:N"),
+        ("training.batch=1", "at least 2 are needed"),
+        ("sae.aux.coefficient=.nan", "aux.coefficient: nan"),
+        ("site=embed.hook_in", "holds token ids"),
+        (f"out={tmp_path / 'book.txt' / 'run'}", "cannot be made"),
+    ]:
+        with pytest.raises(SaelabError, match=message):
+            saelab.train(config, [override])
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(SaelabError, match="not a run folder"):
+        saelab.evaluate(tmp_path / "run")
+    with pytest.raises(SaelabError, match="not a run folder"):
+        saelab.index(tmp_path / "run")
+
+
+def test_demo_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None:
+    config, said = small(tmp_path), []
+    stages.demo(config, say=said.append)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    said.clear()
+    stages.demo(config, say=said.append)
+    assert [line for line in said if "up to date" in line] and len([line for line in said if "up to date" in line]) == 3
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    said.clear()
+    stages.demo(config, ["features.window=8"], say=said.append)
+    assert len([line for line in said if "up to date" in line]) == 2
+    with pytest.raises(SaelabError, match="--force"):  # trained for other settings: not this command's to replace
+        stages.demo(config, ["sae.k=5"])
+    said.clear()
+    stages.demo(config, ["sae.k=5"], force=True, say=said.append)
+    assert not [line for line in said if "up to date" in line]
+    assert saelab.load(tmp_path / "run").k == 5
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    (tmp_path / "run" / "train.json").write_text(json.dumps(record | {"complete": False}))  # as after Ctrl-C
+    stages.demo(config, ["sae.k=5"])
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
+
+
+def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -> None:
+    config = small(tmp_path) | {"training": {"tokens": 50_000_000, "batch": 200}}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt_after_the_first_line() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt_after_the_first_line, daemon=True).start()
+    said: list[str] = []
+    run = saelab.train(config, say=said.append)
+    assert signal.getsignal(signal.SIGINT) is before
+    record = json.loads((run / "train.json").read_text())
+    assert not record["complete"] and record["tokens"] % 200 == 0 and 0 < record["tokens"] < 50_000_000
+    assert any(line.startswith("stopped after") for line in said)
+    sae = saelab.load(run)
+    assert torch.isfinite(sae(torch.randn(5, 32))).all()
+    assert sae.metadata["saelab"]["tokens"] == record["tokens"]
+
+
+def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = feed.read_activations
+
+    def broken(*arguments, **options):
+        for n, batch in enumerate(read(*arguments, **options)):
+            if n == 26:  # the first 25 are the sample that training starts from
+                raise SaelabError("blocks.1.hook_resid_post: NaN at row 208")
+            yield batch
+
+    monkeypatch.setattr(feed, "read_activations", broken)
+    with pytest.raises(SaelabError, match="NaN at row 208"):
+        saelab.train(small(tmp_path))
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert not record["complete"] and record["tokens"] > 0
+    assert torch.isfinite(saelab.load(tmp_path / "run").W_dec).all()
+
+
+def test_reduced_precision_models_train_and_evaluate(tmp_path: Path) -> None:
+    run = saelab.train(small(tmp_path), ["model.dtype=bfloat16"])
+    result = saelab.evaluate(run)
+    assert saelab.load(run).W_dec.dtype == torch.float32 and result.fvu < 1
+
+
+def test_rows_of_special_tokens_only_end_with_a_message(tmp_path: Path) -> None:
+    class OnlySpecial:
+        special_ids = frozenset({0})
+
+        def train_rows(self, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
+            yield from np.zeros((3, CONTEXT), dtype=np.int32)
+
+    with pytest.raises(SaelabError, match="special tokens only"):
+        list(feed._rows(SimpleNamespace(corpus=OnlySpecial(), settings=settings_of(small(tmp_path)), say=print)))

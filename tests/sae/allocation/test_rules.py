@@ -1,0 +1,158 @@
+"""Each allocation is the exact optimum under its constraint, whatever the ties, tiles and precision of the proposal."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from saelab.codes import Codes
+from saelab.sae.allocation.candidates import Entries
+from saelab.sae.allocation.rules import (
+    FeatureChoice,
+    MutualChoice,
+    Rule,
+    TokenChoice,
+    _fixed,
+    allocate,
+    as_codes,
+    feature_choice,
+    in_order,
+    mutual_choice,
+    token_choice,
+)  # fmt: skip
+
+
+def by_sorting(scores: Tensor, rule: Rule) -> Tensor:
+    """The allocation as one writes it down: a stable sort, so that ties go to the lower (token, feature)."""
+    positive = scores.clamp_min(0)
+    if isinstance(rule, MutualChoice):
+        order = positive.flatten().sort(descending=True, stable=True).indices[: rule.k * len(scores)]
+        mask = torch.zeros(scores.numel()).index_fill_(0, order, 1).view_as(scores)
+        return positive * mask
+    dim = 1 if isinstance(rule, TokenChoice) else 0
+    order = positive.sort(dim=dim, descending=True, stable=True).indices
+    steps = torch.arange(scores.shape[dim]).view(1, -1) if dim else torch.arange(len(scores)).view(-1, 1)
+    rank = torch.empty_like(order).scatter_(dim, order, steps.expand_as(order))
+    return positive * (rank < (rule.k if isinstance(rule, TokenChoice) else rule.capacities))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, list[Rule]]:
+    tokens, n_features = draw(st.integers(1, 40)), draw(st.sampled_from([1, 3, 7, 32, 64, 96, 150]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    scores = torch.randn(tokens, n_features, generator=generator) + draw(st.sampled_from([-1.0, 0.0, 1.0]))
+    if draw(st.booleans()):
+        scores = scores.round()  # many ties, many zeros
+    k = draw(st.integers(1, min(8, n_features)))
+    capacities = torch.randint(0, tokens + 1, (n_features,), generator=generator)
+    return scores, [TokenChoice(k), MutualChoice(k), FeatureChoice(capacities, int(capacities.sum()))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_every_rule_equals_a_stable_sort(problem: tuple[Tensor, list[Rule]]) -> None:
+    scores, rules = problem
+    for rule in rules:
+        codes = allocate(scores, rule)
+        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
+        assert bool((codes.values > 0).all()) and codes.nnz <= rule.budget(len(scores))
+        keys = codes.row_of_entry() * codes.n_features + codes.features
+        assert bool((keys.diff() > 0).all())  # in order, nothing twice
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tiles_of_rounded_scores_propose_all_that_the_exact_choice_takes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(96, 256, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    capacities = torch.randint(0, 9, (256,))
+    capacities[:3] = 96
+    margin = 2**-6 if dtype == torch.bfloat16 else 0.0
+    rules: list[Rule] = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()))]
+    for rule, rows, columns in itertools.product(rules, (96, 32), (256, 64)):
+        if isinstance(rule, FeatureChoice) and rows < 96:
+            continue  # its tiles hold all tokens
+        bounds = rule.bounds(96, 256, margin, scores.device)
+        found = [
+            bounds.candidates(scores[r : r + rows, c : c + columns].to(dtype).contiguous(), r, c)
+            for r in range(0, 96, rows)
+            for c in range(0, 256, columns)
+        ]
+        entries = in_order(bounds.final(Entries(*(torch.cat(p) for p in zip(*found, strict=True)))), 256)
+        exact = entries._replace(scores=scores[entries.tokens, entries.features])
+        codes, _ = as_codes(exact, rule.keep(exact, 96), rule.budget(96), 96, 256)
+        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
+        assert len(entries.tokens) < 0.5 * scores.numel()  # candidates are few
+
+
+def test_each_mask_is_the_best_under_its_constraint() -> None:
+    """Against every mask of a 3 x 4 matrix."""
+    torch.manual_seed(1)
+    scores = torch.randn(3, 4) + 0.3
+    capacities = torch.tensor([2, 1, 0, 3])
+    masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12))).view(-1, 3, 4)
+    worth = (masks * scores).sum((1, 2))
+    allowed = {
+        "token": (masks.sum(2) <= 2).all(1),
+        "mutual": masks.sum((1, 2)) <= 6,
+        "feature": (masks.sum(1) <= capacities).all(1),
+    }
+    found = {
+        "token": token_choice(scores, 2),
+        "mutual": mutual_choice(scores, 2),
+        "feature": feature_choice(scores, capacities),
+    }
+    for name, codes in found.items():
+        torch.testing.assert_close(codes.values.sum(), worth[allowed[name]].max())
+    assert found["mutual"].values.sum() >= max(found["token"].values.sum(), found["feature"].values.sum())
+
+
+def test_counts_are_what_the_constraint_allows() -> None:
+    torch.manual_seed(2)
+    scores = torch.randn(50, 40) - 0.5
+    positive = scores > 0
+    assert torch.equal(token_choice(scores, 7).l0(), positive.sum(1).clamp_max(7))
+    assert mutual_choice(scores, 7).nnz == min(7 * 50, int(positive.sum()))
+    capacities = torch.randint(0, 30, (40,))
+    found = feature_choice(scores, capacities)
+    assert torch.equal(found.firing_counts(), torch.minimum(capacities, positive.sum(0)))
+    assert torch.equal(mutual_choice(scores[:1], 7).to_dense(), token_choice(scores[:1], 7).to_dense())
+
+
+def test_a_feature_that_may_have_nothing_gets_nothing_and_zeros_are_never_picked() -> None:
+    scores = torch.zeros(6, 8)
+    for codes in (token_choice(scores, 3), mutual_choice(scores, 3), feature_choice(scores, torch.full((8,), 2))):
+        assert codes.nnz == 0 and codes.tokens == 6
+    assert feature_choice(torch.ones(6, 8), torch.zeros(8, dtype=torch.long)).nnz == 0
+    assert isinstance(token_choice(torch.ones(1, 1), 1), Codes)
+
+
+def test_where_the_host_may_not_wait_unfilled_slots_hold_zero() -> None:
+    """What a GPU runs: as many slots as the budget has, whatever was kept."""
+    entries = Entries(torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3, 0, 2]), torch.tensor([2.0, -1.0, 3.0, 1.0]))
+    keep = torch.tensor([True, True, True, False])
+    codes, slots = _fixed(entries, keep & (entries.scores > 0), 3, 3, 5)
+    assert codes.nnz == 3 and len(slots) == 3
+    expected = torch.zeros(3, 5)
+    expected[0, 1], expected[1, 0] = 2.0, 3.0
+    assert torch.equal(codes.to_dense(), expected)
+    assert torch.equal(codes.l0(), torch.tensor([1, 1, 0]))
+
+
+def test_candidates_of_fixed_number_hold_what_the_exact_choice_takes() -> None:
+    """What a GPU runs, on tiles of rounded scores; feature choice there needs its ladder."""
+    torch.manual_seed(3)
+    scores = torch.randn(64, 128)
+    capacities = torch.randint(0, 9, (128,))
+    order = torch.argsort(capacities, descending=True)
+    largest = capacities[order].tolist()
+    ladder = (order, [(start, start + 32, largest[start]) for start in range(0, 128, 32)])
+    rules: list[Rule] = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()), ladder)]
+    for rule in rules:
+        entries = rule.bounds(64, 128, 2**-6, scores.device).fixed(scores.bfloat16())
+        entries = in_order(entries, 128)
+        exact = entries._replace(scores=scores[entries.tokens, entries.features])
+        codes, _ = _fixed(exact, rule.keep(exact, 64) & (exact.scores > 0), rule.budget(64), 64, 128)
+        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
