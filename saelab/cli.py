@@ -53,8 +53,11 @@ def demo(
 
 
 @app.command()
-def train(config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
-          overrides: _Overrides = None, force: _Force = False) -> None:  # fmt: skip
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    overrides: _Overrides = None,
+    force: _Force = False,
+) -> None:
     """Train an autoencoder as a config says.
 
     Example: saelab train quickstart sae.k=64 out=runs/k64
@@ -289,9 +292,18 @@ def _serve(runs: list[Path], port: int) -> None:
     typer.echo(f"explorer: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     sys.stdout.flush()
     command = [
-        sys.executable, "-m", "streamlit", "run", str(main), "--server.address=127.0.0.1", f"--server.port={port}",
-        "--server.headless=true", "--browser.gatherUsageStats=false", "--", *(str(run.resolve()) for run in runs),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        str(main),
+        "--server.address=127.0.0.1",
+        f"--server.port={port}",
+        "--server.headless=true",
+        "--browser.gatherUsageStats=false",
+        "--",
+        *(str(run.resolve()) for run in runs),
+    ]
     os.execv(sys.executable, command)
 
 

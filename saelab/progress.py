@@ -42,9 +42,15 @@ def bar(items: Iterator[T], label: str, total: int, size: Callable[[T], int]) ->
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:<16}"), BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), Rate(),
-        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
-    )  # fmt: skip
+        TextColumn("{task.description:<16}"),
+        BarColumn(30),
+        TextColumn("{task.percentage:>3.0f}%"),
+        Rate(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=total)
         done, begin = 0, time.monotonic()

@@ -179,9 +179,11 @@ def waits_for_the_gpu(case: str, shape: Shape, device: torch.device) -> str | No
 
 
 def random_codes(tokens: int, n_features: int, k: int, device: torch.device, dtype: torch.dtype) -> Codes:
-    features = torch.rand(tokens, n_features, device=device).topk(k, dim=1).indices if n_features <= 2**13 else (
-        torch.randint(n_features, (tokens, k), device=device)
-    )  # fmt: skip
+    features = (
+        torch.rand(tokens, n_features, device=device).topk(k, dim=1).indices
+        if n_features <= 2**13
+        else (torch.randint(n_features, (tokens, k), device=device))
+    )
     return Codes.from_topk(torch.rand(tokens, k, device=device, dtype=dtype) + 0.1, features, n_features)
 
 
@@ -284,9 +286,13 @@ def peer_ms(peer: str, variant: str, shape: Shape, device: torch.device, n: int,
     command = [sys.executable, __file__, "--peer-process", peer, variant, str(shape), str(device), str(n)]
     try:
         done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"},
-            capture_output=True, text=True, check=False, timeout=150,
-        )  # fmt: skip
+            command,
+            env=os.environ | {"PYTHONPATH": path, "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=150,
+        )
     except subprocess.TimeoutExpired:
         return {"error": "took more than 150 s"}
     if done.returncode:
@@ -306,8 +312,9 @@ def measure_shape(shape: Shape, device: torch.device, args: argparse.Namespace, 
         return left >= seconds
 
     record["matmul_ms"] = {
-        "bf16": matmul_ms(shape, device, torch.bfloat16), "fp32": matmul_ms(shape, device, torch.float32)
-    }  # fmt: skip
+        "bf16": matmul_ms(shape, device, torch.bfloat16),
+        "fp32": matmul_ms(shape, device, torch.float32),
+    }
     for name in (*PRECISIONS, "fp32_tf32"):
         if not afford(f"ours {name}", 20):
             continue
@@ -316,10 +323,12 @@ def measure_shape(shape: Shape, device: torch.device, args: argparse.Namespace, 
         torch.set_float32_matmul_precision("high" if name.endswith("_tf32") else "highest")
         ms = steps(case, shape, device, args.steps)
         record["ours"][name] = {
-            "ms_per_step": ms, "tokens_per_s": 1000 * shape.batch / ms,
+            "ms_per_step": ms,
+            "tokens_per_s": 1000 * shape.batch / ms,
             "per_bf16_matmul": ms / record["matmul_ms"]["bf16"],
-            "ms": stages(case, shape, device, min(10, args.steps)), "peak_bytes": peak_bytes(case, shape, device),
-        }  # fmt: skip
+            "ms": stages(case, shape, device, min(10, args.steps)),
+            "peak_bytes": peak_bytes(case, shape, device),
+        }
         torch.set_float32_matmul_precision(before)
         print(f"{shape} ours {name}: {ms:.2f} ms", flush=True)
     record["decoder"] = decoder_bandwidth(shape, device)
@@ -338,9 +347,11 @@ def measure_shape(shape: Shape, device: torch.device, args: argparse.Namespace, 
             continue
         mine = record["ours"].get(AGAINST[variant])
         record["peers"].setdefault(peer, {})[variant] = {
-            "ms_per_step": result["step_ms"], "tokens_per_s": 1000 * shape.batch / result["step_ms"],
-            "ratio": result["step_ms"] / mine["ms_per_step"] if mine else None, "version": result["version"],
-        }  # fmt: skip
+            "ms_per_step": result["step_ms"],
+            "tokens_per_s": 1000 * shape.batch / result["step_ms"],
+            "ratio": result["step_ms"] / mine["ms_per_step"] if mine else None,
+            "version": result["version"],
+        }
         if result["replaced"]:
             names = ", ".join(result["replaced"])
             note(f"{peer}: stand-ins for {names}; its step uses no more of them than a schedule of the rate")
@@ -366,9 +377,11 @@ def markdown(record: dict[str, Any]) -> str:
         for name, figures in result["ours"].items():
             peak = figures["peak_bytes"]
             cells = [f"{figures['ms'][stage]:.2f}" for stage in STAGES] + [
-                f"{figures['ms_per_step']:.2f}", f"{figures['per_bf16_matmul']:.2f}", f"{figures['tokens_per_s']:,.0f}",
+                f"{figures['ms_per_step']:.2f}",
+                f"{figures['per_bf16_matmul']:.2f}",
+                f"{figures['tokens_per_s']:,.0f}",
                 "-" if peak is None else f"{peak / 1e6:,.0f}",
-            ]  # fmt: skip
+            ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines += ["", "| decoder kernel | ms | GB/s | a copy's GB/s | share |", "|---|---|---|---|---|"]
         for name, row in result["decoder"].items():
@@ -432,7 +445,7 @@ def main() -> None:
         "waits": {case: waits_for_the_gpu(case, small, device) for case in ("fp32", *ALLOCATIONS)},
         "notes": notes,
         "shapes": [],
-    }  # fmt: skip
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         record["shapes"].append(measure_shape(shape, device, args, note))

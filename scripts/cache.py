@@ -25,10 +25,19 @@ def main() -> None:
     lm = load_language_model(ModelSettings("demo"), device="auto")
     corpus = open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT)
     identity = {  # what the cache is of; all of it is compared when writing goes on (the cache's FORMAT.md)
-        "model": lm.name, **provenance(lm, corpus), "sites": {site: lm.width(site) for site in SITES},
-        "dtype": "bfloat16", "gradients": False, "seed": SEED, "rows_per_forward": 32, "passes_per_shard": 16,
-        "block_tokens": BLOCK_TOKENS, "lanes": 1, "nonfinite": "error", "tokens": TOKENS,
-    }  # fmt: skip
+        "model": lm.name,
+        **provenance(lm, corpus),
+        "sites": {site: lm.width(site) for site in SITES},
+        "dtype": "bfloat16",
+        "gradients": False,
+        "seed": SEED,
+        "rows_per_forward": 32,
+        "passes_per_shard": 16,
+        "block_tokens": BLOCK_TOKENS,
+        "lanes": 1,
+        "nonfinite": "error",
+        "tokens": TOKENS,
+    }
 
     def forward(ids: np.ndarray) -> Pass:
         return run_model(lm, torch.from_numpy(ids), SITES)

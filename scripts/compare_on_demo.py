@@ -41,12 +41,22 @@ SAMPLE = 32_768
 
 
 def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
-    def of(affinity: str = "activation", beta: float = 1.0, allocation: str = "token_choice", aux: str = "aux_k",
-           capacity: str = "zipf", selection: str = "float32") -> SaeSettings:  # fmt: skip
+    def of(
+        affinity: str = "activation",
+        beta: float = 1.0,
+        allocation: str = "token_choice",
+        aux: str = "aux_k",
+        capacity: str = "zipf",
+        selection: str = "float32",
+    ) -> SaeSettings:
         return SaeSettings(
-            n_features, k, AffinitySettings(affinity, beta), AllocationSettings(allocation, capacity), AuxSettings(aux),
+            n_features,
+            k,
+            AffinitySettings(affinity, beta),
+            AllocationSettings(allocation, capacity),
+            AuxSettings(aux),
             selection=selection,
-        )  # fmt: skip
+        )
 
     return {
         "TopK (token choice)": of(),
@@ -127,20 +137,30 @@ def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int
 def figures(result: Fidelity, curve: Tensor) -> dict[str, float]:
     densities = (result.counts.double() / result.tokens).sort(descending=True).values
     return {
-        "fvu": result.fvu, "delta_ce": result.delta_ce, "loss_recovered_zero": result.loss_recovered_zero,
-        "loss_recovered_mean": result.loss_recovered_mean, "l0": result.l0, "never_active": result.never_active_share,
-        "below_1e4": result.share_below_1e4, "below_1e5": result.share_below_1e5,
+        "fvu": result.fvu,
+        "delta_ce": result.delta_ce,
+        "loss_recovered_zero": result.loss_recovered_zero,
+        "loss_recovered_mean": result.loss_recovered_mean,
+        "l0": result.l0,
+        "never_active": result.never_active_share,
+        "below_1e4": result.share_below_1e4,
+        "below_1e5": result.share_below_1e5,
         "under_half_curve": (densities < 0.5 * curve).double().mean().item(),
         "median_density": densities.median().item(),
-    }  # fmt: skip
+    }
 
 
 COLUMNS = {
-    "fvu": ("FVU", 4, 1), "delta_ce": ("delta CE (nats)", 4, 1), "loss_recovered_zero": ("recovered, zero", 4, 1),
-    "loss_recovered_mean": ("recovered, mean", 4, 1), "l0": ("L0", 2, 1), "never_active": ("never active (%)", 2, 100),
-    "below_1e4": ("density < 1e-4 (%)", 1, 100), "below_1e5": ("density < 1e-5 (%)", 2, 100),
+    "fvu": ("FVU", 4, 1),
+    "delta_ce": ("delta CE (nats)", 4, 1),
+    "loss_recovered_zero": ("recovered, zero", 4, 1),
+    "loss_recovered_mean": ("recovered, mean", 4, 1),
+    "l0": ("L0", 2, 1),
+    "never_active": ("never active (%)", 2, 100),
+    "below_1e4": ("density < 1e-4 (%)", 1, 100),
+    "below_1e5": ("density < 1e-5 (%)", 2, 100),
     "under_half_curve": ("under half the curve (%)", 1, 100),
-}  # fmt: skip
+}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -221,8 +241,12 @@ def main() -> None:
 def write(args: argparse.Namespace, curve: tuple[ZipfFit, Tensor] | None, rows: dict[str, Any]) -> None:
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        record = {"settings": settings, "curve": vars(curve[0]) if curve else None, "torch": torch.__version__,
-                  "rows": rows}  # fmt: skip
+        record = {
+            "settings": settings,
+            "curve": vars(curve[0]) if curve else None,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 

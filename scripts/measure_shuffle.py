@@ -22,11 +22,25 @@ from saelab.activations.stream import Pass
 
 CONTEXT, TOKENS, BATCH, SITE = 256, 5_000_000, 2048, "made.up"
 IDENTITY = {
-    "model": "", "weights": "", "model_dtype": "float32", "tokenizer": "", "corpus": {}, "sites": {SITE: 1},
-    "context": CONTEXT, "bos": 0, "dtype": "float32", "gradients": False, "special_tokens": False, "seed": 0,
-    "rows_per_forward": 32, "passes_per_shard": 16, "block_tokens": BLOCK_TOKENS, "lanes": 1, "nonfinite": "error",
+    "model": "",
+    "weights": "",
+    "model_dtype": "float32",
+    "tokenizer": "",
+    "corpus": {},
+    "sites": {SITE: 1},
+    "context": CONTEXT,
+    "bos": 0,
+    "dtype": "float32",
+    "gradients": False,
+    "special_tokens": False,
+    "seed": 0,
+    "rows_per_forward": 32,
+    "passes_per_shard": 16,
+    "block_tokens": BLOCK_TOKENS,
+    "lanes": 1,
+    "nonfinite": "error",
     "tokens": TOKENS,
-}  # fmt: skip
+}
 
 
 class Rows:

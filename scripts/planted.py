@@ -176,10 +176,12 @@ def as_json(table: Table, setting: Setting, tokens: int) -> dict:
     return {
         "setting": asdict(setting) | {"n_true": N_TRUE, "exponent": EXPONENT, "shift": SHIFT},
         "training": {"tokens": tokens, "batch": BATCH},
-        "machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "machine": platform.platform(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "methods": {name: [asdict(s) for s in scores] for name, scores in table.items()},
         "claims": [asdict(c) | {"verdict": c.verdict} for c in comparisons(table)],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -169,8 +169,11 @@ def main() -> None:
     held_out = torch.from_numpy(rows_of(held_documents, 0)).long().to(args.device)
     held_bytes = sum(len(t.encode()) for t in text.held_out.values())
     bytes_per_token = held_bytes / sum(map(len, held_documents))
-    print(f"{sum(map(len, documents)):,} training tokens, {sum(map(len, held_documents)):,} held out, "
-          f"{bytes_per_token:.3f} bytes per token", flush=True)  # fmt: skip
+    print(
+        f"{sum(map(len, documents)):,} training tokens, {sum(map(len, held_documents)):,} held out, "
+        f"{bytes_per_token:.3f} bytes per token",
+        flush=True,
+    )
 
     model = make_model().to(args.device)
     run = torch.compile(model) if args.compile else model
@@ -227,20 +230,31 @@ def main() -> None:
         if time.monotonic() - last_save > 120 or tokens >= total:
             save_atomically(
                 {
-                    "model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "step": step,
-                    "tokens": tokens, "epoch": epoch, "cursor": cursor, "seconds": seconds,
+                    "model": model.state_dict(),
+                    "optimisers": [o.state_dict() for o in optimisers],
+                    "step": step,
+                    "tokens": tokens,
+                    "epoch": epoch,
+                    "cursor": cursor,
+                    "seconds": seconds,
                 },
                 checkpoint,
-            )  # fmt: skip
+            )
             last_save = time.monotonic()
 
     finish(model, tokenizer, held_out, text, args, bytes_per_token, tokens, seconds)
 
 
 def finish(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: torch.Tensor, text: StdlibText,
-    args: argparse.Namespace, bytes_per_token: float, tokens: int, seconds: float,
-) -> None:  # fmt: skip
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: torch.Tensor,
+    text: StdlibText,
+    args: argparse.Namespace,
+    bytes_per_token: float,
+    tokens: int,
+    seconds: float,
+) -> None:
     """Write the model in 16 bits, the frozen sample, and what was measured on the weights as written."""
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
@@ -265,11 +279,14 @@ def finish(
     }
     (args.out / "measured.json").write_text(json.dumps(figures, indent=2) + "\n")
     (args.out / "held_out_sample.json").write_text(
-        json.dumps({
-            "licence": "Token ids of text from the Python standard library, (c) Python Software Foundation, PSF-2.0.",
-            "rows": sample.tolist(),
-        }) + "\n"
-    )  # fmt: skip
+        json.dumps(
+            {
+                "licence": "Token ids of text from the Python standard library, (c) Python Software Foundation, PSF-2.0.",
+                "rows": sample.tolist(),
+            }
+        )
+        + "\n"
+    )
     print(json.dumps(figures, indent=2))
 
 

@@ -15,9 +15,13 @@ def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.Comp
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-m", "saelab.cli", *map(str, arguments)],
-        cwd=cwd, env=os.environ | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=240,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
         check=False,
-    )  # fmt: skip
+    )
 
 
 def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
@@ -91,8 +95,15 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
-    small = ["sae.n_features=256", "sae.k=8", "training.tokens=20000", "activations.stream.buffer_tokens=8192",
-             "eval.tokens=4000", "eval.ce_tokens=2000", "features.tokens=4000"]  # fmt: skip
+    small = [
+        "sae.n_features=256",
+        "sae.k=8",
+        "training.tokens=20000",
+        "activations.stream.buffer_tokens=8192",
+        "eval.tokens=4000",
+        "eval.ce_tokens=2000",
+        "features.tokens=4000",
+    ]
     result = saelab("demo", "--no-app", *small, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "quickstart"

@@ -120,18 +120,21 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 GOOD = {"values": torch.ones(3), "features": torch.tensor([0, 1, 0]), "offsets": torch.tensor([0, 2, 3])}
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"values": torch.ones(2)}, "2 values but 3 features"),
-    ({"values": torch.ones(3, 1)}, "not three lists"),
-    ({"offsets": torch.zeros(0, dtype=torch.long)}, "not three lists"),
-    ({"values": torch.ones(3, dtype=torch.long)}, "floating-point"),
-    ({"features": torch.zeros(3)}, "floating-point"),
-    ({"offsets": torch.tensor([0, 2, 4])}, "do not rise from 0 to the 3"),
-    ({"offsets": torch.tensor([1, 2, 3])}, "do not rise"),
-    ({"offsets": torch.tensor([0, 4, 3])}, "do not rise"),
-    ({"features": torch.tensor([0, 2, 0])}, "out of the range of the 2"),
-    ({"features": torch.tensor([0, -1, 0])}, "out of the range of the 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"values": torch.ones(2)}, "2 values but 3 features"),
+        ({"values": torch.ones(3, 1)}, "not three lists"),
+        ({"offsets": torch.zeros(0, dtype=torch.long)}, "not three lists"),
+        ({"values": torch.ones(3, dtype=torch.long)}, "floating-point"),
+        ({"features": torch.zeros(3)}, "floating-point"),
+        ({"offsets": torch.tensor([0, 2, 4])}, "do not rise from 0 to the 3"),
+        ({"offsets": torch.tensor([1, 2, 3])}, "do not rise"),
+        ({"offsets": torch.tensor([0, 4, 3])}, "do not rise"),
+        ({"features": torch.tensor([0, 2, 0])}, "out of the range of the 2"),
+        ({"features": torch.tensor([0, -1, 0])}, "out of the range of the 2"),
+    ],
+)
 def test_tensors_that_are_no_matrix_are_refused(tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
     path = tmp_path / "codes.safetensors"
     save_file({**GOOD, **change}, path, {"n_features": "2"})

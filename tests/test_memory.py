@@ -10,8 +10,14 @@ from saelab.memory import free_memory, free_on_disk, held_by, size
 
 def test_sizes_have_three_digits() -> None:
     assert [size(n) for n in (0, 999, 1000, 137_363_456, 1_048_000_000, 25_300_000_000, 3 * 10**15)] == [
-        "0 bytes", "999 bytes", "1.00 kB", "137 MB", "1.05 GB", "25.3 GB", "3,000 TB",
-    ]  # fmt: skip
+        "0 bytes",
+        "999 bytes",
+        "1.00 kB",
+        "137 MB",
+        "1.05 GB",
+        "25.3 GB",
+        "3,000 TB",
+    ]
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -27,22 +33,29 @@ MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 40
 def test_without_a_limit_all_that_is_available_is_free(tmp_path: Path) -> None:
     assert free_memory(tmp_path) is None
     assert free_memory(write(tmp_path, MEMINFO)) == 4000 * 1024
-    unlimited = {"proc/self/cgroup": "0::/user\n", "sys/fs/cgroup/user/memory.max": "max\n",
-                 "sys/fs/cgroup/user/memory.current": "5\n"}  # fmt: skip
+    unlimited = {
+        "proc/self/cgroup": "0::/user\n",
+        "sys/fs/cgroup/user/memory.max": "max\n",
+        "sys/fs/cgroup/user/memory.current": "5\n",
+    }
     assert free_memory(write(tmp_path, unlimited)) == 4000 * 1024
     ours = free_memory()
     assert ours is not None and ours > 1 << 20
 
 
 def test_the_tightest_cgroup_around_the_process_decides(tmp_path: Path) -> None:
-    write(tmp_path, MEMINFO | {
-        "proc/self/cgroup": "0::/outer/inner\n",
-        "sys/fs/cgroup/outer/inner/memory.max": "3000000",
-        "sys/fs/cgroup/outer/inner/memory.current": "100000",
-        "sys/fs/cgroup/outer/memory.max": "1000000",
-        "sys/fs/cgroup/outer/memory.current": "700000",
-        "sys/fs/cgroup/outer/memory.stat": "anon 400000\ninactive_file 50000\n",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        MEMINFO
+        | {
+            "proc/self/cgroup": "0::/outer/inner\n",
+            "sys/fs/cgroup/outer/inner/memory.max": "3000000",
+            "sys/fs/cgroup/outer/inner/memory.current": "100000",
+            "sys/fs/cgroup/outer/memory.max": "1000000",
+            "sys/fs/cgroup/outer/memory.current": "700000",
+            "sys/fs/cgroup/outer/memory.stat": "anon 400000\ninactive_file 50000\n",
+        },
+    )
     assert free_memory(tmp_path) == 350_000  # page cache that can be dropped is free
     write(tmp_path, {"sys/fs/cgroup/outer/memory.current": "2000000"})
     assert free_memory(tmp_path) == 0
@@ -50,12 +63,16 @@ def test_the_tightest_cgroup_around_the_process_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["docker/abc/", ""])  # a container may see its own group as the mount
 def test_the_first_version_of_cgroups_counts_too(tmp_path: Path, group: str) -> None:
-    write(tmp_path, MEMINFO | {
-        "proc/self/cgroup": "12:cpu,cpuacct:/docker/abc\n9:memory:/docker/abc\n0::/docker/abc\n",
-        f"sys/fs/cgroup/memory/{group}memory.limit_in_bytes": "2000000\n",
-        f"sys/fs/cgroup/memory/{group}memory.usage_in_bytes": "1500000\n",
-        f"sys/fs/cgroup/memory/{group}memory.stat": "cache 9\ntotal_inactive_file 1000\n",
-    })  # fmt: skip
+    write(
+        tmp_path,
+        MEMINFO
+        | {
+            "proc/self/cgroup": "12:cpu,cpuacct:/docker/abc\n9:memory:/docker/abc\n0::/docker/abc\n",
+            f"sys/fs/cgroup/memory/{group}memory.limit_in_bytes": "2000000\n",
+            f"sys/fs/cgroup/memory/{group}memory.usage_in_bytes": "1500000\n",
+            f"sys/fs/cgroup/memory/{group}memory.stat": "cache 9\ntotal_inactive_file 1000\n",
+        },
+    )
     assert free_memory(tmp_path) == 501_000
 
 

@@ -56,10 +56,19 @@ features: {{tokens: 1e3}}
 def test_an_interrupted_command_leaves_a_checkpoint_that_evaluates(number: int, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(text(5000))
     overrides = [
-        f"model={model_folder('gpt2')}", "corpus=book.txt", "site=blocks.1.hook_resid_post", "context=32", "out=run",
-        "sae.n_features=64", "sae.k=4", "training.tokens=1e9", "training.batch=200",
-        "activations.stream.buffer_tokens=2000", "eval.tokens=1000", "eval.ce_tokens=500",
-    ]  # fmt: skip
+        f"model={model_folder('gpt2')}",
+        "corpus=book.txt",
+        "site=blocks.1.hook_resid_post",
+        "context=32",
+        "out=run",
+        "sae.n_features=64",
+        "sae.k=4",
+        "training.tokens=1e9",
+        "training.batch=200",
+        "activations.stream.buffer_tokens=2000",
+        "eval.tokens=1000",
+        "eval.ce_tokens=500",
+    ]
     process = subprocess.Popen(
         [*CLI, "train", "quickstart", *overrides], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
@@ -98,8 +107,22 @@ def test_the_demo_model_is_trained_resumed_and_written_as_a_hugging_face_folder(
     for package in ("json", "email", "unittest"):
         source = Path(sysconfig.get_path("stdlib")) / package
         shutil.copytree(source, library / package, ignore=shutil.ignore_patterns("__pycache__", "test*"))
-    script = [sys.executable, str(ROOT / "scripts" / "train_demo_lm.py"), "--corpus", str(library), "--rows", "4",
-              "--work", str(tmp_path / "work"), "--out", str(out), "--warmup", "2", "--device", "cpu"]  # fmt: skip
+    script = [
+        sys.executable,
+        str(ROOT / "scripts" / "train_demo_lm.py"),
+        "--corpus",
+        str(library),
+        "--rows",
+        "4",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(out),
+        "--warmup",
+        "2",
+        "--device",
+        "cpu",
+    ]
     output([*script, "--tokens", "4096"], tmp_path)
     assert "resumed at step 4" in output([*script, "--tokens", "8192"], tmp_path)
     measured = json.loads((out / "measured.json").read_text())

@@ -46,7 +46,7 @@ def model_folder(kind: str) -> Path:
         LlamaConfig,
         LlamaForCausalLM,
         PreTrainedTokenizerFast,
-    )  # fmt: skip
+    )
 
     folder = Path(_root().name) / kind
     bpe = Tokenizer(models.BPE())

@@ -17,10 +17,14 @@ def bars(x: np.ndarray, counts: np.ndarray, width: float, title_x: str, title_y:
     """Counts of equal bins, given by their middles."""
     figure = go.Figure(
         go.Bar(
-            x=x, y=counts, width=width, marker_color=COLOUR, marker_line_width=0,
+            x=x,
+            y=counts,
+            width=width,
+            marker_color=COLOUR,
+            marker_line_width=0,
             hovertemplate="%{x:.3g}: %{y:,}<extra></extra>",
         )
-    )  # fmt: skip
+    )
     figure.update_xaxes(title=title_x, range=[x[0] - width / 2, x[-1] + width / 2] if len(x) else None)
     figure.update_yaxes(title=title_y, type="log" if log_y else "linear", rangemode="tozero")
     if log_y:

@@ -22,17 +22,29 @@ def draw_header(index: int, n_features: int, active: np.ndarray) -> None:
             "Previous", icon=":material/chevron_left:", on_click=state.go_to, args=(index - 1,), disabled=index == 0
         )
         st.button(
-            "Next", icon=":material/chevron_right:", on_click=state.go_to, args=(index + 1,),
+            "Next",
+            icon=":material/chevron_right:",
+            on_click=state.go_to,
+            args=(index + 1,),
             disabled=index == n_features - 1,
-        )  # fmt: skip
+        )
         st.button(
-            "Random", icon=":material/casino:", on_click=lambda: state.go_to(int(random.choice(active))),
-            disabled=len(active) == 0, help="one that is active somewhere",
-        )  # fmt: skip
+            "Random",
+            icon=":material/casino:",
+            on_click=lambda: state.go_to(int(random.choice(active))),
+            disabled=len(active) == 0,
+            help="one that is active somewhere",
+        )
         st.number_input(
-            "Jump to", 0, n_features - 1, key="jump_to", width=150, label_visibility="collapsed",
-            on_change=lambda: state.go_to(st.session_state["jump_to"]), help="jump to a feature",
-        )  # fmt: skip
+            "Jump to",
+            0,
+            n_features - 1,
+            key="jump_to",
+            width=150,
+            label_visibility="collapsed",
+            on_change=lambda: state.go_to(st.session_state["jump_to"]),
+            help="jump to a feature",
+        )
 
 
 def draw_activity(feature: Feature, whole: Summary) -> None:

@@ -86,9 +86,14 @@ def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = Fals
 
 
 def read_activations(
-    lm: LanguageModel, rows: Iterable[np.ndarray], site: str, rows_per_forward: int, *, gradients: bool = False,
+    lm: LanguageModel,
+    rows: Iterable[np.ndarray],
+    site: str,
+    rows_per_forward: int,
+    *,
+    gradients: bool = False,
     special_tokens: bool = False,
-) -> Iterator[ActivationBatch]:  # fmt: skip
+) -> Iterator[ActivationBatch]:
     """What `run_model` keeps of all `rows`, in reading order, one batch per forward pass.
 
     Raises SaelabError, with site, row and position, where the model gives NaN or infinity.

@@ -81,9 +81,14 @@ GROWTH_TARGET = 100_000_000
 
 
 def bench(
-    *, rounds: int = 3, peers: Path | None = None, folder: Path | None = None, size: Size = Size(),
-    threads: int | None = None, say: Say = lambda message: None,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    rounds: int = 3,
+    peers: Path | None = None,
+    folder: Path | None = None,
+    size: Size = Size(),
+    threads: int | None = None,
+    say: Say = lambda message: None,
+) -> dict[str, Any]:
     """Everything `saelab bench cache` measures, as the record that its ``--json`` writes.
 
     `peers` is the interpreter of the environment with sae-lens; all is written below `folder` (default: where temporary
@@ -107,12 +112,14 @@ def bench(
             )
         record: dict[str, Any] = {
             "machine": machine() | {"file_system": _file_system(work)},
-            "versions": versions | {name: v for name, v in found.items() if name != "torch"} | {
-                "python": platform.python_version()
-            },
+            "versions": versions
+            | {name: v for name, v in found.items() if name != "torch"}
+            | {"python": platform.python_version()},
             "peers_torch": found.get("torch"),
-            "size": asdict(size), "threads": processes.threads, "rounds": rounds,
-        }  # fmt: skip
+            "size": asdict(size),
+            "threads": processes.threads,
+            "rounds": rounds,
+        }
         return record | _measured(processes, work, rounds, peers)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -139,26 +146,33 @@ def _measured(processes: "Processes", work: Path, rounds: int, peers: Path | Non
         processes.label = f"round {turn} of {rounds}"
         cache = next(folders)
         compare(
-            "writing", turn, lambda cache=cache: _per_second(processes.ours("write", cache), "bytes"),
+            "writing",
+            turn,
+            lambda cache=cache: _per_second(processes.ours("write", cache), "bytes"),
             lambda: _per_second(processes.ours("raw_write", next(folders)), "bytes"),
-        )  # fmt: skip
+        )
         compare(
-            "reading", turn, lambda cache=cache: _per_second(processes.ours("read", cache), "bytes"),
+            "reading",
+            turn,
+            lambda cache=cache: _per_second(processes.ours("read", cache), "bytes"),
             lambda cache=cache: _per_second(processes.ours("raw_read", cache), "bytes"),
-        )  # fmt: skip
+        )
         warm.append(_per_second(processes.ours("warm", cache), "tokens"))
         compare(
-            "caching", turn, lambda: _per_second(processes.ours("caching", next(folders)), "tokens"),
+            "caching",
+            turn,
+            lambda: _per_second(processes.ours("caching", next(folders)), "tokens"),
             lambda: _per_second(processes.ours("model", work), "tokens"),
-        )  # fmt: skip
+        )
         if peers:
             for dtype in ("float32", "bfloat16"):  # the peer has one dtype, and writes anew beside each of ours
                 given = ("--tokens", few, "--given", "float32", "--dtype", dtype)
                 compare(
-                    f"sae_lens_{dtype}", turn,
+                    f"sae_lens_{dtype}",
+                    turn,
                     lambda given=given: _per_second(processes.ours("write", next(folders), *given), "values"),
                     lambda: _per_second(processes.peer(peers, "write", next(folders), int(few)), "values"),
-                )  # fmt: skip
+                )
 
     processes.label = "once"
     small = next(folders)
@@ -179,14 +193,13 @@ def _measured(processes: "Processes", work: Path, rounds: int, peers: Path | Non
         tokens = processes.size.end_to_end_tokens
         record["end_to_end"] = {
             "ours": processes.ours("end_to_end", next(folders), "--tokens", str(tokens)),
-            "sae_lens": processes.peer(
-                peers, "end_to_end", next(folders), tokens, "--texts", str(texts)
-            ),
-        }  # fmt: skip
+            "sae_lens": processes.peer(peers, "end_to_end", next(folders), tokens, "--texts", str(texts)),
+        }
         record["peer_note"] = PEER_NOTE
     record["used_by_others"] = {
-        "median": statistics.median(processes.used_by_others), "max": max(processes.used_by_others)
-    }  # fmt: skip
+        "median": statistics.median(processes.used_by_others),
+        "max": max(processes.used_by_others),
+    }
     return record
 
 
@@ -202,20 +215,48 @@ class Processes:
     def ours(self, measure: str, folder: Path, *arguments: str) -> dict[str, float]:
         size = self.size
         command = [
-            sys.executable, "-m", ours_cache.__name__, "--measure", measure, "--folder", str(folder),
-            "--tokens", str(size.tokens), "--d-in", str(size.d_in), "--passes", str(size.passes),
-            "--warmup", str(size.warmup), *arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            ours_cache.__name__,
+            "--measure",
+            measure,
+            "--folder",
+            str(folder),
+            "--tokens",
+            str(size.tokens),
+            "--d-in",
+            str(size.d_in),
+            "--passes",
+            str(size.passes),
+            "--warmup",
+            str(size.warmup),
+            *arguments,
+        ]
         return self._run(command, f"{measure} {' '.join(arguments)}".strip())
 
     def peer(self, python: Path, measure: str, folder: Path, tokens: int, *arguments: str) -> dict[str, float]:
         buffer = min(tokens, ours_cache.PASSES * ours_cache.PASS_TOKENS)  # its buffers are shards, as long as ours
         # -I: neither this environment's PYTHONPATH nor the folder of the script is on its path
         command = [
-            str(python), "-I", peer_cache.__file__, "--measure", measure, "--folder", str(folder),
-            "--tokens", str(tokens), "--buffer", str(buffer), "--d-in", str(self.size.d_in),
-            "--model", str(MODEL), "--layer", str(ours_cache.LAYER), *arguments,
-        ]  # fmt: skip
+            str(python),
+            "-I",
+            peer_cache.__file__,
+            "--measure",
+            measure,
+            "--folder",
+            str(folder),
+            "--tokens",
+            str(tokens),
+            "--buffer",
+            str(buffer),
+            "--d-in",
+            str(self.size.d_in),
+            "--model",
+            str(MODEL),
+            "--layer",
+            str(ours_cache.LAYER),
+            *arguments,
+        ]
         return self._run(command, f"sae-lens, {measure}")
 
     def peer_versions(self, python: Path) -> dict[str, Any]:
@@ -253,20 +294,32 @@ def show(record: dict[str, Any]) -> None:
             figures = record["pairs"][measure.name]
             rounds = " ".join(f"{row['ratio']:.2f}" for row in figures["rounds"])
             table.add_row(
-                measure.what, _short(figures["ours"]), _short(figures["other"]), f"{figures['ratio']:.2f}",
-                f">= {measure.target:.1f}", rounds,
-            )  # fmt: skip
+                measure.what,
+                _short(figures["ours"]),
+                _short(figures["other"]),
+                f"{figures['ratio']:.2f}",
+                f">= {measure.target:.1f}",
+                rounds,
+            )
     warm = record["warm"]
     table.add_row(
-        "reading from the page cache, tokens/s", _short(warm["tokens_per_s"]), "", _short(warm["tokens_per_s"]),
-        f">= {_short(WARM_TARGET)}", " ".join(map(_short, warm["rounds"])),
-    )  # fmt: skip
+        "reading from the page cache, tokens/s",
+        _short(warm["tokens_per_s"]),
+        "",
+        _short(warm["tokens_per_s"]),
+        f">= {_short(WARM_TARGET)}",
+        " ".join(map(_short, warm["rounds"])),
+    )
     for row in record["memory"]:
         over = (row["growth"] - row["buffers"]) / 1e6
         table.add_row(
             f"memory beside the buffers ({row['buffers'] / 1e6:.0f} MB), {row['tokens']:,.0f} tokens, MB",
-            f"{over:.0f}", "", f"{over:.0f}", f"<= {GROWTH_TARGET / 1e6:.0f}", "",
-        )  # fmt: skip
+            f"{over:.0f}",
+            "",
+            f"{over:.0f}",
+            f"<= {GROWTH_TARGET / 1e6:.0f}",
+            "",
+        )
     if "end_to_end" in record:
         ours, theirs = (record["end_to_end"][name]["tokens_per_s"] for name in ("ours", "sae_lens"))
         table.add_row("end to end, tokens/s / sae-lens'", _short(ours), _short(theirs), f"{ours / theirs:.2f}", "", "")

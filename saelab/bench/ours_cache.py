@@ -53,11 +53,25 @@ T = TypeVar("T")
 def identity(tokens: int, d_in: int, dtype: str) -> dict[str, Any]:
     """Of a cache of made-up activations."""
     return {
-        "model": "made up", "weights": "", "model_dtype": dtype, "tokenizer": "", "corpus": {}, "sites": {SITE: d_in},
-        "context": CONTEXT, "bos": None, "dtype": dtype, "gradients": False, "special_tokens": True, "seed": 0,
-        "rows_per_forward": ROWS, "passes_per_shard": PASSES, "block_tokens": BLOCK_TOKENS, "lanes": 1,
-        "nonfinite": "error", "tokens": tokens,
-    }  # fmt: skip
+        "model": "made up",
+        "weights": "",
+        "model_dtype": dtype,
+        "tokenizer": "",
+        "corpus": {},
+        "sites": {SITE: d_in},
+        "context": CONTEXT,
+        "bos": None,
+        "dtype": dtype,
+        "gradients": False,
+        "special_tokens": True,
+        "seed": 0,
+        "rows_per_forward": ROWS,
+        "passes_per_shard": PASSES,
+        "block_tokens": BLOCK_TOKENS,
+        "lanes": 1,
+        "nonfinite": "error",
+        "tokens": tokens,
+    }
 
 
 class SameRow:

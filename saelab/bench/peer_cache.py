@@ -75,10 +75,19 @@ def _runner(folder: Path, tokens: int, d_in: int, buffer_tokens: int, hook_name:
     if model is None:
         room._mk_activations_store = lambda *arguments, **names: None
     config = CacheActivationsRunnerConfig(
-        dataset_path="", model_name="", model_batch_size=ROWS, hook_name=hook_name, d_in=d_in, training_tokens=tokens,
-        context_size=CONTEXT, new_cached_activations_path=str(folder), dtype="float32", device="cpu", streaming=False,
+        dataset_path="",
+        model_name="",
+        model_batch_size=ROWS,
+        hook_name=hook_name,
+        d_in=d_in,
+        training_tokens=tokens,
+        context_size=CONTEXT,
+        new_cached_activations_path=str(folder),
+        dtype="float32",
+        device="cpu",
+        streaming=False,
         buffer_size_gb=(buffer_tokens + 0.5) * d_in * 4 / 1e9,  # it rounds down
-    )  # fmt: skip
+    )
     assert config.n_tokens_in_buffer == buffer_tokens and config.n_buffers * buffer_tokens == tokens
     return room.CacheActivationsRunner(config, override_dataset=documents)
 
@@ -92,12 +101,25 @@ def _hooked(folder: Path):
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     its = llama.config
     config = HookedTransformerConfig(
-        n_layers=its.num_hidden_layers, d_model=its.hidden_size, n_ctx=its.max_position_embeddings,
-        d_head=its.head_dim, n_heads=its.num_attention_heads, d_mlp=its.intermediate_size, d_vocab=its.vocab_size,
-        act_fn="silu", normalization_type="RMS", eps=its.rms_norm_eps, final_rms=True, gated_mlp=True,
-        positional_embedding_type="rotary", rotary_dim=its.head_dim, rotary_adjacent_pairs=False,
-        rotary_base=int(its.rope_parameters["rope_theta"]), original_architecture="LlamaForCausalLM", device="cpu",
-    )  # fmt: skip
+        n_layers=its.num_hidden_layers,
+        d_model=its.hidden_size,
+        n_ctx=its.max_position_embeddings,
+        d_head=its.head_dim,
+        n_heads=its.num_attention_heads,
+        d_mlp=its.intermediate_size,
+        d_vocab=its.vocab_size,
+        act_fn="silu",
+        normalization_type="RMS",
+        eps=its.rms_norm_eps,
+        final_rms=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_dim=its.head_dim,
+        rotary_adjacent_pairs=False,
+        rotary_base=int(its.rope_parameters["rope_theta"]),
+        original_architecture="LlamaForCausalLM",
+        device="cpu",
+    )
     hooked = HookedTransformer(config, AutoTokenizer.from_pretrained(folder))
     hooked.load_state_dict(convert_llama_weights(llama, config), strict=False)  # buffers such as masks are not in it
     ids = torch.arange(its.vocab_size).reshape(-1, 64)[:2]

@@ -140,9 +140,14 @@ def sparsify(source: Source, variant: str, n_features: int, k: int, seed: int, o
     rows = [{"input_ids": torch.zeros(batch, dtype=torch.long)}] * 100_000  # one row of `batch` tokens is one step
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            SparseCoderConfig(num_latents=n_features, k=k), batch_size=1, optimizer=optimiser, hookpoints=["source"],
-            init_seeds=[seed], save_dir=folder, log_to_wandb=False,
-        )  # fmt: skip
+            SparseCoderConfig(num_latents=n_features, k=k),
+            batch_size=1,
+            optimizer=optimiser,
+            hookpoints=["source"],
+            init_seeds=[seed],
+            save_dir=folder,
+            log_to_wandb=False,
+        )
         trainer = Trainer(config, rows, StandIn(source))
         if variant != "as_shipped":
             (shipped,) = trainer.optimizers
@@ -172,15 +177,22 @@ def dictionary_learning(source: Source, variant: str, n_features: int, k: int, s
 
     device = str(source.x.device)
     settings = {
-        "trainer": TopKTrainer if variant == "as_shipped" else FusedTopKTrainer, "steps": 100_000, "seed": seed,
-        "activation_dim": source.x.shape[1], "dict_size": n_features, "k": k, "layer": 0, "lm_name": "",
+        "trainer": TopKTrainer if variant == "as_shipped" else FusedTopKTrainer,
+        "steps": 100_000,
+        "seed": seed,
+        "activation_dim": source.x.shape[1],
+        "dict_size": n_features,
+        "k": k,
+        "layer": 0,
+        "lm_name": "",
         "device": device,
-    }  # fmt: skip
+    }
     low = variant == "bf16_fused"
     # trainSAE puts each `update` under autocast, but on a CPU under nothing: there the same is put around it here.
     with torch.autocast("cpu", torch.bfloat16) if low and device == "cpu" else contextlib.nullcontext():
-        trainSAE(source, [settings], steps=100_000, device=device,
-                 autocast_dtype=torch.bfloat16 if low else torch.float32)  # fmt: skip
+        trainSAE(
+            source, [settings], steps=100_000, device=device, autocast_dtype=torch.bfloat16 if low else torch.float32
+        )
 
 
 def sae_lens(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
@@ -195,19 +207,27 @@ def sae_lens(source: Source, variant: str, n_features: int, k: int, seed: int) -
     device = str(source.x.device)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=n_features, k=k, device=device))
     config = SAETrainerConfig(
-        total_training_samples=100_000 * batch, train_batch_size_samples=batch, lr_end=3e-5, device=device,
+        total_training_samples=100_000 * batch,
+        train_batch_size_samples=batch,
+        lr_end=3e-5,
+        device=device,
         autocast=variant == "bf16_fused",
-    )  # fmt: skip
+    )
     trainer = SAETrainer(config, sae, source)
     if variant != "as_shipped":
         trainer.optimizer = torch.optim.Adam(
             sae.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
         )
         trainer.lr_scheduler = get_lr_scheduler(
-            config.lr_scheduler_name, optimizer=trainer.optimizer, training_steps=config.total_training_steps,
-            lr=config.lr, warm_up_steps=config.lr_warm_up_steps, decay_steps=config.lr_decay_steps,
-            lr_end=config.lr_end, num_cycles=config.n_restart_cycles,
-        )  # fmt: skip
+            config.lr_scheduler_name,
+            optimizer=trainer.optimizer,
+            training_steps=config.total_training_steps,
+            lr=config.lr,
+            warm_up_steps=config.lr_warm_up_steps,
+            decay_steps=config.lr_decay_steps,
+            lr_end=config.lr_end,
+            num_cycles=config.n_restart_cycles,
+        )
     trainer.fit()
 
 
@@ -215,9 +235,16 @@ PEERS = {f.__name__: f for f in (sparsify, sparsify_signum, dictionary_learning,
 
 
 def measure(
-    peer: str, variant: str, shape: tuple[int, int, int, int], *, seed: int = 0, warmup: int = 2, steps: int = 10,
-    seconds: float = 15.0, device: str = "cpu",
-) -> dict:  # fmt: skip
+    peer: str,
+    variant: str,
+    shape: tuple[int, int, int, int],
+    *,
+    seed: int = 0,
+    warmup: int = 2,
+    steps: int = 10,
+    seconds: float = 15.0,
+    device: str = "cpu",
+) -> dict:
     """``{"peer", "variant", "version", "step_ms", "all_ms", "leaves_out"}``: the median step, and every one timed."""
     batch, d_in, n_features, k = shape
     x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -226,9 +253,13 @@ def measure(
         PEERS[peer](source, variant, n_features, k, seed)
     ms = source.step_ms()
     return {
-        "peer": peer, "variant": variant, "version": importlib.metadata.version(DISTRIBUTIONS[peer]),
-        "step_ms": statistics.median(ms), "all_ms": ms, "leaves_out": LEAVES_OUT[peer],
-    }  # fmt: skip
+        "peer": peer,
+        "variant": variant,
+        "version": importlib.metadata.version(DISTRIBUTIONS[peer]),
+        "step_ms": statistics.median(ms),
+        "all_ms": ms,
+        "leaves_out": LEAVES_OUT[peer],
+    }
 
 
 def versions() -> dict:
@@ -267,9 +298,15 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # peers print
         batch, d_in, n_features, k = map(int, args.shape.split(","))
         result = measure(
-            args.peer, args.variant, (batch, d_in, n_features, k), seed=args.seed, warmup=args.warmup, steps=args.steps,
-            seconds=args.seconds, device=args.device,
-        )  # fmt: skip
+            args.peer,
+            args.variant,
+            (batch, d_in, n_features, k),
+            seed=args.seed,
+            warmup=args.warmup,
+            steps=args.steps,
+            seconds=args.seconds,
+            device=args.device,
+        )
     print(json.dumps(result))
 
 

@@ -43,12 +43,14 @@ def _ours(record: dict[str, Any]) -> Table:
     label = f"step / one fp32 encoder matmul ({record['encoder_matmul_ms']:.1f} ms)"
     table.add_row(label, *(f"{record['encoder_matmul_ratio'][case]:.3f}" for case in PRECISIONS))
     scores = 2 * record["shape"]["batch"] * record["shape"]["n_features"]
-    table.add_row("peak MB above parameters, gradients, Adam", *(
-        f"{record['ours'][case]['peak_bytes'] / 1e6:.1f}" for case in PRECISIONS
-    ))  # fmt: skip
-    table.add_row(f"  / bf16 pre-activations ({scores / 1e6:.1f} MB)", *(
-        f"{record['ours'][case]['peak_bytes'] / scores:.2f}" for case in PRECISIONS
-    ))  # fmt: skip
+    table.add_row(
+        "peak MB above parameters, gradients, Adam",
+        *(f"{record['ours'][case]['peak_bytes'] / 1e6:.1f}" for case in PRECISIONS),
+    )
+    table.add_row(
+        f"  / bf16 pre-activations ({scores / 1e6:.1f} MB)",
+        *(f"{record['ours'][case]['peak_bytes'] / scores:.2f}" for case in PRECISIONS),
+    )
     return table
 
 

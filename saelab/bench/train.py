@@ -29,9 +29,15 @@ SECONDS = 8.0
 
 
 def bench(
-    shape: Shape, *, rounds: int = 2, steps: int = 8, threads: int | None = None, peers: Path | None = None,
-    growth: bool = False, say: Say = lambda message: None,
-) -> dict[str, Any]:  # fmt: skip
+    shape: Shape,
+    *,
+    rounds: int = 2,
+    steps: int = 8,
+    threads: int | None = None,
+    peers: Path | None = None,
+    growth: bool = False,
+    say: Say = lambda message: None,
+) -> dict[str, Any]:
     """Everything `saelab bench train` measures, as the record that its ``--json`` writes.
 
     `peers` is the interpreter of the environment with the other libraries. Raises SaelabError where it is none, has no
@@ -49,8 +55,10 @@ def bench(
         "versions": versions | {name: v for name, v in found.items() if name != "torch"},
         "peers_torch": found.get("torch"),
         "shape": shape._asdict(),
-        "threads": processes.threads, "rounds": rounds, "steps": steps,
-    }  # fmt: skip
+        "threads": processes.threads,
+        "rounds": rounds,
+        "steps": steps,
+    }
 
     step: dict[str, list[float]] = {case: [] for case in PRECISIONS}
     peer_ms: dict[tuple[str, str], list[float]] = {}
@@ -99,8 +107,9 @@ def bench(
     if growth:
         record["growth"] = processes.growth()
     record["used_by_others"] = {
-        "median": statistics.median(processes.used_by_others), "max": max(processes.used_by_others)
-    }  # fmt: skip
+        "median": statistics.median(processes.used_by_others),
+        "max": max(processes.used_by_others),
+    }
     return record
 
 
@@ -148,9 +157,15 @@ class Processes:
 
     def _run(self, command: list[str], shape: Shape, steps: int | None = None) -> dict[str, Any]:
         arguments = [
-            "--shape", str(shape), "--steps", str(steps or self.steps), "--threads", str(self.threads),
-            "--seconds", str(SECONDS),
-        ]  # fmt: skip
+            "--shape",
+            str(shape),
+            "--steps",
+            str(steps or self.steps),
+            "--threads",
+            str(self.threads),
+            "--seconds",
+            str(SECONDS),
+        ]
         result, others = run_measurement(command + arguments, self.threads, self.say)
         self.used_by_others.append(others)
         return result

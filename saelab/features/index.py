@@ -173,16 +173,18 @@ def _contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings,
     activations = torch.where(keys[found] == wanted, activity.values[found], 0.0) if len(keys) else torch.empty(0)
 
     strings = pa.array(vocabulary, pa.string()).take(pa.array(rows.flatten()[places.flatten()].numpy()))
-    return pa.table({
-        "feature": pa.array(feature.numpy(), pa.int32()),
-        "rank": pa.array(rank.numpy(), pa.int16()),
-        "row": pa.array(row.numpy(), pa.int32()),
-        "position": pa.array(position.numpy(), pa.int32()),
-        "activation": activity.values[peaks].numpy(),
-        "peak": pa.array((position - start).numpy(), pa.int16()),
-        "tokens": _lists(strings, window, len(peaks)),
-        "activations": _lists(pa.array(activations.numpy()), window, len(peaks)),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "feature": pa.array(feature.numpy(), pa.int32()),
+            "rank": pa.array(rank.numpy(), pa.int16()),
+            "row": pa.array(row.numpy(), pa.int32()),
+            "position": pa.array(position.numpy(), pa.int32()),
+            "activation": activity.values[peaks].numpy(),
+            "peak": pa.array((position - start).numpy(), pa.int16()),
+            "tokens": _lists(strings, window, len(peaks)),
+            "activations": _lists(pa.array(activations.numpy()), window, len(peaks)),
+        }
+    )
 
 
 @torch.no_grad()

@@ -26,9 +26,13 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
     exact = _accumulator(dtype)
     if table.dtype == exact:
         return F.embedding_bag(
-            codes.features, table, codes.offsets.to(codes.features.dtype), mode="sum",
-            per_sample_weights=values.to(exact), include_last_offset=True,
-        ).to(dtype)  # fmt: skip
+            codes.features,
+            table,
+            codes.offsets.to(codes.features.dtype),
+            mode="sum",
+            per_sample_weights=values.to(exact),
+            include_last_offset=True,
+        ).to(dtype)
     out = table.new_zeros(codes.tokens, table.shape[1], dtype=exact)
     rows = codes.row_of_entry()
     for start in range(0, codes.nnz, _BLOCK_ENTRIES):

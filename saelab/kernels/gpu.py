@@ -106,9 +106,20 @@ def _weighted_sum(
 
 @triton.jit
 def _sum_rows(
-    out, values, features, offsets, table, partial, first_piece, d,
-    SPLIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    out,
+    values,
+    features,
+    offsets,
+    table,
+    partial,
+    first_piece,
+    d,
+    SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """One row of `out` at one block of columns. With SPLIT > 0, a longer row is the sum of its pieces in `partial`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -129,9 +140,20 @@ def _sum_rows(
 
 @triton.jit
 def _sum_pieces(
-    partial, values, features, offsets, table, row_of_piece, first_piece, d, rows,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
+    partial,
+    values,
+    features,
+    offsets,
+    table,
+    row_of_piece,
+    first_piece,
+    d,
+    rows,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """One piece of at most SPLIT entries of a long row, at one block of columns."""
     piece = tl.program_id(0).to(tl.int64)
     row = tl.load(row_of_piece + piece)

@@ -99,9 +99,16 @@ def _candidates(scores, groups, token, n, k, place, GROUP: tl.constexpr, SPARE_B
 
 @triton.jit
 def _choose(
-    chosen, scores, groups, n, k,
-    GROUP: tl.constexpr, CANDIDATES: tl.constexpr, AT_ONCE: tl.constexpr, SPARE_BITS: tl.constexpr,
-):  # fmt: skip
+    chosen,
+    scores,
+    groups,
+    n,
+    k,
+    GROUP: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    SPARE_BITS: tl.constexpr,
+):
     """The k best of one token in rising order of feature, among all n or, with GROUP > 0, those of k `groups`."""
     token = tl.program_id(0).to(tl.int64)
     _, everything = _candidates(scores, groups, token, n, k, tl.arange(0, CANDIDATES), GROUP, SPARE_BITS)

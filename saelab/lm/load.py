@@ -29,9 +29,12 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
     folder = model_folder(settings.name)
     with _told(f"model: {settings.name} in {folder} does not load"):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, settings.dtype), attn_implementation="sdpa", use_safetensors=True,
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
             device_map=settings.device_map,
-        )  # fmt: skip
+        )
         tokenizer = _tokenizer(folder)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise SaelabError(

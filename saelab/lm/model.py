@@ -90,9 +90,11 @@ class LanguageModel:
         return ModelShape(
             parameters=sum(tensor.numel() for tensor in parameters),
             bytes=sum(tensor.nbytes for tensor in [*parameters, *self.model.buffers()]),
-            vocabulary=vocabulary, hidden=hidden, layers=self.model.config.num_hidden_layers,  # type: ignore[union-attr]
+            vocabulary=vocabulary,
+            hidden=hidden,
+            layers=self.model.config.num_hidden_layers,  # type: ignore[union-attr]
             widths={site: self.width(site) for site in sites},
-        )  # fmt: skip
+        )
 
     def ordinary(self, rows: Tensor) -> Tensor:
         """True where a token is not BOS or another special token: bool ``[rows, context]``."""

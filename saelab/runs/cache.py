@@ -27,9 +27,14 @@ _AHEAD = 4
 
 
 def cache(
-    config: Config, out: str | Path, overrides: Iterable[str] = (), *, tokens: int | None = None,
-    track: Track = silent, say: Say = quiet,
-) -> Path:  # fmt: skip
+    config: Config,
+    out: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    tokens: int | None = None,
+    track: Track = silent,
+    say: Say = quiet,
+) -> Path:
     """Write the activations of `tokens` tokens (default: the training's), as `config` says, into the folder `out`.
 
     Taken up again where it was interrupted; a finished cache is verified, and damaged shards are written again. Under
@@ -91,15 +96,22 @@ def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
     """What a cache that `job` writes is of: FORMAT.md."""
     settings, write = job.settings, job.settings.cache
     local = Path(job.lm.name).expanduser()
-    facts = {"model": local.name if local.is_dir() else job.lm.name} | provenance(
-        job.lm, job.corpus, special_tokens=settings.activations.special_tokens
-    ) | {
-        "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
-        "dtype": write.dtype, "gradients": settings.writes_gradients, "seed": settings.seed,
-        "rows_per_forward": write.rows_per_forward,
-        "passes_per_shard": max(1, write.shard_tokens // (write.rows_per_forward * settings.context)),
-        "block_tokens": BLOCK_TOKENS, "lanes": write.lanes, "nonfinite": write.nonfinite, "tokens": tokens,
-    }  # fmt: skip
+    facts = (
+        {"model": local.name if local.is_dir() else job.lm.name}
+        | provenance(job.lm, job.corpus, special_tokens=settings.activations.special_tokens)
+        | {
+            "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
+            "dtype": write.dtype,
+            "gradients": settings.writes_gradients,
+            "seed": settings.seed,
+            "rows_per_forward": write.rows_per_forward,
+            "passes_per_shard": max(1, write.shard_tokens // (write.rows_per_forward * settings.context)),
+            "block_tokens": BLOCK_TOKENS,
+            "lanes": write.lanes,
+            "nonfinite": write.nonfinite,
+            "tokens": tokens,
+        }
+    )
     return json.loads(json.dumps(facts))  # as it comes back from the manifest
 
 
@@ -144,9 +156,12 @@ def _rows(job: Job) -> Callable[[int, Mapping[str, Any] | None], Rows]:
 def _forward(job: Job, identity: Mapping[str, Any]) -> Callable[[np.ndarray], Pass]:
     def forward(ids: np.ndarray) -> Pass:
         return run_model(
-            job.lm, torch.from_numpy(ids), list(identity["sites"]), gradients=identity["gradients"],
+            job.lm,
+            torch.from_numpy(ids),
+            list(identity["sites"]),
+            gradients=identity["gradients"],
             special_tokens=identity["special_tokens"],
-        )  # fmt: skip
+        )
 
     return forward
 

@@ -76,9 +76,12 @@ def _from_cache(job: Job, source: CacheSource) -> Feed:
 
     def batches() -> Iterator[ActivationBatch]:
         with cache.batches(
-            settings.site, batch_tokens, seed=settings.seed, buffer_tokens=together,
+            settings.site,
+            batch_tokens,
+            seed=settings.seed,
+            buffer_tokens=together,
             gradients=settings.sae.beta > 0,
-        ) as read:  # fmt: skip
+        ) as read:
             yield from read
 
     endless = batches()
@@ -98,9 +101,13 @@ def shuffled_together(settings: RunSettings, source: CacheSource) -> int:
 def _from_stream(job: Job, track: Track) -> Feed:
     settings, stream = job.settings, job.settings.activations.stream
     read = read_activations(
-        job.lm, _rows(job), settings.site, stream.rows_per_forward, gradients=settings.sae.beta > 0,
+        job.lm,
+        _rows(job),
+        settings.site,
+        stream.rows_per_forward,
+        gradients=settings.sae.beta > 0,
         special_tokens=settings.activations.special_tokens,
-    )  # fmt: skip
+    )
     wanted = min(max(stream.buffer_tokens, SAMPLE_TOKENS), settings.training.tokens)
 
     def first() -> Iterator[ActivationBatch]:

@@ -68,10 +68,16 @@ class Job:
     def result_inputs(self, run: Path, section: Any) -> str:
         """Hash of everything a result on held-out text depends on."""
         weights = hashlib.sha256((run / "sae" / WEIGHTS).read_bytes()).hexdigest()
-        return _hash({
-            "weights": weights, "settings": asdict(section), "model": self.lm.fingerprint,
-            "dtype": self.settings.model.dtype, "corpus": self.corpus.fingerprint, "site": self.settings.site,
-        })  # fmt: skip
+        return _hash(
+            {
+                "weights": weights,
+                "settings": asdict(section),
+                "model": self.lm.fingerprint,
+                "dtype": self.settings.model.dtype,
+                "corpus": self.corpus.fingerprint,
+                "site": self.settings.site,
+            }
+        )
 
 
 def settings_of(config: Config, overrides: Iterable[str] = ()) -> RunSettings:

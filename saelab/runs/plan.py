@@ -204,9 +204,11 @@ def _pass_need(
     taken = 2 * rows * settings.context * width * (each + 4)
     logits = f", logits and backward pass of {together} at a time" if gradients else ""
     return Need(
-        "pass of the model", held + taken, where,
+        "pass of the model",
+        held + taken,
+        where,
         f"{rows} rows x {settings.context} tokens at {len(sites)} site{'s' * (len(sites) > 1)}{logits}, counted",
-    )  # fmt: skip
+    )
 
 
 def _stream_buffer(settings: RunSettings, stream: StreamSettings, d_in: int, gradients: bool, where: Place) -> Need:
@@ -257,7 +259,7 @@ def _sae_needs(settings: RunSettings, d_in: int, where: Place) -> list[Need]:
         Need("training step", step, where, f"{batch:,} tokens x ({each})"),
         Need("start", 2 * 4 * d_in * SAMPLE_TOKENS, where, f"2 x {SAMPLE_TOKENS:,} tokens x {d_in:,} x 4 bytes"),
         Need("checkpoint", 4 * numbers, "disk", sizes),
-    ]  # fmt: skip
+    ]
     if sae.allocation.name != "token_choice":
         tokens = -(-CALIBRATION_TOKENS // (settings.context - 1)) * settings.context  # whole rows
         largest = sae.k * tokens + 2 * sae.n_features  # two beyond its density are looked at of each feature

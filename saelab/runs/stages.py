@@ -87,9 +87,13 @@ def _train(job: Job, force: bool, track: Track) -> Path:
             finished.metadata |= _metadata(job, scale, inputs, seen, learnt)
             save_sae(finished, run / "sae")
             record |= {
-                "complete": complete, "tokens": seen, "seconds": time.monotonic() - begin, "input_scale": scale,
-                "python": platform.python_version(), "torch": torch.__version__,
-            }  # fmt: skip
+                "complete": complete,
+                "tokens": seen,
+                "seconds": time.monotonic() - begin,
+                "input_scale": scale,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            }
             _write_json(run / "train.json", record)
     say(f"{'trained' if complete else 'stopped'} after {seen:,} tokens; checkpoint in {run / 'sae'}")
     return run
@@ -105,9 +109,14 @@ def _evaluate(job: Job, run: Path, track: Track) -> Fidelity:
     s = job.settings.eval
     sae = load(run, job.lm.device)
     result = fidelity(
-        sae, job.lm, job.held_out(s.tokens), job.settings.site,
-        ce_tokens=s.ce_tokens, rows_per_forward=s.rows_per_forward, track=track,
-    )  # fmt: skip
+        sae,
+        job.lm,
+        job.held_out(s.tokens),
+        job.settings.site,
+        ce_tokens=s.ce_tokens,
+        rows_per_forward=s.rows_per_forward,
+        track=track,
+    )
     if result.tokens < MIN_DEAD_TOKENS:
         job.say(
             f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} say "
@@ -243,10 +252,17 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str
         "exclude_special_tokens": not s.activations.special_tokens,
         "training_architecture": _ARCHITECTURE[s.sae.allocation.name],
         "saelab": {
-            "inputs": inputs, "tokens": tokens, "seed": s.seed, "input_scale": scale, "model_folded": False,
-            "model_fingerprint": job.lm.fingerprint, **asdict(s.sae), **learnt, "beta": s.sae.beta,
+            "inputs": inputs,
+            "tokens": tokens,
+            "seed": s.seed,
+            "input_scale": scale,
+            "model_folded": False,
+            "model_fingerprint": job.lm.fingerprint,
+            **asdict(s.sae),
+            **learnt,
+            "beta": s.sae.beta,
         },
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -102,9 +102,16 @@ class SparseAutoencoder(nn.Module):
         return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
 
     def training_pass(
-        self, x: Tensor, rule: Rule, *, gradients: Tensor | None = None, beta: float = 0.0, low: bool = False,
-        multi: bool = False, wanted: Wanted | None = None,
-    ) -> TrainingPass:  # fmt: skip
+        self,
+        x: Tensor,
+        rule: Rule,
+        *,
+        gradients: Tensor | None = None,
+        beta: float = 0.0,
+        low: bool = False,
+        multi: bool = False,
+        wanted: Wanted | None = None,
+    ) -> TrainingPass:
         """Codes and losses of a batch ``[tokens, d_in]``, differentiable.
 
         `rule` allocates the budget; `gradients` ``[tokens, d_in]`` and `beta` make the affinity; `low` lets bfloat16

@@ -71,10 +71,14 @@ def train(
         if mask is not None and aux.lift:
             sae.lift(x, mask)
         losses = sae.training_pass(
-            x, budget.rule(step, len(x)), gradients=gradients, beta=sae.beta,
-            low=sae_settings.selection == "bfloat16", multi=sae_settings.multi_topk,
+            x,
+            budget.rule(step, len(x)),
+            gradients=gradients,
+            beta=sae.beta,
+            low=sae_settings.selection == "bfloat16",
+            multi=sae_settings.multi_topk,
             wanted=None if mask is None else Wanted(mask, aux.features or max(1, sae.d_in // 2)),
-        )  # fmt: skip
+        )
         with record_function("backward"):
             (losses.fvu + losses.multi / 8 + aux.coefficient * losses.aux).backward()
         with record_function("optimiser"):
@@ -88,12 +92,21 @@ def train(
             raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
         if logged:
             seconds = time.monotonic() - begin
-            log({
-                "step": step, "tokens": tokens, "lr": rate, "fvu": losses.fvu.item(), "aux": losses.aux.item(),
-                "l0": counts.sum().item() / len(x), "gradient_norm": norm.item(), "dead": int(usage.dead().sum()),
-                "wanted": 0 if mask is None else int(mask.sum()), "reached": losses.reached.item(),
-                "tokens_per_second": tokens / seconds,
-            })  # fmt: skip
+            log(
+                {
+                    "step": step,
+                    "tokens": tokens,
+                    "lr": rate,
+                    "fvu": losses.fvu.item(),
+                    "aux": losses.aux.item(),
+                    "l0": counts.sum().item() / len(x),
+                    "gradient_norm": norm.item(),
+                    "dead": int(usage.dead().sum()),
+                    "wanted": 0 if mask is None else int(mask.sum()),
+                    "reached": losses.reached.item(),
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
         if should_stop():
             break
     release(sae)

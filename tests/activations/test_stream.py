@@ -121,9 +121,7 @@ def test_gradients_do_not_change_the_order() -> None:
     parts = ids.split(64)
 
     def order(gradients: torch.Tensor | None) -> torch.Tensor:
-        batches = (
-            ActivationBatch(values[p], p, p, p, None if gradients is None else gradients[p]) for p in parts
-        )  # fmt: skip
+        batches = (ActivationBatch(values[p], p, p, p, None if gradients is None else gradients[p]) for p in parts)
         return torch.cat([b.tokens for b in shuffled_batches(batches, 20, 100, 7)])
 
     assert torch.equal(order(None), order(-values))

@@ -9,10 +9,35 @@ import pyarrow.parquet as pq
 
 SCRIPT = "<script>window.pwned = 1</script>"
 HOSTILE = [
-    SCRIPT, "</span>", '"', "&", "$x$", "\n", "\t", "", "🦊", "**bold**", "[a](http://example.invalid)", "`", "'",
-    "<img src=x onerror='window.pwned=2'>", '" onmouseover="window.pwned=3', "-->", "&lt;b&gt;", "        ", "\r\n",
-    "\x00", "\u202egnp.exe", "�", "<|bos|>", "</style>", ":red[text]", "$$", "_", "#",
-]  # fmt: skip
+    SCRIPT,
+    "</span>",
+    '"',
+    "&",
+    "$x$",
+    "\n",
+    "\t",
+    "",
+    "🦊",
+    "**bold**",
+    "[a](http://example.invalid)",
+    "`",
+    "'",
+    "<img src=x onerror='window.pwned=2'>",
+    '" onmouseover="window.pwned=3',
+    "-->",
+    "&lt;b&gt;",
+    "        ",
+    "\r\n",
+    "\x00",
+    "\u202egnp.exe",
+    "�",
+    "<|bos|>",
+    "</style>",
+    ":red[text]",
+    "$$",
+    "_",
+    "#",
+]
 WORDS = [
     " def",
     " return",
@@ -92,11 +117,19 @@ def write_run(path: Path, n_features: int = 40, seed: int = 0, features: bool = 
     (path / "train.json").write_text(json.dumps({"inputs": "0" * 64, "tokens": 10_000, "complete": True}))
     lines = [
         {
-            "step": step, "tokens": 2048 * step, "lr": 1e-3, "fvu": float(1 / (1 + step)), "l0": 32.0, "aux": 0.5,
-            "dead": 3, "gradient_norm": 1.0, "tokens_per_second": 9000.0, "note": "text is not drawn",
+            "step": step,
+            "tokens": 2048 * step,
+            "lr": 1e-3,
+            "fvu": float(1 / (1 + step)),
+            "l0": 32.0,
+            "aux": 0.5,
+            "dead": 3,
+            "gradient_norm": 1.0,
+            "tokens_per_second": 9000.0,
+            "note": "text is not drawn",
         }
         for step in range(0, 100, 10)
-    ]  # fmt: skip
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if evaluation:
         (path / "eval.json").write_text(json.dumps(EVALUATION))

@@ -95,10 +95,20 @@ def test_a_token_on_its_own_is_always_something_to_see(token):
 @pytest.mark.parametrize(
     ("token", "shown"),
     [
-        (" def", "␣def"), ("\n", "↵"), ("\t", "⇥"), ("        ", "␣×8"), ("", "∅"), (" ", "␣"), ("a b", "a b"),
-        ("\n    x", "↵␣×4x"), ("🦊", "🦊"), ("\u202egnp", "\\u202egnp"), ("x  ", "x␣×2"), ("\u00a0", "\\u00a0"),
+        (" def", "␣def"),
+        ("\n", "↵"),
+        ("\t", "⇥"),
+        ("        ", "␣×8"),
+        ("", "∅"),
+        (" ", "␣"),
+        ("a b", "a b"),
+        ("\n    x", "↵␣×4x"),
+        ("🦊", "🦊"),
+        ("\u202egnp", "\\u202egnp"),
+        ("x  ", "x␣×2"),
+        ("\u00a0", "\\u00a0"),
     ],
-)  # fmt: skip
+)
 def test_how_white_space_is_shown(token, shown):
     assert html.visible(token) == shown
 

@@ -67,8 +67,12 @@ def test_the_record_and_its_ratios(
     record = cache.bench(rounds=2, peers=Path(sys.executable), folder=tmp_path, size=TINY, threads=1)
     assert json.loads(json.dumps(record)) == record
     assert {name: row["ratio"] for name, row in record["pairs"].items()} == {
-        "writing": 0.25, "reading": 0.5, "caching": 1.5, "sae_lens_float32": 4.0, "sae_lens_bfloat16": 4.0
-    }  # fmt: skip
+        "writing": 0.25,
+        "reading": 0.5,
+        "caching": 1.5,
+        "sae_lens_float32": 4.0,
+        "sae_lens_bfloat16": 4.0,
+    }
     assert set(record["pairs"]) == {measure.name for measure in PAIRS}
     assert all(len(row["rounds"]) == 2 for row in record["pairs"].values())
     assert record["warm"]["tokens_per_s"] == 50 and len(record["memory"]) == 2
@@ -93,9 +97,13 @@ def test_what_is_compared_takes_turns(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(cache, "run_measurement", noted)
     cache.bench(rounds=3, peers=Path(sys.executable), folder=tmp_path, size=TINY, threads=1)
     pairs = [
-        ["write", "raw_write"], ["read", "raw_read"], ["warm"], ["caching", "model"],
-        ["write float32", "peer"], ["write bfloat16", "peer"],
-    ]  # fmt: skip
+        ["write", "raw_write"],
+        ["read", "raw_read"],
+        ["warm"],
+        ["caching", "model"],
+        ["write float32", "peer"],
+        ["write bfloat16", "peer"],
+    ]
     ours_first = [measure for pair in pairs for measure in pair]
     ours_last = [measure for pair in pairs for measure in reversed(pair)]
     assert order[: 3 * len(ours_first)] == ours_first + ours_last + ours_first

@@ -88,8 +88,10 @@ def test_the_record_and_its_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert set(record["peers"]) == {"sparsify", "sparsify_signum", "sae_lens"}
     sparsify = record["peers"]["sparsify"]
     assert {name: row["ratio"] for name, row in sparsify.items()} == {
-        "as_shipped": 6.0, "fp32_fused": 2.0, "bf16_fused": 2.0
-    }  # fmt: skip
+        "as_shipped": 6.0,
+        "fp32_fused": 2.0,
+        "bf16_fused": 2.0,
+    }
     assert record["encoder_matmul_ratio"] == {"fp32": 0.5, "bf16_selection": 0.5}
     assert record["allocations"]["token_choice"] == 1 and record["allocations"]["mutual_choice"] == 0.625
     assert len(record["growth"]) == len(train.GROWTH_FEATURES) * len(train.GROWTH_K)
@@ -117,9 +119,22 @@ def test_a_shape_is_four_positive_integers(shape: str) -> None:
 @pytest.mark.slow
 def test_the_command_measures_and_writes_the_record(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "saelab.cli", "bench", "train", "--shape", str(TINY), "--rounds", "1", "--steps", "3",
-        "--threads", "1", "--json", "bench.json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "saelab.cli",
+        "bench",
+        "train",
+        "--shape",
+        str(TINY),
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+        "--threads",
+        "1",
+        "--json",
+        "bench.json",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "bench.json").read_text())

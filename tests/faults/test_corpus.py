@@ -23,10 +23,15 @@ def fails(tmp_path, monkeypatch, capsys):
 
     def run(stage: str, corpus: object, *overrides: str) -> str:
         config = {
-            "model": str(model_folder("gpt2")), "site": "blocks.1.hook_resid_post", "context": CONTEXT, "out": "run",
-            "device": "cpu", "corpus": str(corpus), "sae": {"n_features": 64, "k": 4},
+            "model": str(model_folder("gpt2")),
+            "site": "blocks.1.hook_resid_post",
+            "context": CONTEXT,
+            "out": "run",
+            "device": "cpu",
+            "corpus": str(corpus),
+            "sae": {"n_features": 64, "k": 4},
             "training": {"tokens": 6000, "batch": 200},
-        }  # fmt: skip
+        }
         (tmp_path / "config.yaml").write_text(json.dumps(config))
         out = ["--out", "cache"] if stage == "cache" else []
         code, said, error = command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)

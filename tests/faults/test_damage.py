@@ -332,9 +332,13 @@ def other_version(path: Path) -> None:
     ],
 )
 def test_the_commands_name_what_is_damaged(
-    damage: Callable[[Path], None], path: str, from_model: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    damage: Callable[[Path], None],
+    path: str,
+    from_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Guaranteed: `saelab cache --verify` of a damaged cache ends with exit code 2 and one message, which names the
     file; `saelab train` on it too, where it reads that file; `saelab cache` writes the shard again and nothing else, or
     refuses to touch a cache whose manifest it cannot go by."""

@@ -175,9 +175,11 @@ def test_writes_that_take_only_a_part_lose_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_a_disk_that_cannot_hold_the_cache_is_refused_beforehand(
-    small_disk: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    small_disk: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Guaranteed: `saelab cache` on a disk with less room than the cache will take ends with exit code 2 and one
     message that has both numbers, before anything is written."""
     disk = small_disk("300k")

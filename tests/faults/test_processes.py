@@ -28,9 +28,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def start(arguments: list[object]) -> subprocess.Popen[str]:
     """A process group of its own, so that it can be killed with all that it starts."""
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run(arguments: list[object], code: int = 0) -> str:

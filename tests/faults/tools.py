@@ -78,14 +78,22 @@ def made_by_command(folder: Path, **cache: Any) -> Path:
     """A config in `folder`: a tiny GPT-2 on a text file; two sites, with gradients, in shards of 24 rows."""
     (folder / "book.txt").write_text(text(4000))
     config = {
-        "out": str(folder / "run"), "model": str(model_folder("gpt2")), "site": "blocks.1.hook_resid_post",
-        "corpus": str(folder / "book.txt"), "context": CONTEXT, "device": "cpu",
-        "sae": {"n_features": 64, "k": 4}, "training": {"tokens": 4000, "batch": 200},
+        "out": str(folder / "run"),
+        "model": str(model_folder("gpt2")),
+        "site": "blocks.1.hook_resid_post",
+        "corpus": str(folder / "book.txt"),
+        "context": CONTEXT,
+        "device": "cpu",
+        "sae": {"n_features": 64, "k": 4},
+        "training": {"tokens": 4000, "batch": 200},
         "cache": {
-            "sites": ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z"], "gradients": True, "rows_per_forward": 8,
-            "shard_tokens": 24 * CONTEXT, **cache,
+            "sites": ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z"],
+            "gradients": True,
+            "rows_per_forward": 8,
+            "shard_tokens": 24 * CONTEXT,
+            **cache,
         },
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json"
 

@@ -32,11 +32,18 @@ SITE = "blocks.1.hook_resid_post"
 
 
 def settings(out: Path, **sections: Any) -> RunSettings:
-    return settings_from({
-        "out": str(out / "run"), "site": SITE, "context": CONTEXT, "device": "cpu",
-        "model": str(model_folder("gpt2")), "sae": {"n_features": 128, "k": 4},
-        "training": {"tokens": 4096, "batch": 256}, **sections,
-    })  # fmt: skip
+    return settings_from(
+        {
+            "out": str(out / "run"),
+            "site": SITE,
+            "context": CONTEXT,
+            "device": "cpu",
+            "model": str(model_folder("gpt2")),
+            "sae": {"n_features": 128, "k": 4},
+            "training": {"tokens": 4096, "batch": 256},
+            **sections,
+        }
+    )
 
 
 def needs(found: Plan) -> dict[str, int]:
@@ -70,8 +77,13 @@ def test_pre_activations_are_the_scratch_memory_of_a_step(
     tmp_path: Path, selection: str, allocation: str, affinity: str
 ) -> None:
     n_features, batch = 6144, 4096  # several tiles
-    sae_settings = {"n_features": n_features, "k": 1, "selection": selection, "allocation": allocation,
-                    "affinity": affinity}  # fmt: skip
+    sae_settings = {
+        "n_features": n_features,
+        "k": 1,
+        "selection": selection,
+        "allocation": allocation,
+        "affinity": affinity,
+    }
     found = needs(plan_training(settings(tmp_path, sae=sae_settings, training={"tokens": 8192, "batch": batch})))
     sae = SparseAutoencoder(32, n_features, 1)
     x = torch.randn(batch, 32)
@@ -132,8 +144,11 @@ def test_a_cache_takes_the_disk_and_its_reader_the_buffers_that_were_planned(
     planned = needs(plan_cache(chosen, folder, tokens))
     cache(chosen, folder, tokens=tokens)
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    each = sum(c.token_bytes for f in files_of({"sites": {SITE: 32}, "dtype": dtype, "gradients": gradients})
-               for c in f.columns)  # fmt: skip
+    each = sum(
+        c.token_bytes
+        for f in files_of({"sites": {SITE: 32}, "dtype": dtype, "gradients": gradients})
+        for c in f.columns
+    )
     stored = open_cache(folder).tokens
     assert stored * each < on_disk <= planned["cache"] < (tokens + 2 * one_pass) * each * 1.2
     assert planned["shards"] == 2 * 1024 * each
@@ -166,7 +181,7 @@ def test_low_precision_and_thresholds_show_in_the_plan(tmp_path: Path) -> None:
     narrow, wide = (
         needs(plan_training(settings(tmp_path, model={"name": str(model_folder("gpt2")), "dtype": dtype})))
         for dtype in ("bf16", "fp32")
-    )  # fmt: skip
+    )
     assert narrow["model"] * 2 == wide["model"] and narrow["pass of the model"] < wide["pass of the model"]
     assert "thresholds" not in wide
     mutual = needs(plan_training(settings(tmp_path, sae={"n_features": 128, "k": 4, "allocation": "mutual_choice"})))

@@ -209,7 +209,7 @@ def test_bfloat16_proposes_and_float32_decides() -> None:
         exact, low = (sae.training_pass(x, rule, low=low).codes.to_dense() for low in (False, True))
         both = (exact > 0) & (low > 0)
         torch.testing.assert_close(low[both], exact[both], rtol=1e-5, atol=1e-5)
-        # Two sums in float32 may order entries whose scores differ by a rounding error either way; nothing else differs.
+        # Two sums in float32 may order entries either way whose scores differ by a rounding error; no others differ.
         only_exact, only_low = exact[(exact > 0) & ~both], low[(low > 0) & ~both]
         assert len(only_exact) == len(only_low) <= 2
         torch.testing.assert_close(only_low.sort().values, only_exact.sort().values, rtol=1e-6, atol=0.0)

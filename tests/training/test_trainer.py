@@ -100,9 +100,14 @@ def test_every_affinity_allocation_and_auxiliary_loss_trains(
 ) -> None:
     torch.manual_seed(0)
     settings = SaeSettings(
-        64, 3, AffinitySettings(affinity), AllocationSettings(allocation, refresh=20), AuxSettings(aux),
-        selection=selection, multi_topk=aux == "none",
-    )  # fmt: skip
+        64,
+        3,
+        AffinitySettings(affinity),
+        AllocationSettings(allocation, refresh=20),
+        AuxSettings(aux),
+        selection=selection,
+        multi_topk=aux == "none",
+    )
     sae = SparseAutoencoder(D, 64, 3)
     sae.initialise(next(planted(1, 1000)))
     readout = torch.randn(D)  # the gradient of a fixed readout's square

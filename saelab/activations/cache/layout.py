@@ -62,8 +62,10 @@ class File(NamedTuple):
         for column in self.columns:
             end = at + column.token_bytes * n
             entries[column.name] = {
-                "dtype": _SAFETENSORS[column.dtype], "shape": column.shape(n), "data_offsets": [at, end]
-            }  # fmt: skip
+                "dtype": _SAFETENSORS[column.dtype],
+                "shape": column.shape(n),
+                "data_offsets": [at, end],
+            }
             at = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)

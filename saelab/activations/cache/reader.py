@@ -80,9 +80,15 @@ class Cache:
         return self.identity["sites"]
 
     def batches(
-        self, site: str, batch_tokens: int, *, seed: int, buffer_tokens: int = 131_072, gradients: bool = False,
+        self,
+        site: str,
+        batch_tokens: int,
+        *,
+        seed: int,
+        buffer_tokens: int = 131_072,
+        gradients: bool = False,
         start: Cursor = Cursor(),
-    ) -> "Shuffled":  # fmt: skip
+    ) -> "Shuffled":
         """Every token once per epoch, globally shuffled, epoch after epoch without end, from `start` on.
 
         A group is cut into the fewest batches of at most `batch_tokens`, equal to within one token. Memory:

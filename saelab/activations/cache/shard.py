@@ -156,9 +156,14 @@ class Shards:
                 if before is not None:
                     before.result().result()  # shards are recorded in their order, and no more than two are under way
             record = {
-                "name": shard.name, "tokens": shard.tokens, "rows": shard.rows, "skipped": shard.skipped,
-                "first_row": shard.first_row, "start": shard.start, "files": files,
-            }  # fmt: skip
+                "name": shard.name,
+                "tokens": shard.tokens,
+                "rows": shard.rows,
+                "skipped": shard.skipped,
+                "first_row": shard.first_row,
+                "start": shard.start,
+                "files": files,
+            }
         except BaseException:
             for handle in handles:
                 os.close(handle)

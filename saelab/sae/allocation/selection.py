@@ -84,9 +84,13 @@ class Tile(NamedTuple):
 
 @torch.no_grad()
 def select(
-    encoder: Encoder, centred: Tensor, rules: list[Rule], alignment: Alignment | None, low: bool,
+    encoder: Encoder,
+    centred: Tensor,
+    rules: list[Rule],
+    alignment: Alignment | None,
+    low: bool,
     wanted: Wanted | None = None,
-) -> tuple[list[Selection], Codes | None]:  # fmt: skip
+) -> tuple[list[Selection], Codes | None]:
     """The selections by `rules`, the first of which has the largest budget, and the auxiliary loss's own entries.
 
     centred = x - b_dec ``[tokens, d_in]`` float32. `alignment` adds the gradient to what an entry is worth. The

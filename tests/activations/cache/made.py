@@ -19,11 +19,25 @@ BOS = 0
 
 def identity(**changes: Any) -> dict[str, Any]:
     facts = {
-        "model": "made up", "weights": "0", "model_dtype": "float32", "tokenizer": "0", "corpus": {"text": "0"},
-        "sites": SITES, "context": CONTEXT, "bos": BOS, "dtype": "float32", "gradients": False, "special_tokens": False,
-        "seed": 0, "rows_per_forward": 4, "passes_per_shard": 3, "block_tokens": 50, "lanes": 1, "nonfinite": "error",
+        "model": "made up",
+        "weights": "0",
+        "model_dtype": "float32",
+        "tokenizer": "0",
+        "corpus": {"text": "0"},
+        "sites": SITES,
+        "context": CONTEXT,
+        "bos": BOS,
+        "dtype": "float32",
+        "gradients": False,
+        "special_tokens": False,
+        "seed": 0,
+        "rows_per_forward": 4,
+        "passes_per_shard": 3,
+        "block_tokens": 50,
+        "lanes": 1,
+        "nonfinite": "error",
         "tokens": 1000,
-    }  # fmt: skip
+    }
     return facts | changes
 
 

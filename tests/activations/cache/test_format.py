@@ -38,8 +38,11 @@ def test_the_example_of_the_format_reads_a_cache_without_saelab(tmp_path: Path) 
     manifest = write(tmp_path / "DIR", identity(sites={EXAMPLE_SITE: 8}))
     done = subprocess.run(
         [sys.executable, "-c", BEFORE + example[1].rstrip() + BEHIND],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     shards = json.loads(done.stdout)
     assert [len(shard["x"]) for shard in shards] == [shard["tokens"] for shard in manifest.shards]

@@ -22,7 +22,7 @@ from saelab.sae.allocation.rules import (
     in_order,
     mutual_choice,
     token_choice,
-)  # fmt: skip
+)
 
 
 def by_sorting(scores: Tensor, rule: Rule) -> Tensor:
