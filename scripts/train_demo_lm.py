@@ -281,7 +281,8 @@ def finish(
     (args.out / "held_out_sample.json").write_text(
         json.dumps(
             {
-                "licence": "Token ids of text from the Python standard library, (c) Python Software Foundation, PSF-2.0.",
+                "licence": "Token ids of text from the Python standard library, "
+                "(c) Python Software Foundation, PSF-2.0.",
                 "rows": sample.tolist(),
             }
         )
