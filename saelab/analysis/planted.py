@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saelab.sae.allocation.capacity import expected_densities, ranks
 from saelab.sae.losses import under_used
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import calibrate
 from saelab.training.settings import TrainingSettings
@@ -129,7 +129,7 @@ def learn(
     """An autoencoder trained on `data` in its order; the densities its thresholds must reproduce; FVU per log line."""
     sae = random_dictionary(settings, data, seed)
     x, gradients = data.x.split(training.batch), data.gradients.split(training.batch)
-    batches = zip(x, gradients, strict=True) if settings.beta else iter(x)
+    batches = (Batch(x, gradients=g if settings.needs_gradients else None) for x, g in zip(x, gradients, strict=True))
     fvu: list[float] = []
     trained = train(sae, batches, training, settings, log=lambda metrics: fvu.append(metrics["fvu"]))
     return sae.requires_grad_(False), trained.densities, fvu

@@ -55,7 +55,7 @@ class RunSettings:
     @property
     def writes_gradients(self) -> bool:
         """Whether `saelab cache` writes gradients: as its section says, else where the affinity needs them."""
-        return self.sae.beta > 0 if self.cache.gradients is None else self.cache.gradients
+        return self.sae.needs_gradients if self.cache.gradients is None else self.cache.gradients
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
@@ -66,9 +66,11 @@ _SHORT = {
     "model": "name",
     "corpus": "source",
     "activations.cache": "path",
+    "sae.encoder": "name",
     "sae.affinity": "name",
     "sae.allocation": "name",
     "sae.aux": "name",
+    "sae.sparsity": "name",
 }
 """Sections that may be given as one string: `model: gpt2` is `model: {name: gpt2}`."""
 

@@ -80,7 +80,7 @@ def _from_cache(job: Job, source: CacheSource) -> Feed:
             batch_tokens,
             seed=settings.seed,
             buffer_tokens=together,
-            gradients=settings.sae.beta > 0,
+            gradients=settings.sae.needs_gradients,
         ) as read:
             yield from read
 
@@ -105,7 +105,7 @@ def _from_stream(job: Job, track: Track) -> Feed:
         _rows(job),
         settings.site,
         stream.rows_per_forward,
-        gradients=settings.sae.beta > 0,
+        gradients=settings.sae.needs_gradients,
         special_tokens=settings.activations.special_tokens,
     )
     wanted = min(max(stream.buffer_tokens, SAMPLE_TOKENS), settings.training.tokens)

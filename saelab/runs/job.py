@@ -17,6 +17,7 @@ from saelab.errors import SaelabError
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.runs.config import RunSettings, find_config, load_config, settings_from
+from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import WEIGHTS
 
 Config = str | Path | Mapping[str, Any] | RunSettings
@@ -60,7 +61,7 @@ class Job:
         if cache is not None:  # what is in the cache counts, not where it lies
             contents = manifest_checksum(Path(cache.path).expanduser())
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
-        if self.settings.sae.allocation.name != "token_choice":  # thresholds are set behind evaluation's tokens
+        if allocation_of(self.settings.sae).calibrated:  # thresholds are set behind evaluation's tokens
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
         return _hash(parts)

@@ -33,8 +33,9 @@ from saelab.lm.outline import no_numbers
 from saelab.memory import free_memory, free_on_disk, held_by, size
 from saelab.runs.config import RunSettings
 from saelab.runs.feed import SAMPLE_TOKENS, shuffled_together
-from saelab.sae.allocation.selection import Encoder, Scratch, pre_activations
-from saelab.sae.model import MULTI_FACTOR
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.encoder import Linear, Scratch, tiles
+from saelab.sae.losses import MULTI_FACTOR
 from saelab.sae.thresholds import BLOCK_ENTRIES, CALIBRATION_TOKENS, keys_held
 
 if TYPE_CHECKING:
@@ -133,14 +134,14 @@ _ADVICE = {
 def plan_training(settings: RunSettings) -> Plan:
     """What `saelab train` needs. Raises SaelabError where the model, its site or the cache cannot be had."""
     where, needs = _device_place(settings), []
-    source, gradients = settings.activations.cache, settings.sae.beta > 0
+    source, gradients = settings.activations.cache, settings.sae.needs_gradients
     with outlined_language_model(settings.model) as lm:
         needs += _model_needs(settings, lm, where)
         d_in = lm.width(settings.site)
         stream = settings.activations.stream
         if source is None:
             needs.append(_pass_need(lm, settings, [settings.site], stream.rows_per_forward, gradients, where))
-        elif settings.sae.allocation.name != "token_choice":  # thresholds are set on held-out text
+        elif allocation_of(settings.sae).calibrated:  # thresholds are set on held-out text
             rows = settings.eval.rows_per_forward
             needs.append(_pass_need(lm, settings, [settings.site], rows, False, where))
     if source is None:
@@ -232,18 +233,18 @@ def _cache_buffers(settings: RunSettings, source: CacheSource, d_in: int, gradie
 def _sae_needs(settings: RunSettings, d_in: int, where: Place) -> list[Need]:
     """What training itself holds: parameters, what is as large as they are, and what a step makes on its way."""
     sae, batch = settings.sae, settings.training.batch
-    feature_choice, aux = sae.allocation.name == "feature_choice", sae.aux.name != "none"
+    whole_columns, aux = allocation_of(sae).whole_columns, sae.aux.name != "none"
     numbers = 2 * sae.n_features * d_in + sae.n_features + d_in
     sizes = f"(2 x {sae.n_features:,} x {d_in:,} + {sae.n_features:,} + {d_in:,}) numbers x 4 bytes"
 
     tile = _tile_bytes(settings, d_in, where)
-    copies = aux + (2 if feature_choice and where == "gpu" else 0)  # for what the auxiliary loss wants; of all columns
+    copies = aux + (2 if whole_columns and where == "gpu" else 0)  # for what the auxiliary loss wants; of all columns
     lifted = 4 * min(_LIFTED, sae.n_features) * (batch + d_in) if aux and sae.aux.lift else 0
     dense = f"{batch:,} x {sae.n_features:,} in {sae.selection}"
     if tile > 4 * batch * sae.n_features:
         dense += ", with the gradient's part beside it"
 
-    vectors = _STEP_VECTORS + (3 if sae.beta else 0)
+    vectors = _STEP_VECTORS + (3 if sae.needs_gradients else 0)
     entries = sae.k * (1 + MULTI_FACTOR if sae.multi_topk else 1)
     chosen = (sae.aux.features or max(1, d_in // 2)) if aux else 0
     step = batch * (4 * vectors * d_in + _ENTRY_BYTES * entries + _AUX_BYTES * chosen)
@@ -260,7 +261,7 @@ def _sae_needs(settings: RunSettings, d_in: int, where: Place) -> list[Need]:
         Need("start", 2 * 4 * d_in * SAMPLE_TOKENS, where, f"2 x {SAMPLE_TOKENS:,} tokens x {d_in:,} x 4 bytes"),
         Need("checkpoint", 4 * numbers, "disk", sizes),
     ]
-    if sae.allocation.name != "token_choice":
+    if allocation_of(sae).calibrated:
         tokens = -(-CALIBRATION_TOKENS // (settings.context - 1)) * settings.context  # whole rows
         largest = sae.k * tokens + 2 * sae.n_features  # two beyond its density are looked at of each feature
         candidates = keys_held(largest, sae.n_features, tokens * sae.n_features)
@@ -274,15 +275,14 @@ def _sae_needs(settings: RunSettings, d_in: int, where: Place) -> list[Need]:
 def _tile_bytes(settings: RunSettings, d_in: int, where: Place) -> int:
     """What selection holds of pre-activations, and of weights in low precision, at once."""
     sae, batch, scratch = settings.sae, settings.training.batch, Scratch()
-    device = "cuda" if where == "gpu" else "cpu"
     with no_numbers():
-        table = torch.empty(sae.n_features, d_in, device=device)
-        encoder = Encoder(table, torch.empty(sae.n_features, device=device), table, scratch)
-        centred = torch.empty(batch, d_in, device=device)
-        whole_columns = sae.allocation.name == "feature_choice"
-        for _ in pre_activations(encoder, centred, sae.selection == "bfloat16", whole_columns):
-            pass
-        return scratch.bytes * (2 if sae.beta else 1)  # the gradient's part has the same shapes
+        device = torch.device("cuda" if where == "gpu" else "cpu")
+        encoder = Linear(torch.empty(sae.n_features, d_in, device=device), torch.empty(sae.n_features, device=device))
+        bf16 = sae.selection == "bfloat16"
+        centred = torch.empty(batch, d_in, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+        for tile in tiles(batch, sae.n_features, device, bf16, allocation_of(sae).whole_columns):
+            encoder.scores(centred, tile, scratch)
+        return scratch.bytes * (2 if sae.needs_gradients else 1)  # the gradient's part has the same shapes
 
 
 def _text_need() -> Need:

@@ -29,12 +29,11 @@ from saelab.progress import Track, silent
 from saelab.runs.config import RunSettings, load_config
 from saelab.runs.feed import open_feed
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import CONFIG, load, save_sae
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
 from saelab.sae.thresholds import CALIBRATION_TOKENS, calibrate
 from saelab.training import trainer
-
-_ARCHITECTURE = {"token_choice": "topk", "mutual_choice": "batchtopk", "feature_choice": "feature_choice"}
 
 
 def train(
@@ -74,12 +73,14 @@ def _train(job: Job, force: bool, track: Track) -> Path:
             nonlocal seen
             for batch in bounded:
                 x = batch.values.to(job.lm.device).float() * scale
-                yield x if batch.gradients is None else (x, batch.gradients.to(job.lm.device).float())
+                gradients = None if batch.gradients is None else batch.gradients.to(job.lm.device).float()
+                yield Batch(x, gradients=gradients)
                 seen += len(batch)  # the next is asked for, so the step on this one is done
 
         try:
             trained = trainer.train(sae, scaled(), t, settings.sae, log=log, should_stop=interrupted)
             seen, complete = trained.tokens, trained.steps == t.steps
+            learnt |= trained.facts
             if trained.densities is not None:
                 learnt |= _calibrate(job, sae, scale, trained, track)
         finally:  # also when the data turn out bad: what was learnt so far is kept
@@ -202,12 +203,8 @@ def _check_outside(run: Path, settings: RunSettings) -> None:
 
 def _initialise(settings: RunSettings, sample: Tensor) -> tuple[float, SparseAutoencoder]:
     """The input scale, which makes E||x||^2 = d_in over the sample, and the autoencoder that starts from it."""
-    d_in = sample.shape[1]
-    scale = math.sqrt(d_in / sample.square().sum(1).double().mean().item())
-    torch.manual_seed(settings.seed)
-    sae = SparseAutoencoder(d_in, settings.sae.n_features, settings.sae.k).to(sample.device)
-    sae.initialise(sample * scale, settings.sae.b_dec_init)
-    return scale, sae
+    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).double().mean().item())
+    return scale, new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
 
 
 def _calibrate(
@@ -236,7 +233,7 @@ def _calibrate(
     flagged = int(calibration.flagged.sum())
     if flagged:
         job.say(f"note: {flagged:,} features expect fewer than 10 hits in calibration; their thresholds are rough")
-    return {"calibration_tokens": calibration.tokens, "rough_thresholds": flagged, "curve": trained.curve}
+    return {"calibration_tokens": calibration.tokens, "rough_thresholds": flagged}
 
 
 def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +247,7 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str
         "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
         "dataset_path": s.corpus.source,
         "exclude_special_tokens": not s.activations.special_tokens,
-        "training_architecture": _ARCHITECTURE[s.sae.allocation.name],
+        "training_architecture": allocation_of(s.sae).saelens,
         "saelab": {
             "inputs": inputs,
             "tokens": tokens,
@@ -260,7 +257,6 @@ def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str
             "model_fingerprint": job.lm.fingerprint,
             **asdict(s.sae),
             **learnt,
-            "beta": s.sae.beta,
         },
     }
 

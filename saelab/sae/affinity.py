@@ -1,8 +1,8 @@
-"""What a match of a token and a feature is worth: the score that allocations maximise the sum of.
+"""Affinity: the score of a (token, feature) match. Allocations maximise the sum of scores.
 
-activation    the pre-activation itself (its positive part: no allocation picks what is at or below zero)
-gradient      z (1 + beta |d . g|), z the pre-activation, d the feature's decoder direction and g the gradient of the
-              language model's loss at the token (gradient-aware TopK: Olmo et al. 2024, arXiv 2411.10397)
+activation    z, the pre-activation (no allocation picks what is at or below zero)
+gradient      z (1 + beta |d . g|), d the feature's decoder direction and g the gradient of the language model's loss at
+              the token (gradient-aware TopK: Olmo et al. 2024, arXiv 2411.10397)
 
 z |d . g| is the first-order change of the loss if the feature were removed from the token. The paper's abstract gives
 the score; that plain z is added, that g comes from the clean run's cross-entropy summed over the row, and that g is
@@ -24,18 +24,18 @@ class Alignment(NamedTuple):
     beta: float
 
 
-def alignment(gradients: Tensor, beta: float) -> Alignment | None:
-    """Normalise `gradients` ``[tokens, d_in]`` over the batch; None where beta is 0, which is plain activation."""
-    if beta == 0:
+def alignment(gradients: Tensor | None, beta: float) -> Alignment | None:
+    """`gradients` ``[tokens, d_in]`` normalised over the batch; None, which is plain activation, if beta is 0."""
+    if beta == 0 or gradients is None:
         return None
     g = gradients.detach().to(torch.promote_types(gradients.dtype, torch.float32))
     return Alignment(g / g.square().mean().sqrt().clamp_min(torch.finfo(g.dtype).tiny), beta)
 
 
-def worth(pre: Tensor, aligned: Tensor, beta: float, *, out: Tensor | None = None) -> Tensor:
+def score(pre: Tensor, aligned: Tensor, beta: float, *, out: Tensor | None = None) -> Tensor:
     """``pre * (1 + beta * |aligned|)``; pre and aligned = d . g of one shape, `out` may be `aligned` itself.
 
-    The factor is positive, so what is at or below zero stays there.
+    The factor is positive, so the score of a pre-activation at or below zero stays there.
     """
     magnitude = torch.abs(aligned, out=out)
     return torch.addcmul(pre, pre, magnitude, value=beta, out=out)

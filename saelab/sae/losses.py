@@ -1,18 +1,99 @@
-"""Losses on a batch: reconstruction and the auxiliary one. Both are ratios, so the scale of the data does not matter.
+"""The loss of a training step: a sum of terms. All terms are ratios, so the scale of the data does not matter.
 
-The auxiliary loss asks features that are not used enough to explain the error that the others leave. Which features
-those are is all that sets its two forms apart:
+A `Term` has a name (also in the metrics), a weight that may depend on the step, a value, and a request: the entries
+beside the active ones that its value needs. `terms` is the one list of them.
 
-aux_k      dead ones: not active for a number of tokens (Gao et al. 2024, arXiv 2406.04093, app. A.2)
-aux_zipf   under-used ones: `under_used` below (Ayonrinde 2024, arXiv 2411.02124, says that it generalises aux_k to
-           under-used features; the formula here is our reconstruction)
+fvu          squared error over squared deviation from the batch mean
+multi_topk   the same of a reconstruction with four times the budget, at an eighth of the weight (Gao et al. 2024, arXiv
+             2406.04093, appendix B)
+aux          how badly features that are not used enough explain the error that the others leave. Which features those
+             are (training/usage.py) is all that sets its two forms apart:
+             aux_k: dead ones (Gao et al. 2024, appendix A.2)
+             aux_zipf: under-used ones (Ayonrinde 2024, arXiv 2411.02124, says that it generalises aux_k to under-used
+             features; the formula is our reconstruction)
+l1           sum of activation times length of the decoder row, per token, over sqrt(d_in) (Bricken et al. 2023)
+l0           mean number of active features per token, or (L0 / target - 1)^2; trains JumpReLU's thresholds
+             (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 9)
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saelab.codes import Codes
-from saelab.kernels import sddmm, spmm
+from saelab.kernels import spmm
+from saelab.sae.allocation.rules import Rule, TokenChoice
+from saelab.sae.allocation.selection import Request, Selection
+from saelab.sae.encoder import Encoder
+from saelab.sae.settings import SaeSettings
+
+MULTI_FACTOR = 4
+MULTI_WEIGHT = 1 / 8
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of a training step, from which terms compute their values."""
+
+    encoder: Encoder
+    W_dec: Tensor
+    b_dec: Tensor
+    centre: Tensor | None
+    """What is subtracted from x: b_dec, or None."""
+    x: Tensor
+    """``[tokens, d_in]``"""
+    target: Tensor
+    """What is reconstructed, ``[tokens, d_out]``."""
+    codes: Codes
+    """The active entries, with gradients."""
+    pre: Tensor
+    """Their pre-activations, with gradients, ``[nnz]``."""
+    reconstruction: Tensor
+    """``[tokens, d_out]``"""
+
+    def decode(self, selection: Selection) -> Tensor:
+        """The reconstruction from other entries, with gradients, ``[tokens, d_out]``."""
+        pre = self.encoder.pre(selection.pattern, self.x, self.centre, selection.pre)
+        values = self.encoder.values(pre, selection.pattern)
+        return spmm(selection.pattern.with_values(values), self.W_dec) + self.b_dec
+
+
+class Term(NamedTuple):
+    name: str
+    weight: Callable[[int], float]
+    """Of a step, from 0."""
+    value: Callable[[Forward, Selection | None], Tensor]
+    """A scalar with its gradient, from the forward pass and the entries that were requested."""
+    request: Callable[[Rule, Tensor | None], Request | None] = lambda rule, targets: None
+    """The entries it needs, given the rule of the step and the features that an auxiliary loss is for."""
+
+
+def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
+    """The terms that `settings` name, for a training of `steps` steps."""
+    found = [Term("fvu", lambda step: 1.0, lambda forward, _: batch_fvu(forward.target, forward.reconstruction))]
+    if settings.multi_topk:
+        found.append(
+            Term("multi_topk", lambda step: MULTI_WEIGHT, _wider_fvu, lambda rule, _: Request(rule.times(MULTI_FACTOR)))
+        )
+    if settings.aux.name != "none":
+        strongest = TokenChoice(settings.aux.features or max(1, d_in // 2))
+        found.append(
+            Term(
+                "aux",
+                lambda step: settings.aux.coefficient,
+                auxiliary,
+                lambda _, targets: Request(strongest, targets),
+            )
+        )
+    sparsity = settings.sparsity
+    if sparsity.name != "none":
+        rise = max(1.0, sparsity.warmup * steps)
+        value = {"l1": l1, "l0": lambda forward, _: l0(forward, sparsity.target_l0)}[sparsity.name]
+        found.append(Term(sparsity.name, lambda step: sparsity.coefficient * min(1.0, (step + 1) / rise), value))
+    return found
 
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -26,25 +107,41 @@ def _deviation(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x - x.mean(0)).square()
 
 
-def auxiliary(
-    error: Tensor, strongest: Codes, exact: bool, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
-) -> tuple[Tensor, Codes]:
-    """How badly chosen features explain the error: ``||e - ehat||^2 / ||e - mean e||^2``; and the codes of ehat.
+def _wider_fvu(forward: Forward, wider: Selection | None) -> Tensor:
+    assert wider is not None
+    return batch_fvu(forward.target, forward.decode(wider))
 
-    e ``[tokens, d_in]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
-    -inf in empty slots; they are the values themselves where `exact`, else the values are computed again. ehat decodes
-    those above zero, without bias. The gradient reaches the encoder and decoder rows of exactly these features. b_dec
-    receives none: neither side of the ratio holds it, and `centred` = x - b_dec is detached here. The ratio
-    is 0 where nothing was chosen, and where it is not finite (no error left).
+
+def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
+    """How badly chosen features explain the error: ``||e - ehat||^2 / ||e - mean e||^2``, a scalar.
+
+    e ``[tokens, d_out]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
+    -inf in empty slots; ehat decodes those above zero, without bias. The gradient reaches the encoder and decoder rows
+    of exactly these features. b_dec receives none: neither side of the ratio holds it, and it is detached in the
+    encoder's input. The ratio is 0 if nothing was chosen, and if it is not finite (no error left).
     """
-    error = error.detach()
-    filled = strongest.values > -torch.inf
-    known = torch.where(filled, strongest.values, 0.0) if exact else None
-    values = sddmm(strongest, centred.detach(), W_enc, b_enc, known=known).relu() * filled
-    codes = strongest.with_values(values)
-    explained = spmm(codes, W_dec)
+    assert strongest is not None
+    pattern, error = strongest.pattern, (forward.target - forward.reconstruction).detach()
+    filled = pattern.values > -torch.inf
+    known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
+    centre = None if forward.centre is None else forward.centre.detach()
+    values = forward.encoder.pre(pattern, forward.x.detach(), centre, known).relu() * filled
+    explained = spmm(pattern.with_values(values), forward.W_dec)
     ratio = torch.linalg.vector_norm(error - explained).square() / _deviation(error)
-    return torch.where(torch.isfinite(ratio) & filled.any(), ratio, 0.0), codes
+    return torch.where(torch.isfinite(ratio) & filled.any(), ratio, 0.0)
+
+
+def l1(forward: Forward, _: Selection | None = None) -> Tensor:
+    """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
+    lengths = torch.linalg.vector_norm(forward.W_dec, dim=1)[forward.codes.features]
+    tokens, d_in = forward.x.shape
+    return (forward.codes.values * lengths).sum() / (tokens * d_in**0.5)
+
+
+def l0(forward: Forward, target: float | None) -> Tensor:
+    """L0 of the batch, a scalar, or ``(L0 / target - 1)^2``; its gradient reaches the thresholds alone."""
+    found = forward.encoder.active(forward.pre, forward.codes).sum() / len(forward.x)
+    return found if target is None else (found / target - 1).square()
 
 
 def under_used(densities: Tensor, expected: Tensor, share: float, uniform: float) -> Tensor:

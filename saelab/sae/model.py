@@ -1,70 +1,91 @@
 """The sparse autoencoder: x -> sparse codes -> reconstruction.
 
-    pre = (x - b_dec) W_enc^T + b_enc        codes = pre where it is selected        xhat = codes W_dec + b_dec
+    z = (x - b_dec) W_enc^T + b_enc        codes = z where it is selected        xhat = codes W_dec + b_dec
 
-What is selected: affinity.py, allocation.py, and for inference thresholds.py. The encoder is kept as rows too,
+What is selected: affinity.py and allocation/. What an entry is worth: encoder.py. With a width d_out of its own it
+reconstructs something else than x (a transcoder); then b_dec is not subtracted from x. The encoder is kept as rows too,
 ``W_enc [n_features, d_in]``: then both gradients are the same sparse product.
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from saelab.codes import Codes, concatenate
-from saelab.kernels import sddmm, spmm
-from saelab.sae.affinity import alignment, worth
-from saelab.sae.allocation.rules import Rule, TokenChoice
-from saelab.sae.allocation.selection import Encoder, Scratch, Wanted, pre_activations, select
-from saelab.sae.losses import auxiliary, batch_fvu
-
-MULTI_FACTOR = 4
-"""Multi-TopK reconstructs once more with so many times the budget (Gao et al. 2024, app. B)."""
+from saelab.codes import Codes
+from saelab.kernels import spmm
+from saelab.sae.affinity import alignment
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
+from saelab.sae.allocation.selection import Request, Selection, select
+from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
+from saelab.sae.losses import Forward
+from saelab.sae.settings import SaeSettings
 
 LIFT = 1e-3
 """The pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
 
+_MOST_ENTRIES = 2**24
+"""Active entries of the sample that the first scale of the encoder is fitted to, if no budget limits them."""
 
-class TrainingPass(NamedTuple):
-    """What one training step computes on a batch; all losses are scalars with gradients."""
 
-    codes: Codes
-    """The selected entries, with their gradients."""
-    fvu: Tensor
-    """Batch FVU, the reconstruction loss."""
-    multi: Tensor
-    """Batch FVU of the reconstruction with four times the budget; 0 where it was not asked for."""
-    aux: Tensor
-    """Auxiliary loss before its coefficient; 0 where no feature is wanted."""
-    reached: Tensor
-    """Share of the wanted features that the auxiliary loss sends a gradient to; 0 where none is wanted."""
+class Batch(NamedTuple):
+    """What one training step sees."""
+
+    x: Tensor
+    """``[tokens, d_in]``"""
+    target: Tensor | None = None
+    """What is reconstructed, ``[tokens, d_out]``; None: x itself."""
+    gradients: Tensor | None = None
+    """Of the language model's loss at x, ``[tokens, d_in]``, for the gradient affinity."""
 
 
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder.
 
-    Parameters: W_enc and W_dec ``[n_features, d_in]``, b_enc ``[n_features]``, b_dec ``[d_in]``.
+    Parameters: W_enc ``[n_features, d_in]``, W_dec ``[n_features, d_out]``, b_enc ``[n_features]``, b_dec ``[d_out]``.
     """
 
     threshold: Tensor | None
-    """What a pre-activation must exceed to be active in inference: ``[1]`` (one for all: mutual choice), or
-    ``[n_features]`` (feature choice). None: every token keeps its k largest (token choice)."""
+    """What a pre-activation must exceed to be active in inference: ``[1]``, one for all, or ``[n_features]``. None:
+    every token keeps its k largest."""
 
-    def __init__(self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None, d_out: int | None = None
+    ) -> None:
         super().__init__()
-        self.d_in, self.n_features, self.k = d_in, n_features, k
+        self.d_in, self.n_features, self.k, self.d_out = d_in, n_features, k, d_out or d_in
+        self.centred = d_out is None
+        """Whether b_dec is subtracted from x."""
         self.beta = 0.0
         """Weight of the gradient in the affinity it was trained with; evaluation does without, but for the oracle."""
         self.metadata = metadata or {}
         """Where the autoencoder comes from: model, site, context and our own facts (the checkpoint's metadata)."""
         self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
-        self.W_dec = nn.Parameter(torch.empty(n_features, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.empty(n_features, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", None, persistent=False)
+        self.register_parameter("log_threshold", None)
+        self.bandwidth = 0.0
         self._scratch = Scratch()
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, with the parameters themselves."""
+        if self.log_threshold is None:
+            return Linear(self.W_enc, self.b_enc)
+        return JumpReLU(self.W_enc, self.b_enc, self.log_threshold, self.bandwidth)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that selects in inference."""
+        if self.log_threshold is not None:
+            return Threshold(self.log_threshold.detach().exp())
+        return TokenChoice(self.k) if self.threshold is None else Threshold(self.threshold)
 
     @torch.no_grad()
     def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes:
@@ -73,90 +94,94 @@ class SparseAutoencoder(nn.Module):
         A token's features do not depend on the other tokens given. With `gradients` of the language model's loss, in
         the shape of x, selection is by the gradient affinity, as in training: an oracle, for they know the next token.
         """
-        centred = x.reshape(-1, self.d_in).to(self.W_enc.dtype) - self.b_dec
-        aligned = None if gradients is None else alignment(gradients.reshape(-1, self.d_in), self.beta)
-        encoder = self._encoder(Scratch())  # of its own: several threads may encode at once
-        if self.threshold is None:
-            selections, _ = select(encoder, centred, [TokenChoice(self.k)], aligned, low=False)
-            return selections[0].pattern.with_values(selections[0].pre).compact()
-        parts, cut = [], self.threshold.clamp_min(0)
-        for tile, pre in pre_activations(encoder, centred, low=False):
-            scores = pre
-            if aligned is not None:
-                scores = worth(pre, aligned.gradients[tile.tokens] @ self.W_dec.T, aligned.beta)
-            parts.append(Codes.from_mask(scores > cut, pre))
-        return concatenate(parts)
+        centred = self._centre(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
+        aligned = alignment(None if gradients is None else gradients.reshape(-1, self.d_in), self.beta)
+        encoder, scratch = self.encoder, Scratch()  # of its own: several threads may encode at once
+        ((pattern, pre),), _ = select(encoder, self.W_dec, centred, [self.rule], aligned, scratch=scratch)
+        assert pre is not None
+        return pattern.with_values(encoder.values(pre, pattern)).compact()
 
     def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction of each token, ``[tokens, d_in]``."""
+        """Reconstruction of each token, ``[tokens, d_out]``."""
         return spmm(codes, self.W_dec) + self.b_dec
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction in the shape and dtype of x ``[..., d_in]``."""
-        return self.decode(self.encode(x)).view(x.shape).to(x.dtype)
+        """Reconstruction ``[..., d_out]`` in the dtype of x ``[..., d_in]``."""
+        return self.decode(self.encode(x)).view(*x.shape[:-1], self.d_out).to(x.dtype)
 
     @torch.no_grad()
     def pre_activations(self, x: Tensor) -> Tensor:
         """The dense pre-activations of a few tokens: x ``[tokens, d_in]`` -> ``[tokens, n_features]``."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc.T)
+        return torch.addmm(self.b_enc, self._centre(x), self.W_enc.T)
 
     def training_pass(
-        self,
-        x: Tensor,
-        rule: Rule,
-        *,
-        gradients: Tensor | None = None,
-        beta: float = 0.0,
-        low: bool = False,
-        multi: bool = False,
-        wanted: Wanted | None = None,
-    ) -> TrainingPass:
-        """Codes and losses of a batch ``[tokens, d_in]``, differentiable.
+        self, batch: Batch, rule: Rule, requests: Sequence[Request | None] = (), *, bf16: bool = False
+    ) -> tuple[Forward, list[Selection | None]]:
+        """The forward pass of a training step, differentiable; and the entries of each request, None for none.
 
-        `rule` allocates the budget; `gradients` ``[tokens, d_in]`` and `beta` make the affinity; `low` lets bfloat16
-        propose the candidates; `multi` adds the reconstruction with four times the budget; `wanted` are the features
-        that the auxiliary loss is for.
+        `rule` selects the active entries; `bf16` lets bfloat16 propose the candidates. At most one request may have a
+        mask.
         """
-        rules = [rule.times(MULTI_FACTOR), rule] if multi else [rule]
+        masked = next((request for request in requests if request is not None and request.mask is not None), None)
+        wider = [request.rule for request in requests if request is not None and request.mask is None]
+        encoder = self.encoder
         with torch.no_grad():
-            aligned = None if gradients is None else alignment(gradients, beta)
-            selections, strongest = select(self._encoder(self._scratch), x - self.b_dec, rules, aligned, low, wanted)
-        with record_function("decode"):
-            codes = []
-            for pattern, pre in selections:
-                filled = (pattern.values > 0).to(pre.dtype)
-                values = sddmm(pattern, x, self.W_enc, self.b_enc, centre=self.b_dec, known=pre).relu() * filled
-                codes.append(pattern.with_values(values))
-            reconstruction = self.decode(codes[-1])
-            fvu = batch_fvu(x, reconstruction)
-            multi_fvu = batch_fvu(x, self.decode(codes[0])) if multi else x.new_zeros(())
-        aux = reached = x.new_zeros(())
-        if wanted is not None and strongest is not None:
-            aux, explaining = auxiliary(
-                x - reconstruction, strongest, not low, x - self.b_dec, self.W_enc, self.b_enc, self.W_dec
+            aligned = alignment(batch.gradients, self.beta)
+            centred, scratch = self._centre(batch.x), self._scratch
+            (main, *others), strongest = select(
+                encoder, self.W_dec, centred, [rule, *wider], aligned, bf16=bf16, masked=masked, scratch=scratch
             )
-            reached = (explaining.firing_counts() > 0).sum() / wanted.mask.sum().clamp_min(1)
-        return TrainingPass(codes[-1], fvu, multi_fvu, aux, reached)
-
-    def _encoder(self, scratch: Scratch) -> Encoder:
-        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach(), scratch)
+            del centred
+        with record_function("decode"):
+            centre = self.b_dec if self.centred else None
+            pre = encoder.pre(main.pattern, batch.x, centre, main.pre)
+            codes = main.pattern.with_values(encoder.values(pre, main.pattern))
+            target = batch.x if batch.target is None else batch.target
+            forward = Forward(encoder, self.W_dec, self.b_dec, centre, batch.x, target, codes, pre, self.decode(codes))
+        found = iter(others)
+        return forward, [
+            None if request is None else strongest if request.mask is not None else next(found) for request in requests
+        ]
 
     @torch.no_grad()
-    def initialise(self, sample: Tensor, b_dec_init: str = "mean") -> None:
+    def initialise(self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None) -> None:
         """Random unit decoder rows, encoder = decoder, b_dec at the centre of `sample` ``[tokens, d_in]``.
 
-        The encoder is then scaled so that the first reconstruction of the sample has the least squared error a
-        common factor can give.
+        The encoder is then scaled so that the first reconstruction of the sample has the least squared error a common
+        factor can give. With `target` ``[tokens, d_out]``, b_dec is at the centre of that, the encoder has random unit
+        rows of its own, and b_enc centres x.
         """
         self.W_dec.normal_()
         self.renormalise_decoder()
-        self.W_enc.copy_(self.W_dec)
         self.b_enc.zero_()
-        self.b_dec.copy_(sample.mean(0) if b_dec_init == "mean" else geometric_median(sample))
-        centred = sample[:4096] - self.b_dec
-        first = spmm(self.encode(sample[:4096]), self.W_dec)
-        self.W_enc.mul_((centred * first).sum() / first.square().sum().clamp_min(1e-12))
+        wanted = sample if target is None else target
+        self.b_dec.copy_(wanted.mean(0) if b_dec_init == "mean" else geometric_median(wanted))
+        if self.centred:
+            self.W_enc.copy_(self.W_dec)
+        else:
+            self.W_enc.normal_()
+            self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
+            self.b_enc.copy_(-self.W_enc @ sample.mean(0))
+        tokens = 4096 if self.rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.n_features))
+        first = spmm(self.encode(sample[:tokens]), self.W_dec)
+        factor = ((wanted[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
+        self.W_enc.mul_(factor)
+        if not self.centred:
+            self.b_enc.mul_(factor)
+
+    @torch.no_grad()
+    def train_thresholds(self, sample: Tensor, bandwidth: float, *, l0: float, threshold: float | None = None) -> None:
+        """Make it a JumpReLU autoencoder whose thresholds are trained, all beginning at `threshold`.
+
+        Default: where `l0` entries of a token of `sample` ``[tokens, d_in]`` are active on average.
+        """
+        if threshold is None:
+            pre = self.pre_activations(sample[: max(1, min(1024, _MOST_ENTRIES // self.n_features))])
+            threshold = pre.flatten().topk(max(1, min(round(l0 * len(pre)), pre.numel()))).values[-1].item()
+        start = torch.full((self.n_features,), max(threshold, bandwidth / 2), dtype=torch.float32)
+        self.threshold, self.bandwidth = None, bandwidth
+        self.log_threshold = nn.Parameter(start.log().to(self.W_enc.device))
 
     @torch.no_grad()
     def renormalise_decoder(self) -> None:
@@ -165,13 +190,16 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def folded(self, scale: float) -> "SparseAutoencoder":
-        """The same function on unscaled data, for an autoencoder trained on ``scale * x``.
+        """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
 
         Biases and threshold are divided by the scale, the matrices untouched: relu and selection commute with a scale.
+        Trained thresholds become fixed ones.
         """
         folded = copy.deepcopy(self)
         folded.b_enc.div_(scale)
         folded.b_dec.div_(scale)
+        if folded.log_threshold is not None:
+            folded.threshold, folded.log_threshold = folded.log_threshold.detach().exp(), None
         if folded.threshold is not None:
             folded.threshold = folded.threshold / scale
         return folded
@@ -186,8 +214,42 @@ class SparseAutoencoder(nn.Module):
         # the host may wait on a CPU, and look at these features alone; elsewhere it looks at all
         which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
         for rows in which.split(4096):
-            highest = torch.addmm(self.b_enc[rows], x - self.b_dec, self.W_enc[rows].T).amax(0)
+            highest = torch.addmm(self.b_enc[rows], self._centre(x), self.W_enc[rows].T).amax(0)
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.centred else x
+
+
+def new_autoencoder(
+    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None
+) -> SparseAutoencoder:
+    """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
+
+    The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]`` it is a transcoder.
+    """
+    torch.manual_seed(seed)
+    d_out = None if target is None else target.shape[1]
+    sae = SparseAutoencoder(sample.shape[1], settings.n_features, settings.k, d_out=d_out).to(sample.device)
+    threshold = allocation_of(settings).initial_threshold
+    if threshold is not None:
+        sae.threshold = torch.full((1,), threshold, device=sample.device)
+    sae.initialise(sample, settings.b_dec_init, target)
+    ENCODERS[settings.encoder.name](sae, settings, sample)
+    return sae
+
+
+def _start_jumprelu(sae: SparseAutoencoder, settings: SaeSettings, sample: Tensor) -> None:
+    options = settings.encoder
+    l0 = settings.sparsity.target_l0 or settings.k
+    sae.train_thresholds(sample, options.bandwidth, l0=l0, threshold=options.threshold)
+
+
+ENCODERS: dict[str, Callable[[SparseAutoencoder, SaeSettings, Tensor], None]] = {
+    "linear": lambda sae, settings, sample: None,
+    "jumprelu": _start_jumprelu,
+}
+"""What remains to be done to start each encoder, once the weights are there."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Settings of an autoencoder: its size, and which affinity, allocation and auxiliary loss it is trained with."""
+"""Settings of an autoencoder: its size, and the encoder, affinity, allocation and losses it is trained with."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,6 +22,23 @@ def _curve(exponent: float | None, shift: float | None) -> None:
 
 
 @dataclass(frozen=True)
+class EncoderSettings:
+    name: str = "linear"
+    """What an active entry is worth: linear (its pre-activation), or jumprelu (that, above a trained threshold)."""
+    bandwidth: float = 0.05
+    """jumprelu: width of the window around a threshold whose entries move it; inputs have E||x||^2 = d_in."""
+    threshold: float | None = None
+    """jumprelu: what thresholds begin at. Default: where as many entries are active as the L0 term aims at."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("linear", "jumprelu"))
+        for name in ("bandwidth", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingError(f"{name}: {value} is not a positive number")
+
+
+@dataclass(frozen=True)
 class AffinitySettings:
     name: str = "activation"
     """What decides the selection: activation, or gradient (the activation weighted by its effect on the LM's loss)."""
@@ -37,7 +54,8 @@ class AffinitySettings:
 @dataclass(frozen=True)
 class AllocationSettings:
     name: str = "token_choice"
-    """Who holds the budget of k per token: token_choice (TopK), mutual_choice (the batch) or feature_choice."""
+    """Who holds the budget of k per token: token_choice (TopK), mutual_choice (the batch) or feature_choice. Or no
+    budget: threshold, every entry above the encoder's threshold (ReLU, JumpReLU), with a sparsity loss."""
     capacity: str = "zipf"
     """Feature choice: how capacities fall with a feature's rank by density, zipf or uniform."""
     exponent: float | None = None
@@ -50,7 +68,7 @@ class AllocationSettings:
     """Feature choice: steps between two rankings of the features."""
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("token_choice", "mutual_choice", "feature_choice"))
+        _one_of("name", self.name, ("token_choice", "mutual_choice", "feature_choice", "threshold"))
         _one_of("capacity", self.capacity, ("zipf", "uniform"))
         _curve(self.exponent, self.shift)
         if not 0 <= self.after <= 1:
@@ -74,7 +92,7 @@ class AuxSettings:
     share: float = 0.5
     """aux_zipf: a feature is under-used below this share of its expected density."""
     lift: bool = False
-    """Raise the bias of wanted features that no token of a batch activates: no gradient reaches those otherwise."""
+    """Raise the bias of target features that no token of a batch activates: no gradient reaches those otherwise."""
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("none", "aux_k", "aux_zipf"))
@@ -88,23 +106,53 @@ class AuxSettings:
 
 
 @dataclass(frozen=True)
+class SparsitySettings:
+    name: str = "none"
+    """Loss that keeps features inactive: none, l1 (of activations), or l0 (number of active features; jumprelu)."""
+    coefficient: float = 1.0
+    """Weight of that loss; the reconstruction loss (FVU) has weight 1."""
+    target_l0: float | None = None
+    """l0: the loss is (L0 / target_l0 - 1)^2. Default: L0 itself, so that `coefficient` is FVU per active feature."""
+    warmup: float = 0.05
+    """Share of the steps over which the weight rises from zero."""
+
+    def __post_init__(self) -> None:
+        _one_of("name", self.name, ("none", "l1", "l0"))
+        if not 0 <= self.coefficient < math.inf:
+            raise SettingError(f"coefficient: {self.coefficient} is not a number from 0 up")
+        if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
+            raise SettingError(f"target_l0: {self.target_l0} is not a positive number")
+        if not 0 <= self.warmup <= 1:
+            raise SettingError(f"warmup: {self.warmup} is not a share between 0 and 1")
+
+
+@dataclass(frozen=True)
 class SaeSettings:
     n_features: int = 4096
     """Number of features (latents)."""
     k: int = 32
-    """Features active on a token, on average over a batch at most."""
+    """Features active on a token, on average over a batch at most. Without a budget: what training starts from."""
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """linear, or jumprelu."""
     affinity: AffinitySettings = field(default_factory=AffinitySettings)
     """activation, or gradient."""
     allocation: AllocationSettings = field(default_factory=AllocationSettings)
-    """token_choice, mutual_choice or feature_choice."""
+    """token_choice, mutual_choice, feature_choice or threshold."""
     aux: AuxSettings = field(default_factory=AuxSettings)
     """none, aux_k or aux_zipf."""
+    sparsity: SparsitySettings = field(default_factory=SparsitySettings)
+    """none, l1 or l0."""
     multi_topk: bool = False
     """Also reconstruct with four times the budget, at an eighth of the weight."""
     selection: str = "float32"
     """Precision of the scores that propose what is selected: float32 or bfloat16. The choice itself is float32."""
     b_dec_init: str = "mean"
     """What b_dec starts from: mean or geometric_median of the first activations."""
+    unit_norm: bool = True
+    """Whether decoder rows keep length 1."""
+    freeze: str = "none"
+    """Which weights stay as they start: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is
+    never trained is the control that a trained one must beat."""
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
@@ -113,8 +161,33 @@ class SaeSettings:
             raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
         _one_of("selection", self.selection, ("float32", "bfloat16"))
         _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
+        _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuses methods that do not go together."""
+        has_budget, trains_threshold = self.allocation.name != "threshold", self.encoder.name == "jumprelu"
+        if trains_threshold and has_budget:
+            raise SettingError("encoder: jumprelu decides what is active; it goes with allocation: threshold")
+        if self.sparsity.name == "l0" and not trains_threshold:
+            raise SettingError("sparsity: l0 trains the thresholds of encoder: jumprelu; use l1 with a linear encoder")
+        if has_budget:
+            return
+        if self.sparsity.name == "none":
+            raise SettingError("sparsity: allocation: threshold has no budget; it needs sparsity: l1 or l0")
+        if self.beta:
+            raise SettingError("affinity: gradient goes with a budget, not with allocation: threshold")
+        if self.multi_topk:
+            raise SettingError("multi_topk: goes with a budget, not with allocation: threshold")
+        if self.selection != "float32":
+            raise SettingError("selection: allocation: threshold selects in float32: pre-activations near 0 count too")
 
     @property
     def beta(self) -> float:
         """Weight of the gradient in the affinity, 0 for plain activation."""
         return self.affinity.beta if self.affinity.name == "gradient" else 0.0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether training needs the gradients of the language model's loss."""
+        return self.beta > 0

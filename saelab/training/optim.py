@@ -4,46 +4,76 @@ What bounds it is memory: parameters, gradients and two moments are read, all bu
 are clipped inside Adam's own pass, and gradient memory is kept from step to step.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelab.kernels.products import accumulate_in_place, return_gradients
 from saelab.sae.model import SparseAutoencoder
 
 _BLOCK_ROWS = 2048
 """Decoder rows at a time, whose products then stay in the cache: 6 MB at d_in 768."""
+_FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
 
 
-def adam(sae: SparseAutoencoder, lr: float) -> torch.optim.Adam:
-    """Adam for `sae`, whose large gradients are from now on kept and added to in place."""
-    for table in (sae.W_enc, sae.W_dec):
-        accumulate_in_place(table)
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+class Optimiser:
+    """Adam for `sae`, whose large gradients are from now on kept and added to in place, until `release`.
 
-
-def release(sae: SparseAutoencoder) -> None:
-    """Undo what `adam` did to `sae`: gradients are none, and will be returned again."""
-    for parameter in sae.parameters():
-        return_gradients(parameter)
-
-
-@torch.no_grad()
-def step(sae: SparseAutoencoder, optimiser: torch.optim.Adam, clip: float) -> Tensor:
-    """Update `sae` from its gradients, which are zero afterwards; returns their norm before clipping, a scalar.
-
-    Where the norm is not finite nothing is updated.
+    `freeze` names weights that are not trained: none, decoder (W_dec) or encoder (W_enc, b_enc). Decoder rows keep
+    length 1 if `unit_norm` and the decoder is trained.
     """
-    remove_parallel_gradient(sae)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
-    # Adam's fused pass divides gradients by `grad_scale` and skips everything where `found_inf` is 1
-    scale = (norm / clip).clamp_min(1.0)
-    nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing means writing, too; a GPU is not asked
-    optimiser.grad_scale = None if nothing_to_clip else scale  # type: ignore[attr-defined]
-    optimiser.found_inf = torch.isfinite(norm).logical_not().float()  # type: ignore[attr-defined]
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=False)
-    sae.renormalise_decoder()
-    return norm
+
+    def __init__(self, sae: SparseAutoencoder, lr: float, *, unit_norm: bool = True, freeze: str = "none") -> None:
+        self.sae = sae
+        frozen = _FROZEN[freeze]
+        for name, parameter in sae.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        self.trained: list[nn.Parameter] = [p for p in sae.parameters() if p.requires_grad]
+        self._on_sphere = unit_norm and sae.W_dec.requires_grad
+        for table in (sae.W_enc, sae.W_dec):
+            if table.requires_grad:
+                accumulate_in_place(table)
+        self._adam = torch.optim.Adam(self.trained, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    @torch.no_grad()
+    def step(self, lr: float, clip: float) -> Tensor:
+        """Update the weights from their gradients, which are zero afterwards; returns the norm before clipping.
+
+        If the norm, a scalar, is not finite nothing is updated.
+        """
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        if self._on_sphere:
+            remove_parallel_gradient(self.sae)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        # Adam's fused pass divides gradients by `grad_scale` and skips everything if `found_inf` is 1
+        scale = (norm / clip).clamp_min(1.0)
+        nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing means writing, too; a GPU is not asked
+        self._adam.grad_scale = None if nothing_to_clip else scale  # type: ignore[attr-defined]
+        self._adam.found_inf = torch.isfinite(norm).logical_not().float()  # type: ignore[attr-defined]
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=False)
+        if self._on_sphere:
+            self.sae.renormalise_decoder()
+        return norm
+
+    def release(self) -> None:
+        """Undo what it did to the autoencoder: gradients are none, and will be returned again."""
+        for parameter in self.sae.parameters():
+            return_gradients(parameter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each trained parameter, by name: Adam's moments and count of steps."""
+        names = {id(parameter): name for name, parameter in self.sae.named_parameters()}
+        return {names[id(parameter)]: dict(self._adam.state[parameter]) for parameter in self.trained}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        parameters = dict(self.sae.named_parameters())
+        for name, moments in state.items():
+            if moments:
+                self._adam.state[parameters[name]] = dict(moments)
 
 
 @torch.no_grad()

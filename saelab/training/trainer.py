@@ -1,8 +1,8 @@
-"""The training loop. A step: who gets the budget, forward, backward, the optimiser's step (optim.py), who fired."""
+"""The training loop. A step: who is active, forward, the terms of the loss, backward, the optimiser, who was active."""
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from saelab.errors import SaelabError
-from saelab.sae.allocation.selection import Wanted
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.allocation.selection import Request, Selection
+from saelab.sae.losses import terms
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import SaeSettings
-from saelab.training.budget import Budget, Usage
-from saelab.training.optim import adam, release
-from saelab.training.optim import step as optimiser_step
+from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings
-
-Batch = Tensor | tuple[Tensor, Tensor]
-"""Activations ``[batch, d_in]``, or those and the gradients of the language model's loss there."""
+from saelab.training.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,96 @@ class Trained:
     steps: int
     """Steps taken."""
     densities: Tensor | None
-    """What an inference threshold has to reproduce (thresholds.py): for mutual choice the mean density, a scalar; for
-    feature choice each feature's, ``[n_features]``; None for token choice, which needs no threshold."""
-    curve: tuple[float, float] | None = None
-    """Feature choice: exponent and shift of the capacities."""
+    """The densities that inference must reproduce with a threshold (thresholds.py): a scalar, the mean, or one of each
+    feature, ``[n_features]``; None if inference needs no calibration."""
+    facts: dict[str, Any]
+    """What the allocation records of itself in the checkpoint."""
+
+
+class Trainer:
+    """Trains `sae` in place, one batch at a time, until `release`."""
+
+    def __init__(self, sae: SparseAutoencoder, settings: TrainingSettings, sae_settings: SaeSettings) -> None:
+        self.sae, self.settings, self.sae_settings = sae, settings, sae_settings
+        sae.beta = sae_settings.beta
+        self.terms = terms(sae_settings, sae.d_in, settings.steps)
+        self.optimiser = Optimiser(sae, settings.lr, unit_norm=sae_settings.unit_norm, freeze=sae_settings.freeze)
+        self.usage = Usage(sae_settings, settings.dead_after, sae.W_dec.device)
+        self.allocation = allocation_of(sae_settings)(sae_settings, settings.steps)
+        self.steps = self.tokens = 0
+        """Steps taken, and tokens seen."""
+
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.settings.steps
+
+    def step(self, batch: Batch) -> dict[str, Any] | None:
+        """One step on a batch scaled so that E||x||^2 = d_in; the metrics of a step that is logged, else None.
+
+        Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, which is not waited for,
+        at the next logged step; the weights do not change in between).
+        """
+        step, tokens, sae = self.steps, len(batch.x), self.sae
+        if batch.gradients is None and self.sae_settings.needs_gradients:
+            raise SaelabError("training: the gradient affinity needs batches with gradients of the model's loss")
+        targets = self.usage.targets(tokens)
+        if targets is not None and self.sae_settings.aux.lift:
+            sae.lift(batch.x, targets)
+
+        rule = self.allocation.rule(step, tokens, self.usage.densities, sae.encoder)
+        requests = [term.request(rule, targets) for term in self.terms]
+        forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
+        values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
+        with record_function("backward"):
+            sum(term.weight(step) * values[term.name] for term in self.terms).backward()  # type: ignore[union-attr]
+        with record_function("optimiser"):
+            rate = learning_rate(step, self.settings)
+            norm = self.optimiser.step(rate, self.settings.clip)
+        counts = forward.codes.firing_counts()
+        self.usage.observe(counts, tokens)
+        self.steps, self.tokens = step + 1, self.tokens + tokens
+
+        logged = step % self.settings.log_every == 0 or self.finished
+        if (logged or norm.device.type == "cpu") and not math.isfinite(norm):
+            raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
+        if not logged:
+            return None
+        return {
+            "step": step,
+            "tokens": self.tokens,
+            "lr": rate,
+            **{name: value.item() for name, value in values.items()},
+            "l0": counts.sum().item() / tokens,
+            "gradient_norm": norm.item(),
+            "dead": int(self.usage.dead().sum()),
+            **_reach(requests, found),
+        }
+
+    def trained(self) -> Trained:
+        return Trained(self.tokens, self.steps, self.allocation.target(), self.allocation.facts())
+
+    def release(self) -> None:
+        """Give the autoencoder back as an ordinary module: gradients are none, and will be returned again."""
+        self.optimiser.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a trainer needs, made anew from the same settings, to go on exactly here; tensors are not copied."""
+        return {
+            "sae": dict(self.sae.named_parameters()),
+            "optimiser": self.optimiser.state_dict(),
+            "usage": self.usage.state_dict(),
+            "allocation": self.allocation.state_dict(),
+            "steps": self.steps,
+            "tokens": self.tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, parameter in self.sae.named_parameters():
+            parameter.data.copy_(state["sae"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.usage.load_state_dict(state["usage"])
+        self.allocation.load_state_dict(state["allocation"])
+        self.steps, self.tokens = state["steps"], state["tokens"]
 
 
 def train(
@@ -48,69 +132,18 @@ def train(
 ) -> Trained:
     """Train `sae` in place on batches scaled so that E||x||^2 = d_in.
 
-    A batch is x ``[batch, d_in]``, or (x, gradients) where the affinity needs gradients. Ends after
-    ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true. Raises
-    SaelabError, before the weights change, where the gradient is not finite (on a GPU, which is not waited for,
-    at the next line of metrics; the weights do not change in between).
+    Ends after ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true.
+    Raises SaelabError if a gradient is not finite (`Trainer.step`).
     """
-    sae.beta = sae_settings.beta
-    device, aux = sae.W_dec.device, sae_settings.aux
-    optimiser = adam(sae, settings.lr)
-    usage = Usage(sae.n_features, sae_settings, settings.dead_after, device)
-    budget = Budget(sae_settings, usage, settings.steps)
-    tokens, steps, begin = 0, 0, time.monotonic()
-    for batch, step in zip(batches, range(settings.steps), strict=False):  # the shorter of the two ends the run
-        x, gradients = batch if isinstance(batch, tuple) else (batch, None)
-        if gradients is None and sae.beta:
-            raise SaelabError("training: the gradient affinity needs batches of (activations, gradients)")
-        rate = learning_rate(step, settings)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-
-        mask = usage.wanted(len(x))
-        if mask is not None and aux.lift:
-            sae.lift(x, mask)
-        losses = sae.training_pass(
-            x,
-            budget.rule(step, len(x)),
-            gradients=gradients,
-            beta=sae.beta,
-            low=sae_settings.selection == "bfloat16",
-            multi=sae_settings.multi_topk,
-            wanted=None if mask is None else Wanted(mask, aux.features or max(1, sae.d_in // 2)),
-        )
-        with record_function("backward"):
-            (losses.fvu + losses.multi / 8 + aux.coefficient * losses.aux).backward()
-        with record_function("optimiser"):
-            norm = optimiser_step(sae, optimiser, settings.clip)
-        counts = losses.codes.firing_counts()
-        usage.observe(counts, len(x))
-
-        tokens, steps = tokens + len(x), step + 1
-        logged = step % settings.log_every == 0 or step == settings.steps - 1
-        if (logged or device.type == "cpu") and not math.isfinite(norm):
-            raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
-        if logged:
-            seconds = time.monotonic() - begin
-            log(
-                {
-                    "step": step,
-                    "tokens": tokens,
-                    "lr": rate,
-                    "fvu": losses.fvu.item(),
-                    "aux": losses.aux.item(),
-                    "l0": counts.sum().item() / len(x),
-                    "gradient_norm": norm.item(),
-                    "dead": int(usage.dead().sum()),
-                    "wanted": 0 if mask is None else int(mask.sum()),
-                    "reached": losses.reached.item(),
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
-        if should_stop():
+    trainer, begin = Trainer(sae, settings, sae_settings), time.monotonic()
+    for batch in batches:
+        metrics = trainer.step(batch)
+        if metrics is not None:
+            log(metrics | {"tokens_per_second": trainer.tokens / (time.monotonic() - begin)})
+        if trainer.finished or should_stop():
             break
-    release(sae)
-    return Trained(tokens, steps, budget.target(), budget.curve)
+    trainer.release()
+    return trainer.trained()
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
@@ -118,3 +151,13 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     rise = (step + 1) / max(1.0, settings.warmup * settings.steps)
     fall = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.lr * min(1.0, rise, fall)
+
+
+def _reach(requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
+    """How many features the auxiliary loss is for, and the share of them that it sends a gradient to."""
+    for request, entries in zip(requests, found, strict=True):
+        if request is not None and request.mask is not None and entries is not None:
+            reached = int((entries.pattern.firing_counts() > 0).sum())
+            targets = int(request.mask.sum())
+            return {"targets": targets, "share_reached": reached / max(1, targets)}
+    return {}

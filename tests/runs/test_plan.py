@@ -23,9 +23,11 @@ from saelab.runs.config import RunSettings, settings_from
 from saelab.runs.feed import shuffled_together
 from saelab.runs.plan import Need, Plan, plan_cache, plan_training
 from saelab.sae.allocation.rules import FeatureChoice, TokenChoice
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
+from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import calibrate
-from saelab.training.optim import adam, step
+from saelab.training.settings import TrainingSettings
+from saelab.training.trainer import Trainer
 from tests.tiny import CONTEXT, KINDS, language_model, model_folder, random_rows, text
 
 SITE = "blocks.1.hook_resid_post"
@@ -60,13 +62,12 @@ def test_an_autoencoder_its_gradients_and_its_optimiser_are_what_a_step_leaves(t
     sae = SparseAutoencoder(32, 128, 4)
     x = torch.randn(256, 32)
     sae.initialise(x)
-    optimiser = adam(sae, 1e-3)
-    sae.training_pass(x, TokenChoice(4)).fvu.backward()
-    step(sae, optimiser, 1.0)
+    trainer = Trainer(sae, TrainingSettings(tokens=256, batch=256), SaeSettings(128, 4))
+    trainer.step(Batch(x))
     parameters = list(sae.parameters())
     assert found["autoencoder"] == found["checkpoint"] == nbytes(parameters)
     assert found["its gradients"] == nbytes(p.grad for p in parameters)
-    moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [moment[name] for moment in trainer.optimiser.state_dict().values() for name in ("exp_avg", "exp_avg_sq")]
     assert found["optimiser"] == nbytes(moments)
 
 
@@ -92,7 +93,8 @@ def test_pre_activations_are_the_scratch_memory_of_a_step(
     if allocation == "feature_choice":
         rule = FeatureChoice(torch.ones(n_features, dtype=torch.long), n_features)
     gradients = torch.randn_like(x) if affinity == "gradient" else None
-    sae.training_pass(x, rule, gradients=gradients, beta=1.0, low=selection == "bfloat16")
+    sae.beta = 1.0
+    sae.training_pass(Batch(x, gradients=gradients), rule, bf16=selection == "bfloat16")
     assert found["pre-activations"] == sae._scratch.bytes
     if allocation == "token_choice":
         assert found["pre-activations"] < 4 * n_features * batch * (1 if affinity == "activation" else 2)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from saelab.sae.affinity import alignment, worth
+from saelab.codes import Codes
+from saelab.sae.affinity import alignment, score
 from saelab.sae.allocation.rules import MutualChoice, Rule, TokenChoice
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.losses import batch_fvu
+from saelab.sae.model import Batch, SparseAutoencoder
 
 D, F, K, N = 8, 40, 4, 60
 
@@ -19,27 +21,28 @@ def case() -> tuple[SparseAutoencoder, torch.Tensor, torch.Tensor]:
     return sae, x, torch.randn(N, D)
 
 
+def selected(sae: SparseAutoencoder, x: torch.Tensor, rule: Rule, g: torch.Tensor, beta: float, bf16=False) -> Codes:
+    sae.beta = beta
+    return sae.training_pass(Batch(x, gradients=g), rule, bf16=bf16)[0].codes
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.7, 1e6])
-@pytest.mark.parametrize("low", [False, True])
-def test_training_selects_by_the_formula(case: tuple, beta: float, low: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_selects_by_the_formula(case: tuple, beta: float, bf16: bool) -> None:
     sae, x, g = case
     z = sae.pre_activations(x).relu()
     aligned = (g / g.square().mean().sqrt()) @ sae.W_dec.T
-    score = z * (1 + beta * aligned.abs()) if beta < 1e6 else z * aligned.abs()  # the limit
+    scores = z * (1 + beta * aligned.abs()) if beta < 1e6 else z * aligned.abs()  # the limit
     rules: list[Rule] = [TokenChoice(K), MutualChoice(K)]
     for rule in rules:
-        codes = sae.training_pass(x, rule, gradients=g, beta=beta, low=low).codes
-        flat = score.detach()
-        if isinstance(rule, TokenChoice):
-            mask = torch.zeros_like(flat).scatter(1, flat.topk(K, dim=1).indices, 1)
-        else:
-            mask = torch.zeros(N * F).scatter(0, flat.flatten().topk(K * N).indices, 1).view(N, F)
+        codes = selected(sae, x, rule, g, beta, bf16)
+        mask = rule.mask(scores.detach())
         torch.testing.assert_close(codes.to_dense(), (z * mask).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_sign_and_the_scale_of_the_gradient_do_not_matter(case: tuple) -> None:
     sae, x, g = case
-    codes = [sae.training_pass(x, TokenChoice(K), gradients=s * g, beta=1.0).codes for s in (1.0, -1.0, 1e-4)]
+    codes = [selected(sae, x, TokenChoice(K), s * g, 1.0) for s in (1.0, -1.0, 1e-4)]
     assert all(torch.equal(codes[0].features, other.features) for other in codes[1:])
 
 
@@ -47,8 +50,9 @@ def test_nothing_learns_through_the_score(case: tuple) -> None:
     """The gradients are those of the chosen entries under plain TopK: the score only chose them."""
     sae, x, g = case
     g.requires_grad_(True)
-    found = sae.training_pass(x, TokenChoice(K), gradients=g, beta=2.0)
-    found.fvu.backward()
+    sae.beta = 2.0
+    found, _ = sae.training_pass(Batch(x, gradients=g), TokenChoice(K))
+    batch_fvu(x, found.reconstruction).backward()
     assert g.grad is None
     mask = found.codes.to_dense() > 0
     got = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
@@ -66,12 +70,12 @@ def test_evaluation_selects_by_activation_and_the_oracle_by_gradient(case: tuple
     sae.beta = 5.0
     assert torch.equal(sae.encode(x).features, plain.features)
     oracle = sae.encode(x, gradients=g)
-    trained = sae.training_pass(x, TokenChoice(K), gradients=g, beta=5.0).codes
+    trained = selected(sae, x, TokenChoice(K), g, 5.0)
     torch.testing.assert_close(oracle.to_dense(), trained.to_dense().detach())
     assert not torch.equal(oracle.to_dense(), plain.to_dense())
     sae.threshold = torch.tensor([0.5])
-    score = worth(sae.pre_activations(x), (g / g.square().mean().sqrt()) @ sae.W_dec.T, 5.0)
-    expected = torch.where(score > 0.5, sae.pre_activations(x), 0.0)
+    scores = score(sae.pre_activations(x), (g / g.square().mean().sqrt()) @ sae.W_dec.T, 5.0)
+    expected = torch.where(scores > 0.5, sae.pre_activations(x), 0.0)
     torch.testing.assert_close(sae.encode(x, gradients=g).to_dense(), expected.detach())
 
 

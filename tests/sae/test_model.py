@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.sae.allocation import selection
+from saelab.sae import encoder
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
-from saelab.sae.allocation.selection import Wanted
-from saelab.sae.model import SparseAutoencoder, TrainingPass, geometric_median
+from saelab.sae.allocation.selection import Request
+from saelab.sae.losses import Forward, auxiliary, batch_fvu, terms
+from saelab.sae.model import Batch, SparseAutoencoder, geometric_median
+from saelab.sae.settings import SaeSettings
+from saelab.training.trainer import _reach
 
 D, F, K, N = 6, 20, 4, 30
 TOKEN = TokenChoice(K)
@@ -19,8 +22,16 @@ def mask_of(features: Tensor) -> Tensor:
     return torch.zeros(F, dtype=torch.bool).index_fill_(0, features, True)
 
 
-def with_aux(sae: SparseAutoencoder, x: Tensor, features: Tensor, k_aux: int, low: bool = False) -> TrainingPass:
-    return sae.training_pass(x, TOKEN, wanted=Wanted(mask_of(features), k_aux), low=low)
+def forward_pass(sae: SparseAutoencoder, x: Tensor, rule: Rule = TOKEN, bf16: bool = False) -> Forward:
+    return sae.training_pass(Batch(x), rule, bf16=bf16)[0]
+
+
+def aux_loss(
+    sae: SparseAutoencoder, x: Tensor, mask: Tensor, k_aux: int, bf16: bool = False, rule: Rule = TOKEN
+) -> tuple[Forward, Tensor]:
+    forward, found = sae.training_pass(Batch(x), rule, [None, Request(TokenChoice(k_aux), mask)], bf16=bf16)
+    assert found[0] is None
+    return forward, auxiliary(forward, found[1])
 
 
 def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
@@ -44,13 +55,14 @@ def dense_pass(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_training_pass_has_the_values_and_gradients_of_the_dense_formula() -> None:
     sae, x = make_sae()
     twin = copy.deepcopy(sae)
-    found = sae.training_pass(x, TOKEN)
-    found.fvu.backward()
+    found = forward_pass(sae, x)
+    ours = batch_fvu(x, found.reconstruction)
+    ours.backward()
     z, reconstruction = dense_pass(twin, x)
     fvu = (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
     fvu.backward()
     torch.testing.assert_close(found.codes.to_dense(), z)
-    torch.testing.assert_close(found.fvu, fvu)
+    torch.testing.assert_close(ours, fvu)
     for (name, ours), dense in zip(sae.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, dense.grad, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -68,36 +80,38 @@ def test_encode_is_what_training_selects_and_does_not_depend_on_batch_mates() ->
     assert sae.encode(x[:0]).tokens == 0
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, low: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, 300, K)
     x = torch.randn(200, D)
     sae.initialise(x)
     rules: list[Rule] = [TOKEN, MutualChoice(K), FeatureChoice(torch.arange(300) % 6, 5 * 150)]
-    wanted = Wanted(torch.arange(300) % 3 == 0, 7)
-    whole = [sae.training_pass(x, rule, wanted=wanted, low=low) for rule in rules]
-    monkeypatch.setitem(selection._TILE_ELEMENTS, "cpu", dict.fromkeys((torch.bfloat16, torch.float32), 64 * 200))
+    mask = torch.arange(300) % 3 == 0
+    whole = [aux_loss(sae, x, mask, 7, bf16, rule) for rule in rules]
+    monkeypatch.setitem(encoder._TILE_ELEMENTS, "cpu", dict.fromkeys((torch.bfloat16, torch.float32), 64 * 200))
     for rule, before in zip(rules, whole, strict=True):
-        after = sae.training_pass(x, rule, wanted=wanted, low=low)
-        torch.testing.assert_close(after.codes.to_dense(), before.codes.to_dense())
-        if not low:  # bfloat16 alone picks the auxiliary loss's features, and rounds as the tile's shape has it
-            torch.testing.assert_close(after.aux, before.aux)
+        after = aux_loss(sae, x, mask, 7, bf16, rule)
+        torch.testing.assert_close(after[0].codes.to_dense(), before[0].codes.to_dense())
+        if not bf16:  # bfloat16 alone picks the auxiliary loss's features, and rounds as the tile's shape has it
+            torch.testing.assert_close(after[1], before[1])
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_the_auxiliary_loss_reaches_exactly_those_it_selected_with_a_positive_pre_activation(low: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_auxiliary_loss_reaches_exactly_those_it_selected_with_a_positive_pre_activation(bf16: bool) -> None:
     sae, x = make_sae()
     dead = torch.tensor([1, 4, 7, 11, 13])
     with torch.no_grad():
         sae.b_enc[7] = -100  # all its pre-activations are negative: it may be selected, and receives nothing
     k_aux = 3
-    with_aux(sae, x, dead, k_aux, low).aux.backward()
+    aux_loss(sae, x, mask_of(dead), k_aux, bf16)[1].backward()
 
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).detach()[:, dead]
     chosen = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k_aux).indices, True) & (pre > 0)
     expected = set(dead[chosen.any(0)].tolist())
-    assert with_aux(sae, x, dead, k_aux, low).reached.item() == pytest.approx(len(expected) / len(dead))
+    requested = Request(TokenChoice(k_aux), mask_of(dead))
+    _, (entries,) = sae.training_pass(Batch(x), TOKEN, [requested], bf16=bf16)
+    assert _reach([requested], [entries]) == {"targets": len(dead), "share_reached": len(expected) / len(dead)}
     assert 7 not in expected and expected
     for gradient in (sae.W_enc.grad, sae.W_dec.grad, sae.b_enc.grad):
         assert gradient is not None
@@ -110,7 +124,7 @@ def test_aux_k_equals_its_dense_formula() -> None:
     sae, x = make_sae()
     twin = copy.deepcopy(sae)
     dead = torch.tensor([0, 3, 8, 9])
-    with_aux(sae, x, dead, 2).aux.backward()
+    aux_loss(sae, x, mask_of(dead), 2)[1].backward()
     _, reconstruction = dense_pass(twin, x)
     error = (x - reconstruction).detach()
     pre = ((x - twin.b_dec.detach()) @ twin.W_enc.T + twin.b_enc)[:, dead]
@@ -122,10 +136,9 @@ def test_aux_k_equals_its_dense_formula() -> None:
         torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
 
 
-def test_where_no_feature_is_wanted_the_auxiliary_loss_is_zero() -> None:
+def test_the_auxiliary_loss_of_no_feature_is_zero() -> None:
     sae, x = make_sae()
-    found = with_aux(sae, x, torch.tensor([], dtype=torch.long), 3)
-    assert found.aux == 0 and found.reached == 0
+    assert aux_loss(sae, x, torch.zeros(F, dtype=torch.bool), 3)[1] == 0
 
 
 def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
@@ -134,10 +147,10 @@ def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
     with torch.no_grad():
         scaled.b_enc.mul_(10)
         scaled.b_dec.mul_(10)
-    dead = torch.tensor([1, 2])
-    ours, theirs = with_aux(sae, x, dead, 1), with_aux(scaled, 10 * x, dead, 1)
-    torch.testing.assert_close(ours.fvu, theirs.fvu)
-    torch.testing.assert_close(ours.aux, theirs.aux)
+    dead = mask_of(torch.tensor([1, 2]))
+    (ours, aux), (theirs, scaled_aux) = aux_loss(sae, x, dead, 1), aux_loss(scaled, 10 * x, dead, 1)
+    torch.testing.assert_close(batch_fvu(x, ours.reconstruction), batch_fvu(10 * x, theirs.reconstruction))
+    torch.testing.assert_close(aux, scaled_aux)
 
 
 def test_folding_moves_the_input_scale_into_the_biases() -> None:
@@ -185,14 +198,17 @@ def test_the_geometric_median_resists_an_outlier_and_has_the_least_summed_distan
 def test_multi_topk_adds_the_reconstruction_with_four_times_the_budget() -> None:
     sae, x = make_sae()
     twin = copy.deepcopy(sae)
-    found = sae.training_pass(x, TOKEN, multi=True)
-    (found.fvu + found.multi / 8).backward()
+    fvu, multi = terms(SaeSettings(F, K, multi_topk=True), D, steps=1)[:2]
+    assert (fvu.name, multi.name, fvu.weight(0), multi.weight(0)) == ("fvu", "multi_topk", 1.0, 1 / 8)
+    found, (none, wider) = sae.training_pass(Batch(x), TOKEN, [fvu.request(TOKEN, None), multi.request(TOKEN, None)])
+    assert none is None
+    (fvu.value(found, None) + multi.value(found, wider) / 8).backward()
     _, reconstruction = dense_pass(twin, x)
     wide = copy.copy(twin)
     wide.k = 4 * K
-    _, wider = dense_pass(wide, x)
+    _, by_hand = dense_pass(wide, x)
     deviation = (x - x.mean(0)).square().sum()
-    ((x - reconstruction).square().sum() / deviation + (x - wider).square().sum() / deviation / 8).backward()
+    ((x - reconstruction).square().sum() / deviation + (x - by_hand).square().sum() / deviation / 8).backward()
     torch.testing.assert_close(found.codes.to_dense(), dense_pass(twin, x)[0])
     for ours, dense in zip(sae.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, dense.grad)
@@ -206,7 +222,7 @@ def test_bfloat16_proposes_and_float32_decides() -> None:
     sae.initialise(x)
     uniform = FeatureChoice(torch.full((2048,), 2), 2 * 2048)
     for rule in (TokenChoice(16), MutualChoice(16), uniform):
-        exact, low = (sae.training_pass(x, rule, low=low).codes.to_dense() for low in (False, True))
+        exact, low = (forward_pass(sae, x, rule, bf16).codes.to_dense() for bf16 in (False, True))
         both = (exact > 0) & (low > 0)
         torch.testing.assert_close(low[both], exact[both], rtol=1e-5, atol=1e-5)
         # Two sums in float32 may order entries either way whose scores differ by a rounding error; no others differ.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError, SettingError
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.optim import remove_parallel_gradient
 from saelab.training.settings import MAX_DEAD_AFTER, TrainingSettings
@@ -17,7 +17,7 @@ from saelab.training.trainer import learning_rate, train
 D, TRUE = 16, 40
 
 
-def planted(batches: int, batch: int, seed: int = 0) -> Iterator[Tensor]:
+def planted(batches: int, batch: int, seed: int = 0) -> Iterator[Batch]:
     """Sums of 3 of 40 fixed directions with positive strengths, and a little noise."""
     generator = torch.Generator().manual_seed(123)
     directions = torch.nn.functional.normalize(torch.randn(TRUE, D, generator=generator), dim=1)
@@ -25,13 +25,17 @@ def planted(batches: int, batch: int, seed: int = 0) -> Iterator[Tensor]:
     for _ in range(batches):
         chosen = torch.rand(batch, TRUE, generator=generator).topk(3).indices
         strength = torch.rand(batch, 3, 1, generator=generator) + 0.5
-        yield (directions[chosen] * strength).sum(1) + 0.01 * torch.randn(batch, D, generator=generator)
+        yield Batch((directions[chosen] * strength).sum(1) + 0.01 * torch.randn(batch, D, generator=generator))
+
+
+def sample() -> Tensor:
+    return next(planted(1, 1000)).x
 
 
 def run(settings: TrainingSettings, sae_settings: SaeSettings, seed: int = 0) -> tuple[SparseAutoencoder, list[dict]]:
     torch.manual_seed(seed)
     sae = SparseAutoencoder(D, sae_settings.n_features, sae_settings.k)
-    sae.initialise(next(planted(1, 1000)))
+    sae.initialise(sample())
     metrics: list[dict] = []
     train(sae, planted(settings.steps, settings.batch, seed), settings, sae_settings, log=metrics.append)
     return sae, metrics
@@ -62,7 +66,7 @@ def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
     for aux in ("none", "aux_k"):
         torch.manual_seed(seed)
         sae = SparseAutoencoder(D, 64, 3)
-        sae.initialise(next(planted(1, 1000)))
+        sae.initialise(sample())
         sae.W_enc.data[20:] *= 0.01
         metrics: list[dict] = []
         train(
@@ -82,7 +86,7 @@ def test_lifting_lets_aux_k_reach_features_whose_pre_activations_are_all_negativ
     for lift in (False, True):
         torch.manual_seed(0)
         sae = SparseAutoencoder(D, 64, 3)
-        sae.initialise(next(planted(1, 1000)))
+        sae.initialise(sample())
         sae.b_enc.data[40:] = -50
         metrics: list[dict] = []
         settings = SaeSettings(64, 3, aux=AuxSettings("aux_k", lift=lift))
@@ -102,17 +106,17 @@ def test_every_affinity_allocation_and_auxiliary_loss_trains(
     settings = SaeSettings(
         64,
         3,
-        AffinitySettings(affinity),
-        AllocationSettings(allocation, refresh=20),
-        AuxSettings(aux),
+        affinity=AffinitySettings(affinity),
+        allocation=AllocationSettings(allocation, refresh=20),
+        aux=AuxSettings(aux),
         selection=selection,
         multi_topk=aux == "none",
     )
     sae = SparseAutoencoder(D, 64, 3)
-    sae.initialise(next(planted(1, 1000)))
+    sae.initialise(sample())
     readout = torch.randn(D)  # the gradient of a fixed readout's square
     metrics: list[dict] = []
-    batches = ((x, (x @ readout)[:, None] * readout) for x in planted(SETTINGS.steps, 256))
+    batches = (Batch(x, gradients=(x @ readout)[:, None] * readout) for x, *_ in planted(SETTINGS.steps, 256))
     trained = train(sae, batches, SETTINGS, settings, log=metrics.append)
     assert metrics[-1]["fvu"] < 0.7 * metrics[0]["fvu"]
     assert metrics[-1]["l0"] == pytest.approx(3, rel=0.1)
@@ -125,21 +129,21 @@ def test_beta_zero_is_topk_to_the_bit() -> None:
     plain, _ = run(short, SaeSettings(64, 3))
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, 64, 3)
-    sae.initialise(next(planted(1, 1000)))
-    batches = ((x, torch.randn_like(x)) for x in planted(20, 256))
-    train(sae, batches, short, SaeSettings(64, 3, AffinitySettings("gradient", 0.0)))
+    sae.initialise(sample())
+    batches = (Batch(x, gradients=torch.randn_like(x)) for x, *_ in planted(20, 256))
+    train(sae, batches, short, SaeSettings(64, 3, affinity=AffinitySettings("gradient", 0.0)))
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), plain.parameters(), strict=True))
 
 
 def test_the_gradient_affinity_without_gradients_is_an_error() -> None:
     sae = SparseAutoencoder(D, 64, 3)
-    with pytest.raises(SaelabError, match=r"needs batches of \(activations, gradients\)"):
-        train(sae, planted(2, 256), SETTINGS, SaeSettings(64, 3, AffinitySettings("gradient")))
+    with pytest.raises(SaelabError, match="needs batches with gradients"):
+        train(sae, planted(2, 256), SETTINGS, SaeSettings(64, 3, affinity=AffinitySettings("gradient")))
 
 
 def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
     sae = SparseAutoencoder(D, 32, 3)
-    sae.initialise(next(planted(1, 1000)))
+    sae.initialise(sample())
     calls = iter([False, False, True])
     settings = TrainingSettings(tokens=50 * 64, batch=64)
     trained = train(sae, planted(50, 64), settings, SaeSettings(32, 3), should_stop=lambda: next(calls))
@@ -148,9 +152,9 @@ def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:
     sae = SparseAutoencoder(D, 32, 3)
-    sae.initialise(next(planted(1, 1000)))
+    sae.initialise(sample())
     with pytest.raises(SaelabError, match="not finite at step 0"):
-        train(sae, iter([torch.ones(64, D)]), TrainingSettings(tokens=64, batch=64), SaeSettings(32, 3))
+        train(sae, iter([Batch(torch.ones(64, D))]), TrainingSettings(tokens=64, batch=64), SaeSettings(32, 3))
     assert all(torch.isfinite(p).all() for p in sae.parameters())
 
 

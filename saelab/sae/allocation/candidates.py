@@ -1,9 +1,8 @@
 """From dense scores to candidates: the few entries that can be among the largest, for an exact choice afterwards.
 
-A budget is held per token (rows), over the whole batch, or per feature (columns). Scores arrive in tiles
-``[tokens, features]``; every entry that the exact choice would take is among the candidates if its score is within
-``margin`` (relative) of exact, ties included. Entries at or below zero (or the smallest
-normal number) never are.
+A budget belongs to a token (rows), to the whole batch, or to a feature (columns); a threshold needs none. Scores arrive
+in tiles ``[tokens, features]``. Every entry that the exact choice would take is among the candidates if its score is
+within ``margin`` (relative) of exact, ties included. Entries at or below zero (or the smallest normal number) are not.
 
 On a CPU the bound is read off block maxima: if the K-th largest of them is c, at least K entries reach c, so an entry
 below c cannot be among the K largest. One pass takes the maxima (memory speed), a top-k over 1/32 of the row finds c,
@@ -11,7 +10,7 @@ and only blocks that reach c are looked into. Elsewhere nothing may wait for the
 fixed beforehand: a margin becomes spare places, filled by the next largest.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +34,37 @@ class Entries(NamedTuple):
         return Entries(self.tokens + tokens, self.features + features, self.scores)
 
 
+class Bands(NamedTuple):
+    """Features grouped by capacity, for devices whose host may not wait to know how many candidates there are."""
+
+    order: Tensor
+    """Features in order of falling capacity, ``[n_features]`` int64."""
+    runs: list[tuple[int, int, int]]
+    """(start, stop, largest capacity) of runs of that order."""
+
+    def times(self, factor: int) -> "Bands":
+        return Bands(self.order, [(start, stop, factor * largest) for start, stop, largest in self.runs])
+
+
+class Bounds(Protocol):
+    """Finds candidates in tiles. One object serves one batch: bounds rise as tiles are seen."""
+
+    whole_columns: bool
+    """Whether a tile must hold all tokens of the batch."""
+
+    def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
+        """Candidates of one tile ``[tokens, features]``, at their places in the whole matrix."""
+        ...
+
+    def final(self, entries: Entries) -> Entries:
+        """Those of `entries`, gathered from all tiles, that the last bounds still admit."""
+        ...
+
+
 class RowBounds:
     """Per token, a lower bound of its k-th largest score, which rises as tiles of its features are seen."""
+
+    whole_columns = False
 
     def __init__(self, tokens: int, n_features: int, k: int, margin: float, device: torch.device) -> None:
         self.k, self.margin, self.n_features = k, margin, n_features
@@ -64,7 +92,6 @@ class RowBounds:
         return Entries(tokens.flatten(), features.flatten(), _at_least_float32(values.flatten()))
 
     def final(self, entries: Entries) -> Entries:
-        """Those of `entries`, gathered from all tiles, that the last bounds still admit."""
         if entries.scores.device.type != "cpu":
             return entries
         cut = _lowered(self.best.amin(1), self.margin)
@@ -73,6 +100,8 @@ class RowBounds:
 
 class TotalBound:
     """A lower bound of the `total`-th largest score of the whole batch, which rises with every tile."""
+
+    whole_columns = False
 
     def __init__(self, total: int, n_entries: int, margin: float) -> None:
         self.total, self.margin, self.n_entries = total, margin, n_entries
@@ -106,16 +135,12 @@ class TotalBound:
 
 
 class ColumnBounds:
-    """Per feature, a lower bound of its m-th largest score; a tile must hold all tokens of the batch.
+    """Per feature, a lower bound of its m-th largest score: capacities ``[n_features]`` int64, m of each feature."""
 
-    capacities ``[n_features]`` int64, m of each feature. `ladder` is for devices that may not wait for the host:
-    features in order of falling capacity, and (start, stop, largest capacity) of runs of that order.
-    """
+    whole_columns = True
 
-    def __init__(
-        self, capacities: Tensor, margin: float, ladder: tuple[Tensor, list[tuple[int, int, int]]] | None = None
-    ) -> None:
-        self.capacities, self.margin, self.ladder = capacities, margin, ladder
+    def __init__(self, capacities: Tensor, margin: float, bands: Bands | None = None) -> None:
+        self.capacities, self.margin, self.bands = capacities, margin, bands
 
     def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
         if scores.device.type != "cpu":
@@ -130,17 +155,33 @@ class ColumnBounds:
 
     def fixed(self, scores: Tensor) -> Entries:
         """As in RowBounds; a tile must hold all features too."""
-        assert self.ladder is not None
-        order, runs = self.ladder
+        assert self.bands is not None
         found = []
-        for start, stop, largest in runs:
-            features = order[start:stop]
+        for start, stop, largest in self.bands.runs:
+            features = self.bands.order[start:stop]
             spare = 1 + largest // 8 if self.margin else 0
             values, tokens = scores[:, features].topk(min(largest + spare, len(scores)), dim=0)
             found.append(
                 Entries(tokens.flatten(), features.expand_as(tokens).flatten(), _at_least_float32(values.flatten()))
             )
         return Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def final(self, entries: Entries) -> Entries:
+        return entries
+
+
+class FixedBounds:
+    """A threshold that is known beforehand: cut ``[n_features]``, 0 at least."""
+
+    whole_columns = False
+
+    def __init__(self, cut: Tensor, margin: float) -> None:
+        self.cut, self.margin = cut, margin
+
+    def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
+        cut = (self.cut[first_feature : first_feature + scores.shape[1]] * (1 - self.margin)).to(scores.dtype)
+        token, feature = (scores > cut).nonzero(as_tuple=True)
+        return Entries(token + first_token, feature + first_feature, _at_least_float32(scores[token, feature]))
 
     def final(self, entries: Entries) -> Entries:
         return entries

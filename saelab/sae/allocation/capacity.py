@@ -73,14 +73,14 @@ def integer_capacities(real: Tensor, total: int) -> Tensor:
     return floor.long().index_add_(0, up, torch.ones_like(up))
 
 
-def draw_capacities(real: Tensor, credit: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer capacities of one step, ``[n_features]`` int64, and the credit for the next; the host is not waited for.
+def draw_capacities(real: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+    """Integer capacities of one step, ``[n_features]`` int64, and the carry for the next; the host is not waited for.
 
     `real` ``[n_features]`` float64 sums to a whole budget. Every step the capacities sum to that budget, and each is
-    the real one rounded down or up. `credit` is a scalar float64 in [0, 1), 0 at first.
+    the real one rounded down or up. `carry` is a scalar float64 in [0, 1), 0 at first.
 
     Laid end to end, the fractional parts cover a line; a match goes to each part that a comb with teeth one apart
-    hits (systematic sampling). The credit is the comb's offset. It moves on by the golden section, so over the steps
+    hits (systematic sampling). The carry is the comb's offset. It moves on by the golden section, so over the steps
     each part is hit as often as it is long: after T steps a feature's matches differ from T times its capacity by at
     most 1 + log(T) / log(1.618) (Denjoy-Koksma on the Zeckendorf form of T; less than 2 is usual), and a feature of
     capacity f < 1 never waits more than 4 / f steps.
@@ -90,7 +90,7 @@ def draw_capacities(real: Tensor, credit: Tensor) -> tuple[Tensor, Tensor]:
     ends = parts.cumsum(0)
     whole = (ends[-1:] + _UNIT // 2) // _UNIT * _UNIT  # what rounding has left of the sum's being whole goes away here
     ends = torch.cat([ends[:-1].minimum(whole), whole])
-    offset = (credit * _UNIT).long()
+    offset = (carry * _UNIT).long()
     hit = torch.div(ends + offset, _UNIT, rounding_mode="floor")
     extra = hit.diff(prepend=torch.zeros_like(whole))
     return floor.long() + extra, ((offset + _STEP) % _UNIT).to(real.dtype) / _UNIT

@@ -1,14 +1,8 @@
-"""Who gets the budget: which (token, feature) entries stay active, given what each is worth.
+"""Which (token, feature) entries stay active, given the score of each. One class per paper's rule.
 
-Three rules (Ayonrinde 2024, arXiv 2411.02124), each the exact maximum of the summed scores under its constraint:
-
-    token choice      every token keeps its k best                  (TopK: Gao et al. 2024, arXiv 2406.04093)
-    mutual choice     the batch keeps its k * tokens best           (BatchTopK: Bussmann et al. 2024, arXiv 2412.06410)
-    feature choice    every feature keeps its m_i best tokens, the m_i summing to k * tokens (capacity.py)
-
-No rule picks an entry at or below zero, so fewer than the budget are active where too few are positive. Ties go to the
-lower token, then the lower feature. A rule works in two steps: bounds on its cut find candidates in dense scores
-(kernels/candidates.py), then `keep` chooses among those, exactly.
+`mask` is the rule as its paper states it: dense, a few lines, and what the tests hold everything else to. The other
+methods find the same entries fast (selection.py): `bounds` proposes candidates tile by tile (candidates.py) and `keep`
+chooses among them exactly. No rule picks an entry at or below zero. Ties go to the lower token, then the lower feature.
 """
 
 from dataclasses import dataclass, field
@@ -17,35 +11,58 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saelab.codes import Codes
-from saelab.sae.allocation.candidates import ColumnBounds, Entries, RowBounds, TotalBound
+from saelab.sae.allocation.candidates import (
+    Bands,
+    Bounds,
+    ColumnBounds,
+    Entries,
+    FixedBounds,
+    RowBounds,
+    TotalBound,
+)
 
 
 class Rule(Protocol):
-    """An allocation for batches ``[tokens, n_features]``."""
+    """An allocation for batches of scores ``[tokens, n_features]``."""
 
-    def bounds(
-        self, tokens: int, n_features: int, margin: float, device: torch.device
-    ) -> RowBounds | TotalBound | ColumnBounds:
-        """What finds candidates in tiles of scores that are within `margin` of exact."""
+    def mask(self, scores: Tensor) -> Tensor:
+        """The active entries, bool ``[tokens, n_features]``, by the dense formula."""
         ...
 
-    def keep(self, entries: Entries, tokens: int) -> Tensor:
-        """True for the entries that get budget, bool ``[n]``; ties go to the earlier entry."""
-        ...
-
-    def budget(self, tokens: int) -> int:
-        """The most entries that can be active in a batch."""
+    def slots(self, tokens: int) -> int | None:
+        """The most entries that can be active in a batch; None if nothing limits them."""
         ...
 
     def times(self, factor: int) -> "Rule":
-        """The same rule with a budget so many times as large."""
+        """The same rule with `factor` times the budget; itself if it has none."""
+        ...
+
+    def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> Bounds:
+        """Finds candidates in tiles of scores that are within `margin` (relative) of exact."""
+        ...
+
+    def keep(self, entries: Entries, tokens: int) -> Tensor:
+        """True for the active ones among candidates in order, bool ``[n]``; ties go to the earlier entry."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenChoice:
+    """Every token keeps its k best: the largest sum of scores with at most k entries in each row.
+
+    TopK (Gao et al. 2024, arXiv 2406.04093, section 2.3); the name is Ayonrinde's (2024, arXiv 2411.02124).
+    """
+
     k: int
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return (_rank(scores, dim=1) < self.k) & (scores > 0)
+
+    def slots(self, tokens: int) -> int:
+        return tokens * self.k
+
+    def times(self, factor: int) -> "TokenChoice":
+        return TokenChoice(factor * self.k)
 
     def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> RowBounds:
         return RowBounds(tokens, n_features, min(self.k, n_features), margin, device)
@@ -54,104 +71,94 @@ class TokenChoice:
         budgets = torch.full((tokens,), self.k, device=entries.tokens.device)
         return _best_of_each(entries.scores, entries.tokens, budgets)
 
-    def budget(self, tokens: int) -> int:
-        return tokens * self.k
-
-    def times(self, factor: int) -> "TokenChoice":
-        return TokenChoice(factor * self.k)
-
 
 @dataclass(frozen=True)
 class MutualChoice:
+    """The batch keeps its k * tokens best: the largest sum of scores with at most that many entries in all.
+
+    Ayonrinde (2024, arXiv 2411.02124); the same as BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
+    """
+
     k: int
 
-    def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> TotalBound:
-        return TotalBound(min(self.budget(tokens), tokens * n_features), tokens * n_features, margin)
+    def mask(self, scores: Tensor) -> Tensor:
+        return (_rank(scores.flatten(), dim=0).view_as(scores) < self.k * len(scores)) & (scores > 0)
 
-    def keep(self, entries: Entries, tokens: int) -> Tensor:
-        best = _falling(entries.scores)[: self.budget(tokens)]
-        return torch.zeros_like(entries.scores, dtype=torch.bool).index_fill_(0, best, True)
-
-    def budget(self, tokens: int) -> int:
+    def slots(self, tokens: int) -> int:
         return tokens * self.k
 
     def times(self, factor: int) -> "MutualChoice":
         return MutualChoice(factor * self.k)
 
+    def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> TotalBound:
+        return TotalBound(min(self.slots(tokens), tokens * n_features), tokens * n_features, margin)
+
+    def keep(self, entries: Entries, tokens: int) -> Tensor:
+        best = _falling(entries.scores)[: self.slots(tokens)]
+        return torch.zeros_like(entries.scores, dtype=torch.bool).index_fill_(0, best, True)
+
 
 @dataclass(frozen=True)
 class FeatureChoice:
+    """Every feature i keeps its m_i best tokens: the largest sum of scores with at most m_i entries in column i.
+
+    Ayonrinde (2024, arXiv 2411.02124). The m_i, which sum to k * tokens, come from capacity.py.
+    """
+
     capacities: Tensor
-    """How many tokens each feature may have, ``[n_features]`` int64."""
+    """m, ``[n_features]`` int64."""
     total: int
-    """Their sum, known to the host."""
-    ladder: tuple[Tensor, list[tuple[int, int, int]]] | None = field(default=None, repr=False)
-    """For GPUs: see ColumnBounds."""
+    """The sum of m, known to the host."""
+    bands: Bands | None = field(default=None, repr=False)
+    """Needed on GPUs only: see candidates.Bands."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return (_rank(scores, dim=0) < self.capacities) & (scores > 0)
+
+    def slots(self, tokens: int) -> int:
+        return self.total
+
+    def times(self, factor: int) -> "FeatureChoice":
+        return FeatureChoice(factor * self.capacities, factor * self.total, self.bands and self.bands.times(factor))
 
     def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> ColumnBounds:
-        return ColumnBounds(self.capacities, margin, self.ladder)
+        return ColumnBounds(self.capacities, margin, self.bands)
 
     def keep(self, entries: Entries, tokens: int) -> Tensor:
         return _best_of_each(entries.scores, entries.features, self.capacities)
 
-    def budget(self, tokens: int) -> int:
-        return self.total
 
-    def times(self, factor: int) -> "FeatureChoice":
-        ladder = self.ladder and (self.ladder[0], [(a, b, factor * largest) for a, b, largest in self.ladder[1]])
-        return FeatureChoice(factor * self.capacities, factor * self.total, ladder)
+@dataclass(frozen=True)
+class Threshold:
+    """An entry is active if its score exceeds the threshold of its feature (0 at least): no budget, no batch mates.
 
-
-def token_choice(scores: Tensor, k: int) -> Codes:
-    """The k largest positive scores of each token: scores ``[tokens, n_features]`` -> codes with those values."""
-    return allocate(scores, TokenChoice(k))
-
-
-def mutual_choice(scores: Tensor, k: int) -> Codes:
-    """The k * tokens largest positive scores of all: scores ``[tokens, n_features]`` -> codes with those values."""
-    return allocate(scores, MutualChoice(k))
-
-
-def feature_choice(scores: Tensor, capacities: Tensor) -> Codes:
-    """The m_i largest positive scores of each feature i, `capacities` being m ``[n_features]`` int64."""
-    return allocate(scores, FeatureChoice(capacities, int(capacities.sum())))
-
-
-def allocate(scores: Tensor, rule: Rule) -> Codes:
-    """Apply `rule` to dense scores ``[tokens, n_features]``; the codes' values are the scores."""
-    tokens, n_features = scores.shape
-    bounds = rule.bounds(tokens, n_features, 0.0, scores.device)
-    entries = in_order(bounds.final(bounds.candidates(scores, 0, 0)), n_features)
-    return as_codes(entries, rule.keep(entries, tokens), rule.budget(tokens), tokens, n_features)[0]
-
-
-def in_order(entries: Entries, n_features: int) -> Entries:
-    """Sorted by token, then feature."""
-    order = torch.argsort(entries.tokens * n_features + entries.features)
-    return Entries(*(part[order] for part in entries))
-
-
-def as_codes(entries: Entries, keep: Tensor, budget: int, tokens: int, n_features: int) -> tuple[Codes, Tensor]:
-    """The kept ones of `entries`, which are in order, as codes; and their indices into `entries`.
-
-    On a CPU the codes hold what was kept. Elsewhere, so that the host need not wait to know how many, they hold
-    `budget` entries (or all there are); those that were not kept fill up with value 0.
+    JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435); ReLU if all thresholds are 0. It also takes the place of
+    batch-wide rules in inference (thresholds.py).
     """
-    keep = keep & (entries.scores > 0)
-    if keep.device.type != "cpu":
-        return _fixed(entries, keep, budget, tokens, n_features)
-    return _gathered(entries, keep, keep.nonzero().squeeze(1), tokens, n_features)
+
+    cut: Tensor
+    """``[n_features]``, or ``[1]``: one for all."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        return scores > self.cut.clamp_min(0)
+
+    def slots(self, tokens: int) -> None:
+        return None
+
+    def times(self, factor: int) -> "Threshold":
+        return self
+
+    def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> FixedBounds:
+        return FixedBounds(self.cut.clamp_min(0).expand(n_features), margin)
+
+    def keep(self, entries: Entries, tokens: int) -> Tensor:
+        cut = self.cut.clamp_min(0)
+        return entries.scores > (cut if len(cut) == 1 else cut[entries.features])
 
 
-def _fixed(entries: Entries, keep: Tensor, budget: int, tokens: int, n_features: int) -> tuple[Codes, Tensor]:
-    slots = torch.argsort(keep.logical_not().byte(), stable=True)[:budget].sort().values
-    return _gathered(entries, keep, slots, tokens, n_features)
-
-
-def _gathered(entries: Entries, keep: Tensor, slots: Tensor, tokens: int, n_features: int) -> tuple[Codes, Tensor]:
-    scores = torch.where(keep[slots], entries.scores[slots], 0.0)
-    offsets = torch.searchsorted(entries.tokens[slots], torch.arange(tokens + 1, device=keep.device))
-    return Codes(scores, entries.features[slots], offsets, n_features), slots
+def _rank(scores: Tensor, dim: int) -> Tensor:
+    """The place of each score in the falling order along `dim`, from 0; ties to the lower index."""
+    return scores.clamp_min(0).argsort(stable=True, dim=dim, descending=True).argsort(dim)
 
 
 def _best_of_each(scores: Tensor, groups: Tensor, budgets: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ def problems(draw: st.DrawFn) -> tuple[int, int, int, float, float]:
 
 def steps(real: Tensor, n: int) -> Tensor:
     """The capacities of n steps, ``[n, n_features]``."""
-    credit, drawn = torch.zeros((), dtype=torch.float64), []
+    carry, drawn = torch.zeros((), dtype=torch.float64), []
     for _ in range(n):
-        capacities, credit = draw_capacities(real, credit)
-        assert credit.shape == () and 0 <= credit < 1
+        capacities, carry = draw_capacities(real, carry)
+        assert carry.shape == () and 0 <= carry < 1
         drawn.append(capacities)
     return torch.stack(drawn)
 
@@ -129,13 +129,13 @@ def test_drawing_is_the_same_each_time() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_the_same_and_is_not_waited_for() -> None:
     real = zipf_capacities(30_000, 4096, 512, 1.1, 2.0)
-    on_gpu, credit = real.cuda(), torch.zeros((), dtype=torch.float64, device="cuda")
+    on_gpu, carry = real.cuda(), torch.zeros((), dtype=torch.float64, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         drawn = []
         for _ in range(5):
-            capacities, credit = draw_capacities(on_gpu, credit)
+            capacities, carry = draw_capacities(on_gpu, carry)
             drawn.append(capacities)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -9,34 +9,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.codes import Codes
-from saelab.sae.allocation.candidates import Entries
-from saelab.sae.allocation.rules import (
-    FeatureChoice,
-    MutualChoice,
-    Rule,
-    TokenChoice,
-    _fixed,
-    allocate,
-    as_codes,
-    feature_choice,
-    in_order,
-    mutual_choice,
-    token_choice,
-)
+from saelab.sae.allocation.candidates import Bands, Entries
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
+from saelab.sae.allocation.selection import _fixed, allocate, as_codes, in_order
 
 
-def by_sorting(scores: Tensor, rule: Rule) -> Tensor:
-    """The allocation as one writes it down: a stable sort, so that ties go to the lower (token, feature)."""
-    positive = scores.clamp_min(0)
-    if isinstance(rule, MutualChoice):
-        order = positive.flatten().sort(descending=True, stable=True).indices[: rule.k * len(scores)]
-        mask = torch.zeros(scores.numel()).index_fill_(0, order, 1).view_as(scores)
-        return positive * mask
-    dim = 1 if isinstance(rule, TokenChoice) else 0
-    order = positive.sort(dim=dim, descending=True, stable=True).indices
-    steps = torch.arange(scores.shape[dim]).view(1, -1) if dim else torch.arange(len(scores)).view(-1, 1)
-    rank = torch.empty_like(order).scatter_(dim, order, steps.expand_as(order))
-    return positive * (rank < (rule.k if isinstance(rule, TokenChoice) else rule.capacities))
+def token_choice(scores: Tensor, k: int) -> Codes:
+    return allocate(scores, TokenChoice(k))
+
+
+def mutual_choice(scores: Tensor, k: int) -> Codes:
+    return allocate(scores, MutualChoice(k))
+
+
+def feature_choice(scores: Tensor, capacities: Tensor) -> Codes:
+    return allocate(scores, FeatureChoice(capacities, int(capacities.sum())))
+
+
+def dense(scores: Tensor, rule: Rule) -> Tensor:
+    """The scores that the rule's own statement keeps, 0 elsewhere."""
+    return scores.where(rule.mask(scores), 0.0)
 
 
 @st.composite
@@ -48,17 +40,19 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Rule]]:
         scores = scores.round()  # many ties, many zeros
     k = draw(st.integers(1, min(8, n_features)))
     capacities = torch.randint(0, tokens + 1, (n_features,), generator=generator)
-    return scores, [TokenChoice(k), MutualChoice(k), FeatureChoice(capacities, int(capacities.sum()))]
+    cut = torch.randn(draw(st.sampled_from([1, n_features])), generator=generator)
+    feature_choice = FeatureChoice(capacities, int(capacities.sum()))
+    return scores, [TokenChoice(k), MutualChoice(k), feature_choice, Threshold(cut)]
 
 
 @settings(max_examples=150, deadline=None)
 @given(problems())
-def test_every_rule_equals_a_stable_sort(problem: tuple[Tensor, list[Rule]]) -> None:
+def test_the_fast_way_equals_every_rules_own_statement(problem: tuple[Tensor, list[Rule]]) -> None:
     scores, rules = problem
     for rule in rules:
         codes = allocate(scores, rule)
-        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
-        assert bool((codes.values > 0).all()) and codes.nnz <= rule.budget(len(scores))
+        assert torch.equal(codes.to_dense(), dense(scores, rule))
+        assert bool((codes.values > 0).all()) and codes.nnz <= (rule.slots(len(scores)) or scores.numel())
         keys = codes.row_of_entry() * codes.n_features + codes.features
         assert bool((keys.diff() > 0).all())  # in order, nothing twice
 
@@ -71,10 +65,11 @@ def test_tiles_of_rounded_scores_propose_all_that_the_exact_choice_takes(dtype: 
     capacities[:3] = 96
     margin = 2**-6 if dtype == torch.bfloat16 else 0.0
     rules: list[Rule] = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()))]
+    rules.append(Threshold(1.5 + torch.rand(256, dtype=scores.dtype)))
     for rule, rows, columns in itertools.product(rules, (96, 32), (256, 64)):
-        if isinstance(rule, FeatureChoice) and rows < 96:
-            continue  # its tiles hold all tokens
         bounds = rule.bounds(96, 256, margin, scores.device)
+        if bounds.whole_columns and rows < 96:
+            continue
         found = [
             bounds.candidates(scores[r : r + rows, c : c + columns].to(dtype).contiguous(), r, c)
             for r in range(0, 96, rows)
@@ -82,8 +77,8 @@ def test_tiles_of_rounded_scores_propose_all_that_the_exact_choice_takes(dtype: 
         ]
         entries = in_order(bounds.final(Entries(*(torch.cat(p) for p in zip(*found, strict=True)))), 256)
         exact = entries._replace(scores=scores[entries.tokens, entries.features])
-        codes, _ = as_codes(exact, rule.keep(exact, 96), rule.budget(96), 96, 256)
-        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
+        codes, _ = as_codes(exact, rule.keep(exact, 96), rule.slots(96), 96, 256)
+        assert torch.equal(codes.to_dense(), dense(scores, rule))
         assert len(entries.tokens) < 0.5 * scores.numel()  # candidates are few
 
 
@@ -109,6 +104,20 @@ def test_each_mask_is_the_best_under_its_constraint() -> None:
     assert found["mutual"].values.sum() >= max(found["token"].values.sum(), found["feature"].values.sum())
 
 
+def test_each_rules_statement_is_that_best_mask_too() -> None:
+    torch.manual_seed(1)
+    scores = torch.randn(3, 4) + 0.3
+    capacities = torch.tensor([2, 1, 0, 3])
+    masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12))).view(-1, 3, 4)
+    sums = (masks * scores).sum((1, 2))
+    for rule, allowed in (
+        (TokenChoice(2), (masks.sum(2) <= 2).all(1)),
+        (MutualChoice(2), masks.sum((1, 2)) <= 6),
+        (FeatureChoice(capacities, 6), (masks.sum(1) <= capacities).all(1)),
+    ):
+        torch.testing.assert_close(dense(scores, rule).sum(), sums[allowed].max())
+
+
 def test_counts_are_what_the_constraint_allows() -> None:
     torch.manual_seed(2)
     scores = torch.randn(50, 40) - 0.5
@@ -126,7 +135,7 @@ def test_a_feature_that_may_have_nothing_gets_nothing_and_zeros_are_never_picked
     for codes in (token_choice(scores, 3), mutual_choice(scores, 3), feature_choice(scores, torch.full((8,), 2))):
         assert codes.nnz == 0 and codes.tokens == 6
     assert feature_choice(torch.ones(6, 8), torch.zeros(8, dtype=torch.long)).nnz == 0
-    assert isinstance(token_choice(torch.ones(1, 1), 1), Codes)
+    assert allocate(scores, Threshold(torch.tensor([-1.0]))).nnz == 0
 
 
 def test_where_the_host_may_not_wait_unfilled_slots_hold_zero() -> None:
@@ -142,17 +151,17 @@ def test_where_the_host_may_not_wait_unfilled_slots_hold_zero() -> None:
 
 
 def test_candidates_of_fixed_number_hold_what_the_exact_choice_takes() -> None:
-    """What a GPU runs, on tiles of rounded scores; feature choice there needs its ladder."""
+    """What a GPU runs, on tiles of rounded scores; feature choice there needs its bands."""
     torch.manual_seed(3)
     scores = torch.randn(64, 128)
     capacities = torch.randint(0, 9, (128,))
     order = torch.argsort(capacities, descending=True)
     largest = capacities[order].tolist()
-    ladder = (order, [(start, start + 32, largest[start]) for start in range(0, 128, 32)])
-    rules: list[Rule] = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()), ladder)]
+    bands = Bands(order, [(start, start + 32, largest[start]) for start in range(0, 128, 32)])
+    rules = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()), bands)]
     for rule in rules:
         entries = rule.bounds(64, 128, 2**-6, scores.device).fixed(scores.bfloat16())
         entries = in_order(entries, 128)
         exact = entries._replace(scores=scores[entries.tokens, entries.features])
-        codes, _ = _fixed(exact, rule.keep(exact, 64) & (exact.scores > 0), rule.budget(64), 64, 128)
-        assert torch.equal(codes.to_dense(), by_sorting(scores, rule))
+        codes, _ = _fixed(exact, rule.keep(exact, 64) & (exact.scores > 0), rule.slots(64), 64, 128)
+        assert torch.equal(codes.to_dense(), dense(scores, rule))

@@ -4,23 +4,25 @@ import pytest
 import torch
 
 from saelab.sae.allocation.capacity import expected_densities
-from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, TokenChoice
+from saelab.sae.allocation.methods import Allocation, FeatureAllocation, _runs, allocation_of
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
+from saelab.sae.encoder import Linear
 from saelab.sae.losses import under_used
 from saelab.sae.settings import AllocationSettings, AuxSettings, SaeSettings
-from saelab.training.budget import Budget, Usage, _runs
+from saelab.training.usage import Usage
 
 F, K, TOKENS = 200, 4, 100
 
 
 def usage_after(counts: torch.Tensor, settings: SaeSettings, steps: int = 120, dead_after: int = 1000) -> Usage:
-    usage = Usage(F, settings, dead_after, torch.device("cpu"))
+    usage = Usage(settings, dead_after, torch.device("cpu"))
     for _ in range(steps):
         usage.observe(counts, TOKENS)
     return usage
 
 
 def test_densities_are_means_and_silence_is_counted_in_tokens() -> None:
-    usage = Usage(3, SaeSettings(3, 1), 250, torch.device("cpu"))
+    usage = Usage(SaeSettings(3, 1), 250, torch.device("cpu"))
     for counts in ([5, 0, 1], [7, 0, 0], [0, 0, 0]):
         usage.observe(torch.tensor(counts), TOKENS)
     torch.testing.assert_close(usage.densities, torch.tensor([0.04, 0.0, 1 / 300], dtype=torch.float64))
@@ -32,8 +34,8 @@ def test_aux_k_is_for_the_dead_and_none_for_nobody() -> None:
     counts = torch.ones(F).long()
     counts[:7] = 0
     for name, expected in (("aux_k", 7), ("none", None)):
-        wanted = usage_after(counts, SaeSettings(F, K, aux=AuxSettings(name))).wanted(TOKENS)
-        assert (None if wanted is None else int(wanted.sum())) == expected
+        targets = usage_after(counts, SaeSettings(F, K, aux=AuxSettings(name))).targets(TOKENS)
+        assert (None if targets is None else int(targets.sum())) == expected
 
 
 def test_aux_zipf_is_also_for_features_far_below_the_curve_but_never_for_the_densest() -> None:
@@ -44,10 +46,10 @@ def test_aux_zipf_is_also_for_features_far_below_the_curve_but_never_for_the_den
     counts[low] //= 4
     usage = usage_after(counts, settings)
     usage.densities /= 10
-    wanted = usage.wanted(TOKENS)
-    assert wanted is not None
+    targets = usage.targets(TOKENS)
+    assert targets is not None
     # having sunk, they rank last, where the curve expects less: still more than twice what they have
-    assert set(low.tolist()) <= set(wanted.nonzero().squeeze(1).tolist()) and int(wanted.sum()) < 10
+    assert set(low.tolist()) <= set(targets.nonzero().squeeze(1).tolist()) and int(targets.sum()) < 10
 
     uniform = K / F
     dense = torch.full((F,), 1.1 * uniform, dtype=torch.float64)
@@ -58,49 +60,57 @@ def test_where_the_under_used_are_the_dead_aux_zipf_is_aux_k() -> None:
     counts = torch.full((F,), 2).long()
     counts[30:40] = 0
     masks = [
-        usage_after(counts, SaeSettings(F, K, aux=AuxSettings(name, exponent=0.0, shift=0.0))).wanted(TOKENS)
+        usage_after(counts, SaeSettings(F, K, aux=AuxSettings(name, exponent=0.0, shift=0.0))).targets(TOKENS)
         for name in ("aux_k", "aux_zipf")
     ]
     assert masks[0] is not None and masks[1] is not None
     assert torch.equal(masks[0], masks[1]) and int(masks[0].sum()) == 10
 
 
-def budget(allocation: AllocationSettings, steps: int = 100) -> Budget:
-    settings = SaeSettings(F, K, allocation=allocation)
-    rank = torch.arange(1, F + 1, dtype=torch.float64)
-    counts = (1000 * (rank + 3) ** -1.2).round().long()
-    return Budget(settings, usage_after(counts.flip(0), settings), steps)
+ENCODER = Linear(torch.zeros(F, 1), torch.zeros(F))
+RANK = torch.arange(1, F + 1, dtype=torch.float64)
+DENSITIES = (1000 * (RANK + 3) ** -1.2).round().flip(0) / TOKENS
+
+
+def made(options: AllocationSettings, steps: int = 100) -> Allocation:
+    settings = SaeSettings(F, K, allocation=options)
+    return allocation_of(settings)(settings, steps)
+
+
+def rule_of(allocation: Allocation, step: int) -> Rule:
+    return allocation.rule(step, TOKENS, DENSITIES, ENCODER)
 
 
 def test_token_and_mutual_choice_do_not_change() -> None:
-    assert budget(AllocationSettings("token_choice")).rule(7, TOKENS) == TokenChoice(K)
-    assert budget(AllocationSettings("mutual_choice")).rule(7, TOKENS) == MutualChoice(K)
-    assert budget(AllocationSettings("token_choice")).target() is None
-    target = budget(AllocationSettings("mutual_choice")).target()
-    assert target is not None and target.item() == pytest.approx(K / F)
+    token, mutual = made(AllocationSettings("token_choice")), made(AllocationSettings("mutual_choice"))
+    assert rule_of(token, 7) == TokenChoice(K) and rule_of(mutual, 7) == MutualChoice(K)
+    assert token.target() is None and not token.calibrated
+    target = mutual.target()
+    assert target is not None and target.item() == pytest.approx(K / F) and mutual.calibrated
 
 
 @pytest.mark.parametrize("capacity", ["uniform", "zipf"])
 def test_feature_choice_begins_after_its_share_and_spends_the_budget_exactly(capacity: str) -> None:
-    plan = budget(AllocationSettings("feature_choice", capacity=capacity, after=0.3))
-    assert isinstance(plan.rule(29, TOKENS), MutualChoice) and plan.curve is None
+    allocation = made(AllocationSettings("feature_choice", capacity=capacity, after=0.3))
+    assert isinstance(allocation, FeatureAllocation)
+    assert rule_of(allocation, 29) == MutualChoice(K) and allocation.facts() == {"curve": None}
     total = torch.zeros(F)
     for step in range(30, 100):
-        rule = plan.rule(step, TOKENS)
+        rule = rule_of(allocation, step)
         assert isinstance(rule, FeatureChoice)
         assert int(rule.capacities.sum()) == rule.total == K * TOKENS and int(rule.capacities.max()) <= TOKENS
         total += rule.capacities
-    densities = plan.target()
-    assert densities is not None and densities.sum().item() == pytest.approx(K)
+    densities = allocation.target()
+    assert densities.sum().item() == pytest.approx(K)
     torch.testing.assert_close(total / 70 / TOKENS, densities.float(), atol=0.002, rtol=0)
     if capacity == "zipf":  # fitted to densities of exponent 1.2 and shift 3, the densest features being the last
-        assert plan.curve is not None and plan.curve[0] == pytest.approx(1.2, abs=0.1)
+        assert allocation.curve is not None and allocation.curve[0] == pytest.approx(1.2, abs=0.1)
         assert bool((densities[-12:].diff() > 0).all())  # those without ties
     else:
         torch.testing.assert_close(densities, torch.full((F,), K / F, dtype=torch.float64))
 
 
-def test_the_ladder_covers_every_rank_within_a_factor_of_two() -> None:
+def test_the_bands_cover_every_rank_within_a_factor_of_two() -> None:
     capacities = torch.tensor([90.0, 60.5, 40.0, 9.0, 3.2, 1.5, 0.9, 0.2, 0.0])
     runs = _runs(capacities)
     assert [start for start, _, _ in runs] == [0, *(stop for _, stop, _ in runs[:-1])] and runs[-1][1] == 9

@@ -1,0 +1,196 @@
+"""The ways to allocate: which rule each training step uses, and what inference needs in its place. One table.
+
+A method may have a schedule of its own, and state that a resumed run takes up again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from saelab.sae.allocation.candidates import Bands
+from saelab.sae.allocation.capacity import draw_capacities, fit_zipf, ranks, zipf_capacities
+from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
+from saelab.sae.encoder import Encoder
+from saelab.sae.settings import SaeSettings
+
+
+class Allocation(Protocol):
+    """Made once for a training of `steps` steps."""
+
+    saelens: ClassVar[str]
+    """SAELens' name for what is trained with a linear encoder."""
+    calibrated: ClassVar[bool]
+    """Whether inference needs thresholds that are set on held-out text, because the rule looks at batch mates."""
+    whole_columns: ClassVar[bool]
+    """Whether the rule looks at all tokens of a batch for one feature, so that no tile may split the tokens."""
+    initial_threshold: ClassVar[float | None]
+    """The threshold that the autoencoder begins with; None: none, it begins with the k best of each token."""
+
+    def __init__(self, settings: SaeSettings, steps: int) -> None: ...
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        """The rule of step `step` for a batch of `tokens`; densities ``[n_features]`` are those of the run so far."""
+        ...
+
+    def target(self) -> Tensor | None:
+        """The density that inference must reproduce: a scalar (mean), ``[n_features]``, or None (no calibration)."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the checkpoint records of it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class _Stateless(Allocation):
+    """For methods that use one rule in every step."""
+
+    whole_columns, initial_threshold = False, None
+
+    def __init__(self, settings: SaeSettings, steps: int) -> None:
+        self.settings = settings
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        return None
+
+
+class TokenAllocation(_Stateless):
+    """Token choice in every step. Inference does the same."""
+
+    saelens, calibrated = "topk", False
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        return TokenChoice(self.settings.k)
+
+    def target(self) -> None:
+        return None
+
+
+class MutualAllocation(_Stateless):
+    """Mutual choice in every step. Inference uses one threshold that gives the same mean density, k / n_features."""
+
+    saelens, calibrated = "batchtopk", True
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        return MutualChoice(self.settings.k)
+
+    def target(self) -> Tensor:
+        return torch.tensor(self.settings.k / self.settings.n_features, dtype=torch.float64)
+
+
+class ThresholdAllocation(_Stateless):
+    """Every entry above the encoder's threshold: 0 (ReLU), or a trained one (JumpReLU). Inference does the same."""
+
+    saelens, calibrated, initial_threshold = "standard", False, 0.0
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        return Threshold(encoder.cut())
+
+    def target(self) -> None:
+        return None
+
+
+class FeatureAllocation(Allocation):
+    """Feature choice after a share of the steps, in which mutual choice is used and densities are measured.
+
+    That first phase, and capacities by the rank of a feature's density, are our reconstruction (capacity.py). Inference
+    uses one threshold for each feature that gives it the density of its capacity.
+    """
+
+    saelens, calibrated, whole_columns, initial_threshold = "feature_choice", True, True, None
+
+    def __init__(self, settings: SaeSettings, steps: int) -> None:
+        self.settings, self.steps = settings, steps
+        self.curve: tuple[float, float] | None = None
+        """Exponent and shift of the capacities, once they are known."""
+        self.densities: Tensor | None = None
+        """Share of a batch's tokens that each feature may have, ``[n_features]`` float64."""
+        self._by_rank = self._rank = self._carry = torch.empty(0)
+        self._bands: Bands | None = None
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        options, k = self.settings.allocation, self.settings.k
+        if step < options.after * self.steps:
+            return MutualChoice(k)
+        if self.curve is None:
+            self._begin(tokens, densities)
+        if self.densities is None or step % options.refresh == 0:
+            self._rank = ranks(densities)
+            self._set_rank(tokens)
+        capacities, self._carry = draw_capacities(self._by_rank, self._carry)
+        return FeatureChoice(capacities[self._rank], k * tokens, self._bands)
+
+    def target(self) -> Tensor:
+        return MutualAllocation(self.settings, self.steps).target() if self.densities is None else self.densities
+
+    def facts(self) -> dict[str, Any]:
+        return {"curve": self.curve}
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.densities is None:
+            return {}
+        return {
+            "curve": self.curve,
+            "densities": self.densities,
+            "by_rank": self._by_rank,
+            "rank": self._rank,
+            "carry": self._carry,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.curve, self.densities = tuple(state["curve"]), state["densities"]
+            self._by_rank, self._rank, self._carry = state["by_rank"], state["rank"], state["carry"]
+            self._bands = Bands(torch.argsort(self._rank), _runs(self._by_rank))
+
+    def _begin(self, tokens: int, densities: Tensor) -> None:
+        options = self.settings.allocation
+        if options.capacity == "uniform":
+            self.curve = (0.0, 0.0)
+        elif options.exponent is not None and options.shift is not None:
+            self.curve = (options.exponent, options.shift)
+        else:
+            fit = fit_zipf(densities)
+            self.curve = (fit.exponent, fit.shift)
+        by_rank = zipf_capacities(len(densities), self.settings.k * tokens, tokens, *self.curve)
+        self._by_rank = by_rank.to(densities.device)
+        self._carry = torch.zeros((), dtype=torch.float64, device=densities.device)
+
+    def _set_rank(self, tokens: int) -> None:
+        self.densities = (self._by_rank / tokens)[self._rank]
+        runs = _runs(self._by_rank) if self._bands is None else self._bands.runs
+        self._bands = Bands(torch.argsort(self._rank), runs)
+
+
+ALLOCATIONS: dict[str, type[Allocation]] = {
+    "token_choice": TokenAllocation,
+    "mutual_choice": MutualAllocation,
+    "feature_choice": FeatureAllocation,
+    "threshold": ThresholdAllocation,
+}
+
+
+def allocation_of(settings: SaeSettings) -> type[Allocation]:
+    """The class that `settings` names."""
+    return ALLOCATIONS[settings.allocation.name]
+
+
+def _runs(by_rank: Tensor) -> list[tuple[int, int, int]]:
+    """Runs of ranks (start, stop, largest capacity) within which no capacity is more than twice another."""
+    largest = by_rank.ceil().long().tolist()
+    runs, start = [], 0
+    for i in range(1, len(largest) + 1):
+        if i == len(largest) or largest[i] < max(1, largest[start] // 2):
+            runs.append((start, i, largest[start]))
+            start = i
+    return runs

@@ -1,0 +1,210 @@
+"""Encoders: from x to the scores that allocation sees, and to the values of the entries that it picks.
+
+    z = (x - b_dec) W_enc^T + b_enc         scores, for both
+
+    linear       value = relu(z)
+    jumprelu     value = z if z > theta, else 0; theta of each feature is trained by straight-through estimators
+                 (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3)
+
+`scores` is dense, one tile at a time, without gradients. `pre` and `values` are sparse, in float32 (or the parameters'
+wider dtype), and carry the gradients.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
+
+from saelab.codes import Codes
+from saelab.kernels import sddmm
+
+_TILE_ELEMENTS = {"cpu": {torch.bfloat16: 2**22, torch.float32: 3 * 2**22}}
+"""Pre-activations per tile on a CPU: 8 MB in bfloat16, which stay in its cache; 50 MB in float32, where every product
+lays out the whole encoder anew: fewer, larger tiles are a few percent faster."""
+_TILE_ELSEWHERE = 2**30
+
+
+class Scratch:
+    """Buffers reused across steps; fresh allocations would cost a page fault per 4 KB."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = 1
+        for length in shape:
+            size *= length
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != dtype or buffer.device != device:
+            self._buffers[name] = buffer = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+    def bf16(self, name: str, rows: Tensor) -> Tensor:
+        """A copy of `rows` in bfloat16."""
+        return self.get(name, tuple(rows.shape), torch.bfloat16, rows.device).copy_(rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def __deepcopy__(self, memo: dict) -> "Scratch":
+        return Scratch()
+
+
+class Tile(NamedTuple):
+    """A part of the dense ``[tokens, n_features]`` matrix."""
+
+    tokens: slice
+    features: slice
+
+
+class Encoder(Protocol):
+    """How a `SparseAutoencoder` encodes. Holds the parameters themselves, so gradients reach them."""
+
+    def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+        """z of one tile in the dtype of centred ``[tokens, d_in]``, in a buffer that the next tile overwrites."""
+        ...
+
+    def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
+        """z at the entries of `pattern`, ``[nnz]``; x ``[tokens, d_in]``, centre ``[d_in]`` is subtracted from it.
+
+        `known` is the result if the caller has it already; only the gradients are computed then.
+        """
+        ...
+
+    def values(self, pre: Tensor, pattern: Codes) -> Tensor:
+        """Values of the entries of `pattern` whose pre-activations are `pre`, both ``[nnz]``; 0 if not active."""
+        ...
+
+    def active(self, pre: Tensor, pattern: Codes) -> Tensor:
+        """1 for the active entries, else 0, ``[nnz]``; if thresholds are trained, with their gradient."""
+        ...
+
+    def cut(self) -> Tensor:
+        """What a score must exceed for a threshold rule to pick it in training, ``[1]`` or ``[n_features]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The encoder of TopK and ReLU autoencoders."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+
+    def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+        return _dense_pre(self.W_enc, self.b_enc, centred, tile, scratch)
+
+    def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
+        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known)
+
+    def values(self, pre: Tensor, pattern: Codes) -> Tensor:
+        return pre.relu() * (pattern.values > 0).to(pre.dtype)  # a slot that was not filled stays 0
+
+    def active(self, pre: Tensor, pattern: Codes) -> Tensor:
+        return (self.values(pre.detach(), pattern) > 0).to(pre.dtype)
+
+    def cut(self) -> Tensor:
+        return self.b_enc.new_zeros(1)
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """The encoder of JumpReLU autoencoders while they are trained; `log_threshold` ``[n_features]`` is a parameter."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    log_threshold: Tensor
+    bandwidth: float
+    """Width of the window around theta whose entries move it, in units of z."""
+
+    def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+        return _dense_pre(self.W_enc, self.b_enc, centred, tile, scratch)
+
+    def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
+        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known)
+
+    def values(self, pre: Tensor, pattern: Codes) -> Tensor:
+        return _JumpReLU.apply(pre, self.log_threshold.exp()[pattern.features], self.bandwidth)
+
+    def active(self, pre: Tensor, pattern: Codes) -> Tensor:
+        return _Step.apply(pre, self.log_threshold.exp()[pattern.features], self.bandwidth)
+
+    def cut(self) -> Tensor:
+        """Below theta by half the bandwidth: entries in the window are not active, and move theta."""
+        return self.log_threshold.detach().exp() - self.bandwidth / 2
+
+
+def tiles(tokens: int, n_features: int, device: torch.device, bf16: bool, whole_columns: bool) -> Iterator[Tile]:
+    """Tiles that cover the dense matrix; each holds all tokens if `whole_columns`.
+
+    In float32 they are runs of tokens. In bfloat16 they are runs of features, since the encoder is cast tile by tile.
+    """
+    of_device = _TILE_ELEMENTS.get(device.type, {})
+    elements = of_device.get(torch.bfloat16 if bf16 else torch.float32, _TILE_ELSEWHERE)
+    if bf16:
+        whole = whole_columns and device.type != "cpu"  # ColumnBounds takes all features at once there
+        for features in _runs(n_features, n_features if whole else elements // max(1, tokens)):
+            yield Tile(slice(0, tokens), features)
+    else:
+        for rows in _runs(tokens, tokens if whole_columns else elements // n_features):
+            yield Tile(rows, slice(0, n_features))
+
+
+def _runs(n: int, length: int) -> Iterator[slice]:
+    """Slices that cover range(n), of almost equal lengths, multiples of 64 near `length`; one slice if n is 0."""
+    pieces = max(1, -(-n // max(1, length)))
+    step = max(64, -(-n // pieces // 64) * 64)
+    for start in range(0, max(1, n), step):
+        yield slice(start, min(start + step, n))
+
+
+def _dense_pre(W_enc: Tensor, b_enc: Tensor, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+    with record_function("encoder matmul"), torch.no_grad():
+        x, W, b = centred[tile.tokens], W_enc[tile.features], b_enc[tile.features]
+        if x.dtype == torch.bfloat16:
+            W, b = scratch.bf16("W_enc", W), b.bfloat16()
+        return torch.addmm(b, x, W.T, out=scratch.get("pre", (len(x), len(W)), x.dtype, x.device))
+
+
+class _JumpReLU(torch.autograd.Function):
+    """``pre * (pre > threshold)`` with the straight-through gradient of eq. 9 and 10."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return pre * (pre > threshold)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        window = _window(pre, threshold, ctx.bandwidth)
+        return grad * (pre > threshold), -grad * threshold / ctx.bandwidth * window, None
+
+
+class _Step(torch.autograd.Function):
+    """``(pre > threshold)`` as 0 or 1, with the straight-through gradient of eq. 11 to the threshold alone."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        return None, -grad / ctx.bandwidth * _window(pre, threshold, ctx.bandwidth), None
+
+
+def _window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """The rectangle kernel K((pre - threshold) / bandwidth), bool."""
+    return (pre - threshold).abs() < bandwidth / 2

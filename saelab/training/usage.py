@@ -1,0 +1,79 @@
+"""How often features are active while an autoencoder is trained: densities, dead ones, targets of auxiliary losses.
+
+All of it stays on the device, and nothing in a step waits for it; only when a curve is fitted does the host read the
+densities.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.sae.allocation.capacity import expected_densities, fit_zipf, ranks
+from saelab.sae.losses import under_used
+from saelab.sae.settings import SaeSettings
+
+MEMORY = 500
+"""Densities are means over all steps so far, and over about this many once there are more."""
+REFRESH = 100
+"""Steps between two rankings of the features for aux_zipf, which begins after as many."""
+
+
+class Usage:
+    """How often each feature is active, over the steps so far."""
+
+    def __init__(self, settings: SaeSettings, dead_after: int, device: torch.device) -> None:
+        self.settings, self.dead_after = settings, dead_after
+        self.densities = torch.zeros(settings.n_features, dtype=torch.float64, device=device)
+        self.silent_for = torch.zeros(settings.n_features, dtype=torch.long, device=device)
+        """Tokens since each feature was last active."""
+        self.steps = 0
+        self._expected: Tensor | None = None
+
+    def observe(self, counts: Tensor, tokens: int) -> None:
+        """Take in how often each feature was active ``[n_features]`` in a batch of `tokens`."""
+        self.steps += 1
+        self.densities.lerp_(counts.double() / tokens, 1 / min(self.steps, MEMORY))
+        self.silent_for.add_(tokens).masked_fill_(counts > 0, 0)
+
+    def dead(self) -> Tensor:
+        """Features not active for `dead_after` tokens, bool ``[n_features]``."""
+        return self.silent_for >= self.dead_after
+
+    def targets(self, tokens: int) -> Tensor | None:
+        """The features that the auxiliary loss is for, bool ``[n_features]``; None if there is no such loss."""
+        return _TARGETS[self.settings.aux.name](self, tokens)
+
+    def under_used_or_dead(self, tokens: int) -> Tensor:
+        """The targets of aux_zipf. It begins when there are densities to rank; until then they are those of aux_k."""
+        if self.steps < REFRESH:
+            return self.dead()
+        aux, n_features, k = self.settings.aux, self.settings.n_features, self.settings.k
+        if self._expected is None or self.steps % REFRESH == 0:
+            exponent, shift = aux.exponent, aux.shift
+            if exponent is None or shift is None:
+                fit = fit_zipf(self.densities)
+                exponent, shift = fit.exponent, fit.shift
+            curve = expected_densities(n_features, k, tokens, exponent, shift)
+            self._expected = curve.to(self.densities.device)[ranks(self.densities)]
+        return under_used(self.densities, self._expected, aux.share, k / n_features) | self.dead()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "densities": self.densities,
+            "silent_for": self.silent_for,
+            "steps": self.steps,
+            "expected": self._expected,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.densities, self.silent_for = state["densities"], state["silent_for"]
+        self.steps, self._expected = state["steps"], state["expected"]
+
+
+_TARGETS: dict[str, Callable[[Usage, int], Tensor | None]] = {
+    "none": lambda usage, tokens: None,
+    "aux_k": lambda usage, tokens: usage.dead(),
+    "aux_zipf": Usage.under_used_or_dead,
+}
