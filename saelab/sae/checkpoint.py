@@ -1,8 +1,8 @@
 """A checkpoint is a SAELens folder: ``cfg.json`` and ``sae_weights.safetensors``, loadable by SAELens as it is.
 
-Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. Token choice is
-SAELens' ``topk``. Mutual and feature choice are its ``jumprelu``, whose threshold there is one per feature: a
-pre-activation is active where it exceeds it.
+Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. What selects in
+inference decides the architecture: token choice is SAELens' ``topk``; thresholds are its ``jumprelu``, which has one
+for each feature and whose entries are active above it; if they are all 0 it is its ``standard`` (ReLU).
 """
 
 import json
@@ -22,7 +22,13 @@ FORMAT = 1
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write `sae` to `folder`, each file complete or not there at all."""
+    """Write `sae` to `folder`, each file complete or not there at all. Trained thresholds are written as fixed ones.
+
+    Raises SaelabError for a transcoder, which has no format yet.
+    """
+    if not sae.centred:
+        raise SaelabError(f"{folder}: a transcoder (d_out {sae.d_out}) cannot be saved by this version")
+    sae = sae.folded(1.0) if sae.log_threshold is not None else sae
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
         "W_enc": sae.W_enc.detach().T.contiguous().cpu(),
@@ -32,13 +38,15 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     }
     metadata = {"sae_lens_version": "6.54.12", **sae.metadata}  # >= 6, or SAELens rebuilds and drops our metadata
     metadata["saelab"] = {"format": FORMAT, "k": sae.k, "beta": sae.beta, **metadata.get("saelab", {})}
-    if sae.threshold is not None:
+    architecture = _architecture(sae)
+    if architecture == "jumprelu":
+        assert sae.threshold is not None
         tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features).contiguous().cpu()
     config = {
-        "architecture": "topk" if sae.threshold is None else "jumprelu",
+        "architecture": architecture,
         "d_in": sae.d_in,
         "d_sae": sae.n_features,
-        **({"k": sae.k} if sae.threshold is None else {}),
+        **({"k": sae.k} if architecture == "topk" else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -55,10 +63,16 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     _replace(temporary, folder / CONFIG)
 
 
+def _architecture(sae: SparseAutoencoder) -> str:
+    if sae.threshold is None:
+        return "topk"
+    return "jumprelu" if bool((sae.threshold > 0).any()) else "standard"
+
+
 def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """The autoencoder in `path`, a checkpoint folder or a run folder with one under ``sae/``.
 
-    Raises SaelabError if there is none, or if it is no TopK or JumpReLU autoencoder that saelab can compute exactly.
+    Raises SaelabError if there is none, or if it is no TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
     path = Path(path)
     folder = path / "sae" if (path / "sae" / CONFIG).is_file() else path
@@ -73,14 +87,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     _check(config, folder)
     metadata = config.get("metadata") or {}
     ours = metadata.get("saelab") or {}
-    jumprelu = config.get("architecture") == "jumprelu"
-    # a JumpReLU autoencoder of another trainer has no budget; it is not asked for one
-    sae = SparseAutoencoder(d_in, n_features, ours.get("k", n_features) if jumprelu else config["k"], metadata)
+    architecture = config.get("architecture")
+    # an autoencoder of another trainer may have no budget; it is not asked for one
+    k = config["k"] if architecture == "topk" else ours.get("k", n_features)
+    sae = SparseAutoencoder(d_in, n_features, k, metadata)
     sae.beta = float(ours.get("beta", 0.0))
-    if jumprelu:
-        sae.threshold = torch.empty(n_features)
-    wanted = dict(sae.named_parameters()) | ({"threshold": sae.threshold} if sae.threshold is not None else {})
-    for name, parameter in wanted.items():
+    expected: dict[str, torch.Tensor] = dict(sae.named_parameters())
+    if architecture == "jumprelu":
+        sae.threshold = expected["threshold"] = torch.empty(n_features)
+    elif architecture == "standard":
+        sae.threshold = torch.zeros(1)
+    for name, parameter in expected.items():
         tensor = tensors.get(name)
         tensor = tensor.T if tensor is not None and name == "W_enc" else tensor
         if tensor is None or tensor.shape != parameter.shape:
@@ -101,9 +118,9 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         if config.get(key, wanted) != wanted:
             raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {wanted!r} only")
     architecture, k = config.get("architecture"), config.get("k")
-    if architecture not in ("topk", "jumprelu"):
+    if architecture not in ("topk", "jumprelu", "standard"):
         raise SaelabError(
-            f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk and jumprelu only"
+            f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk, jumprelu and standard"
         )
     if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= config["d_sae"]):
         raise SaelabError(f"{folder / CONFIG}: k is {k!r}, not between 1 and d_sae")

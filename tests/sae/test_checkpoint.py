@@ -67,7 +67,7 @@ def test_a_threshold_is_saved_as_the_jumprelu_of_saelens(tmp_path: Path, thresho
     assert saelab.load(tmp_path).k == 3
 
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
 def test_a_checkpoint_written_by_saelens_computes_what_saelens_computed(architecture: str) -> None:
     golden = GOLDEN.with_name(f"saelens_{architecture}")
     sae = saelab.load(golden)
@@ -103,3 +103,41 @@ def test_what_cannot_be_loaded_is_an_error_that_says_why(saved: Path, tmp_path: 
     save_file({k: v for k, v in tensors.items() if k != "b_dec"}, damaged({}) / "sae_weights.safetensors")
     with pytest.raises(SaelabError, match=r"b_dec is missing"):
         saelab.load(tmp_path / "damaged")
+
+
+def test_relu_is_saved_as_the_standard_of_saelens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(8, 16, 3)
+    x = torch.randn(50, 8)
+    sae.threshold = torch.zeros(1)
+    sae.initialise(x)
+    save_sae(sae, tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    assert config["architecture"] == "standard" and "k" not in config
+    assert json.loads((GOLDEN.with_name("saelens_standard") / "cfg.json").read_text()).keys() <= config.keys()
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    assert set(tensors) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    dense = ((x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    loaded = saelab.load(tmp_path)
+    torch.testing.assert_close(loaded.encode(x).to_dense(), dense)
+    assert torch.equal(loaded(x), sae(x))
+
+
+def test_trained_thresholds_are_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(8, 16, 3)
+    x = torch.randn(50, 8)
+    sae.initialise(x)
+    sae.train_thresholds(x, 0.05, l0=3)
+    assert sae.log_threshold is not None
+    sae.log_threshold.data += torch.linspace(-0.5, 0.5, 16)
+    save_sae(sae, tmp_path)
+    assert json.loads((tmp_path / "cfg.json").read_text())["architecture"] == "jumprelu"
+    loaded = saelab.load(tmp_path)
+    assert loaded.threshold is not None and torch.equal(loaded.threshold, sae.log_threshold.detach().exp())
+    assert torch.equal(loaded(x), sae(x)) and torch.equal(loaded.encode(x).values, sae.encode(x).values)
+
+
+def test_a_transcoder_cannot_be_saved_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=r"a transcoder \(d_out 5\) cannot be saved"):
+        save_sae(SparseAutoencoder(8, 16, 3, d_out=5), tmp_path)

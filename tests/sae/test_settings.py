@@ -22,11 +22,7 @@ from saelab.sae.settings import (
         (SaeSettings, {"selection": "int8"}, "selection: 'int8' is not float32 or bfloat16"),
         (AffinitySettings, {"beta": -1.0}, "beta: -1"),
         (AffinitySettings, {"name": "grad"}, "name: 'grad' is not activation or gradient"),
-        (
-            AllocationSettings,
-            {"name": "batch"},
-            "name: 'batch' is not token_choice, mutual_choice, feature_choice or threshold",
-        ),
+        (AllocationSettings, {"name": "batch"}, "'batch' is not token_choice, mutual_choice, feature_choice or thres"),
         (AllocationSettings, {"exponent": 1.0}, "exponent: .*both"),
         (AllocationSettings, {"after": 1.5}, "after: 1.5"),
         (AuxSettings, {"name": "ghost"}, "name: 'ghost'"),

@@ -1,0 +1,123 @@
+"""JumpReLU: its straight-through gradients are those of the smoothed loss, and reach what they should."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.codes import Codes
+from saelab.sae.allocation.rules import Threshold
+from saelab.sae.encoder import JumpReLU
+from saelab.sae.losses import batch_fvu, l0, l1
+from saelab.sae.model import Batch, SparseAutoencoder
+
+D, F, N, BANDWIDTH = 6, 20, 200, 0.3
+
+
+def make() -> tuple[SparseAutoencoder, Tensor]:
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(D, F, 4).double()
+    x = torch.randn(N, D, dtype=torch.float64) + 1
+    sae.initialise(x)
+    sae.train_thresholds(x, BANDWIDTH, l0=4)
+    assert sae.log_threshold is not None
+    sae.log_threshold.data = sae.log_threshold.data.double() + 0.2 * torch.randn(F, dtype=torch.float64)
+    return sae, x
+
+
+def smoothed(z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The step and the JumpReLU convolved over theta with the rectangle kernel; exact outside the window."""
+    inside = ((z - theta) / BANDWIDTH + 0.5).clamp(0, 1)
+    upper = z + BANDWIDTH / 2  # where theta ends the window
+    integral = (upper.square() - theta.clamp(z - BANDWIDTH / 2, upper).square()) / (2 * BANDWIDTH)
+    return inside, integral
+
+
+def test_the_gradient_of_the_thresholds_is_that_of_the_smoothed_loss() -> None:
+    """By central differences. The loss is linear in the codes, so that smoothing them is smoothing it."""
+    sae, x = make()
+    assert isinstance(sae.encoder, JumpReLU) and sae.log_threshold is not None
+    z = sae.pre_activations(x).detach()
+    weights = torch.randn(N, F, dtype=torch.float64)
+
+    def smooth_loss(log_threshold: Tensor) -> Tensor:
+        steps, values = smoothed(z, log_threshold.exp())
+        return (weights * values).sum() / N + 0.7 * steps.sum() / N
+
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    rows, features = forward.codes.row_of_entry(), forward.codes.features
+    ((weights[rows, features] * forward.codes.values).sum() / N + 0.7 * l0(forward, None)).backward()
+    found, at = sae.log_threshold.grad, sae.log_threshold.detach()
+    assert found is not None and (found != 0).sum() > F // 2
+    for i in range(F):
+        step = torch.zeros(F, dtype=torch.float64).index_fill_(0, torch.tensor(i), 1e-6)
+        numeric = (smooth_loss(at + step) - smooth_loss(at - step)) / 2e-6
+        assert found[i].item() == pytest.approx(numeric.item(), abs=1e-6)
+
+
+def test_the_forward_and_the_other_gradients_are_those_of_the_dense_formula() -> None:
+    sae, x = make()
+    twin = copy.deepcopy(sae)
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    batch_fvu(x, forward.reconstruction).backward()
+    z = (x - twin.b_dec) @ twin.W_enc.T + twin.b_enc
+    assert twin.log_threshold is not None
+    codes = z * (z > twin.log_threshold.exp())
+    error = x - (codes @ twin.W_dec + twin.b_dec)
+    (error.square().sum() / (x - x.mean(0)).square().sum()).backward()
+    torch.testing.assert_close(forward.codes.to_dense(), codes)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
+    torch.testing.assert_close(sae.encode(x).to_dense(), codes)
+
+
+def test_entries_in_the_window_below_a_threshold_are_there_and_count_for_nothing() -> None:
+    sae, x = make()
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    assert forward.codes.nnz > int(forward.codes.l0().sum()) == sae.encode(x).nnz
+
+
+def test_l0_counts_active_entries_and_moves_thresholds_alone() -> None:
+    sae, x = make()
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    mean = sae.encode(x).nnz / N
+    assert l0(forward, None).item() == pytest.approx(mean)
+    assert l0(forward, 8.0).item() == pytest.approx((mean / 8 - 1) ** 2)
+    l0(forward, 8.0).backward()
+    assert sae.log_threshold is not None and sae.log_threshold.grad is not None
+    assert (sae.log_threshold.grad > 0).any()  # fewer than 8 are active: descent lowers thresholds
+    assert not (sae.log_threshold.grad < 0).any()
+    for parameter in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
+        assert parameter.grad is None or not parameter.grad.any()
+
+
+def test_l1_equals_its_dense_formula_and_reaches_encoder_and_decoder_lengths() -> None:
+    sae, x = make()
+    sae.log_threshold, sae.threshold = None, torch.zeros(1, dtype=torch.float64)
+    twin = copy.deepcopy(sae)
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    l1(forward).backward()
+    z = ((x - twin.b_dec) @ twin.W_enc.T + twin.b_enc).relu()
+    expected = (z * twin.W_dec.norm(dim=1)).sum() / (N * D**0.5)
+    expected.backward()
+    torch.testing.assert_close(l1(forward), expected)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
+
+
+@pytest.mark.parametrize("target", [2.0, 6.0])
+def test_thresholds_begin_where_the_target_is_met(target: float) -> None:
+    sae, x = make()
+    sae.train_thresholds(x, 0.01, l0=target)
+    assert sae.encode(x).nnz / N == pytest.approx(target, rel=0.02)
+    sae.train_thresholds(x, 0.01, l0=target, threshold=0.75)
+    assert sae.log_threshold is not None and sae.log_threshold.dtype == torch.float32
+    torch.testing.assert_close(sae.log_threshold.detach().exp(), torch.full((F,), 0.75))
+
+
+def test_folding_divides_a_trained_threshold_by_the_scale_and_fixes_it() -> None:
+    sae, x = make()
+    folded = sae.folded(3.0)
+    assert folded.log_threshold is None and isinstance(folded.encode(x), Codes)
+    torch.testing.assert_close(folded.encode(x / 3).to_dense(), sae.encode(x).to_dense() / 3)
