@@ -126,7 +126,7 @@ def current_folder(path: Path) -> Path:
 
     `path` if there is neither.
     """
-    return _old(path) if _old(path).exists() and not path.exists() else path
+    return path if path.exists() or not _old(path).exists() else _old(path)
 
 
 def _old(path: Path) -> Path:
