@@ -151,12 +151,13 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
     Example: saelab index runs/quickstart features.tokens=1e6
     """
     from saelab import progress
+    from saelab.runs.folder import features
     from saelab.runs.stages import index as stage
 
     summary = stage(run, overrides or [], track=progress.bar, say=_say)
     typer.echo(
         f"{summary['n_features']:,} features on {summary['n_tokens']:,} held-out tokens, {summary['never_active']:,} "
-        f"never active; tables in {run / 'features'}"
+        f"never active; tables in {features(run)}"
     )
 
 
@@ -240,12 +241,13 @@ def bench_cache(
 
 
 def _print_evaluation(run: Path) -> None:
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
-    result = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    from saelab.runs.folder import evaluation
+
+    result = evaluation(run)
+    assert result is not None, "this stage has just written it"
 
     def number(name: str, digits: int) -> str:
         return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"

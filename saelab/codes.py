@@ -1,6 +1,5 @@
 """Sparse codes: which features are active on each token, and how strongly. The common currency of all rooms."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,10 +7,10 @@ from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saelab.errors import SaelabError, brief
+from saelab.tensors import write_tensors
 
 T = TypeVar("T")
 
@@ -150,16 +149,10 @@ def concatenate(parts: list[Codes]) -> Codes:
 def save(codes: Codes, path: Path | str) -> None:
     """Write `codes` as a safetensors file: values, features and offsets, n_features in the metadata.
 
-    A file is replaced only once the new one is complete.
+    A file is replaced only once the new one is complete. Raises SaelabError if it cannot be written.
     """
-    path = Path(path)
     tensors = {"values": codes.values, "features": codes.features, "offsets": codes.offsets}
-    unfinished = path.with_name(path.name + ".tmp")
-    metadata = {"n_features": str(codes.n_features)}
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, unfinished, metadata)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_tensors(Path(path), tensors, {"n_features": str(codes.n_features)})
 
 
 def load(path: Path | str) -> Codes:

@@ -14,7 +14,7 @@ from saelab import CorpusSettings, ModelSettings, load_language_model, open_cach
 from saelab.activations.cache.layout import BLOCK_TOKENS
 from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass, provenance, run_model
-from saelab.files import alone
+from saelab.files import locked
 from saelab.progress import bar
 
 OUT = Path("caches/script")
@@ -45,7 +45,7 @@ def main() -> None:
     def rows(lane: int, start: dict | None):
         return corpus.train_rows(seed=SEED, start=start)
 
-    with alone(OUT):
+    with locked(OUT):
         if begin(OUT, identity) is None:
             for _ in bar(write_lane(OUT, identity, 0, rows, forward), "caching", TOKENS, int):
                 pass

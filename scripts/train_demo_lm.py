@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saelab.corpus.packing import pack
 from saelab.demo.stdlib import StdlibText, read_stdlib
+from saelab.files import replace_file, write_json, write_whole
 
 VOCAB, CONTEXT, SPECIAL = 4096, 256, "<|endoftext|>"
 SAMPLE_ROWS = 64
@@ -131,12 +132,6 @@ def make_optimisers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[t
     return [muon, adam]
 
 
-def save_atomically(obj: dict, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(obj, temporary)
-    temporary.replace(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and log; resumes from what is there")
@@ -228,18 +223,17 @@ def main() -> None:
             log.write(json.dumps(record) + "\n")
             log.flush()
         if time.monotonic() - last_save > 120 or tokens >= total:
-            save_atomically(
-                {
-                    "model": model.state_dict(),
-                    "optimisers": [o.state_dict() for o in optimisers],
-                    "step": step,
-                    "tokens": tokens,
-                    "epoch": epoch,
-                    "cursor": cursor,
-                    "seconds": seconds,
-                },
-                checkpoint,
-            )
+            state = {
+                "model": model.state_dict(),
+                "optimisers": [o.state_dict() for o in optimisers],
+                "step": step,
+                "tokens": tokens,
+                "epoch": epoch,
+                "cursor": cursor,
+                "seconds": seconds,
+            }
+            with replace_file(checkpoint) as unfinished:
+                torch.save(state, unfinished)
             last_save = time.monotonic()
 
     finish(model, tokenizer, held_out, text, args, bytes_per_token, tokens, seconds)
@@ -277,17 +271,10 @@ def finish(
         "dropped_held_out": text.dropped,
         "induction": induction(saved, held_out),
     }
-    (args.out / "measured.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (args.out / "held_out_sample.json").write_text(
-        json.dumps(
-            {
-                "licence": "Token ids of text from the Python standard library, "
-                "(c) Python Software Foundation, PSF-2.0.",
-                "rows": sample.tolist(),
-            }
-        )
-        + "\n"
-    )
+    write_json(args.out / "measured.json", figures)
+    licence = "Token ids of text from the Python standard library, (c) Python Software Foundation, PSF-2.0."
+    rows = {"licence": licence, "rows": sample.tolist()}
+    write_whole(args.out / "held_out_sample.json", json.dumps(rows) + "\n")
     print(json.dumps(figures, indent=2))
 
 

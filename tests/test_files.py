@@ -1,4 +1,7 @@
-"""Files written under a temporary name: every byte, whichever way it goes to the disk."""
+"""Files written under a temporary name: every byte, whichever way it goes to the disk, and in an order that keeps one.
+
+What a kill or an error leaves is tested in faults/test_writers.py.
+"""
 
 import errno
 import fcntl
@@ -10,9 +13,23 @@ import pytest
 import torch
 
 from saelab import files
-from saelab.activations.cache.layout import Column, raw
+from saelab.activations.cache.layout import Column
 from saelab.activations.cache.shard import _empty
-from saelab.files import PAGE, temporary, write_temporary
+from saelab.errors import SaelabError
+from saelab.files import (
+    PAGE,
+    locked,
+    make_folder,
+    read_json,
+    replace_file,
+    replace_folder,
+    temporary,
+    translate_errors,
+    write_json,
+    write_temporary,
+    write_whole,
+)
+from saelab.tensors import raw
 
 HEADER = memoryview(bytes(range(256)) * (PAGE // 256))
 
@@ -101,3 +118,155 @@ def test_a_full_disk_is_an_error_past_the_cache_too(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         write_temporary(tmp_path / "file", [content(PAGE)])
     assert set(os.listdir("/proc/self/fd")) <= handles
+
+
+# in which order it is on the disk
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every call by which names and content reach the disk, in their order, with the names of its files."""
+    found: list[str] = []
+    really = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir")}
+
+    def fsync(handle: int) -> None:
+        found.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        really["fsync"](handle)
+
+    def replace(old: Path, new: Path) -> None:
+        found.append(f"{Path(old).name} -> {Path(new).name}")
+        really["replace"](old, new)
+
+    def removing(name: str) -> Callable[..., None]:
+        def remove(path: str, **named: int) -> None:
+            found.append(f"{name} {Path(path).name}")
+            really[name](path, **named)
+
+        return remove
+
+    for name, replacement in {"fsync": fsync, "replace": replace}.items():
+        monkeypatch.setattr(os, name, replacement)
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, removing(name))
+    return found
+
+
+def by_a_library(path: Path) -> None:
+    with replace_file(path) as unfinished:
+        unfinished.write_text("content")
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_whole(path, "content"), lambda path: write_json(path, {}), by_a_library]
+)
+def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_end(
+    write: Callable[[Path], None], tmp_path: Path, calls: list[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "a")
+    assert calls == ["fsync a.tmp", "a.tmp -> a", "fsync folder"]
+
+
+def test_a_folder_is_on_the_disk_before_the_earlier_one_goes(tmp_path: Path, calls: list[str]) -> None:
+    """Else a machine that stops could be left with neither."""
+    folder = tmp_path / "runs" / "a"
+    for content in ("first", "second"):
+        calls.clear()
+        with replace_folder(folder) as unfinished:
+            (unfinished / "inner").mkdir()
+            for name in ("file", "inner/file"):
+                (unfinished / name).write_text(content)
+    synced = calls[2 : calls.index("a -> a.old.tmp")]
+    removed = calls[calls.index("a.old.tmp -> a.tmp") + 1 :]
+    assert calls == [
+        *["fsync runs"] * 2,  # a, from before, and a.tmp
+        *synced,
+        *["a -> a.old.tmp", "a.tmp -> a", "fsync runs", "a.old.tmp -> a.tmp"],
+        *removed,
+    ]
+    assert sorted(synced) == ["fsync a.tmp", "fsync file", "fsync file", "fsync inner"]
+    assert sorted(removed) == ["rmdir a.tmp", "rmdir inner", "unlink file", "unlink file"]
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
+    assert (folder / "file").read_text() == (folder / "inner" / "file").read_text() == "second"
+
+
+def test_a_copy_that_the_user_made_of_a_folder_is_kept(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with replace_folder(tmp_path / "sae") as unfinished:
+            (unfinished / "file").write_text(content)
+        if content == "first":
+            (tmp_path / "sae.old").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sae", "sae.old"]
+
+
+def test_every_folder_that_is_made_has_its_name_on_the_disk(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "there").mkdir()
+    make_folder(tmp_path / "there" / "a" / "b")
+    assert sorted(calls) == ["fsync a", "fsync there"]
+    make_folder(tmp_path / "there" / "a" / "b")
+    assert len(calls) == 2
+
+
+# what errors say
+
+
+def error_of(number: int, path: Path | None = None) -> OSError:
+    return OSError(number, os.strerror(number), *([str(path)] if path else []))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, r"^FOLDER/new: the disk is full: [\d,]+ bytes are free; make room and run again$"),
+        (
+            {"size": 12345, "kept": "finished shards are kept"},
+            r"^FOLDER/new: the disk is full: what .* 12,345 bytes, and [\d,]+ are free; finished .* again to continue$",
+        ),
+    ],
+)
+def test_a_full_disk_is_told_with_what_is_needed_and_free(options: dict, expected: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(SaelabError, match=expected.replace("FOLDER", str(tmp_path))),
+        translate_errors(tmp_path / "new", **options),
+    ):
+        raise error_of(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "expected"),
+    [
+        (errno.EACCES, {}, "file: cannot be written: Permission denied; choose another folder, or see to its perm"),
+        (errno.EROFS, {"elsewhere": "choose another --out"}, "system; choose another --out, or see to its permissions"),
+        (errno.EIO, {}, "file: cannot be written: Input/output error; run again$"),
+        (errno.EIO, {"kept": "all"}, "file: cannot be written: Input/output error; run again to continue$"),
+    ],
+)
+def test_other_errors_name_the_file_and_what_to_do(number: int, options: dict, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=expected), translate_errors(tmp_path, **options):
+        raise error_of(number, tmp_path / "file")
+
+
+def test_errors_of_other_kinds_pass(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), translate_errors(tmp_path):
+        _ = 1 / 0
+
+
+def test_a_folder_that_cannot_be_made_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(SaelabError, match=r"file/folder: cannot be made \(Not a directory\)"),
+        locked(tmp_path / "file" / "folder"),
+    ):
+        pass
+
+
+def test_json_comes_back_and_what_is_no_json_object_is_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, "é"]})
+    assert read_json(tmp_path / "a.json", "Do it again.") == {"a": [1, "é"]}
+    for content in ("[1]", "{", ""):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(SaelabError, match=r"a\.json (is not|cannot be read as) a JSON object.*\. Do it again\.$"):
+            read_json(tmp_path / "a.json", "Do it again.")
+    with pytest.raises(SaelabError, match=r"b\.json cannot be read as a JSON object: .*No such file.*Do it again\.$"):
+        read_json(tmp_path / "b.json", "Do it again.")

@@ -12,7 +12,8 @@ import streamlit as st
 
 from saelab.errors import SaelabError
 from saelab.features import database
-from saelab.features.database import RunInfo
+from saelab.runs import folder
+from saelab.runs.folder import RunInfo
 
 # Not in a folder named "pages": beside one, a server that has just started runs the page of a link without main.py.
 OVERVIEW, FEATURES, FEATURE = "views/overview.py", "views/features.py", "views/feature.py"
@@ -45,7 +46,7 @@ def pick_run(folders: Sequence[str]) -> None:
             problems[0]
             if problems
             else SaelabError(
-                f"There is no run in {where}. A finished run is a folder that holds {database.RUN_MARKER}; "
+                f"There is no run in {where}. A finished run is a folder that holds {folder.TRAINING}; "
                 "`saelab train configs/quickstart.yaml` makes one."
             )
         )
@@ -112,17 +113,20 @@ def link_to(index: int) -> dict[str, str]:
 
 
 def read(reader: Callable[..., T], *arguments: object) -> T:
-    """A function of `saelab.features.database`, of the current run; read anew when a file of the run changes."""
-    path = current_run().path
-    names = ("config.yaml", "metrics.jsonl", "eval.json", database.FEATURES, database.CONTEXTS, database.SUMMARY)
-    stats = [(path / name).stat() if (path / name).is_file() else None for name in names]
+    """`reader`, a function of `runs.folder` or `features.database`, for the current run.
+
+    Its result is kept until a file of the run changes.
+    """
+    run = current_run().path
+    stats = [path.stat() if path.is_file() else None for path in folder.shown_files(run)]
     stamp = tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
-    return _read(reader.__name__, str(path), stamp, *arguments)
+    path = folder.features(run) if reader.__module__ == database.__name__ else run
+    return _read(reader, reader.__name__, str(path), stamp, *arguments)
 
 
 @st.cache_data(max_entries=200, show_spinner=False)
-def _read(name: str, path: str, stamp: tuple, *arguments: object):
-    return getattr(database, name)(path, *arguments)
+def _read(_reader: Callable, name: str, path: str, stamp: tuple, *arguments: object):
+    return _reader(path, *arguments)  # Streamlit tells results apart by all arguments but the first
 
 
 def plain(text: str) -> str:
@@ -144,9 +148,9 @@ def show_error(error: SaelabError) -> None:
 def _find_runs(folders: Sequence[str]) -> tuple[dict[str, RunInfo], list[SaelabError]]:
     found: dict[str, RunInfo] = {}
     problems: list[SaelabError] = []
-    for folder in folders:
+    for searched in folders:
         try:
-            runs = database.find_runs(folder)
+            runs = folder.find_runs(searched)
         except SaelabError as error:
             problems.append(error)
             continue
@@ -158,9 +162,7 @@ def _find_runs(folders: Sequence[str]) -> tuple[dict[str, RunInfo], list[SaelabE
 
 def _latest(runs: dict[str, RunInfo]) -> str:
     """The run that was trained last, of those with features if there are any."""
-    return max(
-        runs, key=lambda name: (runs[name].has_features, (runs[name].path / database.RUN_MARKER).stat().st_mtime)
-    )
+    return max(runs, key=lambda name: (runs[name].has_features, (runs[name].path / folder.TRAINING).stat().st_mtime))
 
 
 def _picked() -> None:

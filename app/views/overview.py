@@ -5,6 +5,7 @@ from explorer import charts, state
 from explorer.html import facts_html, number
 
 from saelab.features import database
+from saelab.runs import folder
 
 # What eval.json may hold, in the order to read it: (name, title, unit, definition).
 FIGURES = [
@@ -60,7 +61,7 @@ def shown(value: object) -> str:
 
 def draw_evaluation() -> None:
     st.subheader("Evaluation", anchor=False)
-    found = state.read(database.evaluation)
+    found = state.read(folder.evaluation)
     if found is None:
         st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` does it.")
         return
@@ -76,7 +77,7 @@ def draw_evaluation() -> None:
 
 def draw_training() -> None:
     st.subheader("Training", anchor=False)
-    metrics = state.read(database.metrics)
+    metrics = state.read(folder.metrics)
     x = next((name for name in ("tokens", "step") if name in metrics), None)
     if x is None:
         st.info("No training metrics were logged.")
@@ -103,7 +104,7 @@ def page() -> None:
     draw_evaluation()
     draw_training()
     with st.expander("Settings, as resolved (config.yaml)"):
-        st.code(state.read(database.settings_text), language="yaml")
+        st.code(state.read(folder.settings_text), language="yaml")
 
 
 page()

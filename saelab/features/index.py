@@ -4,8 +4,6 @@ What is active where is kept in memory until the tables are written: 16 bytes pe
 k = 32 is 512 bytes per token (154 MB for 300 k tokens), and about three times that while it is sorted.
 """
 
-import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,9 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError
+from saelab.features.layout import CONTEXTS, FEATURES, SUMMARY
 from saelab.features.settings import FeatureSettings
+from saelab.files import replace_folder, translate_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.sae.model import SparseAutoencoder
@@ -87,19 +87,17 @@ def build_features(
 ) -> dict[str, Any]:
     """Write features.parquet, contexts.parquet and summary.json to `folder`; returns the summary.
 
-    `inputs` is recorded in the summary: it names what the tables were made from. The summary is written last, so a
-    folder that has one is complete.
+    `inputs` is recorded in the summary: it names what the tables were made from. An earlier database in `folder` is
+    replaced once the new one is complete. Raises SaelabError if `folder` holds anything else or cannot be written, and
+    if the rows hold no ordinary token.
     """
+    _check_replaceable(folder)
     activity = collect_activity(sae, lm, rows, site, settings.rows_per_forward, track)
     if not activity.n_tokens:
         raise SaelabError("features: the rows hold no ordinary token")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").unlink(missing_ok=True)
     vocabulary = _display(lm.tokenizer, len(lm.unembedding))
     columns = statistics(activity) | _top_logits(sae, lm, site, vocabulary) | _neighbours(sae.W_dec)
-    _write(pa.table(columns), folder / "features.parquet", row_group=1024)
     contexts = _contexts_table(activity, rows.cpu(), settings, vocabulary)
-    _write(contexts, folder / "contexts.parquet", row_group=256 * settings.contexts)
     summary = {
         "inputs": inputs,
         "n_tokens": activity.n_tokens,
@@ -110,10 +108,20 @@ def build_features(
         "model": lm.name,
         "d_in": sae.d_in,
     }
-    temporary = folder / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "summary.json")
+    with translate_errors(folder), replace_folder(folder) as unfinished:
+        # A reader of one feature decodes one row group, so those are small.
+        _write(pa.table(columns), unfinished / FEATURES, row_group=1024)
+        _write(contexts, unfinished / CONTEXTS, row_group=256 * settings.contexts)
+        write_json(unfinished / SUMMARY, summary)
     return summary
+
+
+def _check_replaceable(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in (FEATURES, CONTEXTS, SUMMARY) and path.suffix != ".tmp":
+            raise SaelabError(
+                f"{folder}: holds {path.name}, which is no part of a feature database; choose another folder"
+            )
 
 
 def statistics(activity: Activity) -> dict[str, Any]:
@@ -248,9 +256,4 @@ def _lists(flat: pa.Array, length: int, n: int) -> pa.Array:
 
 
 def _write(table: pa.Table, path: Path, row_group: int) -> None:
-    """A reader of one feature decodes one row group, so those are small."""
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(table, temporary, compression="zstd", row_group_size=row_group)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    pq.write_table(table, path, compression="zstd", row_group_size=row_group)

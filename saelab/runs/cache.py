@@ -16,7 +16,7 @@ from saelab.activations.cache.writer import begin, check, finish, rewrite, write
 from saelab.activations.stream import Pass, provenance, run_model
 from saelab.corpus.rows import Rows
 from saelab.errors import SaelabError
-from saelab.files import alone
+from saelab.files import locked
 from saelab.progress import Track, silent
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.plan import plan_cache
@@ -64,7 +64,7 @@ def cache(
             plan.check()
         job = Job(replace(settings, device=own_device(settings.device)), say)
         identity = cache_identity(job, wanted)
-        with alone(folder) if rank == 0 else nullcontext():
+        with locked(folder) if rank == 0 else nullcontext():
             finished = begin(folder, identity) if rank == 0 else None
             barrier()
             if finished is None and not (folder / MANIFEST).exists():

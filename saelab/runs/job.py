@@ -16,9 +16,9 @@ from saelab.corpus import Corpus, open_corpus
 from saelab.errors import SaelabError
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
+from saelab.runs import folder
 from saelab.runs.config import RunSettings, find_config, load_config, settings_from
 from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.checkpoint import WEIGHTS
 
 Config = str | Path | Mapping[str, Any] | RunSettings
 Say = Callable[[str], None]
@@ -68,7 +68,7 @@ class Job:
 
     def result_inputs(self, run: Path, section: Any) -> str:
         """Hash of everything a result on held-out text depends on."""
-        weights = hashlib.sha256((run / "sae" / WEIGHTS).read_bytes()).hexdigest()
+        weights = hashlib.sha256(folder.weights(run).read_bytes()).hexdigest()
         return _hash(
             {
                 "weights": weights,

@@ -1,18 +1,17 @@
 """The stages of a run on its folder: train, evaluate, features; and the demo, which is all three.
 
-A run folder holds config.yaml, metrics.jsonl, train.json, sae/ (the checkpoint), eval.json and features/. Every
-result records the hash of what it was made from, so that a stage can tell whether an earlier result still stands.
+Every result in a run folder (`saelab.runs.folder`) records the hash of what it was made from, so that a stage can tell
+whether an earlier result still stands.
 """
 
 import json
 import math
-import os
 import platform
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -25,12 +24,14 @@ from torch import Tensor
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Fidelity, fidelity
 from saelab.errors import SaelabError
 from saelab.features.index import build_features
+from saelab.files import make_folder, replace_folder, translate_errors, write_json, write_whole
 from saelab.progress import Track, silent
+from saelab.runs import folder
 from saelab.runs.config import RunSettings, load_config
 from saelab.runs.feed import open_feed
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.checkpoint import CONFIG, load, save_sae
+from saelab.sae.checkpoint import load, save_sae
 from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
 from saelab.sae.thresholds import CALIBRATION_TOKENS, calibrate
 from saelab.training import trainer
@@ -48,25 +49,26 @@ def train(
 
 def _train(job: Job, force: bool, track: Track) -> Path:
     settings, run, say = job.settings, Path(job.settings.out), job.say
-    _check_free(run, force)
+    folder.check_free(run, force)
     _check_outside(run, settings)
     inputs, feed = job.training_inputs(), open_feed(job, track)
     scale, sae = _initialise(settings, feed.sample)
 
-    if run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     record = {"inputs": inputs, "complete": False, "tokens": 0}
-    _write_json(run / "train.json", record)
+    with translate_errors(run):
+        if run.exists():
+            shutil.rmtree(run)
+        make_folder(run)
+        write_whole(run / folder.SETTINGS, settings.to_yaml())
+        write_json(run / folder.TRAINING, record)
     begin, seen, learnt = time.monotonic(), 0, {}
     t = settings.training
     bounded = track(islice(feed.batches, t.steps), "training", t.steps * t.batch, len)
     complete = False
-    with (run / "metrics.jsonl").open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
+    with (run / folder.METRICS).open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
 
         def log(line: dict[str, Any]) -> None:
-            metrics.write(json.dumps(_jsonable(line)) + "\n")
+            metrics.write(json.dumps(folder.jsonable(line)) + "\n")
             metrics.flush()
 
         def scaled() -> Iterator[trainer.Batch]:
@@ -86,7 +88,8 @@ def _train(job: Job, force: bool, track: Track) -> Path:
         finally:  # also when the data turn out bad: what was learnt so far is kept
             finished = sae.folded(scale)
             finished.metadata |= _metadata(job, scale, inputs, seen, learnt)
-            save_sae(finished, run / "sae")
+            with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
+                save_sae(finished, unfinished)
             record |= {
                 "complete": complete,
                 "tokens": seen,
@@ -95,8 +98,8 @@ def _train(job: Job, force: bool, track: Track) -> Path:
                 "python": platform.python_version(),
                 "torch": torch.__version__,
             }
-            _write_json(run / "train.json", record)
-    say(f"{'trained' if complete else 'stopped'} after {seen:,} tokens; checkpoint in {run / 'sae'}")
+            write_json(run / folder.TRAINING, record)
+    say(f"{'trained' if complete else 'stopped'} after {seen:,} tokens; checkpoint in {run / folder.CHECKPOINT}")
     return run
 
 
@@ -123,7 +126,7 @@ def _evaluate(job: Job, run: Path, track: Track) -> Fidelity:
             f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} say "
             "little about rare features"
         )
-    _write_json(run / "eval.json", {"inputs": job.result_inputs(run, s)} | _jsonable(result.to_dict()))
+    write_json(run / folder.EVALUATION, {"inputs": job.result_inputs(run, s)} | folder.jsonable(result.to_dict()))
     return result
 
 
@@ -138,7 +141,7 @@ def _index(job: Job, run: Path, track: Track) -> dict[str, Any]:
     sae = load(run, job.lm.device)
     inputs = job.result_inputs(run, s)
     return build_features(
-        sae, job.lm, job.held_out(s.tokens), job.settings.site, run / "features", s, inputs, track=track
+        sae, job.lm, job.held_out(s.tokens), job.settings.site, run / folder.FEATURES, s, inputs, track=track
     )
 
 
@@ -151,19 +154,19 @@ def demo(
     """
     job = Job(settings_of(config, overrides), say)
     run = Path(job.settings.out)
-    trained = _read_json(run / "train.json")
-    if trained.get("complete") and trained.get("inputs") == job.training_inputs() and (run / "sae" / CONFIG).is_file():
+    trained = folder.training_record(run)
+    if trained.get("complete") and trained.get("inputs") == job.training_inputs() and folder.has_checkpoint(run):
         say(f"training: {run} is up to date")
     else:
         cut_short = not trained.get("complete") and trained.get("inputs") == job.training_inputs()
         _train(job, force or cut_short, track)
-        if not _read_json(run / "train.json").get("complete"):
+        if not folder.training_record(run).get("complete"):
             raise SaelabError(f"{run}: training was interrupted; run the same command again to start over")
-    if _read_json(run / "eval.json").get("inputs") == job.result_inputs(run, job.settings.eval):
+    if folder.evaluation_inputs(run) == job.result_inputs(run, job.settings.eval):
         say("evaluation: up to date")
     else:
         _evaluate(job, run, track)
-    if _read_json(run / "features" / "summary.json").get("inputs") == job.result_inputs(run, job.settings.features):
+    if folder.features_inputs(run) == job.result_inputs(run, job.settings.features):
         say("features: up to date")
     else:
         _index(job, run, track)
@@ -172,23 +175,8 @@ def demo(
 
 def _open_run(run: str | Path, overrides: Iterable[str], say: Say) -> tuple[Path, Job]:
     run = Path(run)
-    if not (run / "config.yaml").is_file() or not (run / "sae" / CONFIG).is_file():
-        raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")
-    return run, Job(load_config(run / "config.yaml", overrides), say)
-
-
-def _check_free(run: Path, force: bool) -> None:
-    """A run folder may be replaced if asked; anything else is left alone, whatever was asked."""
-    if not run.exists() and not run.is_symlink():
-        parent = next(folder for folder in run.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise SaelabError(f"out: {run} cannot be made, for {parent} is no folder one may write to")
-        return
-    marks = (run / "config.yaml", run / "train.json")
-    if run.is_symlink() or not run.is_dir() or (any(run.iterdir()) and not all(mark.is_file() for mark in marks)):
-        raise SaelabError(f"out: {run} exists and is no run folder; choose another with out=FOLDER")
-    if not force and any(run.iterdir()):
-        raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
+    folder.check_run(run)
+    return run, Job(load_config(run / folder.SETTINGS, overrides), say)
 
 
 def _check_outside(run: Path, settings: RunSettings) -> None:
@@ -281,25 +269,3 @@ def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """NaN is no JSON: None stands for it."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What `path` holds, nothing where it is missing or damaged: then its stage is simply done again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -6,42 +6,43 @@ for each feature and whose entries are active above it; if they are all 0 it is 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from saelab.errors import SaelabError
+from saelab.files import current_folder, make_folder, translate_errors, write_json
+from saelab.sae.layout import CONFIG, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
+from saelab.tensors import write_tensors
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMAT = 1
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write `sae` to `folder`, each file complete or not there at all. Trained thresholds are written as fixed ones.
+    """Write `sae` to `folder`, each file whole or not at all; `replace_folder` of saelab.files replaces both at once.
 
-    Raises SaelabError for a transcoder, which has no format yet.
+    Trained thresholds are written as fixed ones. Raises SaelabError if the files cannot be written, and for a
+    transcoder, which has no format yet.
     """
     if not sae.centred:
         raise SaelabError(f"{folder}: a transcoder (d_out {sae.d_out}) cannot be saved by this version")
     sae = sae.folded(1.0) if sae.log_threshold is not None else sae
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
-        "W_enc": sae.W_enc.detach().T.contiguous().cpu(),
-        "b_enc": sae.b_enc.detach().cpu(),
-        "W_dec": sae.W_dec.detach().contiguous().cpu(),
-        "b_dec": sae.b_dec.detach().cpu(),
+        "W_enc": sae.W_enc.detach().T,
+        "b_enc": sae.b_enc.detach(),
+        "W_dec": sae.W_dec.detach(),
+        "b_dec": sae.b_dec.detach(),
     }
     metadata = {"sae_lens_version": "6.54.12", **sae.metadata}  # >= 6, or SAELens rebuilds and drops our metadata
     metadata["saelab"] = {"format": FORMAT, "k": sae.k, "beta": sae.beta, **metadata.get("saelab", {})}
     architecture = _architecture(sae)
     if architecture == "jumprelu":
         assert sae.threshold is not None
-        tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features).contiguous().cpu()
+        tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features)
     config = {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -55,12 +56,10 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
         "rescale_acts_by_decoder_norm": False,
         "metadata": metadata,
     }
-    temporary = folder / (WEIGHTS + ".tmp")
-    save_file(tensors, temporary)
-    _replace(temporary, folder / WEIGHTS)
-    temporary = folder / (CONFIG + ".tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _replace(temporary, folder / CONFIG)
+    with translate_errors(folder):
+        make_folder(folder)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / CONFIG, config)
 
 
 def _architecture(sae: SparseAutoencoder) -> str:
@@ -75,7 +74,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     Raises SaelabError if there is none, or if it is no TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
     path = Path(path)
-    folder = path / "sae" if (path / "sae" / CONFIG).is_file() else path
+    inner = current_folder(path / FOLDER)
+    folder = inner if (inner / CONFIG).is_file() else current_folder(path)
     if not (folder / CONFIG).is_file():
         raise SaelabError(f"{path}: no checkpoint here ({CONFIG} is missing; give a run folder or its sae/ folder)")
     try:
@@ -124,9 +124,3 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         )
     if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= config["d_sae"]):
         raise SaelabError(f"{folder / CONFIG}: k is {k!r}, not between 1 and d_sae")
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(final)

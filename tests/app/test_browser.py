@@ -103,7 +103,7 @@ def test_a_deep_link_shows_text_as_text_and_a_neighbour_changes_the_address(brow
     page.wait_for_selector(".sl-context")
     assert page.locator("h2").first.inner_text() == "Feature 0"
     assert page.locator(".sl-context").count() == 20
-    first = database.contexts(runs / "whole", 0)[0]
+    first = database.contexts(runs / "whole" / "features", 0)[0]
     shown = page.locator(".sl-context").first
     assert "<script>window.pwned = 1</script>" in shown.inner_text()
     assert shown.locator(".sl-token").count() == len(first.tokens)
@@ -113,7 +113,7 @@ def test_a_deep_link_shows_text_as_text_and_a_neighbour_changes_the_address(brow
         page.locator("img[src='x'], [onmouseover], [onerror], .stMain script, .stMain [href*='example']").count() == 0
     )
 
-    neighbour = database.feature(runs / "whole", 0).neighbours[0][0]
+    neighbour = database.feature(runs / "whole" / "features", 0).neighbours[0][0]
     page.locator(".st-key-neighbours a").first.click()
     page.wait_for_url(f"**/feature?run=whole&feature={neighbour}")
     page.wait_for_function(f"document.querySelector('h2').innerText === 'Feature {neighbour}'")

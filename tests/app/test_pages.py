@@ -87,7 +87,7 @@ def test_the_table_hides_never_active_features_until_asked_and_counts_them(explo
 
 
 def test_the_table_searches_tokens_and_context_text(explorer, runs):
-    whole = database.feature_table(runs / "whole")
+    whole = database.feature_table(runs / "whole" / "features")
     app = explorer(runs, page="features", run="whole")
     app.text_input(key="search").set_value("<SCRIPT>").run()
     expected = whole["feature"][database.search_tokens(whole, "<script>") & (whole["n_active"] > 0)]
@@ -95,13 +95,17 @@ def test_the_table_searches_tokens_and_context_text(explorer, runs):
     app.text_input(key="search").set_value("return self").run()
     assert not app.dataframe and app.info
     app.segmented_control(key="search_in").set_value("context text").run()
-    assert table(app)["feature"].tolist() == database.search_contexts(runs / "whole", "return self").tolist() != []
+    assert (
+        table(app)["feature"].tolist()
+        == database.search_contexts(runs / "whole" / "features", "return self").tolist()
+        != []
+    )
 
 
 def test_the_table_filters_by_density(explorer, runs):
     app = explorer(runs, page="features", run="whole")
     app.slider(key="density_range").set_value((-3.0, -2.0)).run()
-    densities = database.feature_table(runs / "whole")["density"]
+    densities = database.feature_table(runs / "whole" / "features")["density"]
     assert len(table(app)) == densities.between(1e-3, 1e-2).sum() > 0
     assert np.allclose(table(app)["density"] / 100, densities[densities.between(1e-3, 1e-2)])
 
@@ -123,7 +127,7 @@ def test_a_click_on_a_line_opens_its_feature_and_filters_stay(explorer, runs):
 
 def test_a_link_shows_its_feature(explorer, runs):
     app = explorer(runs, run="whole", feature="3")
-    feature = database.feature(runs / "whole", 3)
+    feature = database.feature(runs / "whole" / "features", 3)
     assert app.header[0].value == "Feature 3"
     assert app.metric[0].value == f"{100 * feature.density:.4f}%"
     assert app.metric[1].value == f"{feature.n_active:,} tokens"
@@ -221,8 +225,8 @@ def test_a_missing_folder_beside_runs_is_told_and_the_runs_are_shown(explorer, r
 
 def test_a_damaged_file_is_one_message_that_names_it(explorer, tmp_path):
     run = write_run(tmp_path / "run")
-    (run / database.FEATURES).write_bytes(b"PAR1 no more")
-    assert str(run / database.FEATURES) in message(explorer(run, page="features"))
+    (run / "features" / database.FEATURES).write_bytes(b"PAR1 no more")
+    assert str(run / "features" / database.FEATURES) in message(explorer(run, page="features"))
     (run / "eval.json").write_text("[1, 2]")
     assert "eval.json" in message(explorer(run))
 
@@ -255,7 +259,7 @@ def test_a_run_that_changes_is_read_again(explorer, tmp_path):
     write_features(run, 40, np.random.default_rng(9))
     app.run()
     assert app.metric[0].value != before
-    assert app.metric[1].value == f"{database.feature(run, 2).n_active:,} tokens"
+    assert app.metric[1].value == f"{database.feature(run / 'features', 2).n_active:,} tokens"
     (run / "eval.json").write_text(json.dumps({"fvu": 0.9876}))
     app.switch_page("views/overview.py").run()
     assert "0.9876" in pages_html(app)
@@ -264,12 +268,12 @@ def test_a_run_that_changes_is_read_again(explorer, tmp_path):
 def test_lists_may_be_empty(explorer, tmp_path):
     """At sites whose output does not reach the logits by a sum, there is no logit lens."""
     run = write_run(tmp_path / "run")
-    found = pq.read_table(run / database.FEATURES)
+    found = pq.read_table(run / "features" / database.FEATURES)
     lines = [
         line | {key: [] for key in ("top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits")}
         for line in found.to_pylist()
     ]
-    pq.write_table(type(found).from_pylist(lines, found.schema), run / database.FEATURES)
+    pq.write_table(type(found).from_pylist(lines, found.schema), run / "features" / database.FEATURES)
     app = explorer(run, run="run", feature="1")
     assert not app.error and pages_html(app).count('class="sl-context"') == 20
     assert any("does not reach the logits" in caption.value for caption in app.caption)

@@ -136,7 +136,7 @@ def test_two_commands_at_once_on_one_cache(tmp_path: Path) -> None:
         time.sleep(0.002)
     os.kill(first.pid, signal.SIGSTOP)
     try:
-        assert "another process is writing this cache" in run(arguments, code=2)
+        assert "another process is writing into it" in run(arguments, code=2)
     finally:
         os.kill(first.pid, signal.SIGCONT)
     assert first.communicate(timeout=240)[1] is not None and first.returncode == 0

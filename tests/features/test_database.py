@@ -12,51 +12,36 @@ from tests.app.synthetic_run import HOSTILE, N_TOKENS, NEVER_ACTIVE, write_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def folder(tmp_path_factory):
     # "[", "=" and "*" mean something to tools that take paths for patterns or partitions.
-    return write_run(tmp_path_factory.mktemp("runs") / "a=1[x]*")
+    return write_run(tmp_path_factory.mktemp("runs") / "a=1[x]*") / "features"
 
 
-def test_finds_runs_at_any_level_and_says_how_far_each_came(tmp_path, run):
-    write_run(tmp_path / "sweep" / "k32", features=False, evaluation=False)
-    write_run(tmp_path / "first")
-    (tmp_path / "not-a-run").mkdir()
-    found = database.find_runs(tmp_path)
-    assert [(r.name, r.has_eval, r.has_features) for r in found] == [("first", True, True), ("sweep/k32", False, False)]
-    assert [r.name for r in database.find_runs(run)] == [run.name]
-    assert database.find_runs(tmp_path / "not-a-run") == []
-
-
-def test_a_missing_folder_is_named():
-    with pytest.raises(SaelabError, match="nowhere/at-all"):
-        database.find_runs("nowhere/at-all")
-
-
-def test_the_table_has_every_feature_once_in_order(run):
-    table = database.feature_table(run)
+def test_the_table_has_every_feature_once_in_order(folder):
+    table = database.feature_table(folder)
     assert table["feature"].tolist() == list(range(40))
     assert np.allclose(table["density"], table["n_active"] / N_TOKENS)
     assert table["top_logit_tokens"].tolist()[0] == HOSTILE[:10]
 
 
-def test_the_peak_tokens_are_those_of_the_contexts_strongest_first_and_once_each(run):
-    table = database.feature_table(run)
+def test_the_peak_tokens_are_those_of_the_contexts_strongest_first_and_once_each(folder):
+    table = database.feature_table(folder)
     for index in (0, 3, NEVER_ACTIVE, 39):
-        peaks = [context.tokens[context.peak] for context in database.contexts(run, index)]
+        peaks = [context.tokens[context.peak] for context in database.contexts(folder, index)]
         assert table["peak_tokens"].tolist()[index] == list(dict.fromkeys(peaks))
 
 
-def test_a_feature_is_its_line(run):
-    line = pq.read_table(run / database.FEATURES).to_pylist()[5]
-    found = database.feature(run, 5)
+def test_a_feature_is_its_line(folder):
+    line = pq.read_table(folder / database.FEATURES).to_pylist()[5]
+    found = database.feature(folder, 5)
     assert (found.index, found.density, found.histogram) == (5, line["density"], line["histogram"])
     assert [token for token, _ in found.bottom_logits] == line["bottom_logit_tokens"]
     assert [cosine for _, cosine in found.neighbours] == line["neighbour_cosines"]
     assert len(found.bin_centres) == 50 and found.bin_centres[-1] < found.max_activation
 
 
-def test_contexts_are_sorted_by_strength_and_whole(run):
-    found = database.contexts(run, 0)
+def test_contexts_are_sorted_by_strength_and_whole(folder):
+    found = database.contexts(folder, 0)
     assert [context.rank for context in found] == list(range(20))
     strengths = [context.activation for context in found]
     assert strengths == sorted(strengths, reverse=True)
@@ -66,13 +51,13 @@ def test_contexts_are_sorted_by_strength_and_whole(run):
     assert "" in found[0].tokens and "\n" in found[0].tokens
 
 
-def test_a_never_active_feature_is_one_and_has_no_contexts(run):
-    assert database.feature(run, NEVER_ACTIVE).never_active
-    assert database.contexts(run, NEVER_ACTIVE) == []
+def test_a_never_active_feature_is_one_and_has_no_contexts(folder):
+    assert database.feature(folder, NEVER_ACTIVE).never_active
+    assert database.contexts(folder, NEVER_ACTIVE) == []
 
 
-def test_searching_tokens_equals_looking_at_each(run):
-    table = database.feature_table(run)
+def test_searching_tokens_equals_looking_at_each(folder):
+    table = database.feature_table(folder)
     for text in ("script", "DEF", "$x$", ".*", "\n", "🦊", "nothing has this"):
         expected = [
             any(text.lower() in token.lower() for token in [*top, *peaks])
@@ -81,39 +66,18 @@ def test_searching_tokens_equals_looking_at_each(run):
         assert database.search_tokens(table, text).tolist() == expected
 
 
-def test_a_search_of_contexts_crosses_tokens(run):
-    texts = {i: ["".join(c.tokens).lower() for c in database.contexts(run, i)] for i in range(40)}
+def test_a_search_of_contexts_crosses_tokens(folder):
+    texts = {i: ["".join(c.tokens).lower() for c in database.contexts(folder, i)] for i in range(40)}
     for text in ("import numpy", "return self", "<SCRIPT>", "nothing has this"):
         expected = [i for i, windows in texts.items() if any(text.lower() in window for window in windows)]
-        assert database.search_contexts(run, text).tolist() == expected
+        assert database.search_contexts(folder, text).tolist() == expected
 
 
-def test_the_density_histogram_counts_every_active_feature(run):
-    edges, counts = database.density_histogram(database.feature_table(run))
+def test_the_density_histogram_counts_every_active_feature(folder):
+    edges, counts = database.density_histogram(database.feature_table(folder))
     assert counts.sum() == 39 and len(edges) == len(counts) + 1
-    nothing = database.feature_table(run).query("n_active == 0")
+    nothing = database.feature_table(folder).query("n_active == 0")
     assert database.density_histogram(nothing)[1].sum() == 0
-
-
-def test_settings_metrics_and_evaluation(run, tmp_path):
-    assert "blocks.2" in database.settings_text(run)
-    assert database.metrics(run)["fvu"].iloc[0] == 1.0 and "note" not in database.metrics(run)
-    assert (database.evaluation(run) or {})["l0"] == 31.87
-    bare = write_run(tmp_path / "bare", features=False, evaluation=False)
-    assert database.evaluation(bare) is None
-    (bare / "metrics.jsonl").unlink()
-    assert database.metrics(bare).empty
-
-
-def test_a_line_of_metrics_cut_off_by_a_kill_is_left_out_but_not_one_in_the_middle(tmp_path):
-    run = write_run(tmp_path / "run", features=False)
-    path = run / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole[:-20])
-    assert len(database.metrics(run)) == len(whole.splitlines()) - 1
-    path.write_text("{broken\n" + whole)
-    with pytest.raises(SaelabError, match=r"metrics\.jsonl, line 1"):
-        database.metrics(run)
 
 
 def test_a_run_without_features_says_what_makes_them(tmp_path):
@@ -125,53 +89,50 @@ def test_a_run_without_features_says_what_makes_them(tmp_path):
         lambda r: database.contexts(r, 0),
     ):
         with pytest.raises(SaelabError, match=f"`saelab index {run}`"):
-            read(run)
+            read(run / "features")
 
 
-def test_an_index_out_of_range_says_the_range(run):
+def test_an_index_out_of_range_says_the_range(folder):
     for index in (40, -1, 10**12):
         with pytest.raises(SaelabError, match="0 to 39"):
-            database.feature(run, index)
+            database.feature(folder, index)
 
 
-@pytest.mark.parametrize(
-    "name", ["features/features.parquet", "features/contexts.parquet", "features/summary.json", "eval.json"]
-)
+@pytest.mark.parametrize("name", ["features.parquet", "contexts.parquet", "summary.json"])
 @pytest.mark.parametrize("content", [b"", b"not what it says", b"\xff\xfe\x00PAR1"])
 def test_a_corrupt_file_is_named(tmp_path, name, content):
-    run = write_run(tmp_path / "run")
-    (run / name).write_bytes(content)
-    readers = [database.feature_table, database.summary, database.evaluation, lambda r: database.contexts(r, 0)]
+    folder = write_run(tmp_path / "run") / "features"
+    (folder / name).write_bytes(content)
     messages = []
-    for read in readers:
+    for read in [database.feature_table, database.summary, lambda folder: database.contexts(folder, 0)]:
         try:
-            read(run)
+            read(folder)
         except SaelabError as error:
             messages.append(str(error))
-    assert messages and all(str(run / name) in message for message in messages)
+    assert messages and all(str(folder / name) in message for message in messages)
 
 
 def test_half_a_file_and_a_file_without_a_column_are_named(tmp_path):
-    run = write_run(tmp_path / "run")
-    path = run / database.FEATURES
+    folder = write_run(tmp_path / "run") / "features"
+    path = folder / database.FEATURES
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SaelabError, match=r"features\.parquet"):
-        database.feature_table(run)
+        database.feature_table(folder)
     path.write_bytes(whole)
     pq.write_table(pq.read_table(path).drop_columns(["density"]), path)
     with pytest.raises(SaelabError, match="density"):
-        database.feature_table(run)
-    (run / database.SUMMARY).write_text(json.dumps({"n_tokens": 3}))
+        database.feature_table(folder)
+    (folder / database.SUMMARY).write_text(json.dumps({"n_tokens": 3}))
     with pytest.raises(SaelabError, match=r"summary\.json"):
-        database.summary(run)
+        database.summary(folder)
 
 
-def test_reading_loads_no_language_model_library_and_no_torch(run):
+def test_reading_loads_no_language_model_library_and_no_torch(folder):
     heavy = ["torch", "transformers", "transformer_lens", "datasets", "streamlit"]
     code = (
         "import sys\nfrom saelab.features import database\n"
-        f"database.feature_table({str(run)!r}); database.contexts({str(run)!r}, 0)\n"
+        f"database.feature_table({str(folder)!r}); database.contexts({str(folder)!r}, 0)\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)

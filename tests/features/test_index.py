@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from saelab.errors import SaelabError
 from saelab.features.index import BINS, Activity, build_features, collect_activity, strongest_places
 from saelab.features.settings import FeatureSettings
 from saelab.sae.model import SparseAutoencoder
@@ -109,6 +110,14 @@ def test_a_site_that_does_not_write_the_residual_stream_has_no_logits(tmp_path: 
     )  # as wide as the residual stream
     table = pq.read_table(tmp_path / "features.parquet").to_pandas()
     assert all(len(tokens) == 0 for tokens in table.top_logit_tokens)
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    lm, sae = language_model("gpt2"), SparseAutoencoder(32, 16, 2)
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(SaelabError, match=r"holds thesis\.txt, which is no part of a feature database"):
+        build_features(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS, "inputs")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
 def test_no_activity_at_all_still_makes_whole_tables(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """train, eval and features on models and corpora of other kinds than the demo's, so that nothing works on it alone."""
 
+import errno
 import json
+import os
 import signal
 import threading
 import time
@@ -16,7 +18,7 @@ import torch
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.runs import feed, stages
+from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
 from tests.tiny import CONTEXT, model_folder, text
 
@@ -61,6 +63,9 @@ def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path
     table = pq.read_table(run / "features" / "features.parquet")
     assert summary["n_features"] == table.num_rows == 64
     assert sum(table["n_active"].to_pylist()) == pytest.approx(summary["n_tokens"] * result.l0, rel=0.05)
+
+    names = {folder.SETTINGS, folder.METRICS, folder.TRAINING, folder.CHECKPOINT, folder.EVALUATION, folder.FEATURES}
+    assert {path.name for path in run.iterdir()} == names
 
     sae = saelab.load(run)
     assert sae.metadata["hook_name"] == small(tmp_path, kind)["site"]
@@ -224,6 +229,23 @@ def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monk
     record = json.loads((tmp_path / "run" / "train.json").read_text())
     assert not record["complete"] and record["tokens"] > 0
     assert torch.isfinite(saelab.load(tmp_path / "run").W_dec).all()
+
+
+def test_a_full_disk_while_a_checkpoint_is_written_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_write = os.write
+
+    def full(handle: int, content: memoryview) -> int:
+        if "sae_weights" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really_write(handle, content)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(SaelabError, match=r"sae.*: the disk is full: .* bytes, and [\d,]+ are free; make room"):
+        saelab.train(small(tmp_path))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "train.json"}
+    assert not json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
 
 
 def test_reduced_precision_models_train_and_evaluate(tmp_path: Path) -> None:

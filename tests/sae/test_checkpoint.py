@@ -25,10 +25,12 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_round_trip_from_the_run_folder_and_from_the_checkpoint(saved: Path) -> None:
+def test_round_trip_from_the_run_folder_and_from_the_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(20, 8)
     one, two = saelab.load(saved), saelab.load(saved / "sae")
     assert torch.equal(one(x), two(x))
+    monkeypatch.chdir(saved / "sae")
+    assert torch.equal(saelab.load(".")(x), two(x))
     assert one.metadata["saelab"] == {"format": 1, "k": 3, "beta": 0.0, "seed": 5}
     save_sae(one, saved / "again")
     assert (saved / "again" / "sae_weights.safetensors").read_bytes() == (

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.files import PAGE
+from saelab.tensors import DTYPES
 
 FORMAT = "saelab activations"
 VERSION = 1
@@ -23,7 +23,6 @@ BLOCK_TOKENS = 1024
 """Tokens that share a checksum and stay together until they are shuffled; at d_in 768 in bfloat16, 1.5 MB."""
 ORIGIN = ("tokens", "rows", "positions")
 """The tensors that tell where each token comes from."""
-_SAFETENSORS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
 
 
 class Column(NamedTuple):
@@ -62,7 +61,7 @@ class File(NamedTuple):
         for column in self.columns:
             end = at + column.token_bytes * n
             entries[column.name] = {
-                "dtype": _SAFETENSORS[column.dtype],
+                "dtype": DTYPES[column.dtype],
                 "shape": column.shape(n),
                 "data_offsets": [at, end],
             }
@@ -105,13 +104,6 @@ def files_of(identity: Mapping[str, Any]) -> list[File]:
 
 def shard_name(lane: int, index: int) -> str:
     return f"{lane:02d}-{index:05d}"
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    flat = tensor.reshape(-1)
-    assert flat.data_ptr() == tensor.data_ptr() or not len(flat)
-    return flat.view(torch.uint8).numpy().data.cast("B")
 
 
 def spans(n: int, length: int) -> Iterator[tuple[int, int]]:

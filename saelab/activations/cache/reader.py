@@ -29,11 +29,11 @@ from saelab.activations.cache.layout import (
     activations_file,
     checksum,
     gradients_file,
-    raw,
     read_manifest,
 )
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError, did_you_mean
+from saelab.tensors import raw
 
 _AHEAD = 4
 """Blocks that the system is told of before they are read: a disk answers several requests sooner than one by one."""

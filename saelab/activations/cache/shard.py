@@ -5,7 +5,7 @@ import os
 import queue
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.cache.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, raw, sign, spans
+from saelab.activations.cache.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, sign, spans
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
-from saelab.files import PAGE, sync_folder, temporary, told, write_temporary, write_whole
+from saelab.files import PAGE, sync, temporary, translate_errors, write_temporary, write_whole
+from saelab.tensors import raw
+
+
+def translating(folder: Path, size: int) -> AbstractContextManager[None]:
+    """`translate_errors` for writing `size` bytes into the cache `folder`."""
+    return translate_errors(folder, size, kept="finished shards are kept", elsewhere="choose another --out")
 
 
 class Shard:
@@ -130,7 +136,7 @@ class Shards:
         Raises what has gone wrong with those before.
         """
         if self._last is not None:
-            with self._told():
+            with self._errors_translated():
                 self._last.result()
         self._last = self._threads[0].submit(self._hand_over, shard, position, self._last)
 
@@ -138,7 +144,7 @@ class Shards:
         """The last shard's entry in the manifest, once it is on the disk. Raises what has gone wrong."""
         if self._last is None:
             return None
-        with self._told():
+        with self._errors_translated():
             return self._last.result().result()
 
     def _hand_over(
@@ -185,7 +191,7 @@ class Shards:
             for path in record["files"]:
                 os.replace(temporary(self._folder / path), self._folder / path)
             for name in dict.fromkeys(file.folder for file in files):
-                sync_folder(self._folder / name)
+                sync(self._folder / name)
             if position is not None:
                 write_whole(self._folder / UNFINISHED / f"{record['name']}.json", sign(record | {"next": position}))
         return record
@@ -203,12 +209,12 @@ class Shards:
             raise
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """As `files.told`, once the shard behind the one that failed has been removed too, and its bytes are free."""
+    def _errors_translated(self) -> Iterator[None]:
+        """As `translating`, after the shard that followed the failed one is removed too, and its bytes are free."""
         try:
             yield
         except _Unwritten as error:
-            with told(self._folder, error.size):
+            with translating(self._folder, error.size):
                 raise error.__cause__ or error from None
 
 

@@ -31,10 +31,10 @@ from saelab.activations.cache.layout import (
     shard_name,
     sign,
 )
-from saelab.activations.cache.shard import Shards
+from saelab.activations.cache.shard import Shards, translating
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
-from saelab.files import sync_folder, told, write_whole
+from saelab.files import sync, write_whole
 
 
 class Rows(Protocol):
@@ -73,7 +73,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     elif there is None and folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise SaelabError(f"{folder}: exists and is no activation cache; choose another --out")
     content = sign(identity)
-    with told(folder, len(content)):
+    with translating(folder, len(content)):
         if finished:
             _remove_leftovers(folder, finished.identity)
         else:
@@ -82,7 +82,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
                 write_whole(unfinished / IDENTITY, content)
         for file in files_of(identity):  # of a finished cache too: repair may find a whole site lost
             (folder / file.folder).mkdir(exist_ok=True)
-        sync_folder(folder)
+        sync(folder)
     return finished
 
 
@@ -122,7 +122,7 @@ def write_lane(
                 first_row, index = first_row + shard.rows, index + 1
     if done < quota:
         content = sign({"shards": index})
-        with told(folder, len(content)):
+        with translating(folder, len(content)):
             write_whole(_ended(folder, lane), content)
 
 
@@ -165,7 +165,7 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
             raise SaelabError(f"{folder}: nothing to store: all {skipped:,} tokens are NaN or infinite at some site")
         raise SaelabError(f"{folder}: the text holds no token to store")
     _write_manifest(folder, manifest)
-    with told(folder, 0):
+    with translating(folder, 0):
         _remove_leftovers(folder, identity)
     return manifest
 
@@ -210,7 +210,7 @@ def rewrite(
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     content = manifest.to_bytes()
-    with told(folder, len(content)):
+    with translating(folder, len(content)):
         write_whole(folder / MANIFEST, content)
 
 

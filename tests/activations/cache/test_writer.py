@@ -17,7 +17,7 @@ from saelab.activations.cache.layout import Manifest
 from saelab.activations.cache.writer import begin, check, finish, rewrite, write_lane
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
-from saelab.files import alone
+from saelab.files import locked
 from tests.activations.cache.made import BOS, CONTEXT, SITE, SITES, Rows, contents, forward, identity, values, write
 
 
@@ -239,9 +239,9 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_only_one_writer_at_a_time(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(SaelabError, match="another process is writing"), alone(tmp_path):
+    with locked(tmp_path), pytest.raises(SaelabError, match="another process is writing"), locked(tmp_path):
         pass
-    with alone(tmp_path):
+    with locked(tmp_path):
         pass
 
 

@@ -1,0 +1,186 @@
+"""The names of everything in a run folder, and how it is read. Loads no torch, so that the explorer opens at once.
+
+A run is a folder: its settings as they were resolved, the log and the record of its training, the checkpoint
+(`saelab.sae.checkpoint`), what continuing needs, the evaluation and the feature database (`saelab.features`).
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.errors import SaelabError
+from saelab.features import layout as database
+from saelab.files import current_folder, read_json, translate_read_errors
+from saelab.sae import layout as sae
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SETTINGS = "config.yaml"
+METRICS = "metrics.jsonl"
+TRAINING = "train.json"
+"""What was trained: inputs, tokens, whether it is complete. A folder that holds it is taken for a run."""
+CHECKPOINT = sae.FOLDER
+STATE = "state"
+EVALUATION = "eval.json"
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run folder and how far it has come."""
+
+    path: Path
+    name: str
+    """Where the run lies below the folder that was searched; the folder's own name if it is the run."""
+    has_eval: bool
+    has_features: bool
+
+
+def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
+    """The runs in a folder, sorted by name: the folder itself if it holds `train.json`, otherwise those below it.
+
+    A run is not searched for further runs, and nothing is searched deeper than `depth` levels. Raises SaelabError if
+    there is no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise SaelabError(f"There is no folder {root}. Name a run folder, or a folder that holds run folders.")
+
+    def below(path: Path, levels: int) -> list[Path]:
+        try:
+            if (path / TRAINING).is_file():
+                return [path]
+            inside = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")] if levels else []
+        except PermissionError:  # a folder that may not be read is none of the user's runs
+            return []
+        return [run for p in inside for run in below(p, levels - 1)]
+
+    def info(path: Path) -> RunInfo:
+        name = root.resolve().name if path == root else path.relative_to(root).as_posix()
+        has_features = all(table.is_file() for table in _database(path))
+        return RunInfo(path, name, (path / EVALUATION).is_file(), has_features)
+
+    return [info(path) for path in below(root, depth)]
+
+
+def shown_files(run: Path) -> list[Path]:
+    """The files of a run that the explorer reads; those that are missing are in the list too."""
+    return [run / SETTINGS, run / METRICS, run / EVALUATION, *_database(run)]
+
+
+def settings_text(run: Path | str) -> str:
+    """The run's settings as they were resolved: `config.yaml`, as text."""
+    path = Path(run) / SETTINGS
+    with translate_read_errors(path, "the run's settings", "Train the run again."):
+        return path.read_text(encoding="utf-8")
+
+
+def metrics(run: Path | str) -> "pd.DataFrame":
+    """What training logged: one line per logged step of `metrics.jsonl`, numeric columns only; empty if nothing was.
+
+    A last line that was cut off, as a kill leaves it, is left out.
+    """
+    import pandas as pd
+
+    path = Path(run) / METRICS
+    if not path.is_file():
+        return pd.DataFrame()
+    todo = "Remove that line, or train the run again."
+    with translate_read_errors(path, "training metrics", todo):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is not a JSON object")
+            records.append(record)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise SaelabError(f"{path}, line {number}: this is not a line of training metrics. {todo}") from error
+    return pd.DataFrame(records).select_dtypes("number")
+
+
+def evaluation(run: Path | str) -> dict[str, Any] | None:
+    """The evaluation (`eval.json`, `saelab eval`), name to value; None if the run was not evaluated."""
+    path = Path(run) / EVALUATION
+    return read_json(path, f"`saelab eval {run}` makes it again.") if path.is_file() else None
+
+
+def training_record(run: Path) -> dict[str, Any]:
+    """What `train.json` records: inputs, complete, tokens ...; empty if it is missing or damaged."""
+    return _found(run / TRAINING)
+
+
+def evaluation_inputs(run: Path) -> str | None:
+    """Hash of what the evaluation was made from; None if it is missing or damaged, and has to be made again."""
+    return _found(run / EVALUATION).get("inputs")
+
+
+def features_inputs(run: Path) -> str | None:
+    """Hash of what the feature database was made from; None if it is missing or damaged, and has to be made again."""
+    return _found(features(run) / database.SUMMARY).get("inputs")
+
+
+def features(run: Path | str) -> Path:
+    """The folder of the feature database, which `saelab.features.database` reads; it need not be there."""
+    return current_folder(Path(run) / FEATURES)
+
+
+def _database(run: Path) -> list[Path]:
+    return [features(run) / file for file in (database.FEATURES, database.CONTEXTS, database.SUMMARY)]
+
+
+def weights(run: Path) -> Path:
+    """The file of the checkpoint's weights; it need not be there."""
+    return current_folder(run / CHECKPOINT) / sae.WEIGHTS
+
+
+def has_checkpoint(run: Path) -> bool:
+    return (current_folder(run / CHECKPOINT) / sae.CONFIG).is_file()
+
+
+def check_run(run: Path) -> None:
+    """Raises SaelabError if `run` is not a run folder with a checkpoint."""
+    if not (run / SETTINGS).is_file() or not has_checkpoint(run):
+        raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")
+
+
+def check_free(run: Path, force: bool) -> None:
+    """Raises SaelabError if a new run cannot be written to the folder `run`.
+
+    With `force` an existing run may be replaced; anything else is never replaced.
+    """
+    if not run.exists() and not run.is_symlink():
+        parent = next(folder for folder in run.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise SaelabError(f"out: {run} cannot be made, for {parent} is no folder one may write to")
+        return
+    marks = (run / SETTINGS, run / TRAINING)
+    if run.is_symlink() or not run.is_dir() or (any(run.iterdir()) and not all(mark.is_file() for mark in marks)):
+        raise SaelabError(f"out: {run} exists and is no run folder; choose another with out=FOLDER")
+    if not force and any(run.iterdir()):
+        raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
+
+
+def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with None for NaN and infinite numbers, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty if it is missing or damaged."""
+    try:
+        return read_json(path, "")
+    except SaelabError:
+        return {}
