@@ -8,7 +8,7 @@ reconstructs something else than x (a transcoder); then b_dec is not subtracted 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,12 +94,15 @@ class SparseAutoencoder(nn.Module):
         A token's features do not depend on the other tokens given. With `gradients` of the language model's loss, in
         the shape of x, selection is by the gradient affinity, as in training: an oracle, for they know the next token.
         """
+        return self._encode(x, self.rule, gradients)
+
+    def _encode(self, x: Tensor, rule: Rule, gradients: Tensor | None = None) -> Codes:
         centred = self._centre(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         aligned = alignment(None if gradients is None else gradients.reshape(-1, self.d_in), self.beta)
-        encoder, scratch = self.encoder, Scratch()  # of its own: several threads may encode at once
-        ((pattern, pre),), _ = select(encoder, self.W_dec, centred, [self.rule], aligned, scratch=scratch)
+        scratch = Scratch()  # of its own: several threads may encode at once
+        ((pattern, pre),), _ = select(self.encoder, self.W_dec, centred, [rule], aligned, scratch=scratch)
         assert pre is not None
-        return pattern.with_values(encoder.values(pre, pattern)).compact()
+        return pattern.with_values(self.encoder.values(pre, pattern)).compact()
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction of each token, ``[tokens, d_out]``."""
@@ -163,25 +166,26 @@ class SparseAutoencoder(nn.Module):
             self.W_enc.normal_()
             self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
             self.b_enc.copy_(-self.W_enc @ sample.mean(0))
-        tokens = 4096 if self.rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.n_features))
-        first = spmm(self.encode(sample[:tokens]), self.W_dec)
+        # trained thresholds come afterwards, where k entries are active
+        rule = self.rule if self.log_threshold is None else TokenChoice(self.k)
+        tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.n_features))
+        first = spmm(self._encode(sample[:tokens], rule), self.W_dec)
         factor = ((wanted[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
         self.W_enc.mul_(factor)
         if not self.centred:
             self.b_enc.mul_(factor)
 
     @torch.no_grad()
-    def train_thresholds(self, sample: Tensor, bandwidth: float, *, l0: float, threshold: float | None = None) -> None:
-        """Make it a JumpReLU autoencoder whose thresholds are trained, all beginning at `threshold`.
+    def train_thresholds(self, threshold: float, bandwidth: float) -> None:
+        """Make it a JumpReLU autoencoder with trained thresholds, float32, which all begin at `threshold`."""
+        start = torch.full((self.n_features,), max(threshold, bandwidth / 2), device=self.W_enc.device)
+        self.threshold, self.bandwidth, self.log_threshold = None, bandwidth, nn.Parameter(start.float().log())
 
-        Default: where `l0` entries of a token of `sample` ``[tokens, d_in]`` are active on average.
-        """
-        if threshold is None:
-            pre = self.pre_activations(sample[: max(1, min(1024, _MOST_ENTRIES // self.n_features))])
-            threshold = pre.flatten().topk(max(1, min(round(l0 * len(pre)), pre.numel()))).values[-1].item()
-        start = torch.full((self.n_features,), max(threshold, bandwidth / 2), dtype=torch.float32)
-        self.threshold, self.bandwidth = None, bandwidth
-        self.log_threshold = nn.Parameter(start.log().to(self.W_enc.device))
+    @torch.no_grad()
+    def threshold_for(self, l0: float, sample: Tensor) -> float:
+        """The threshold above which `l0` entries of a token of `sample` ``[tokens, d_in]`` lie on average."""
+        pre = self.pre_activations(sample[: max(1, min(1024, _MOST_ENTRIES // self.n_features))])
+        return pre.flatten().topk(max(1, min(round(l0 * len(pre)), pre.numel()))).values[-1].item()
 
     @torch.no_grad()
     def renormalise_decoder(self) -> None:
@@ -221,6 +225,17 @@ class SparseAutoencoder(nn.Module):
         return x - self.b_dec if self.centred else x
 
 
+def bare_autoencoder(settings: SaeSettings, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
+    """An autoencoder for a training by `settings`, whose weights have no values yet; with `d_out` a transcoder."""
+    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, d_out=d_out)
+    threshold = allocation_of(settings).initial_threshold
+    if threshold is not None:
+        sae.threshold = torch.full((1,), threshold)
+    if settings.encoder.name == "jumprelu":
+        sae.train_thresholds(1.0, settings.encoder.bandwidth)
+    return sae
+
+
 def new_autoencoder(
     settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None
 ) -> SparseAutoencoder:
@@ -230,26 +245,13 @@ def new_autoencoder(
     """
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]
-    sae = SparseAutoencoder(sample.shape[1], settings.n_features, settings.k, d_out=d_out).to(sample.device)
-    threshold = allocation_of(settings).initial_threshold
-    if threshold is not None:
-        sae.threshold = torch.full((1,), threshold, device=sample.device)
+    sae = bare_autoencoder(settings, sample.shape[1], d_out).to(sample.device)
     sae.initialise(sample, settings.b_dec_init, target)
-    ENCODERS[settings.encoder.name](sae, settings, sample)
+    if sae.log_threshold is not None:
+        options = settings.encoder
+        start = options.threshold or sae.threshold_for(settings.sparsity.target_l0 or settings.k, sample)
+        sae.train_thresholds(start, options.bandwidth)
     return sae
-
-
-def _start_jumprelu(sae: SparseAutoencoder, settings: SaeSettings, sample: Tensor) -> None:
-    options = settings.encoder
-    l0 = settings.sparsity.target_l0 or settings.k
-    sae.train_thresholds(sample, options.bandwidth, l0=l0, threshold=options.threshold)
-
-
-ENCODERS: dict[str, Callable[[SparseAutoencoder, SaeSettings, Tensor], None]] = {
-    "linear": lambda sae, settings, sample: None,
-    "jumprelu": _start_jumprelu,
-}
-"""What remains to be done to start each encoder, once the weights are there."""
 
 
 @torch.no_grad()

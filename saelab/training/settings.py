@@ -1,12 +1,30 @@
 """How long and how fast an autoencoder is trained."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from saelab.errors import SettingError
 
 MAX_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 0.10
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the state of a training is written, from which `saelab train --resume` goes on."""
+
+    minutes: float | None = 10.0
+    """Minutes of training between two; null: not by time."""
+    tokens: int | None = None
+    """Tokens between two; null: not by tokens."""
+    keep: int = 2
+    """How many are kept, the last ones. Each takes three times the autoencoder, in float32."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "tokens", "keep"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingError(f"{name}: {value} is not a positive number")
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,7 @@ class TrainingSettings:
     """Largest norm of the gradient."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "log_every"):

@@ -130,7 +130,7 @@ def test_trained_thresholds_are_saved_and_loaded_to_the_bit(tmp_path: Path) -> N
     sae = SparseAutoencoder(8, 16, 3)
     x = torch.randn(50, 8)
     sae.initialise(x)
-    sae.train_thresholds(x, 0.05, l0=3)
+    sae.train_thresholds(sae.threshold_for(3, x), 0.05)
     assert sae.log_threshold is not None
     sae.log_threshold.data += torch.linspace(-0.5, 0.5, 16)
     save_sae(sae, tmp_path)

@@ -20,7 +20,7 @@ def make() -> tuple[SparseAutoencoder, Tensor]:
     sae = SparseAutoencoder(D, F, 4).double()
     x = torch.randn(N, D, dtype=torch.float64) + 1
     sae.initialise(x)
-    sae.train_thresholds(x, BANDWIDTH, l0=4)
+    sae.train_thresholds(sae.threshold_for(4, x), BANDWIDTH)
     assert sae.log_threshold is not None
     sae.log_threshold.data = sae.log_threshold.data.double() + 0.2 * torch.randn(F, dtype=torch.float64)
     return sae, x
@@ -109,9 +109,10 @@ def test_l1_equals_its_dense_formula_and_reaches_encoder_and_decoder_lengths() -
 @pytest.mark.parametrize("target", [2.0, 6.0])
 def test_thresholds_begin_where_the_target_is_met(target: float) -> None:
     sae, x = make()
-    sae.train_thresholds(x, 0.01, l0=target)
+    sae.log_threshold = None
+    sae.train_thresholds(sae.threshold_for(target, x), 0.01)
     assert sae.encode(x).nnz / N == pytest.approx(target, rel=0.02)
-    sae.train_thresholds(x, 0.01, l0=target, threshold=0.75)
+    sae.train_thresholds(0.75, 0.01)
     assert sae.log_threshold is not None and sae.log_threshold.dtype == torch.float32
     torch.testing.assert_close(sae.log_threshold.detach().exp(), torch.full((F,), 0.75))
 

@@ -1,0 +1,71 @@
+"""State of a training on the disk, for exact resume: nested dictionaries as one safetensors and one JSON file.
+
+Tensors keep their bits, and so do numbers: JSON writes a float with as many digits as tell it from every other.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from saelab.errors import SaelabError
+from saelab.files import write_json
+from saelab.tensors import write_tensors
+
+TENSORS, VALUES = "state.safetensors", "state.json"
+FORMAT = 1
+_TENSOR = "$tensor"
+"""In the JSON file, an object with this key alone stands for the tensor of that name."""
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state`, dictionaries of tensors, numbers, strings, lists and None, into the folder `folder`.
+
+    Wrap it in `replace_folder` of saelab.files, so that both files are there or neither. Raises SaelabError if they
+    cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    values = _without_tensors(state, "", tensors)
+    write_tensors(folder / TENSORS, tensors)
+    write_json(folder / VALUES, {"format": FORMAT, "state": values})
+
+
+def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state that `save_state` wrote, its tensors on `device`, except those of names that begin with rng.
+
+    Raises SaelabError if it is missing, damaged, or of another version.
+    """
+    try:
+        found = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+        with safe_open(folder / TENSORS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        version, values = found["format"], found["state"]
+        if version == FORMAT:
+            return _with_tensors(values, tensors, torch.device(device))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SaelabError(f"{folder}: the state of the training cannot be read: {error!r}") from error
+    raise SaelabError(
+        f"{folder}: is of version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
+    )
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(item, f"{name}/{key}" if name else key, tensors) for key, item in value.items()}
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            name = value[_TENSOR]
+            return tensors[name] if name.startswith("rng") else tensors[name].to(device)
+        return {key: _with_tensors(item, tensors, device) for key, item in value.items()}
+    return value
