@@ -121,6 +121,12 @@ def recover_folder(path: Path) -> None:
         shutil.rmtree(temporary(path))
 
 
+def remove_folder(path: Path) -> None:
+    """Remove the folder `path`, which never is there in part. Raises OSError."""
+    os.replace(path, temporary(path))
+    shutil.rmtree(temporary(path))
+
+
 def current_folder(path: Path) -> Path:
     """Where the content of `path`, a folder that `replace_folder` writes, is now: `path`, or after a kill NAME.old.tmp.
 

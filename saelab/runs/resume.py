@@ -1,0 +1,117 @@
+"""What a training needs to go on exactly where it stopped: checkpoints of its state, and settings that still hold.
+
+A run keeps the last few states in its folder `state/`, each in a folder named by the steps taken, whole or absent.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.errors import SaelabError
+from saelab.files import make_folder, remove_folder, replace_folder, translate_errors
+from saelab.runs import folder
+from saelab.runs.config import RunSettings, load_config
+from saelab.training.settings import CheckpointSettings
+from saelab.training.state import VALUES, load_state, save_state
+
+FREE = frozenset(
+    {
+        "out",
+        "device",
+        "training.log_every",
+        "training.checkpoint.minutes",
+        "training.checkpoint.tokens",
+        "training.checkpoint.keep",
+    }
+)
+"""Settings that may be others when a run is resumed: they change nothing that is trained."""
+RAISED = frozenset({"training.tokens"})
+"""Settings that may be larger. The schedules of the run go by the new value from then on."""
+SAME = frozenset(
+    """
+    site seed context
+    model.name model.dtype model.device_map
+    corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
+    corpus.max_tokens
+    activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache.path
+    activations.cache.buffer_tokens activations.special_tokens
+    cache.dtype cache.sites cache.gradients cache.rows_per_forward cache.shard_tokens cache.lanes cache.nonfinite
+    sae.n_features sae.k sae.encoder.name sae.encoder.bandwidth sae.encoder.threshold sae.affinity.name
+    sae.affinity.beta sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
+    sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
+    sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
+    sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.freeze
+    training.batch training.lr training.warmup training.decay training.clip
+    eval.tokens eval.ce_tokens eval.rows_per_forward
+    features.tokens features.contexts features.window features.rows_per_forward
+    """.split()
+)
+"""Settings that must be the run's. A new setting belongs into one of the three sets."""
+
+
+def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
+    """`settings`, for the run in the folder `run`. Raises SaelabError, with both values, if they do not fit it."""
+    before, now = leaves(asdict(load_config(run / folder.SETTINGS))), leaves(asdict(settings))
+    wrong = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new or name in FREE or (name in RAISED and new > old):
+            continue
+        wrong.append(f"{name}: is {old} in the run, not {new}" + (" (it can only be raised)" if name in RAISED else ""))
+    if wrong:
+        raise SaelabError(f"{run}: cannot be resumed with other settings; {'; '.join(wrong)}")
+    return settings
+
+
+def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The single settings of a nested mapping, by their names with dots. An empty section counts as None."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
+
+
+class Checkpoints:
+    """Writes the state of a run now and then, and keeps the last few."""
+
+    def __init__(self, run: Path, settings: CheckpointSettings) -> None:
+        self.folder, self.settings = run / folder.STATE, settings
+        self._time, self._tokens = time.monotonic(), 0
+
+    def due(self, tokens: int) -> bool:
+        """Whether so many minutes, or tokens of training, have passed since the last one."""
+        minutes, every = self.settings.minutes, self.settings.tokens
+        by_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
+        return by_time or (every is not None and tokens // every > self._tokens // every)
+
+    def save(self, steps: int, tokens: int, state: Mapping[str, Any]) -> Path:
+        """Write `state`. If that fails, as on a full disk, those before are still there."""
+        path = self.folder / f"{steps:09d}"
+        with translate_errors(self.folder, kept="the run's earlier states are kept"):
+            make_folder(self.folder)
+            with replace_folder(path) as unfinished:
+                save_state(unfinished, {**state, "rng": torch.get_rng_state()})
+        for older in states(self.folder.parent)[: -self.settings.keep]:
+            remove_folder(older)
+        self._time, self._tokens = time.monotonic(), tokens
+        return path
+
+
+def states(run: Path) -> list[Path]:
+    """The complete states of a run, in order of their steps."""
+    found = (run / folder.STATE).glob("[0-9]*")
+    return sorted(path for path in found if path.name.isdecimal() and (path / VALUES).is_file())
+
+
+def last_state(run: Path, device: torch.device) -> dict[str, Any] | None:
+    """The last complete state of a run, its tensors on `device`; None if there is none. Sets torch's random state."""
+    found = states(run)
+    if not found:
+        return None
+    state = load_state(found[-1], device)
+    torch.set_rng_state(state["rng"])
+    return state

@@ -1,0 +1,286 @@
+"""The training stage: from a config to a run folder with a checkpoint, or on from where a run stopped."""
+
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.activations.cache.layout import difference
+from saelab.activations.source import Source
+from saelab.activations.stream import ActivationBatch, provenance
+from saelab.errors import SaelabError
+from saelab.files import locked, replace_folder, translate_errors, write_json, write_whole
+from saelab.progress import Track, silent
+from saelab.runs import folder
+from saelab.runs.calibration import calibrate, calibration_rows
+from saelab.runs.config import RunSettings, load_config
+from saelab.runs.feed import open_source
+from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.resume import Checkpoints, last_state, resumed_settings
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.checkpoint import save_sae
+from saelab.sae.model import Batch, bare_autoencoder, new_autoencoder
+from saelab.sae.thresholds import CALIBRATION_TOKENS
+from saelab.training.trainer import Trainer
+
+
+def train(
+    config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = quiet
+) -> Path:
+    """Train an autoencoder as `config` says; returns the run folder.
+
+    An existing run folder is never overwritten without `force`. Ctrl-C and SIGTERM finish the step and save the state;
+    `resume` goes on from there.
+    """
+    return begin(Job(settings_of(config, overrides), say), force, track)
+
+
+def resume(
+    run: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    config: Config | None = None,
+    track: Track = silent,
+    say: Say = quiet,
+) -> Path:
+    """Go on with the training in the folder `run` from its last state, or from the beginning if it has none.
+
+    It then is, to the bit on a CPU with as many threads, as if it had never stopped. `overrides` may raise
+    `training.tokens` and change the device, the log and the interval of states; any other difference, also in `config`,
+    is refused. Raises SaelabError then, and if model, text or cache are not those of the run.
+    """
+    run = Path(run)
+    if not (run / folder.SETTINGS).is_file() or not (run / folder.TRAINING).is_file():
+        raise SaelabError(f"{run}: not a run folder (`saelab train CONFIG` makes one)")
+    settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
+    return go_on(Job(resumed_settings(run, replace(settings, out=str(run))), say), track)
+
+
+def begin(job: Job, force: bool, track: Track) -> Path:
+    """Train `job` from its beginning."""
+    settings, run = job.settings, Path(job.settings.out)
+    folder.check_free(run, force)
+    _check_outside(run, settings)
+    source = open_source(job, track)
+    record = {"inputs": job.training_inputs(), "complete": False, "tokens": 0}
+    scale, trainer = _start(job, source)
+    with translate_errors(run), replace_folder(run) as unfinished:
+        write_whole(unfinished / folder.SETTINGS, settings.to_yaml())
+        write_json(unfinished / folder.TRAINING, record)
+    return _run(job, trainer, source, scale, 0.0, track)
+
+
+def go_on(job: Job, track: Track) -> Path:
+    """Train `job` from the last state in its run folder."""
+    settings, run = job.settings, Path(job.settings.out)
+    state = last_state(run, job.lm.device)
+    if state is None:
+        job.say(f"{run}: no state was saved so far; training begins anew")
+        return begin(job, True, track)
+    differs = difference(state["provenance"], _provenance(job))
+    if differs:
+        raise SaelabError(f"{run}: was trained on something else than can be read now: its {differs}")
+    trainer = Trainer(
+        bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(job.lm.device), settings.training, settings.sae
+    )
+    trainer.load_state_dict(state["trainer"])
+    if trainer.finished:
+        job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N goes on to more")
+        return run
+    job.say(f"{run}: training goes on after {trainer.tokens:,} tokens")
+    with translate_errors(run):
+        write_whole(run / folder.SETTINGS, settings.to_yaml())
+        write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
+    source = open_source(job, track, state["source"])
+    return _run(job, trainer, source, state["input_scale"], state["seconds"], track)
+
+
+def _start(job: Job, source: Source) -> tuple[float, Trainer]:
+    """The input scale, which makes E||x||^2 = d_in over the first activations, and the trainer that begins there."""
+    settings, sample = job.settings, source.sample()
+    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).double().mean().item())
+    sae = new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
+    return scale, Trainer(sae, settings.training, settings.sae)
+
+
+def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: float, track: Track) -> Path:
+    """Train to the end, or until a signal; write states on the way and the checkpoint at the end."""
+    settings, run, say, device = job.settings, Path(job.settings.out), job.say, job.lm.device
+    checkpoints, began = Checkpoints(run, settings.training.checkpoint), time.monotonic() - seconds
+    left = settings.training.tokens - trainer.tokens
+
+    def save() -> Path:
+        metrics.flush()
+        state = {"trainer": trainer.state_dict(), "source": source.state(), "provenance": _provenance(job)}
+        state |= {"input_scale": scale, "seconds": time.monotonic() - began}
+        return checkpoints.save(trainer.steps, trainer.tokens, state)
+
+    def scaled(batch: ActivationBatch) -> Batch:
+        gradients = None if batch.gradients is None else batch.gradients.to(device).float()
+        return Batch(batch.values.to(device).float() * scale, gradients=gradients)
+
+    with (
+        locked(run),
+        (run / folder.METRICS).open("a", encoding="utf-8") as metrics,
+        interruptible(say) as interrupted,
+    ):
+        between_steps = True
+        try:
+            for batch in track(source, "training", left, len):
+                between_steps = False
+                line = trainer.step(scaled(batch))
+                between_steps = True
+                if line is not None:
+                    line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
+                    metrics.write(json.dumps(folder.jsonable(line)) + "\n")
+                if trainer.finished or interrupted():
+                    break
+                if checkpoints.due(trainer.tokens):
+                    save()
+            path = save()
+            if not trainer.finished:
+                say(f"stopped after {trainer.tokens:,} tokens; `saelab train --resume {run}` goes on (state: {path})")
+        except SaelabError:  # bad data: what was learnt so far is kept
+            if between_steps and trainer.steps:
+                save()
+            _finish(job, trainer, scale, time.monotonic() - began, {})
+            raise
+        finally:
+            source.close()
+        trainer.release()
+        _finish(job, trainer, scale, time.monotonic() - began, _calibrated(job, trainer, scale, track))
+    if trainer.finished:
+        say(f"trained on {trainer.tokens:,} tokens; checkpoint in {run / folder.CHECKPOINT}")
+    return run
+
+
+def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
+    """Set the thresholds that inference needs, on held-out text after the rows of evaluation; what is recorded of it."""
+    densities, settings = trainer.trained().densities, job.settings
+    if densities is None:
+        return {}
+    rows, enough = calibration_rows(job.held_out(settings.eval.tokens + CALIBRATION_TOKENS), settings.eval.tokens)
+    if not enough:
+        job.say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
+    facts = calibrate(
+        trainer.sae,
+        job.lm,
+        rows,
+        settings.site,
+        densities,
+        scale=scale,
+        rows_per_forward=settings.eval.rows_per_forward,
+        track=track,
+    )
+    if facts["rough_thresholds"]:
+        job.say(
+            f"note: {facts['rough_thresholds']:,} features expect fewer than 10 hits in calibration; their thresholds "
+            "are rough"
+        )
+    return facts
+
+
+def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, learnt: dict[str, Any]) -> None:
+    """Write the checkpoint, and the record of the training."""
+    run, trained = Path(job.settings.out), trainer.trained()
+    inputs = job.training_inputs()
+    sae = trainer.sae.folded(scale)
+    sae.metadata |= _metadata(job, scale, inputs, trained.tokens, trained.facts | learnt)
+    with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
+        save_sae(sae, unfinished)
+    record = {
+        "inputs": inputs,
+        "complete": trainer.finished,
+        "tokens": trained.tokens,
+        "seconds": seconds,
+        "input_scale": scale,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    write_json(run / folder.TRAINING, record)
+
+
+def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint says of its origin: SAELens' keys, and ours under `saelab`."""
+    s, tokenizer = job.settings, job.lm.tokenizer
+    return {
+        "model_name": job.lm.name,
+        "model_class_name": "TransformerBridge",
+        "hook_name": s.site,
+        "context_size": s.context,
+        "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
+        "dataset_path": s.corpus.source,
+        "exclude_special_tokens": not s.activations.special_tokens,
+        "training_architecture": allocation_of(s.sae).saelens,
+        "saelab": {
+            "inputs": inputs,
+            "tokens": tokens,
+            "seed": s.seed,
+            "input_scale": scale,
+            "model_folded": False,
+            "model_fingerprint": job.lm.fingerprint,
+            **asdict(s.sae),
+            **learnt,
+        },
+    }
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    facts = provenance(job.lm, job.corpus, special_tokens=job.settings.activations.special_tokens)
+    return json.loads(json.dumps(facts))
+
+
+def _lines_before(metrics: Path, steps: int) -> str:
+    """The lines of the log of the first `steps` steps: what a killed training logged after its last state goes."""
+    if not metrics.is_file():
+        return ""
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] >= steps:
+                break
+        except ValueError:  # cut off by the kill
+            break
+        kept.append(line + "\n")
+    return "".join(kept)
+
+
+def _check_outside(run: Path, settings: RunSettings) -> None:
+    """What the run reads must not lie in the folder that it replaces."""
+    cache = settings.activations.cache
+    read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
+    for name, source in read.items():
+        path = source and Path(source).expanduser()
+        if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
+            raise SaelabError(f"out: {run} would be replaced, and {name} {path} lies in it; choose another out=FOLDER")
+
+
+@contextmanager
+def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
+    """Within, a first Ctrl-C or SIGTERM only sets a flag, which the yielded function returns; a second interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield asked.is_set
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("finishing the step, then saving (Ctrl-C again stops at once)")
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
