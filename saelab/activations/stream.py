@@ -40,6 +40,16 @@ class ActivationBatch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors, in the order above; gradients only if there are any."""
+        fields = (self.values, self.tokens, self.rows, self.positions)
+        return fields if self.gradients is None else (*fields, self.gradients)
+
+    def __getitem__(self, index: Tensor | slice) -> "ActivationBatch":
+        """The tokens at `index`: a copy for indices, a view for a slice."""
+        return ActivationBatch(*(field[index] for field in self.fields))
+
 
 class Pass(NamedTuple):
     """What one pass of the model over some rows gives."""
