@@ -81,8 +81,8 @@ def shuffled(
 ) -> Iterator[ActivationBatch]:
     """The same tokens in batches of `batch_tokens`, shuffled in groups of `group_tokens`.
 
-    Every token comes once. Batches of the last group may be smaller, as that group may be. For batches that come from
-    anywhere; a `Source` (source.py) can also say where it is and go on from there.
+    Every token comes once. The last group may be smaller, and so may its batches. To go on from some batch later, use a
+    `Source` (source.py).
     """
     group, number = Group(group_tokens(buffer_tokens, batch_tokens)), 0
     for batch in batches:

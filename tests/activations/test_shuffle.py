@@ -23,6 +23,7 @@ def pieces(batch: ActivationBatch, sizes: list[int]) -> list[ActivationBatch]:
     return [batch[end - size : end] for end, size in zip(ends.tolist(), sizes, strict=True)]
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 400), batch=st.integers(1, 450), seed=st.integers(0, 2**64), group=st.integers(0, 10**6))
 def test_a_group_is_cut_into_the_fewest_equal_batches_from_any_batch_on(n, batch, seed, group) -> None:
     batches = cut_group(n, batch, seed, group)
@@ -55,6 +56,7 @@ def test_a_groups_order_depends_on_seed_and_group_and_not_on_the_batch() -> None
     assert generator(1, 5).random() == first, "not on what others have drawn"
 
 
+@settings(deadline=None)
 @given(buffer=st.integers(1, 10**7), batch=st.integers(1, 10**5))
 def test_a_group_is_whole_batches_and_no_more_than_the_buffer_but_for_two(buffer: int, batch: int) -> None:
     n = group_tokens(buffer, batch)
