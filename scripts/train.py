@@ -18,10 +18,12 @@ from saelab import (
     open_corpus,
     save_sae,
 )
-from saelab.activations.stream import read_activations, shuffled_batches
+from saelab.activations.shuffle import shuffled
+from saelab.activations.stream import read_activations
 from saelab.features.index import build_features
 from saelab.features.settings import FeatureSettings
 from saelab.progress import bar
+from saelab.sae.model import Batch
 from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import train
@@ -45,9 +47,9 @@ def main() -> None:
     sae = SparseAutoencoder(sample.shape[1], SAE.n_features, SAE.k).to(lm.device)
     sae.initialise(sample * scale)
 
-    batches = shuffled_batches(itertools.chain(head, activations), TRAINING.batch, buffer_tokens=131_072, seed=SEED)
+    batches = shuffled(itertools.chain(head, activations), TRAINING.batch, buffer_tokens=131_072, seed=SEED)
     batches = bar(batches, "training", TRAINING.tokens, len)
-    train(sae, (batch.values * scale for batch in batches), TRAINING, SAE)
+    train(sae, (Batch(batch.values * scale) for batch in batches), TRAINING, SAE)
 
     sae = sae.folded(scale).requires_grad_(False)  # from here on it takes activations as the model gives them
     sae.metadata |= {"model_name": lm.name, "hook_name": SITE, "context_size": CONTEXT}

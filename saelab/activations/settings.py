@@ -9,10 +9,11 @@ from saelab.lm.settings import dtype_name
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Straight from the language model, nothing on disk (stream.py)."""
+    """Straight from the language model, nothing on disk (source.py)."""
 
     buffer_tokens: int = 131_072
-    """Tokens that are shuffled together; at d_in 256, 137 MB, with gradients 272 MB."""
+    """Tokens that are shuffled together, rounded down to whole batches, at least two; at d_in 256, 138 MB, with
+    gradients 273 MB."""
     rows_per_forward: int = 32
     """Rows in one forward pass of the language model."""
 

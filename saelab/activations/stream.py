@@ -1,11 +1,4 @@
-"""Activations straight from the model, shuffled across rows through a bounded buffer; nothing touches the disk.
-
-The buffer fills up; a random half of it goes out as batches; new activations take the places that became free, and so
-on until the rows end and the rest goes out. Every ordinary token of the rows comes out exactly once (with gradients:
-every one that a loss depends on), in an order that depends on the seed alone. Memory: ``buffer_tokens * (4 * d_in +
-24)`` bytes, ``buffer_tokens * (8 * d_in + 24)`` with gradients, beside one pass of the model and one batch; on a GPU up
-to twice that while a run fills its first buffer.
-"""
+"""Activations straight from the model, in reading order; nothing touches the disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +32,16 @@ class ActivationBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def fields(self) -> tuple[Tensor, ...]:
+        """The tensors, in the order above; gradients only if there are any."""
+        fields = (self.values, self.tokens, self.rows, self.positions)
+        return fields if self.gradients is None else (*fields, self.gradients)
+
+    def __getitem__(self, index: Tensor | slice) -> "ActivationBatch":
+        """The tokens at `index`: a copy for indices, a view for a slice."""
+        return ActivationBatch(*(field[index] for field in self.fields))
 
 
 class Pass(NamedTuple):
@@ -91,15 +94,16 @@ def read_activations(
     site: str,
     rows_per_forward: int,
     *,
+    first_row: int = 0,
     gradients: bool = False,
     special_tokens: bool = False,
 ) -> Iterator[ActivationBatch]:
-    """What `run_model` keeps of all `rows`, in reading order, one batch per forward pass.
+    """What `run_model` keeps of all `rows`, in reading order, one batch per forward pass that gives any.
 
-    Raises SaelabError, with site, row and position, where the model gives NaN or infinity.
+    `first_row` is the number of the first row. Raises SaelabError, with site, row and position, if the model gives NaN
+    or infinity.
     """
-    rows = iter(rows)
-    first = 0
+    rows, first = iter(rows), first_row
     while block := list(islice(rows, rows_per_forward)):
         ids = torch.from_numpy(np.stack(block))
         kept, values, slopes = run_model(lm, ids, [site], gradients=gradients, special_tokens=special_tokens)
@@ -121,41 +125,3 @@ def _check_finite(batch: ActivationBatch, lm: LanguageModel, site: str) -> None:
             f"{site}: {lm.name} gives NaN or infinite {what} at row {int(batch.rows[bad])}, position "
             f"{int(batch.positions[bad])}; a wider `model: {{dtype: float32}}` may help"
         )
-
-
-def shuffled_batches(
-    batches: Iterable[ActivationBatch], batch_tokens: int, buffer_tokens: int, seed: int
-) -> Iterator[ActivationBatch]:
-    """The same tokens in batches of `batch_tokens` (the last may be smaller), shuffled through the buffer."""
-    generator = torch.Generator().manual_seed(seed)
-    capacity = max(buffer_tokens, 2 * batch_tokens)
-    outgoing = capacity // 2 // batch_tokens * batch_tokens  # whole batches: only the last of all may be smaller
-    buffer: ActivationBatch | None = None
-    free = torch.arange(capacity)
-    for batch in batches:
-        buffer = buffer or _empty_like(batch, capacity)
-        while len(batch):
-            if not len(free):
-                free = torch.randperm(capacity, generator=generator)[:outgoing]
-                yield from (_select(buffer, slots) for slots in free.split(batch_tokens))
-            slots, free = free[: len(batch)], free[len(batch) :]
-            for held, new in zip(_fields(buffer), _fields(batch), strict=True):
-                held[slots] = new[: len(slots)]
-            batch = _select(batch, slice(len(slots), None))
-    if buffer is not None:
-        taken = torch.ones(capacity, dtype=torch.bool).index_fill_(0, free, False).nonzero().squeeze(1)
-        order = taken[torch.randperm(len(taken), generator=generator)]
-        yield from (_select(buffer, slots) for slots in order.split(batch_tokens) if len(slots))
-
-
-def _fields(batch: ActivationBatch) -> tuple[Tensor, ...]:
-    fields = (batch.values, batch.tokens, batch.rows, batch.positions)
-    return fields if batch.gradients is None else (*fields, batch.gradients)
-
-
-def _select(batch: ActivationBatch, index: Tensor | slice) -> ActivationBatch:
-    return ActivationBatch(*(field[index] for field in _fields(batch)))
-
-
-def _empty_like(batch: ActivationBatch, capacity: int) -> ActivationBatch:
-    return ActivationBatch(*(field.new_empty(capacity, *field.shape[1:]) for field in _fields(batch)))

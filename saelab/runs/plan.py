@@ -23,7 +23,9 @@ from saelab.activations.cache.layout import (
     gradients_file,
     read_manifest,
 )
-from saelab.activations.settings import CacheSource, StreamSettings
+from saelab.activations.settings import CacheSource
+from saelab.activations.shuffle import group_tokens
+from saelab.activations.source import SAMPLE_TOKENS
 from saelab.corpus.encoder import BATCH
 from saelab.corpus.rows import WINDOW
 from saelab.errors import SaelabError
@@ -32,7 +34,7 @@ from saelab.lm.model import LanguageModel
 from saelab.lm.outline import no_numbers
 from saelab.memory import free_memory, free_on_disk, held_by, size
 from saelab.runs.config import RunSettings
-from saelab.runs.feed import SAMPLE_TOKENS, shuffled_together
+from saelab.runs.feed import shuffled_together
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
 from saelab.sae.losses import MULTI_FACTOR
@@ -145,7 +147,7 @@ def plan_training(settings: RunSettings) -> Plan:
             rows = settings.eval.rows_per_forward
             needs.append(_pass_need(lm, settings, [settings.site], rows, False, where))
     if source is None:
-        needs.append(_stream_buffer(settings, stream, d_in, gradients, where))
+        needs += _stream_buffers(settings, d_in, gradients, where)
     else:
         needs.append(_cache_buffers(settings, source, d_in, gradients))
     needs += _sae_needs(settings, d_in, where)
@@ -212,11 +214,14 @@ def _pass_need(
     )
 
 
-def _stream_buffer(settings: RunSettings, stream: StreamSettings, d_in: int, gradients: bool, where: Place) -> Need:
-    tokens, each = max(stream.buffer_tokens, 2 * settings.training.batch), (8 if gradients else 4) * d_in + 24
-    twice = where == "gpu"  # its allocator keeps what the first filling came from
-    times = f"{tokens:,} tokens x {each:,} bytes"
-    return Need("shuffle buffer", (1 + twice) * tokens * each, where, f"2 x {times}" if twice else times)
+def _stream_buffers(settings: RunSettings, d_in: int, gradients: bool, where: Place) -> list[Need]:
+    """What `FromModel` keeps: a group, or the sample if that is larger; and the order of a group."""
+    group = group_tokens(settings.activations.stream.buffer_tokens, settings.training.batch)
+    tokens, each = max(group, min(SAMPLE_TOKENS, settings.training.tokens)), (8 if gradients else 4) * d_in + 24
+    return [
+        Need("shuffle buffer", tokens * each, where, f"{tokens:,} tokens x {each:,} bytes"),
+        Need("order of the buffer", 8 * group, "memory", f"{group:,} tokens x 8 bytes"),
+    ]
 
 
 def _cache_buffers(settings: RunSettings, source: CacheSource, d_in: int, gradients: bool) -> Need:

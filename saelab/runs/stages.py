@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from saelab.files import make_folder, replace_folder, translate_errors, write_js
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, load_config
-from saelab.runs.feed import open_feed
+from saelab.runs.feed import open_source
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import load, save_sae
@@ -51,8 +51,8 @@ def _train(job: Job, force: bool, track: Track) -> Path:
     settings, run, say = job.settings, Path(job.settings.out), job.say
     folder.check_free(run, force)
     _check_outside(run, settings)
-    inputs, feed = job.training_inputs(), open_feed(job, track)
-    scale, sae = _initialise(settings, feed.sample)
+    inputs, source = job.training_inputs(), open_source(job, track)
+    scale, sae = _initialise(settings, source.sample())
 
     record = {"inputs": inputs, "complete": False, "tokens": 0}
     with translate_errors(run):
@@ -63,9 +63,13 @@ def _train(job: Job, force: bool, track: Track) -> Path:
         write_json(run / folder.TRAINING, record)
     begin, seen, learnt = time.monotonic(), 0, {}
     t = settings.training
-    bounded = track(islice(feed.batches, t.steps), "training", t.steps * t.batch, len)
+    bounded = track(islice(source, t.steps), "training", t.steps * t.batch, len)
     complete = False
-    with (run / folder.METRICS).open("w", encoding="utf-8") as metrics, interruptible(say) as interrupted:
+    with (
+        (run / folder.METRICS).open("w", encoding="utf-8") as metrics,
+        closing(source),
+        interruptible(say) as interrupted,
+    ):
 
         def log(line: dict[str, Any]) -> None:
             metrics.write(json.dumps(folder.jsonable(line)) + "\n")

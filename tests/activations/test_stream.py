@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from saelab.activations.settings import StreamSettings
-from saelab.activations.stream import ActivationBatch, read_activations, shuffled_batches
+from saelab.activations.shuffle import shuffled
+from saelab.activations.stream import ActivationBatch, read_activations
 from saelab.errors import SaelabError, SettingError
 from saelab.lm.model import LanguageModel
 from tests.tiny import CONTEXT, KINDS, language_model, random_rows
@@ -16,7 +17,7 @@ SITE = "blocks.1.hook_resid_post"
 def stream(
     lm: LanguageModel, rows: np.ndarray, *, batch: int = 50, buffer: int = 200, seed: int = 0
 ) -> list[ActivationBatch]:
-    return list(shuffled_batches(read_activations(lm, rows, SITE, 4), batch, buffer, seed))
+    return list(shuffled(read_activations(lm, rows, SITE, 4), batch, buffer, seed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,10 +58,7 @@ def test_bos_with_a_hundred_times_the_norm_reaches_nothing() -> None:
         norms = lm.activations(rows, ["blocks.0.hook_resid_pre"])["blocks.0.hook_resid_pre"].norm(dim=-1)
         assert norms[:, 0].min() > 10 * norms[lm.ordinary(rows)].max()
         values = torch.cat(
-            [
-                b.values
-                for b in shuffled_batches(read_activations(lm, rows.numpy(), "blocks.0.hook_resid_pre", 4), 50, 200, 0)
-            ]
+            [b.values for b in shuffled(read_activations(lm, rows.numpy(), "blocks.0.hook_resid_pre", 4), 50, 200, 0)]
         )
         assert values.norm(dim=1).max() < norms[:, 0].min() / 10
     finally:
@@ -79,6 +77,8 @@ def test_nan_activations_stop_with_site_row_and_position() -> None:
         embedding.data[17] = torch.nan
         with pytest.raises(SaelabError, match=rf"{site}.*row 5, position 9"):
             list(read_activations(lm, rows.numpy(), site, 2))
+        with pytest.raises(SaelabError, match=rf"{site}.*row 103, position 9"):
+            list(read_activations(lm, rows.numpy()[2:], site, 2, first_row=100))
     finally:
         embedding.data[17] = before
 
@@ -87,7 +87,7 @@ def test_nan_activations_stop_with_site_row_and_position() -> None:
 def test_gradients_travel_with_their_tokens_and_last_positions_stay_out(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 21)
-    batches = list(shuffled_batches(read_activations(lm, rows.numpy(), SITE, 4, gradients=True), 50, 200, 0))
+    batches = list(shuffled(read_activations(lm, rows.numpy(), SITE, 4, gradients=True), 50, 200, 0))
     places = torch.cat([b.rows * CONTEXT + b.positions for b in batches])
     expected = lm.ordinary(rows)
     expected[:, -1] = False
@@ -112,20 +112,6 @@ def test_positions_that_no_loss_depends_on_stay_out_and_those_before_an_inner_sp
     inside = [t for t in range(1, CONTEXT - 1) if t != middle]
     assert found == [inside, list(range(1, CONTEXT - 2)), list(range(1, 8))]
     assert batch.gradients is not None and (batch.gradients.abs().amax(1) > 0).all()
-
-
-def test_gradients_do_not_change_the_order() -> None:
-    generator = torch.Generator().manual_seed(5)
-    values = torch.randn(500, 3, generator=generator)
-    ids = torch.arange(500)
-    parts = ids.split(64)
-
-    def order(gradients: torch.Tensor | None) -> torch.Tensor:
-        batches = (ActivationBatch(values[p], p, p, p, None if gradients is None else gradients[p]) for p in parts)
-        return torch.cat([b.tokens for b in shuffled_batches(batches, 20, 100, 7)])
-
-    assert torch.equal(order(None), order(-values))
-    assert torch.equal(order(None).sort().values, ids)
 
 
 def test_infinite_gradients_stop_with_site_row_and_position(monkeypatch: pytest.MonkeyPatch) -> None:

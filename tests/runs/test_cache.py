@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 import saelab
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.stream import ActivationBatch, read_activations, run_model, shuffled_batches
+from saelab.activations.shuffle import shuffled
+from saelab.activations.stream import ActivationBatch, read_activations, run_model
 from saelab.errors import SaelabError
 from saelab.runs.cache import cache, verify
 from saelab.runs.job import Job, settings_of
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.training.trainer import train
 from tests.activations.cache.made import contents
 from tests.runs.test_stages import small
@@ -85,8 +86,8 @@ def test_training_is_the_same_from_the_model_and_from_a_cache(beta: float, tmp_p
         first = next(read)
         sae = SparseAutoencoder(first.values.shape[1], 64, 4)
         sae.initialise(opened_sample(opened, site))
-        shuffled = shuffled_batches(rebatched(chain([first], read)), s.training.batch, 2000, seed=0)
-        fed = (batch.values if batch.gradients is None else (batch.values, batch.gradients) for batch in shuffled)
+        batches = shuffled(chain([first], read), s.training.batch, 2000, seed=0)
+        fed = (Batch(batch.values, gradients=batch.gradients) for batch in batches)
         trained = train(sae, fed, s.training, s.sae)
         assert trained.steps == 30
         weights.append([parameter.detach().clone() for parameter in sae.parameters()])
@@ -95,14 +96,6 @@ def test_training_is_the_same_from_the_model_and_from_a_cache(beta: float, tmp_p
 
 def opened_sample(opened, site: str) -> torch.Tensor:
     return torch.cat([block.values for block in opened.in_order(site)])[:500]
-
-
-def rebatched(batches):
-    """One token at a time would do: where batches end decides when the buffer is emptied."""
-    for batch in batches:
-        fields = [getattr(batch, name) for name in ("values", "tokens", "rows", "positions", "gradients")]
-        for at in range(len(batch)):
-            yield ActivationBatch(*(None if field is None else field[at : at + 1] for field in fields))
 
 
 @pytest.mark.parametrize("allocation", ["token_choice", "mutual_choice"])

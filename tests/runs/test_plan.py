@@ -12,7 +12,8 @@ from rich.console import Console
 
 from saelab.activations.cache.layout import activations_file, files_of
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.stream import ActivationBatch, _empty_like, _fields
+from saelab.activations.shuffle import Group, cut_group, group_tokens
+from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
 from saelab.lm.load import outlined_language_model
 from saelab.lm.model import LanguageModel
@@ -125,12 +126,23 @@ def test_gradients_cost_a_backward_pass_and_sites_their_activations(tmp_path: Pa
 
 
 @pytest.mark.parametrize("affinity", ["activation", "gradient"])
-def test_a_stream_needs_its_buffer(tmp_path: Path, affinity: str) -> None:
+def test_a_stream_needs_its_buffer_or_its_sample_and_an_order(tmp_path: Path, affinity: str) -> None:
     sae = {"n_features": 128, "k": 4, "affinity": affinity}
-    found = needs(plan_training(settings(tmp_path, sae=sae, activations={"stream": {"buffer_tokens": 5000}})))
-    ids, x = torch.zeros(3, dtype=torch.long), torch.zeros(3, 32)
-    buffer = _empty_like(ActivationBatch(x, ids, ids, ids, x if affinity == "gradient" else None), 5000)
-    assert found["shuffle buffer"] == nbytes(_fields(buffer))
+
+    def planned(buffer: int) -> dict[str, int]:
+        return needs(plan_training(settings(tmp_path, sae=sae, activations={"stream": {"buffer_tokens": buffer}})))
+
+    def held(tokens: int) -> int:
+        ids, x = torch.zeros(3, dtype=torch.long), torch.zeros(3, 32)
+        group = Group(tokens)
+        group.add(ActivationBatch(x, ids, ids, ids, x if affinity == "gradient" else None))
+        assert group._memory
+        return nbytes(group._memory.fields)
+
+    group = 19 * 256
+    assert planned(5000)["shuffle buffer"] == held(group)
+    assert planned(5000)["order of the buffer"] == sum(index.nbytes for index in cut_group(group, 256, 0, 0))
+    assert planned(1000)["shuffle buffer"] == held(4096) > held(group_tokens(1000, 256))  # all tokens are sampled
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

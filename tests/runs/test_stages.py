@@ -6,17 +6,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import saelab
+from saelab.activations import source
 from saelab.errors import SaelabError
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
@@ -215,19 +213,19 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
 
 
 def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = feed.read_activations
+    monkeypatch.setattr(feed, "SAMPLE_TOKENS", 1000)
+    read = source.read_activations
 
-    def broken(*arguments, **options):
-        for n, batch in enumerate(read(*arguments, **options)):
-            if n == 26:  # the first 25 are the sample that training starts from
-                raise SaelabError("blocks.1.hook_resid_post: NaN at row 208")
-            yield batch
+    def broken(*arguments, first_row: int, **options):
+        if first_row == 160:  # the rows before give two groups of 2,000 tokens, and not three
+            raise SaelabError("blocks.1.hook_resid_post: NaN at row 160")
+        return read(*arguments, first_row=first_row, **options)
 
-    monkeypatch.setattr(feed, "read_activations", broken)
-    with pytest.raises(SaelabError, match="NaN at row 208"):
+    monkeypatch.setattr(source, "read_activations", broken)
+    with pytest.raises(SaelabError, match="NaN at row 160"):
         saelab.train(small(tmp_path))
     record = json.loads((tmp_path / "run" / "train.json").read_text())
-    assert not record["complete"] and record["tokens"] > 0
+    assert not record["complete"] and record["tokens"] == 4000
     assert torch.isfinite(saelab.load(tmp_path / "run").W_dec).all()
 
 
@@ -255,11 +253,10 @@ def test_reduced_precision_models_train_and_evaluate(tmp_path: Path) -> None:
 
 
 def test_rows_of_special_tokens_only_end_with_a_message(tmp_path: Path) -> None:
-    class OnlySpecial:
-        special_ids = frozenset({0})
-
-        def train_rows(self, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
-            yield from np.zeros((3, CONTEXT), dtype=np.int32)
-
+    rows = [[n >> bit & 1 for bit in range(4)] for n in range(16)]
+    path = tmp_path / "special.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    config = small(tmp_path) | {"model": str(model_folder("llama")), "corpus": str(path), "context": 4}
     with pytest.raises(SaelabError, match="special tokens only"):
-        list(feed._rows(SimpleNamespace(corpus=OnlySpecial(), settings=settings_of(small(tmp_path)), say=print)))
+        saelab.train(config)
+    assert not (tmp_path / "run").exists()

@@ -1,10 +1,9 @@
 """Reads a cache: shuffled for training, in the order written for all else; every block's checksum on every read.
 
-The shuffle, per epoch: all blocks (`layout.BLOCK_TOKENS` tokens each) are permuted, cut into groups of about
-``buffer_tokens / BLOCK_TOKENS`` blocks, and the tokens of a group are permuted together in memory. Nothing is carried
-from one group to the next, so (epoch, group, offset) is all there is to know about where one is. The order follows from
-seed and buffer size alone. On the disk a group's blocks are read in the order they lie there, the next group's while
-this one is handed out.
+The shuffle, per epoch: all blocks (`layout.BLOCK_TOKENS` tokens each) are permuted and cut into groups of about
+``buffer_tokens / BLOCK_TOKENS`` blocks; shuffle.py does the rest, group by group, so (epoch, group, offset) is all
+there is to know about where one is. The order follows from seed and buffer size alone. On the disk a group's blocks are
+read in the order they lie there, the next group's while this one is handed out.
 """
 
 import os
@@ -31,6 +30,7 @@ from saelab.activations.cache.layout import (
     gradients_file,
     read_manifest,
 )
+from saelab.activations.shuffle import cut_group, generator
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError, did_you_mean
 from saelab.tensors import raw
@@ -239,14 +239,10 @@ class Shuffled:
         """The numbers of the blocks of each group of an epoch, in the order read."""
         if self._order[0] != epoch:
             n = self._cache.n_blocks
-            order = self._random(epoch).permutation(n)
+            order = generator(self._seed, epoch).permutation(n)
             groups = np.array_split(order, -(-n // self._per_group))
             self._order = (epoch, [np.sort(group) for group in groups])  # as they lie on the disk
         return self._order[1]
-
-    def _random(self, *drawn_for: int) -> np.random.Generator:
-        """A generator for an epoch's blocks, or for a group's tokens; independent of all others."""
-        return np.random.default_rng(np.random.SeedSequence(self._seed % 2**64, spawn_key=drawn_for))
 
     def _after(self, epoch: int, group: int) -> tuple[int, int]:
         return (epoch, group + 1) if group + 1 < len(self.groups(epoch)) else (epoch + 1, 0)
@@ -279,16 +275,8 @@ class Shuffled:
         self._group = [column[:n] for column in self._buffers[0]]
         self._buffers.reverse()
         self._next = self._load(*self._after(epoch, group), 0)
-        order = self._random(epoch, group).permutation(n)
-        cuts = np.array_split(order, -(-n // self._batch_tokens))
-        behind = self.cursor.offset
-        while behind > 0:
-            behind -= len(cuts[0])
-            cuts = cuts[1:]
-        if behind or not cuts:
-            at = f"begins at {self.cursor.offset} of a group"
-            raise SaelabError(f"{self._cache.folder}: no batch of {self._batch_tokens} tokens {at}")
-        self._cuts = list(reversed(cuts))
+        cuts = cut_group(n, self._batch_tokens, self._seed, epoch, group, offset=self.cursor.offset)
+        self._cuts = cuts[::-1]
 
 
 def _buffer(files: list[File], tokens: int) -> list[Tensor]:

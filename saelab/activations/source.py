@@ -1,0 +1,284 @@
+"""Where training gets its batches from: the model or a cache. Either can say where it is, and go on from there."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.activations.cache.reader import Cache, Cursor
+from saelab.activations.settings import StreamSettings
+from saelab.activations.shuffle import Group, cut_group, group_tokens
+from saelab.activations.stream import ActivationBatch, read_activations
+from saelab.corpus import Corpus
+from saelab.errors import SaelabError
+from saelab.lm.model import LanguageModel
+from saelab.progress import Track, silent
+
+SAMPLE_TOKENS = 32_768
+"""Activations that b_dec, the input scale and the encoder's first scale are set from."""
+
+
+class Source(Protocol):
+    """Shuffled batches of activations without end."""
+
+    def sample(self) -> Tensor:
+        """The first activations, about `SAMPLE_TOKENS`, ``[tokens, d_in]`` float32 on the model's device.
+
+        A run needs it when it begins, not when it goes on: call it before the first batch, on a source opened without a
+        state. The batches are the same with and without it.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[ActivationBatch]: ...
+
+    def __next__(self) -> ActivationBatch: ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the batch that `next` will give begins, JSON-able.
+
+        A source that starts there gives the same batches; on a CPU, with as many threads as before, bit for bit.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees memory and ends threads; no batch can be read afterwards."""
+        ...
+
+
+class FromModel:
+    """A `Source` that runs the model over the training rows of a corpus, epoch after epoch.
+
+    A group is the next `group_tokens` activations in reading order. What a pass of the model gives beyond the end of
+    the group begins the next one. All batches have `batch_tokens` tokens. To go on within a group, the model reads the
+    group again, in the same passes over the same rows.
+
+    Memory beside one pass of the model and one batch: on the model's device ``tokens * (4 * d_in + 24)`` bytes, with
+    gradients ``tokens * (8 * d_in + 24)``, for the tokens of a group or, once `sample` is called, of the sample if that
+    is larger; in main memory 8 bytes for each token of a group, its permutation.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        corpus: Corpus,
+        site: str,
+        stream: StreamSettings,
+        *,
+        batch_tokens: int,
+        seed: int,
+        gradients: bool = False,
+        special_tokens: bool = False,
+        sample_tokens: int = SAMPLE_TOKENS,
+        start: Mapping[str, Any] | None = None,
+        track: Track = silent,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Reads the first group; with `start`, a `state`, the group in which the next batch lies.
+
+        Raises SaelabError, with site, row and position, if the model gives NaN or infinity; if a whole epoch gives no
+        activation; and if `start` is damaged or comes from another corpus, seed or size of batch.
+        """
+        self._batch_tokens, self._seed, self._sample_tokens = batch_tokens, seed, sample_tokens
+        self._group = Group(group_tokens(stream.buffer_tokens, batch_tokens))
+        self._gradients, self._rows_per_forward = gradients, stream.rows_per_forward
+        self._read = partial(
+            read_activations,
+            lm,
+            site=site,
+            rows_per_forward=stream.rows_per_forward,
+            gradients=gradients,
+            special_tokens=special_tokens,
+        )
+        if start is not None:
+            _check_names(start, ("epoch", "row", "rows", "used", "group", "offset"))
+        used = start["used"] if start else 0
+        self._number, self._offset = (start["group"], start["offset"]) if start else (0, 0)
+        self._rows = _EndlessRows(corpus, seed, say, start)
+        self._begin = _ReadPosition(self._rows.state(), used)
+        """Where the group begins."""
+        self._passes = self._run(fresh=start is None)
+        self._ahead: deque[tuple[_ReadPosition, ActivationBatch]] = deque()
+        """Activations that have been read and belong to later groups, each part with where it begins."""
+        self._cuts: list[np.ndarray] = []
+        if used:
+            position, batch = next(self._passes)
+            if used >= len(batch):
+                raise SaelabError(
+                    f"activations: the state to go on from begins after {used} activations of a forward pass that "
+                    f"gives {len(batch)}; go on with the settings of before, or begin again without it"
+                )
+            self._ahead.append((position._replace(used=used), batch[used:]))
+        self._turn(track)
+
+    def sample(self) -> Tensor:
+        for _ in self._collect(self._sample_tokens):
+            pass
+        parts = [self._group.content.values[: self._sample_tokens], *(batch.values for _, batch in self._ahead)]
+        return torch.cat(parts)[: self._sample_tokens]
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        if not self._cuts:
+            self._turn()
+        batch = self._group.content[torch.from_numpy(self._cuts.pop())]
+        self._offset += len(batch)
+        if not self._cuts:
+            self._number, self._offset = self._number + 1, 0
+            self._begin = self._ahead[0][0] if self._ahead else _ReadPosition(self._rows.state(), 0)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        rows, used = self._begin
+        return deepcopy(rows) | {"used": used, "group": self._number, "offset": self._offset}
+
+    def close(self) -> None:
+        self._passes.close()
+        self._group = Group(self._group.capacity)
+        self._ahead.clear()
+        self._cuts.clear()
+
+    def _turn(self, track: Track = silent) -> None:
+        """Read a group, and cut it."""
+        self._group.clear()
+        for _ in track(self._collect(self._group.capacity), "first buffer", self._group.capacity, int):
+            pass
+        cuts = cut_group(self._group.tokens, self._batch_tokens, self._seed, self._number, offset=self._offset)
+        self._cuts = cuts[::-1]
+
+    def _collect(self, tokens: int) -> Iterator[int]:
+        """Read until the group and what has been read ahead are `tokens`; yields how many each pass adds."""
+        self._fill()
+        while self._group.tokens + sum(len(batch) for _, batch in self._ahead) < tokens:
+            self._ahead.append(next(self._passes))
+            added = len(self._ahead[-1][1])
+            self._fill()
+            yield added
+
+    def _fill(self) -> None:
+        """Move what has been read ahead into the group while there is room."""
+        while self._ahead and self._group.tokens < self._group.capacity:
+            position, batch = self._ahead.popleft()
+            rest = self._group.add(batch)
+            if len(rest):
+                self._ahead.appendleft((position._replace(used=position.used + len(batch) - len(rest)), rest))
+
+    def _run(self, *, fresh: bool) -> Generator[tuple["_ReadPosition", ActivationBatch], None, None]:
+        """The activations of each pass of the model that gives any, and where it begins."""
+        useful = self._rows.epoch - fresh  # the last epoch of which an activation was, or may have been, seen
+        while True:
+            position = _ReadPosition(self._rows.state(), 0)
+            block = islice(self._rows, self._rows_per_forward)
+            for batch in self._read(rows=block, first_row=position.rows["row"]):
+                useful = self._rows.epoch
+                yield position, batch
+                del batch  # the next pass needs the room
+            if self._rows.epoch > useful + 1:
+                last = ", or the last that the loss of their row depends on" if self._gradients else ""
+                raise SaelabError(
+                    f"corpus: its training rows hold special tokens only{last}, so there is nothing to train on"
+                )
+
+
+class FromCache:
+    """A `Source` that reads a cache (cache/reader.py), epoch after epoch.
+
+    Memory: that of `Cache.batches`, and once the sample has been read, the batches of it that are still to come.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        site: str,
+        *,
+        batch_tokens: int,
+        seed: int,
+        buffer_tokens: int,
+        gradients: bool = False,
+        device: torch.device | str = "cpu",
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begins, or with `start`, a `state`, goes on there.
+
+        Raises SaelabError as `Cache.batches` does, and if `start` does not come from a cache.
+        """
+        if start is not None:
+            _check_names(start, asdict(Cursor()))
+        self._read = cache.batches(
+            site,
+            batch_tokens,
+            seed=seed,
+            buffer_tokens=buffer_tokens,
+            gradients=gradients,
+            start=Cursor(**start or {}),
+        )
+        self._sample_tokens, self._device = min(SAMPLE_TOKENS, cache.tokens), device
+        self._ahead: deque[tuple[Cursor, ActivationBatch]] = deque()
+        """Batches that have been read, each with where it begins."""
+
+    def sample(self) -> Tensor:
+        while sum(len(batch) for _, batch in self._ahead) < self._sample_tokens:
+            self._ahead.append((self._read.cursor, next(self._read)))
+        return torch.cat([batch.values for _, batch in self._ahead]).to(self._device).float()
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        return self._ahead.popleft()[1] if self._ahead else next(self._read)
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._ahead[0][0] if self._ahead else self._read.cursor)
+
+    def close(self) -> None:
+        self._ahead.clear()
+        self._read.close()
+
+
+class _ReadPosition(NamedTuple):
+    """A position between two activations of the model, in reading order."""
+
+    rows: dict[str, Any]
+    """`_EndlessRows.state` at the beginning of the pass of the model that gives the second one."""
+    used: int
+    """Activations of that pass before the second one."""
+
+
+class _EndlessRows(Iterator[np.ndarray]):
+    """The training rows of a corpus, epoch after epoch, each in an order of its own."""
+
+    def __init__(self, corpus: Corpus, seed: int, say: Callable[[str], None], start: Mapping[str, Any] | None) -> None:
+        self._corpus, self._seed, self._say = corpus, seed, say
+        self.epoch: int = start["epoch"] if start else 0
+        """Number of the epoch that is being read."""
+        self._number: int = start["row"] if start else 0
+        """Rows of all epochs read so far."""
+        self._rows = corpus.train_rows(seed=seed, epoch=self.epoch, start=start["rows"] if start else None)
+
+    def __next__(self) -> np.ndarray:
+        while (row := next(self._rows, None)) is None:
+            self.epoch += 1
+            self._say(f"the corpus came to its end: epoch {self.epoch + 1} begins")
+            self._rows = self._corpus.train_rows(seed=self._seed, epoch=self.epoch)
+        self._number += 1
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able: the rows that come next, with this as `start`, are the same."""
+        return {"epoch": self.epoch, "row": self._number, "rows": self._rows.state()}
+
+
+def _check_names(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    if state.keys() != set(names):
+        raise SaelabError(
+            f"activations: the state to go on from has {', '.join(sorted(state)) or 'nothing'} instead of "
+            f"{', '.join(sorted(names))}; go on with the settings of before, or begin again without it"
+        )
