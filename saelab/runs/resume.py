@@ -59,7 +59,7 @@ def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
     wrong = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in FREE or (name in RAISED and new > old):
+        if old == new or name in FREE or (name in RAISED and new is not None and old is not None and new > old):
             continue
         wrong.append(f"{name}: is {old} in the run, not {new}" + (" (it can only be raised)" if name in RAISED else ""))
     if wrong:
