@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from saelab.lm.settings import ModelSettings
     from saelab.runs.cache import cache
     from saelab.runs.config import RunSettings, load_config
-    from saelab.runs.stages import evaluate, index, train
+    from saelab.runs.stages import evaluate, index
+    from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
     from saelab.sae.model import SparseAutoencoder
 
@@ -41,8 +42,9 @@ _HOME = {
     "load_language_model": "saelab.lm.load",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
+    "resume": "saelab.runs.train",
     "save_sae": "saelab.sae.checkpoint",
-    "train": "saelab.runs.stages",
+    "train": "saelab.runs.train",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "load_language_model",
     "open_cache",
     "open_corpus",
+    "resume",
     "save_sae",
     "train",
 ]

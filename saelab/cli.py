@@ -54,18 +54,30 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    config: Annotated[str | None, typer.Argument(help="a YAML file, or the name of a shipped config")] = None,
     overrides: _Overrides = None,
     force: _Force = False,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with the training in this folder")] = None,
 ) -> None:
-    """Train an autoencoder as a config says.
+    """Train an autoencoder as a config says, or go on with a training that was stopped.
 
     Example: saelab train quickstart sae.k=64 out=runs/k64
+
+    Example: saelab train --resume runs/k64
     """
     from saelab import progress
-    from saelab.runs import stages
+    from saelab.runs import train as stage
 
-    folder = stages.train(config, overrides or [], force=force, track=progress.bar, say=_say)
+    if resume is not None:
+        if force:
+            raise SaelabError("--force replaces a run and --resume goes on with it; give one of them")
+        if config is not None and "=" in config:  # without a config the first setting stands in its place
+            config, overrides = None, [config, *(overrides or [])]
+        folder = stage.resume(resume, overrides or [], config=config, track=progress.bar, say=_say)
+    elif config is None:
+        raise SaelabError("CONFIG: what to train? For example: saelab train quickstart")
+    else:
+        folder = stage.train(config, overrides or [], force=force, track=progress.bar, say=_say)
     typer.echo(folder)
 
 

@@ -1,9 +1,9 @@
 """Thresholds that take the place of a batch-wide allocation in inference, set on held-out text."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saelab.lm.model import LanguageModel
@@ -47,4 +47,5 @@ def calibration_rows(held_out: Tensor, evaluated_tokens: int) -> tuple[Tensor, b
     """The last `CALIBRATION_TOKENS` of held-out rows ``[rows, context]``; and whether evaluation does not read them."""
     per_row = held_out.shape[1] - 1
     enough = len(held_out) * per_row >= evaluated_tokens + CALIBRATION_TOKENS
-    return held_out[-(-(-CALIBRATION_TOKENS // per_row)) :], enough
+    rows = math.ceil(CALIBRATION_TOKENS / per_row)
+    return held_out[-rows:], enough

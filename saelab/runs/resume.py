@@ -31,13 +31,12 @@ FREE = frozenset(
 """Settings that may be others when a run is resumed: they change nothing that is trained."""
 RAISED = frozenset({"training.tokens"})
 """Settings that may be larger. The schedules of the run go by the new value from then on."""
-SAME = frozenset(
-    """
+_SAME = """
     site seed context
     model.name model.dtype model.device_map
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
-    activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache.path
+    activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache activations.cache.path
     activations.cache.buffer_tokens activations.special_tokens
     cache.dtype cache.sites cache.gradients cache.rows_per_forward cache.shard_tokens cache.lanes cache.nonfinite
     sae.n_features sae.k sae.encoder.name sae.encoder.bandwidth sae.encoder.threshold sae.affinity.name
@@ -48,8 +47,8 @@ SAME = frozenset(
     training.batch training.lr training.warmup training.decay training.clip
     eval.tokens eval.ce_tokens eval.rows_per_forward
     features.tokens features.contexts features.window features.rows_per_forward
-    """.split()
-)
+"""
+SAME = frozenset(_SAME.split())
 """Settings that must be the run's. A new setting belongs into one of the three sets."""
 
 

@@ -22,7 +22,7 @@ from saelab.files import locked, replace_folder, translate_errors, write_json, w
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
-from saelab.runs.config import RunSettings, load_config
+from saelab.runs.config import RunSettings
 from saelab.runs.feed import open_source
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.resume import Checkpoints, last_state, resumed_settings
@@ -164,7 +164,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
 
 
 def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
-    """Set the thresholds that inference needs, on held-out text after the rows of evaluation; what is recorded of it."""
+    """Set the thresholds that inference needs, on held-out text after that of evaluation; the facts to record."""
     densities, settings = trainer.trained().densities, job.settings
     if densities is None:
         return {}

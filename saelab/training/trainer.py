@@ -69,16 +69,19 @@ class Trainer:
         requests = [term.request(rule, targets) for term in self.terms]
         forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
+        logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
+        reach = _reach(requests, found) if logged else {}
+        codes = forward.codes
+        del forward, found  # the backward pass needs the memory
         with record_function("backward"):
             sum(term.weight(step) * values[term.name] for term in self.terms).backward()  # type: ignore[union-attr]
         with record_function("optimiser"):
             rate = learning_rate(step, self.settings)
             norm = self.optimiser.step(rate, self.settings.clip)
-        counts = forward.codes.firing_counts()
+        counts = codes.firing_counts()
         self.usage.observe(counts, tokens)
         self.steps, self.tokens = step + 1, self.tokens + tokens
 
-        logged = step % self.settings.log_every == 0 or self.finished
         if (logged or norm.device.type == "cpu") and not math.isfinite(norm):
             raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
         if not logged:
@@ -91,7 +94,7 @@ class Trainer:
             "l0": counts.sum().item() / tokens,
             "gradient_norm": norm.item(),
             "dead": int(self.usage.dead().sum()),
-            **_reach(requests, found),
+            **reach,
         }
 
     def trained(self) -> Trained:

@@ -63,6 +63,7 @@ def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path
     assert sum(table["n_active"].to_pylist()) == pytest.approx(summary["n_tokens"] * result.l0, rel=0.05)
 
     names = {folder.SETTINGS, folder.METRICS, folder.TRAINING, folder.CHECKPOINT, folder.EVALUATION, folder.FEATURES}
+    names.add(folder.STATE)
     assert {path.name for path in run.iterdir()} == names
 
     sae = saelab.load(run)
@@ -242,7 +243,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_says_what_to_do(
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(SaelabError, match=r"sae.*: the disk is full: .* bytes, and [\d,]+ are free; make room"):
         saelab.train(small(tmp_path))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "train.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "state", "train.json"}
     assert not json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
 
 
