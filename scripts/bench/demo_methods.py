@@ -30,6 +30,7 @@ from saelab.corpus import Corpus
 from saelab.lm.model import LanguageModel
 from saelab.progress import bar
 from saelab.sae.allocation.capacity import ZipfFit, expected_densities, fit_zipf
+from saelab.sae.model import Batch
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.sae.thresholds import calibrate
 from saelab.training.settings import TrainingSettings
@@ -102,11 +103,10 @@ class Data:
         ids = calibration.long().split(32)
         self.calibration = [lm.activations(i, [SITE])[SITE][lm.ordinary(i)].float() * self.scale for i in ids]
 
-    def batches(self, seed: int, size: int, gradients: bool) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, size: int, gradients: bool) -> Iterator[Batch]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         for chosen in order.split(size):
-            x = self.x[chosen] * self.scale
-            yield (x, self.gradients[chosen]) if gradients else x
+            yield Batch(self.x[chosen] * self.scale, gradients=self.gradients[chosen] if gradients else None)
 
 
 def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int) -> tuple[SparseAutoencoder, float]:
@@ -115,7 +115,7 @@ def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int
     sae = SparseAutoencoder(data.x.shape[1], settings.n_features, settings.k)
     sae.initialise(data.x[:SAMPLE] * data.scale)
     begin = time.monotonic()
-    trained = train(sae, data.batches(seed, training.batch, settings.beta > 0), training, settings)
+    trained = train(sae, data.batches(seed, training.batch, settings.needs_gradients), training, settings)
     seconds = time.monotonic() - begin
     if trained.densities is not None:
         tokens = sum(len(x) for x in data.calibration)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from saelab.codes import Codes
 from saelab.kernels import spmm
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import train
@@ -68,18 +68,17 @@ def settings_of(case: str, shape: Shape) -> SaeSettings:
     )
 
 
-def made(case: str, shape: Shape, device: str) -> tuple[SparseAutoencoder, Any]:
-    """An autoencoder, and the batch: activations, with the gradients of a loss if the case needs them."""
+def made(case: str, shape: Shape, device: str) -> tuple[SparseAutoencoder, Batch]:
+    """An autoencoder, and the batch that every step gets."""
     torch.set_float32_matmul_precision("high" if case.endswith("_tf32") else "highest")
-    x = torch.randn(shape.batch, shape.d_in, generator=torch.Generator().manual_seed(0))
-    gradients = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    x, gradients = (torch.randn(shape[:2], generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
     torch.manual_seed(0)
     sae = SparseAutoencoder(shape.d_in, shape.n_features, shape.k).to(device)
-    sae.initialise(x[:256].to(device))
-    return sae, (x.to(device), gradients) if case == "gradient" else x.to(device)
+    sae.initialise(x[:256])
+    return sae, Batch(x, gradients=gradients if case == "gradient" else None)
 
 
-def run(sae: SparseAutoencoder, case: str, shape: Shape, batches: Iterable[Any]) -> None:
+def run(sae: SparseAutoencoder, case: str, shape: Shape, batches: Iterable[Batch]) -> None:
     """Train on `batches`, as at the beginning of a long run, until they end."""
     settings = TrainingSettings(tokens=STEPS_OF_A_RUN * shape.batch, batch=shape.batch, log_every=10**9)
     with contextlib.suppress(Enough):
@@ -92,8 +91,7 @@ def step(
     """``step_ms``, the median, and ``all_ms`` of the timed steps, which end after `seconds` (but three are taken)."""
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
-    x = batch[0] if case == "gradient" else batch
-    source = Source(x, warmup, steps, seconds)
+    source = Source(batch.x, warmup, steps, seconds)
     run(sae, case, shape, (batch for _ in source))
     return {"step_ms": statistics.median(source.step_ms()), "all_ms": source.step_ms()}
 
@@ -118,7 +116,7 @@ def matmul(
     out = torch.empty(shape.batch, shape.n_features, **options)
     times: list[float] = []
 
-    def batches() -> Iterator[Any]:
+    def batches() -> Iterator[Batch]:
         for _ in range(warmup + steps):
             times.append(_now(device))
             torch.mm(x, weight.T, out=out)
@@ -142,7 +140,7 @@ def stages(case: str, shape: Iterable[int], steps: int, warmup: int = 2, device:
     sae, batch = made(case, shape, device)
     rows: list[dict[str, float]] = []
 
-    def batches() -> Iterator[Any]:
+    def batches() -> Iterator[Batch]:
         for _ in range(warmup + steps):
             scopes.clear()
             began = _now(device)
@@ -198,7 +196,7 @@ def memory(case: str, shape: Iterable[int], device: str = "cpu") -> dict[str, in
         sae, batch = made(case, shape, device)
         kept = 0
 
-        def batches() -> Iterator[Any]:
+        def batches() -> Iterator[Batch]:
             nonlocal kept
             for _ in range(3):
                 parameters = list(sae.parameters())
@@ -247,7 +245,7 @@ def _resident_peak(case: str, shape: Shape) -> int:
     sae, batch = made(case, shape, "cpu")
     peaks: list[int] = []
 
-    def batches() -> Iterator[Any]:
+    def batches() -> Iterator[Batch]:
         for _ in range(4):
             with contextlib.suppress(OSError, AttributeError):  # glibc only: give back what is free but resident
                 ctypes.CDLL(None).malloc_trim(0)
@@ -268,7 +266,7 @@ def waits(case: str, shape: Iterable[int], device: str) -> str | None:
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
 
-    def batches() -> Iterator[Any]:
+    def batches() -> Iterator[Batch]:
         for i in range(6):
             if i == 3:  # the first step logs, and compiles
                 torch.cuda.set_sync_debug_mode("error")

@@ -73,14 +73,17 @@ class Comparison:
 
 def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
     """Every method by its name."""
+
+    def made(allocation: str, aux: str, affinity: str = "activation") -> SaeSettings:
+        who = ALLOCATIONS[allocation]
+        return SaeSettings(n_features, k, affinity=AffinitySettings(affinity), allocation=who, aux=AuxSettings(aux))
+
     found = {}
-    for allocation, settings in ALLOCATIONS.items():
+    for allocation in ALLOCATIONS:
         for aux in AUXILIARIES if "uniform" not in allocation else AUXILIARIES[:1]:
-            found[f"{allocation}; {aux}"] = SaeSettings(n_features, k, allocation=settings, aux=AuxSettings(aux))
+            found[f"{allocation}; {aux}"] = made(allocation, aux)
     for allocation in ("token choice", "mutual choice"):
-        found[f"{allocation}, gradient; aux_k"] = SaeSettings(
-            n_features, k, AffinitySettings("gradient"), ALLOCATIONS[allocation], AuxSettings("aux_k")
-        )
+        found[f"{allocation}, gradient; aux_k"] = made(allocation, "aux_k", "gradient")
     return found
 
 

@@ -113,7 +113,11 @@ def test_every_affinity_goes_with_every_allocation_and_auxiliary_loss(
     small: tuple[Planted, Sample], affinity: str, allocation: str, aux: str
 ) -> None:
     settings = SaeSettings(
-        N_TRUE, K, AffinitySettings(affinity), AllocationSettings(allocation, after=0.4), AuxSettings(aux)
+        N_TRUE,
+        K,
+        affinity=AffinitySettings(affinity),
+        allocation=AllocationSettings(allocation, after=0.4),
+        aux=AuxSettings(aux),
     )
     tokens, x = 130 * 128, draw(small[0], 2048, 9).x  # 130 steps: aux_zipf begins after 100
     sae, densities, fvu = learn(settings, TrainingSettings(tokens, 128, 1e-2), small[1], seed=3)
