@@ -97,28 +97,27 @@ class Processes:
         if others > BUSY:
             _say(f"other programs took {others:.0%} of this machine's processors: do not trust the next figure")
         given = " ".join(str(value) for value in arguments.values() if isinstance(value, str))
-        figures = [f"{result[key]:.4g} {unit}" for key, unit in (("step_ms", "ms"), ("seconds", "s")) if key in result]
-        _say(" ".join([f"{self.label}: {Path(inspect.getfile(function)).stem} {function.__name__} {given}", *figures]))
+        figures = result if isinstance(result, dict) else {}
+        took = [f"{figures[key]:.4g} {unit}" for key, unit in (("step_ms", "ms"), ("seconds", "s")) if key in figures]
+        _say(" ".join([f"{self.label}: {Path(inspect.getfile(function)).stem} {function.__name__} {given}", *took]))
         return result
 
     def _measured(self, function: Function, arguments: dict[str, Any], isolated: bool) -> tuple[Any, float]:
         """The function's result and the share of the processors that other programs took."""
         # -I: neither this environment's PYTHONPATH nor this folder is on the path of the peers' interpreter
-        command = [str(self.peers), "-I"] if isolated else [sys.executable]
+        python = [str(self.peers), "-I"] if isolated else [sys.executable]
         call = [inspect.getfile(function), function.__name__, json.dumps(arguments, default=str)]
-        command += [child.__file__, *call]
+        line = [*python, child.__file__, *call]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         began, busy, own = time.monotonic(), _busy_seconds(), _child_seconds()
         try:
-            done = subprocess.run(
-                command, env=OFFLINE | os.environ | threads, capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(line, env=OFFLINE | os.environ | threads, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise SaelabError(f"{command[0]}: cannot be run ({brief(error)})") from error
+            raise SaelabError(f"{line[0]}: cannot be run ({brief(error)})") from error
         lines = done.stdout.splitlines()
         if done.returncode or not lines:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise SaelabError(f"this measurement failed ({last[:300]}): {shlex.join(command)}")
+            raise SaelabError(f"this measurement failed ({last[:300]}): {shlex.join(line)}")
         processors = (os.cpu_count() or 1) * (time.monotonic() - began)
         others = max(0.0, (_busy_seconds() - busy) - (_child_seconds() - own)) / processors
         return json.loads(lines[-1]), others

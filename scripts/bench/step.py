@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+import ours_memory
 import ours_step
 import peer_step
 import torch
@@ -85,7 +86,7 @@ def measure(
                 "tokens_per_s": 1000 * shape.batch / statistics.median(ours[case]),
                 "ms_per_step": statistics.median(ours[case]),
                 "ms": run.ours(ours_step.stages, case=case, **given),
-                **run.ours(ours_step.memory, case=case, shape=shape, device=device),
+                **run.ours(ours_memory.memory, case=case, shape=shape, device=device),
             }
             for case in precisions
         },

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ours_memory
 import ours_step
 import peer_step
 import pytest
@@ -30,11 +31,11 @@ def test_the_loop_has_the_stages_that_are_reported() -> None:
 
 
 def test_peak_memory_counts_the_pre_activations_and_not_the_parameters() -> None:
-    small, large = (ours_step.memory("fp32", Shape(batch, 16, 2048, 4)) for batch in (64, 256))
+    small, large = (ours_memory.memory("fp32", Shape(batch, 16, 2048, 4)) for batch in (64, 256))
     assert large["peak_bytes"] > small["peak_bytes"] > 0
     assert large["peak_bytes"] < 10 * 4 * 256 * 2048
     # None of the eight tables of parameters, gradients and moments is counted; a temporary as large as one may be.
-    wide = ours_step.memory("fp32", Shape(64, 256, 2048, 4))
+    wide = ours_memory.memory("fp32", Shape(64, 256, 2048, 4))
     assert wide["peak_bytes"] - small["peak_bytes"] < 2 * 4 * 2048 * (256 - 16)
 
 
