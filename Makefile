@@ -29,9 +29,9 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make lint        ruff: rules and formatting"
-	@echo "make types       pyright on saelab/ and app/"
+	@echo "make types       pyright on saelab/, app/ and scripts/bench/"
 	@echo "make imports     which room may import which"
-	@echo "make bench-peers create $(PEERS_VENV) with the libraries that 'saelab bench ... --peers' measures against (3 GB)"
+	@echo "make bench-peers create $(PEERS_VENV) with the libraries that 'scripts/bench/* --peers' measures against (3 GB)"
 	@echo "make clean       remove $(VENV), $(PEERS_VENV) and what tools and builds left behind (runs/ stays)"
 	@echo ""
 	@echo "PYTHON=...       the interpreter that $(VENV) is made from, 3.11 or newer (python3)"
@@ -98,7 +98,7 @@ $(PEERS): constraints-peers.txt
 	@touch $@
 
 bench-peers: $(PEERS)
-	@echo "saelab bench train --peers $(PEERS_VENV)/bin/python   (or: saelab bench cache --peers ...)"
+	@echo "$(BIN)/python scripts/bench/step.py --peers $(PEERS_VENV)/bin/python   (or: scripts/bench/cache.py --peers ...)"
 
 clean:
 	rm -rf "$(VENV)" "$(PEERS_VENV)" build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

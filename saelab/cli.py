@@ -18,9 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="Measure how fast saelab is.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
-
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as sae.k=64")]
 _Force = Annotated[bool, typer.Option("--force", help="replace an existing run folder")]
 _Port = Annotated[int, typer.Option(min=1, max=65535, help="port of the explorer, on 127.0.0.1")]
@@ -190,66 +187,6 @@ def explorer(
     Example: saelab app runs
     """
     _serve(runs or [Path("runs")], port)
-
-
-@bench.command(name="train")
-def bench_train(
-    shape: Annotated[str, typer.Option(metavar="BATCH,D_IN,N_FEATURES,K")] = "2048,768,24576,32",
-    rounds: Annotated[int, typer.Option(min=1, help="how often everything is measured, in turns")] = 2,
-    steps: Annotated[int, typer.Option(min=3, help="steps timed in each process, after two that warm up")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="of every process (default: all processors)")] = None,
-    peers: Annotated[
-        Path | None, typer.Option(help="interpreter of the environment made by `make bench-peers`")
-    ] = None,
-    growth: Annotated[bool, typer.Option("--growth", help="also a table over n_features and k (minutes)")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures here")] = None,
-) -> None:
-    """Time the training step on the CPU: tokens/s, ms per stage, peak memory; with --peers other libraries' too.
-
-    Example: saelab bench train --peers .venv-peers/bin/python --json bench.json
-    """
-    import json
-
-    from saelab.bench.ours import Shape
-    from saelab.bench.tables import show_train
-    from saelab.bench.train import bench as measure
-
-    try:
-        parsed = Shape.parse(shape)
-    except ValueError:
-        raise SaelabError(f"--shape: {shape!r} is not four positive integers, batch,d_in,n_features,k") from None
-    if json_file and not json_file.parent.is_dir():
-        raise SaelabError(f"--json: {json_file.parent}: no such folder")
-    record = measure(parsed, rounds=rounds, steps=steps, threads=threads, peers=peers, growth=growth, say=_say)
-    if json_file:
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    show_train(record)
-
-
-@bench.command(name="cache")
-def bench_cache(
-    rounds: Annotated[int, typer.Option(min=1, help="how often everything is measured, in turns")] = 3,
-    peers: Annotated[
-        Path | None, typer.Option(help="interpreter of the environment made by `make bench-peers`")
-    ] = None,
-    folder: Annotated[Path | None, typer.Option(help="where some GB are written (default: a temporary one)")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures here")] = None,
-) -> None:
-    """Time the activation cache: writing, shuffled reading, memory; with --peers sae-lens' cache too.
-
-    Example: saelab bench cache --json cache.json
-    """
-    import json
-
-    from saelab.bench.cache import bench as measure
-    from saelab.bench.cache import show
-
-    if json_file and not json_file.parent.is_dir():
-        raise SaelabError(f"--json: {json_file.parent}: no such folder")
-    record = measure(rounds=rounds, peers=peers, folder=folder, say=_say)
-    if json_file:
-        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    show(record)
 
 
 def _print_evaluation(run: Path) -> None:

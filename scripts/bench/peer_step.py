@@ -1,13 +1,10 @@
-"""Time another library's training step: its own TopK autoencoder in its own training loop, on the batch ours gets.
+"""Another library's training step: its own TopK autoencoder in its own training loop, on the batch that ours gets.
 
-A script on its own (torch and the peer, nothing of saelab), run by the interpreter that has the peer:
-
-    PYTHON peer_step.py --peer sparsify --variant as_shipped --shape 2048,768,24576,32
-
-prints one line of JSON. A step lasts from one request for a batch to the next, so all that the peer's loop does counts:
-loss, backward, clipping, optimiser, decoder norms, bookkeeping of dead features. The batch is the same at every step
-and in every process: ``randn [batch, d_in]`` from a generator with the given seed; no step's time depends on more of it
-than its shape. No feature can die in so few steps, so no auxiliary loss is computed.
+Called by child.py with the interpreter that has the peer: torch and the peer, nothing of saelab or of this folder. A
+step lasts from one request for a batch to the next, so all that the peer's loop does counts: loss, backward, clipping,
+optimiser, decoder norms, bookkeeping of dead features. The batch is the same at every step and in every process:
+``randn [batch, d_in]`` of a fixed seed; no step's time depends on more of it than its shape. No feature can die in so
+few steps, so no auxiliary loss is computed.
 
 Variants: `as_shipped`, fp32 and the library's own call of torch.optim.Adam (never fused); `fp32_fused`, the same with
 ``fused=True``; `bf16_fused`, fused and under bf16 autocast, where the library itself would place it.
@@ -16,16 +13,12 @@ Variants: `as_shipped`, fp32 and the library's own call of torch.optim.Adam (nev
 # The peers live in an environment of their own.
 # pyright: reportMissingImports=false
 
-import argparse
 import contextlib
-import importlib.metadata
-import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +31,7 @@ DISTRIBUTIONS = {
 }
 VARIANTS = ("as_shipped", "fp32_fused", "bf16_fused")
 VARIANTS_OF = dict.fromkeys(DISTRIBUTIONS, VARIANTS) | {"sparsify_signum": VARIANTS[:1]}
-"""What is measured of each: signum has no fused form."""
+"""What is measured of each; signum has no fused form."""
 
 LEAVES_OUT = {
     "sparsify": (
@@ -61,7 +54,7 @@ LEAVES_OUT = {
 
 
 LONG_STEP = 2.0
-"""Seconds: where the first step takes longer, it alone is the warm-up."""
+"""Seconds: if the first step takes longer, it is all of the warm-up."""
 
 
 class Enough(Exception):
@@ -69,7 +62,7 @@ class Enough(Exception):
 
 
 class Source:
-    """Hands out the batch and notes when it is asked for; raises Enough after `steps` timed steps, or `seconds`."""
+    """Hands out the batch and notes when. Raises Enough after `steps` timed steps, or `seconds` but at least three."""
 
     def __init__(self, x: Tensor, warmup: int, steps: int, seconds: float) -> None:
         self.x, self.warmup, self.steps, self.seconds = x, warmup, steps, seconds
@@ -123,7 +116,7 @@ class _Site(nn.Module):
         return next(self.batches)[None]
 
 
-def sparsify(source: Source, variant: str, n_features: int, k: int, seed: int, optimiser: str = "adam") -> None:
+def sparsify(source: Source, variant: str, n_features: int, k: int, optimiser: str = "adam") -> None:
     """sparsify/trainer.py: Trainer.__init__ and Trainer.fit, whole: its hook, loss, backward and optimiser calls."""
     from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
     from transformers import get_linear_schedule_with_warmup
@@ -144,7 +137,7 @@ def sparsify(source: Source, variant: str, n_features: int, k: int, seed: int, o
             batch_size=1,
             optimizer=optimiser,
             hookpoints=["source"],
-            init_seeds=[seed],
+            init_seeds=[0],
             save_dir=folder,
             log_to_wandb=False,
         )
@@ -158,11 +151,11 @@ def sparsify(source: Source, variant: str, n_features: int, k: int, seed: int, o
         trainer.fit()
 
 
-def sparsify_signum(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
-    sparsify(source, variant, n_features, k, seed, optimiser="signum")
+def sparsify_signum(source: Source, variant: str, n_features: int, k: int) -> None:
+    sparsify(source, variant, n_features, k, optimiser="signum")
 
 
-def dictionary_learning(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
+def dictionary_learning(source: Source, variant: str, n_features: int, k: int) -> None:
     """dictionary_learning/training.py trainSAE, with trainers/top_k.py TopKTrainer (its `update` is the step)."""
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.trainers.trainer import get_lr_schedule
@@ -179,7 +172,7 @@ def dictionary_learning(source: Source, variant: str, n_features: int, k: int, s
     settings = {
         "trainer": TopKTrainer if variant == "as_shipped" else FusedTopKTrainer,
         "steps": 100_000,
-        "seed": seed,
+        "seed": 0,
         "activation_dim": source.x.shape[1],
         "dict_size": n_features,
         "k": k,
@@ -195,14 +188,14 @@ def dictionary_learning(source: Source, variant: str, n_features: int, k: int, s
         )
 
 
-def sae_lens(source: Source, variant: str, n_features: int, k: int, seed: int) -> None:
+def sae_lens(source: Source, variant: str, n_features: int, k: int) -> None:
     """sae_lens/training/sae_trainer.py: SAETrainer.fit, on saes/topk_sae.py TopKTrainingSAE with its defaults."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.optim import get_lr_scheduler
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     batch, d_in = source.x.shape
     device = str(source.x.device)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=n_features, k=k, device=device))
@@ -234,81 +227,13 @@ def sae_lens(source: Source, variant: str, n_features: int, k: int, seed: int) -
 PEERS = {f.__name__: f for f in (sparsify, sparsify_signum, dictionary_learning, sae_lens)}
 
 
-def measure(
-    peer: str,
-    variant: str,
-    shape: tuple[int, int, int, int],
-    *,
-    seed: int = 0,
-    warmup: int = 2,
-    steps: int = 10,
-    seconds: float = 15.0,
-    device: str = "cpu",
-) -> dict:
-    """``{"peer", "variant", "version", "step_ms", "all_ms", "leaves_out"}``: the median step, and every one timed."""
+def step(
+    peer: str, variant: str, shape: list[int], steps: int, warmup: int = 2, seconds: float = 8.0, device: str = "cpu"
+) -> dict[str, Any]:
+    """``step_ms``, the median, and ``all_ms`` of the timed steps; `shape` is batch, d_in, n_features and k."""
     batch, d_in, n_features, k = shape
-    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(seed)).to(device)
+    x = torch.randn(batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
     source = Source(x, warmup, steps, seconds)
     with contextlib.suppress(Enough):
-        PEERS[peer](source, variant, n_features, k, seed)
-    ms = source.step_ms()
-    return {
-        "peer": peer,
-        "variant": variant,
-        "version": importlib.metadata.version(DISTRIBUTIONS[peer]),
-        "step_ms": statistics.median(ms),
-        "all_ms": ms,
-        "leaves_out": LEAVES_OUT[peer],
-    }
-
-
-def versions() -> dict:
-    """The peers this interpreter has, with their versions, beside its torch."""
-    found = {}
-    for distribution in sorted(set(DISTRIBUTIONS.values())):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[distribution] = importlib.metadata.version(distribution)
-    return {"torch": torch.__version__, **found}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", action="store_true", help="only say which peers are here")
-    parser.add_argument("--peer", choices=PEERS)
-    parser.add_argument("--variant", choices=VARIANTS, default="as_shipped")
-    parser.add_argument("--shape", default="2048,768,24576,32", help="batch,d_in,n_features,k")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument(
-        "--seconds", type=float, default=15.0, help="no further step once the timed ones took this long"
-    )
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    for name in ("WANDB_MODE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        os.environ.setdefault(name, "disabled" if name == "WANDB_MODE" else "1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.versions:
-        print(json.dumps(versions()))
-        return
-    if not args.peer:
-        parser.error("--peer is needed")
-    with contextlib.redirect_stdout(sys.stderr):  # peers print
-        batch, d_in, n_features, k = map(int, args.shape.split(","))
-        result = measure(
-            args.peer,
-            args.variant,
-            (batch, d_in, n_features, k),
-            seed=args.seed,
-            warmup=args.warmup,
-            steps=args.steps,
-            seconds=args.seconds,
-            device=args.device,
-        )
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+        PEERS[peer](source, variant, n_features, k)
+    return {"step_ms": statistics.median(source.step_ms()), "all_ms": source.step_ms()}

@@ -1,4 +1,4 @@
-"""Does an autoencoder find features that are known to be there? Activations from a planted dictionary, and its scores.
+"""Activations made from a planted dictionary, and scores for how much of it an autoencoder finds (planted.py asks).
 
     x = sum of active features (Zipf-distributed, independent) of magnitude * direction + noise
 
@@ -11,7 +11,7 @@ Scores, the same for every method, on fresh tokens, in inference mode (threshold
 
 recovered       share of the planted features that can be paired one-to-one with decoder rows at a cosine above 0.9
 mean cosine     mean over planted features of the largest cosine with any decoder row
-FVU, L0         as in fidelity.py
+FVU, L0         as in saelab/analysis/fidelity.py
 dead            features active on none of the tokens
 under-used      features, dead ones included, active on less than half of what the planted curve gives their rank
                 by density, and below the uniform density (losses.under_used)

@@ -1,8 +1,6 @@
-"""One measurement of our activation cache in this process, or of the plain thing that it is held against.
+"""Our activation cache and the plain thing that it is compared with, measured in this process.
 
-    python -m saelab.bench.ours_cache --measure write --folder DIR --tokens 655360 --d-in 768
-
-prints one line of JSON. What is measured:
+child.py calls these functions, cache.py reports them. Each returns seconds and what was done in them.
 
 caching       `saelab.cache` on the demo model and text, bfloat16 on disk; loading and the first passes left out
 model         a bare Hugging Face model on the same rows: sdpa, no_grad, a forward hook that raises at the same layer
@@ -10,27 +8,24 @@ end_to_end    as caching, but for float32 on disk, and from the first row to the
 write         the writer on activations that are there already; the cache stays in the folder
 raw_write     files of the same lengths by os.write, fsync after each
 read          an epoch of shuffled batches of the cache in the folder, from files that are not in the page cache
-raw_read      the same files, read one after the other into one buffer, neither in the page cache
-warm          as read, after an epoch that nobody timed
+raw_read      the same files, read one after the other into one buffer, not from the page cache either
+warm          as read, after an epoch that is not timed
 memory        growth of anonymous resident memory (RssAnon) from before the cache is opened to the most while it is read
 """
 
-import argparse
 import contextlib
-import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from saelab.activations.cache.layout import BLOCK_TOKENS, files_of
+from saelab.activations.cache.layout import BLOCK_TOKENS, Manifest, files_of
 from saelab.activations.cache.reader import Shuffled, open_cache
 from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass
@@ -38,20 +33,20 @@ from saelab.activations.stream import Pass
 CONFIG = "quickstart"
 """Model, text and site of `caching`, `model` and `end_to_end`: the demo's."""
 LAYER = 2
-"""Of the site of CONFIG."""
+"""The layer of CONFIG's site."""
 CONTEXT, ROWS, PASSES = 256, 32, 16
-"""Of a row, of a pass, of a shard."""
+"""Tokens of a row, rows of a pass, passes of a shard."""
 PASS_TOKENS = CONTEXT * ROWS
 SITE = "made.up"
 BATCH, BUFFER = 2048, 131_072
-"""Tokens of a batch, and that are shuffled together."""
+"""Tokens of a batch, and tokens that are shuffled together."""
 AT_ONCE = 1 << 23
 """Bytes given to one raw write or read."""
 T = TypeVar("T")
 
 
-def identity(tokens: int, d_in: int, dtype: str) -> dict[str, Any]:
-    """Of a cache of made-up activations."""
+def identity(tokens: int, d_in: int, dtype: str, **changed: Any) -> dict[str, Any]:
+    """The facts of a cache of made-up activations."""
     return {
         "model": "made up",
         "weights": "",
@@ -71,13 +66,14 @@ def identity(tokens: int, d_in: int, dtype: str) -> dict[str, Any]:
         "lanes": 1,
         "nonfinite": "error",
         "tokens": tokens,
-    }
+    } | changed
 
 
 class SameRow:
     """A row that comes again and again, and costs nothing."""
 
-    row = np.zeros(CONTEXT, dtype=np.int32)
+    def __init__(self, row: np.ndarray) -> None:
+        self.row = row
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
@@ -89,33 +85,34 @@ class SameRow:
         return {}
 
 
-def write(folder: Path, tokens: int, d_in: int, dtype: str, given: str) -> dict[str, float]:
-    """Seconds and bytes of writing a cache in `dtype` of activations that come in the dtype `given`."""
-    facts = identity(tokens, d_in, dtype)
-    passes = [torch.randn(PASS_TOKENS, d_in).to(getattr(torch, given)) for _ in range(4)]
-    kept = torch.ones(ROWS, CONTEXT, dtype=torch.bool)
-    turn = 0
-
-    def rows(lane: int, start: Mapping[str, Any] | None) -> SameRow:
-        return SameRow()
-
-    def forward(ids: np.ndarray) -> Pass:
-        nonlocal turn
-        turn += 1
-        return Pass(kept, {SITE: passes[turn % len(passes)]}, {})
-
-    os.sync()  # what others have not written yet is not to be waited for later
-    began = time.perf_counter()
+def write_made_up(
+    folder: Path, facts: dict[str, Any], row: np.ndarray, forward: Callable[[np.ndarray], Pass]
+) -> Manifest:
+    """Write a cache of `facts` from a corpus of one row and what `forward` makes of each pass."""
     begin(folder, facts)
-    for _ in write_lane(folder, facts, 0, rows, forward):
+    for _ in write_lane(folder, facts, 0, lambda lane, start: SameRow(row), forward):
         pass
-    manifest = finish(folder, facts)
+    return finish(folder, facts)
+
+
+def write(
+    folder: str, tokens: int, d_in: int, dtype: str = "bfloat16", activations: str | None = None
+) -> dict[str, float]:
+    """Seconds and bytes of writing a cache in `dtype` of activations that come in the dtype `activations`."""
+    facts = identity(tokens, d_in, dtype)
+    passes = [torch.randn(PASS_TOKENS, d_in).to(getattr(torch, activations or dtype)) for _ in range(4)]
+    kept = torch.ones(ROWS, CONTEXT, dtype=torch.bool)
+    turns = cycle(passes)
+    os.sync()  # else what others have not written yet would be waited for later
+    began = time.perf_counter()
+    row = np.zeros(CONTEXT, dtype=np.int32)
+    manifest = write_made_up(Path(folder), facts, row, lambda ids: Pass(kept, {SITE: next(turns)}, {}))
     seconds = time.perf_counter() - began
     size = sum(entry["bytes"] for shard in manifest.shards for entry in shard["files"].values())
     return {"seconds": seconds, "bytes": size, "values": manifest.tokens * d_in * getattr(torch, dtype).itemsize}
 
 
-def raw_write(folder: Path, tokens: int, d_in: int, dtype: str) -> dict[str, float]:
+def raw_write(folder: str, tokens: int, d_in: int, dtype: str = "bfloat16") -> dict[str, float]:
     """Seconds and bytes of writing, one after the other, files as long as those of `write`."""
     tokens = -(-tokens // PASS_TOKENS) * PASS_TOKENS
     shards = [min(PASSES * PASS_TOKENS, tokens - at) for at in range(0, tokens, PASSES * PASS_TOKENS)]
@@ -123,19 +120,19 @@ def raw_write(folder: Path, tokens: int, d_in: int, dtype: str) -> dict[str, flo
     content = memoryview(np.random.default_rng(0).bytes(max(lengths)))
     os.sync()
     began = time.perf_counter()
-    folder.mkdir(parents=True)
+    Path(folder).mkdir(parents=True)
     for number, length in enumerate(lengths):
-        _write_file(folder / str(number), content[:length])
+        _write_file(Path(folder) / str(number), content[:length])
     return {"seconds": time.perf_counter() - began, "bytes": sum(lengths)}
 
 
-def read(folder: Path, *, cold: bool) -> dict[str, float]:
+def read(folder: str, cold: bool = True) -> dict[str, float]:
     """Seconds, bytes and tokens of an epoch: the first, from opening the cache on, if `cold`, else the second."""
     paths = _files(folder)
     if cold:
         _drop(paths)
     began = time.perf_counter()
-    cache = open_cache(folder)
+    cache = open_cache(Path(folder))
     with cache.batches(SITE, BATCH, seed=0, buffer_tokens=BUFFER) as batches:
         if not cold:
             _epoch(batches)
@@ -146,7 +143,12 @@ def read(folder: Path, *, cold: bool) -> dict[str, float]:
     return {"seconds": seconds, "bytes": sum(path.stat().st_size for path in paths), "tokens": tokens}
 
 
-def raw_read(folder: Path) -> dict[str, float]:
+def warm(folder: str) -> dict[str, float]:
+    """As `read`, from the page cache."""
+    return read(folder, cold=False)
+
+
+def raw_read(folder: str) -> dict[str, float]:
     """Seconds and bytes of reading the same files one after the other into one buffer."""
     paths = _files(folder)
     buffer = memoryview(bytearray(b"\1") * max(path.stat().st_size for path in paths))  # in memory already
@@ -162,10 +164,10 @@ def raw_read(folder: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "bytes": size}
 
 
-def memory(folder: Path) -> dict[str, float]:
-    """`growth` and `buffers`, in bytes, and the cache's `tokens`. An epoch is read, and what follows for a group.
+def memory(folder: str) -> dict[str, float]:
+    """`growth` and `buffers`, in bytes, and the cache's `tokens`. An epoch is read, and a group of the next.
 
-    RssAnon is looked at after every batch, and every millisecond beside.
+    RssAnon is read after every batch, and every millisecond beside.
     """
     before = most = _anonymous()
     over = threading.Event()
@@ -178,7 +180,7 @@ def memory(folder: Path) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        cache = open_cache(folder)
+        cache = open_cache(Path(folder))
         with cache.batches(SITE, BATCH, seed=0, buffer_tokens=BUFFER) as batches:
             while batches.cursor.epoch == 0 or batches.cursor.group == 0:
                 next(batches)
@@ -188,34 +190,34 @@ def memory(folder: Path) -> dict[str, float]:
     finally:
         over.set()
         watcher.join()
-    held = min(BUFFER, sum(-(-shard["tokens"] // BLOCK_TOKENS) for shard in cache.manifest.shards) * BLOCK_TOKENS)
+    buffered = min(BUFFER, sum(-(-shard["tokens"] // BLOCK_TOKENS) for shard in cache.manifest.shards) * BLOCK_TOKENS)
     columns = [column for file in files_of(cache.identity) for column in file.columns]
-    buffers = 2 * held * sum(column.token_bytes for column in columns)
+    buffers = 2 * buffered * sum(column.token_bytes for column in columns)
     return {"growth": most - before, "buffers": buffers, "tokens": cache.tokens}
 
 
-def caching(folder: Path, passes: int, warmup: int) -> dict[str, float]:
+def caching(folder: str, passes: int, warmup: int) -> dict[str, float]:
     """Positions of the text per second, special tokens counted, while `passes` after `warmup` others are cached.
 
-    What comes behind the last pass and overlaps nothing, the last shard's writing above all, is in it: `tail` seconds.
+    What comes after the last pass and overlaps nothing, the last shard's writing above all, is in it: `tail` seconds.
     """
     times = _times_of_caching(folder, (passes + warmup) * PASS_TOKENS, "bfloat16")
-    timed = len(times) - 2 - warmup  # the first time is before all passes, the last behind them
+    timed = len(times) - 2 - warmup  # the first time is before all passes, the last after them
     seconds = times[-1] - times[warmup]
     tokens = timed * PASS_TOKENS
     return {"seconds": seconds, "tail": times[-1] - times[-2], "tokens": tokens, "tokens_per_s": tokens / seconds}
 
 
-def end_to_end(folder: Path, tokens: int) -> dict[str, float]:
+def end_to_end(folder: str, tokens: int) -> dict[str, float]:
     """Positions of the text per second, from the first row to the finished cache in float32, as sae-lens has it."""
     times = _times_of_caching(folder, tokens, "float32")
     done = (len(times) - 2) * PASS_TOKENS
     return {"seconds": times[-1] - times[0], "tokens": done, "tokens_per_s": done / (times[-1] - times[0])}
 
 
-def _times_of_caching(folder: Path, tokens: int, dtype: str) -> list[float]:
-    """When caching began, when each pass was taken in, and when the cache was whole."""
-    from saelab.runs.cache import cache  # transformers and all that: several seconds that other measurements do without
+def _times_of_caching(folder: str, tokens: int, dtype: str) -> list[float]:
+    """When caching began, when each pass was taken, and when the cache was whole."""
+    from saelab.runs.cache import cache  # transformers comes with it: seconds that the other measurements do without
 
     times: list[float] = []
 
@@ -226,12 +228,12 @@ def _times_of_caching(folder: Path, tokens: int, dtype: str) -> list[float]:
 
     os.sync()
     overrides = [f"cache.dtype={dtype}", f"cache.rows_per_forward={ROWS}", f"cache.shard_tokens={PASSES * PASS_TOKENS}"]
-    cache(CONFIG, folder, overrides, tokens=tokens, track=clock)
+    cache(CONFIG, Path(folder), overrides, tokens=tokens, track=clock)
     return [*times, time.perf_counter()]
 
 
 def model(passes: int, warmup: int) -> dict[str, float]:
-    """As `caching`, of the bare model: nothing is kept, written or tokenised."""
+    """As `caching`, for the bare model: nothing is kept, written or tokenised."""
     from transformers import AutoModelForCausalLM
 
     from saelab.demo import MODEL
@@ -261,7 +263,7 @@ def model(passes: int, warmup: int) -> dict[str, float]:
 
 
 def _epoch(batches: Shuffled) -> int:
-    """Read to the end of the epoch; how many tokens."""
+    """Number of tokens to the end of the epoch; reads them."""
     epoch, tokens = batches.cursor.epoch, 0
     while batches.cursor.epoch == epoch:
         tokens += len(next(batches))
@@ -277,12 +279,12 @@ def _write_file(path: Path, content: memoryview) -> None:
     os.close(handle)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.safetensors"))
+def _files(folder: str) -> list[Path]:
+    return sorted(Path(folder).glob("*/*.safetensors"))
 
 
 def _drop(paths: list[Path]) -> None:
-    """Ask the system to forget what it has of the files in memory."""
+    """Ask the system to drop the files from the page cache."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -291,35 +293,6 @@ def _drop(paths: list[Path]) -> None:
 
 
 def _anonymous() -> int:
-    """Bytes of this process's anonymous memory that are resident."""
+    """Resident bytes of this process's anonymous memory."""
     with open("/proc/self/status", encoding="ascii") as status:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measures = {
-        "caching": lambda: caching(args.folder, args.passes, args.warmup),
-        "model": lambda: model(args.passes, args.warmup),
-        "end_to_end": lambda: end_to_end(args.folder, args.tokens),
-        "write": lambda: write(args.folder, args.tokens, args.d_in, args.dtype, args.given or args.dtype),
-        "raw_write": lambda: raw_write(args.folder, args.tokens, args.d_in, args.dtype),
-        "read": lambda: read(args.folder, cold=True),
-        "raw_read": lambda: raw_read(args.folder),
-        "warm": lambda: read(args.folder, cold=False),
-        "memory": lambda: memory(args.folder),
-    }
-    parser.add_argument("--measure", choices=measures, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=655_360)
-    parser.add_argument("--d-in", type=int, default=768)
-    parser.add_argument("--dtype", default="bfloat16", help="on disk")
-    parser.add_argument("--given", help="of the activations before they are written (default: --dtype)")
-    parser.add_argument("--passes", type=int, default=44)
-    parser.add_argument("--warmup", type=int, default=4, help="passes before the timed ones")
-    args = parser.parse_args()
-    sys.stdout.write(json.dumps(measures[args.measure]()) + "\n")
-
-
-if __name__ == "__main__":
-    main()

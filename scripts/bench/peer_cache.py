@@ -1,13 +1,9 @@
-"""Time sae-lens' activation cache: its own functions, on the activations, or the text and the model, that ours gets.
+"""sae-lens' activation cache: its own functions, on the activations, or the text and the model, that ours gets.
 
-A script on its own (sae-lens and what it brings, nothing of saelab), run by the interpreter that has it:
-
-    PYTHON peer_cache.py --measure write --folder DIR --tokens 262144 --d-in 768
-
-prints one line of JSON. What is measured:
+Called by child.py with the interpreter that has it: sae-lens and what it brings, nothing of saelab or of this folder.
 
 write         sae_lens/cache_activations_runner.py, `_create_shard`, `save_to_disk` and `_consolidate_shards`: from a
-              buffer of activations in memory to the dataset on disk, in float32 (bfloat16 it cannot write). Left out:
+              buffer of activations in memory to the dataset on disk, in float32 (it cannot write bfloat16). Left out:
               the concatenation of passes into the buffer
 end_to_end    `CacheActivationsRunner.run`, whole, with its defaults but for the sizes, on the texts in a file (one JSON
               string per line) and the Llama model in a folder, the model being TransformerLens' HookedTransformer
@@ -18,12 +14,8 @@ It calls fsync nowhere, so what it wrote may not be on the disk when the clock s
 # sae-lens lives in an environment of its own, with an older TransformerLens.
 # pyright: reportMissingImports=false, reportCallIssue=false
 
-import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -32,29 +24,29 @@ import torch
 CONTEXT, ROWS = 256, 32
 
 
-def write(folder: Path, tokens: int, d_in: int, buffer_tokens: int) -> dict:
+def write(folder: str, tokens: int, d_in: int, buffer_tokens: int) -> dict[str, float]:
     """Seconds, bytes of the files, and bytes of the activations in them."""
     from sae_lens.cache_activations_runner import CacheActivationsRunner
 
     runner = _runner(folder, tokens, d_in, buffer_tokens, hook_name="made.up")
     buffer = (torch.randn(buffer_tokens, d_in), torch.zeros(buffer_tokens, dtype=torch.int32))
-    shards = folder / ".tmp_shards"
+    shards = Path(folder) / ".tmp_shards"
     os.sync()
     began = time.perf_counter()
     shards.mkdir(parents=True)
     for i in range(runner.cfg.n_buffers):
         runner._create_shard(buffer).save_to_disk(f"{shards}/shard_{i:05d}", num_shards=1)
-    dataset = CacheActivationsRunner._consolidate_shards(shards, folder, copy_files=False)
+    dataset = CacheActivationsRunner._consolidate_shards(shards, Path(folder), copy_files=False)
     seconds = time.perf_counter() - began
     assert len(dataset) * CONTEXT == tokens
     return {"seconds": seconds, "bytes": _size(folder), "values": tokens * d_in * 4}
 
 
-def end_to_end(folder: Path, tokens: int, buffer_tokens: int, model: Path, texts: Path, layer: int) -> dict:
+def end_to_end(folder: str, tokens: int, buffer_tokens: int, model: str, texts: str, layer: int) -> dict[str, float]:
     """Seconds from the first row to the finished dataset, and positions of the text per second. Loading is left out."""
     from datasets import Dataset
 
-    documents = Dataset.from_list([{"text": json.loads(line)} for line in texts.read_text("utf-8").splitlines()])
+    documents = Dataset.from_list([{"text": json.loads(line)} for line in Path(texts).read_text("utf-8").splitlines()])
     hooked = _hooked(model)
     runner = _runner(
         folder, tokens, hooked.cfg.d_model, buffer_tokens, f"blocks.{layer}.hook_resid_post", hooked, documents
@@ -66,8 +58,8 @@ def end_to_end(folder: Path, tokens: int, buffer_tokens: int, model: Path, texts
     return {"seconds": seconds, "tokens": done, "tokens_per_s": done / seconds, "bytes": _size(folder)}
 
 
-def _runner(folder: Path, tokens: int, d_in: int, buffer_tokens: int, hook_name: str, model=None, documents=None):
-    """Its runner, made as it makes itself, without the model and the store where there is no model."""
+def _runner(folder: str, tokens: int, d_in: int, buffer_tokens: int, hook_name: str, model=None, documents=None):
+    """Its runner, made as it makes itself, without the model and the store if `model` is None."""
     import sae_lens.cache_activations_runner as room
     from sae_lens.config import CacheActivationsRunnerConfig
 
@@ -82,7 +74,7 @@ def _runner(folder: Path, tokens: int, d_in: int, buffer_tokens: int, hook_name:
         d_in=d_in,
         training_tokens=tokens,
         context_size=CONTEXT,
-        new_cached_activations_path=str(folder),
+        new_cached_activations_path=folder,
         dtype="float32",
         device="cpu",
         streaming=False,
@@ -92,8 +84,8 @@ def _runner(folder: Path, tokens: int, d_in: int, buffer_tokens: int, hook_name:
     return room.CacheActivationsRunner(config, override_dataset=documents)
 
 
-def _hooked(folder: Path):
-    """The Llama model of `folder` as HookedTransformer, which loads none by itself that it does not know by name."""
+def _hooked(folder: str):
+    """The Llama model in `folder` as HookedTransformer, which by itself loads only models that it knows by name."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,46 +120,5 @@ def _hooked(folder: Path):
     return hooked
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def versions() -> dict:
-    """sae-lens and the torch beside it, with their versions."""
-    found = {"torch": str(torch.__version__)}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["sae-lens"] = importlib.metadata.version("sae-lens")
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", action="store_true", help="only say what is here")
-    parser.add_argument("--measure", choices=["write", "end_to_end"])
-    parser.add_argument("--folder", type=Path, help="an empty one, or one that is not there")
-    parser.add_argument("--tokens", type=int, default=262_144, help="a multiple of --buffer")
-    parser.add_argument(
-        "--buffer", type=int, default=131_072, help=f"tokens of a shard, a multiple of {ROWS * CONTEXT}"
-    )
-    parser.add_argument("--d-in", type=int, default=768, help="of made-up activations")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--texts", type=Path)
-    parser.add_argument("--layer", type=int, default=2)
-    args = parser.parse_args()
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        os.environ.setdefault(name, "1")
-    if args.versions:
-        print(json.dumps(versions()))
-        return
-    with contextlib.redirect_stdout(sys.stderr):  # peers print
-        if args.measure == "write":
-            result = write(args.folder, args.tokens, args.d_in, args.buffer)
-        elif args.measure == "end_to_end":
-            result = end_to_end(args.folder, args.tokens, args.buffer, args.model, args.texts, args.layer)
-        else:
-            parser.error("--measure is needed")
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+def _size(folder: str) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

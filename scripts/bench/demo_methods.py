@@ -8,19 +8,19 @@ under half the curve   share of ranks whose density is below half of one referen
                        seed's TopK, the same for all
 median density         of all features, the never active included
 
-    python scripts/compare_on_demo.py --json results.json          # some half an hour on two cores
+    python scripts/bench/demo_methods.py --json results.json          # some half an hour on two cores
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+import command
 import torch
+from table import table
 from torch import Tensor
 
 from saelab import CorpusSettings, ModelSettings, SparseAutoencoder, fidelity, load_language_model, open_corpus
@@ -30,6 +30,7 @@ from saelab.corpus import Corpus
 from saelab.lm.model import LanguageModel
 from saelab.progress import bar
 from saelab.sae.allocation.capacity import ZipfFit, expected_densities, fit_zipf
+from saelab.sae.model import Batch
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.sae.thresholds import calibrate
 from saelab.training.settings import TrainingSettings
@@ -41,34 +42,24 @@ SAMPLE = 32_768
 
 
 def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
-    def of(
-        affinity: str = "activation",
-        beta: float = 1.0,
-        allocation: str = "token_choice",
-        aux: str = "aux_k",
-        capacity: str = "zipf",
-        selection: str = "float32",
-    ) -> SaeSettings:
-        return SaeSettings(
-            n_features,
-            k,
-            AffinitySettings(affinity, beta),
-            AllocationSettings(allocation, capacity),
-            AuxSettings(aux),
-            selection=selection,
-        )
+    """Every method by its name."""
 
-    return {
-        "TopK (token choice)": of(),
-        "TopK, bf16 selection": of(selection="bfloat16"),
-        "TopK, aux_zipf": of(aux="aux_zipf"),
-        "mutual choice": of(allocation="mutual_choice"),
-        "feature choice, uniform": of(allocation="feature_choice", capacity="uniform"),
-        "feature choice, Zipf": of(allocation="feature_choice"),
-        "gradient TopK, beta 0.3": of("gradient", 0.3),
-        "gradient TopK, beta 1": of("gradient", 1.0),
-        "gradient TopK, beta 3": of("gradient", 3.0),
+    def made(
+        allocation: str = "token_choice", capacity: str = "zipf", aux: str = "aux_k", **changed: Any
+    ) -> SaeSettings:
+        settings = AllocationSettings(allocation, capacity)
+        return SaeSettings(n_features, k, allocation=settings, aux=AuxSettings(aux), **changed)
+
+    found = {
+        "TopK (token choice)": made(),
+        "TopK, bf16 selection": made(selection="bfloat16"),
+        "TopK, aux_zipf": made(aux="aux_zipf"),
+        "mutual choice": made("mutual_choice"),
+        "feature choice, uniform": made("feature_choice", "uniform"),
+        "feature choice, Zipf": made("feature_choice"),
     }
+    betas = {f"gradient TopK, beta {beta:g}": AffinitySettings("gradient", beta) for beta in (0.3, 1.0, 3.0)}
+    return found | {name: made(affinity=affinity) for name, affinity in betas.items()}
 
 
 class Remembering(LanguageModel):
@@ -112,11 +103,10 @@ class Data:
         ids = calibration.long().split(32)
         self.calibration = [lm.activations(i, [SITE])[SITE][lm.ordinary(i)].float() * self.scale for i in ids]
 
-    def batches(self, seed: int, size: int, gradients: bool) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, size: int, gradients: bool) -> Iterator[Batch]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         for chosen in order.split(size):
-            x = self.x[chosen] * self.scale
-            yield (x, self.gradients[chosen]) if gradients else x
+            yield Batch(self.x[chosen] * self.scale, gradients=self.gradients[chosen] if gradients else None)
 
 
 def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int) -> tuple[SparseAutoencoder, float]:
@@ -125,7 +115,7 @@ def run(data: Data, settings: SaeSettings, training: TrainingSettings, seed: int
     sae = SparseAutoencoder(data.x.shape[1], settings.n_features, settings.k)
     sae.initialise(data.x[:SAMPLE] * data.scale)
     begin = time.monotonic()
-    trained = train(sae, data.batches(seed, training.batch, settings.beta > 0), training, settings)
+    trained = train(sae, data.batches(seed, training.batch, settings.needs_gradients), training, settings)
     seconds = time.monotonic() - begin
     if trained.densities is not None:
         tokens = sum(len(x) for x in data.calibration)
@@ -163,17 +153,15 @@ COLUMNS = {
 }
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: mean over seeds, and half the range behind a ±."""
-    lines = ["| method | " + " | ".join(title for title, _, _ in COLUMNS.values()) + " |", "|---" * 10 + "|"]
+def summary(rows: dict[str, list[dict[str, float]]]) -> str:
+    """A table: mean over seeds ± half the range."""
+    cells = []
     for name, seeds in rows.items():
-        cells = []
+        cells.append([name])
         for key, (_, digits, factor) in COLUMNS.items():
             values = [factor * seed[key] for seed in seeds]
-            spread = (max(values) - min(values)) / 2
-            cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells[-1].append(f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}")
+    return table(["method", *(title for title, _, _ in COLUMNS.values())], cells)
 
 
 def paired(rows: dict[str, list[dict[str, float]]], better: str, worse: str, key: str) -> str:
@@ -186,7 +174,7 @@ def paired(rows: dict[str, list[dict[str, float]]], better: str, worse: str, key
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--n-features", type=int, default=8192)
     parser.add_argument("--k", type=int, default=32)
@@ -195,7 +183,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--only", nargs="*", help="methods whose name begins with one of these")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     lm = load_language_model(ModelSettings("demo"), device="cpu")
     data = Data(lm, open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT), args.tokens)
@@ -224,9 +211,9 @@ def main() -> None:
             write(args, curve, rows | {f"{label}; {few_tokens} tokens": line for label, line in oracles.items()})
     assert curve is not None
     print(f"\nreference curve: exponent {curve[0].exponent:.3f}, shift {curve[0].shift:.1f}, R2 {curve[0].r2:.3f}\n")
-    print(table(rows) + "\n")
+    print(summary(rows) + "\n")
     if oracles:
-        print(f"Seed 0 on {few_tokens:,} tokens, in inference and by the oracle:\n\n{table(oracles)}\n")
+        print(f"Seed 0 on {few_tokens:,} tokens, in inference and by the oracle:\n\n{summary(oracles)}\n")
     claims = [
         ("mutual choice", "TopK (token choice)", "fvu"),
         ("feature choice, Zipf", "TopK (token choice)", "never_active"),
@@ -239,16 +226,14 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace, curve: tuple[ZipfFit, Tensor] | None, rows: dict[str, Any]) -> None:
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        record = {
-            "settings": settings,
-            "curve": vars(curve[0]) if curve else None,
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    record = {
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "curve": vars(curve[0]) if curve else None,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    command.write_json(args.json, record)
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

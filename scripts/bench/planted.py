@@ -1,16 +1,14 @@
 """Which way of training finds features that are known to be there: every method on the same planted dictionaries.
 
-    python scripts/planted.py [--crowded] [--seeds N] [--tokens N] [--json FILE]
+    python scripts/bench/planted.py [--crowded] [--seeds N] [--tokens N] [--json FILE]
 
-What is planted and how it is scored: saelab/analysis/planted.py. Per seed a new dictionary, new tokens and new random
-starts, the same for every method; all train on the same tokens in the same order. k is the mean number of planted
-features of a token, and inference is set so that as many are active (within 2%, checked). The tables and the verdicts
-are printed as Markdown; a verdict is computed from the differences between two methods of one seed. Verdicts hold for
-the setting they were found in: `--crowded` plants as many features in half as many dimensions.
+What is planted and how it is scored: planted_truth.py. Per seed a new dictionary, new tokens and new random starts, the
+same for every method; all train on the same tokens in the same order. k is the mean number of planted features of a
+token, and inference is set so that as many are active (within 2%, checked). The tables and the verdicts are printed as
+Markdown; a verdict is computed from the differences between two methods of one seed. Verdicts hold for the setting they
+were found in: `--crowded` plants as many features in half as many dimensions.
 """
 
-import argparse
-import json
 import platform
 import statistics
 import sys
@@ -19,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import command
 import torch
+from planted_truth import Scores, draw, learn, plant, random_dictionary, score, set_l0
+from table import table as markdown
 
-from saelab.analysis.planted import Scores, draw, learn, plant, random_dictionary, score, set_l0
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
 
@@ -57,14 +57,14 @@ CROWDED = Setting(d_in=64, l0=5, noise=0.1, lr=1e-2)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two methods, which scores lower; the differences are paired by seed."""
+    """Which of two methods scores lower; the differences are paired by seed."""
 
     claim: str
     differences: list[float]
 
     @property
     def verdict(self) -> str:
-        """Shown where every seed agrees with the claim."""
+        """Shown if every seed agrees with the claim."""
         if all(difference < 0 for difference in self.differences):
             return "shown"
         opposite = all(difference > 0 for difference in self.differences)
@@ -73,14 +73,17 @@ class Comparison:
 
 def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
     """Every method by its name."""
+
+    def made(allocation: str, aux: str, affinity: str = "activation") -> SaeSettings:
+        who = ALLOCATIONS[allocation]
+        return SaeSettings(n_features, k, affinity=AffinitySettings(affinity), allocation=who, aux=AuxSettings(aux))
+
     found = {}
-    for allocation, settings in ALLOCATIONS.items():
+    for allocation in ALLOCATIONS:
         for aux in AUXILIARIES if "uniform" not in allocation else AUXILIARIES[:1]:
-            found[f"{allocation}; {aux}"] = SaeSettings(n_features, k, allocation=settings, aux=AuxSettings(aux))
+            found[f"{allocation}; {aux}"] = made(allocation, aux)
     for allocation in ("token choice", "mutual choice"):
-        found[f"{allocation}, gradient; aux_k"] = SaeSettings(
-            n_features, k, AffinitySettings("gradient"), ALLOCATIONS[allocation], AuxSettings("aux_k")
-        )
+        found[f"{allocation}, gradient; aux_k"] = made(allocation, "aux_k", "gradient")
     return found
 
 
@@ -145,31 +148,32 @@ def report(table: Table, setting: Setting, tokens: int) -> str:
         f"{tokens:,} tokens (batch {BATCH}, lr {setting.lr:g}); scored on {HELD_OUT:,} others. "
         f"Mean ± standard deviation over {seeds} seeds."
     )
-    lines = [
-        head,
-        "",
-        "| method | inference k | L0 | recovered | mean cosine | FVU | dead % | under-used % | delta CE |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["inference k", "L0", "recovered", "mean cosine", "FVU", "dead %", "under-used %", "delta CE"]
+    rows = []
     for name, scores in table.items():
         cells = [spread([s.k for s in scores], 2), spread([s.l0 for s in scores], 2)]
         cells += [spread([getattr(s, field) for s in scores]) for field in ("recovered", "mean_cosine")]
         cells.append(spread([s.fvu for s in scores], 4))
         cells += [spread([100 * getattr(s, field) for s in scores], 1) for field in ("dead", "under_used")]
-        cells.append(spread([s.delta_ce for s in scores], 4))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *cells, spread([s.delta_ce for s in scores], 4)])
     off = [
         f"{name} ({s.l0:.2f}, seed {seed})"
         for name, scores in table.items()
         for seed, s in enumerate(scores)
         if abs(s.l0 / setting.l0 - 1) > TOLERANCE
     ]
-    lines += ["", f"L0 further than 2% from {setting.l0}: {', '.join(off) or 'none'}.", ""]
-    lines += ["| claim | difference per seed | mean ± sd | verdict |", "|---|---|---|---|"]
-    for comparison in comparisons(table):
-        each = ", ".join(f"{difference:+.4f}" for difference in comparison.differences)
-        lines.append(f"| {comparison.claim} | {each} | {spread(comparison.differences, 4)} | {comparison.verdict} |")
-    return "\n".join(lines)
+    claims = [
+        [c.claim, ", ".join(f"{difference:+.4f}" for difference in c.differences), spread(c.differences, 4), c.verdict]
+        for c in comparisons(table)
+    ]
+    return "\n\n".join(
+        [
+            head,
+            markdown(["method", *columns], rows),
+            f"L0 further than 2% from {setting.l0}: {', '.join(off) or 'none'}.",
+            markdown(["claim", "difference per seed", "mean ± sd", "verdict"], claims),
+        ]
+    )
 
 
 def as_json(table: Table, setting: Setting, tokens: int) -> dict:
@@ -185,23 +189,20 @@ def as_json(table: Table, setting: Setting, tokens: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.parser(__doc__)
     parser.add_argument("--crowded", action="store_true", help="64 dimensions for the 512 features instead of 128")
-    parser.add_argument("--seeds", type=int, default=3, help="dictionaries to average over (3)")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="training tokens of each method (1,000,000)")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure of every seed there")
+    parser.add_argument("--seeds", type=command.whole(1), default=3, help="dictionaries to average over (3)")
+    parser.add_argument("--tokens", type=command.whole(1), default=1_000_000, help="of each method (1,000,000)")
     options = parser.parse_args()
     setting = CROWDED if options.crowded else USUAL
     table: Table = {}
+    say = partial(print, file=sys.stderr, flush=True)
     for seed in range(options.seeds):
-        say = partial(print, file=sys.stderr, flush=True)
         for name, scores in run_seed(setting, seed, options.tokens, say).items():
             table.setdefault(name, []).append(scores)
     print(report(table, setting, options.tokens))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(as_json(table, setting, options.tokens), file, indent=1)
+    command.write_json(options.json, as_json(table, setting, options.tokens))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

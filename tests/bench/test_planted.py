@@ -2,19 +2,16 @@
 
 import itertools
 import math
-import sys
+import re
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
+import planted as script
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-
-from saelab.analysis import planted as truth
-from saelab.analysis.planted import (
+from planted_truth import (
     Planted,
     Sample,
     Scores,
@@ -27,6 +24,7 @@ from saelab.analysis.planted import (
     score,
     set_l0,
 )
+
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
 
@@ -115,7 +113,11 @@ def test_every_affinity_goes_with_every_allocation_and_auxiliary_loss(
     small: tuple[Planted, Sample], affinity: str, allocation: str, aux: str
 ) -> None:
     settings = SaeSettings(
-        N_TRUE, K, AffinitySettings(affinity), AllocationSettings(allocation, after=0.4), AuxSettings(aux)
+        N_TRUE,
+        K,
+        affinity=AffinitySettings(affinity),
+        allocation=AllocationSettings(allocation, after=0.4),
+        aux=AuxSettings(aux),
     )
     tokens, x = 130 * 128, draw(small[0], 2048, 9).x  # 130 steps: aux_zipf begins after 100
     sae, densities, fvu = learn(settings, TrainingSettings(tokens, 128, 1e-2), small[1], seed=3)
@@ -126,17 +128,7 @@ def test_every_affinity_goes_with_every_allocation_and_auxiliary_loss(
     assert sae.encode(x).l0().double().mean() == pytest.approx(K, rel=0.05)
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    monkeypatch.delitem(sys.modules, "planted", raising=False)
-    import planted
-
-    assert planted is not truth
-    return planted
-
-
-def test_verdicts_come_from_the_numbers(script: ModuleType) -> None:
+def test_verdicts_come_from_the_numbers() -> None:
     def made(**changed: float) -> Scores:
         usual = Scores(
             k=8, l0=8, recovered=0.8, mean_cosine=0.9, fvu=0.3, dead=0.2, under_used=0.3, delta_ce=0.1, tokens=100
@@ -157,6 +149,6 @@ def test_verdicts_come_from_the_numbers(script: ModuleType) -> None:
     assert verdicts["FVU: mutual choice; aux_zipf < token choice; aux_zipf"] == "not shown"
     assert verdicts[f"recovered: {script.RANDOM} < a tenth of the worst trained method"] == "shown"
     text = script.report(table, script.USUAL, 1000)
-    assert text.count("| shown |") == 2 and "L0 further than 2% from 8: none." in text
+    assert len(re.findall(r"\| +shown \|", text)) == 2 and "L0 further than 2% from 8: none." in text
     table["token choice; none"][0] = made(l0=8.5)
     assert "token choice; none (8.50, seed 0)" in script.report(table, script.USUAL, 1000)

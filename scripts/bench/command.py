@@ -1,0 +1,70 @@
+"""What the commands here share: one message for what is missing, the option --json, exit codes.
+
+Imported before anything else, so that an interpreter without saelab gets the message and no traceback.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if missing := [name for name in ("saelab", "torch", "numpy") if importlib.util.find_spec(name) is None]:
+    sys.exit(
+        f"error: {sys.executable} has no {', '.join(missing)}; run `make install` in the checkout, then "
+        f"`.venv/bin/python {sys.argv[0]}`"
+    )
+
+from saelab.errors import SaelabError
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option that every command here has, --json."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=_new_file, metavar="FILE", help="also write every figure there")
+    return made
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def device(name: str) -> str:
+    """`name`; SaelabError if it is no CPU and torch finds no GPU."""
+    import torch
+
+    if name != "cpu" and not torch.cuda.is_available():
+        raise SaelabError(f"--device {name}: this torch ({torch.__version__}) finds no GPU")
+    return name
+
+
+def _new_file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent}: no such folder")
+    return Path(text)
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """Write `record` to the file that --json named, if it was given."""
+    if path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; an error meant for the user is one message and exit code 2."""
+    try:
+        main()
+    except SaelabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
