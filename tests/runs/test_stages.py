@@ -243,7 +243,12 @@ def test_a_full_disk_while_a_checkpoint_is_written_says_what_to_do(
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(SaelabError, match=r"sae.*: the disk is full: .* bytes, and [\d,]+ are free; make room"):
         saelab.train(small(tmp_path))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "state", "train.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "state",
+        "train.json",
+    }
     assert not json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
 
 
