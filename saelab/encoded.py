@@ -98,8 +98,9 @@ def read_together(
     """
     takers: dict[tuple[int, int], list[Callable[[Block], None]]] = {}
     for reader in readers:
-        for start in range(0, reader.rows, reader.rows_per_forward):
-            stop = min(start + reader.rows_per_forward, reader.rows, len(rows))
+        end = min(reader.rows, len(rows))
+        for start in range(0, end, reader.rows_per_forward):
+            stop = min(start + reader.rows_per_forward, end)
             takers.setdefault((start, stop), []).append(reader.add)
 
     spans = sorted(takers)
