@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saelab.lm.settings import ModelSettings
     from saelab.runs.cache import cache
     from saelab.runs.config import RunSettings, load_config
-    from saelab.runs.stages import evaluate, index
+    from saelab.runs.stages import evaluate, index, run
     from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
     from saelab.sae.model import SparseAutoencoder
@@ -43,6 +43,7 @@ _HOME = {
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
     "resume": "saelab.runs.train",
+    "run": "saelab.runs.stages",
     "save_sae": "saelab.sae.checkpoint",
     "train": "saelab.runs.train",
 }
@@ -66,6 +67,7 @@ __all__ = [
     "open_cache",
     "open_corpus",
     "resume",
+    "run",
     "save_sae",
     "train",
 ]

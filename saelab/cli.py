@@ -34,19 +34,37 @@ def demo(
     port: _Port = 8501,
     force: _Force = False,
 ) -> None:
-    """The whole job on the embedded model and corpus: train, evaluate, make features, serve the explorer.
-
-    Stages whose results still stand are not run again.
+    """The whole job on the embedded model and corpus: `saelab run quickstart`, then serve the explorer.
 
     Example: saelab demo --no-app
     """
+    folder = _bring_up_to_date("quickstart", overrides, force)
+    if app:
+        _serve([folder], port)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    overrides: _Overrides = None,
+    force: _Force = False,
+) -> None:
+    """Bring all stages of a config up to date: train, evaluate, make features; each text is read once.
+
+    Stages whose results still stand are not run again.
+
+    Example: saelab run quickstart sae.k=64 out=runs/k64
+    """
+    _bring_up_to_date(config, overrides, force)
+
+
+def _bring_up_to_date(config: str, overrides: list[str] | None, force: bool) -> Path:
     from saelab import progress
     from saelab.runs import stages
 
-    folder = stages.demo("quickstart", overrides or [], force=force, track=progress.bar, say=_say)
+    folder = stages.run(config, overrides or [], force=force, track=progress.bar, say=_say)
     _print_evaluation(folder)
-    if app:
-        _serve([folder], port)
+    return folder
 
 
 @app.command()
@@ -199,6 +217,8 @@ def _print_evaluation(run: Path) -> None:
     assert result is not None, "this stage has just written it"
 
     def number(name: str, digits: int) -> str:
+        if name not in result:
+            return "not measured yet: saelab eval"
         return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
 
     typer.echo(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
@@ -218,6 +238,7 @@ def _print_evaluation(run: Path) -> None:
         ("KL(clean || spliced) (nats/token)", number("kl", 4)),
         (f"never active on {result['tokens']:,} tokens", never),
         ("density below 1e-4 (share of features)", number("share_below_1e4", 4)),
+        ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),
     ):
         table.add_row(label, value)
     Console(width=100).print(table)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from saelab import cli
+
 
 def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
@@ -38,7 +40,7 @@ def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
-    for command in ("demo", "train", "cache", "plan", "eval", "index", "app"):
+    for command in ("demo", "run", "train", "cache", "plan", "eval", "index", "app"):
         assert command in top.stdout
         assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
 
@@ -110,13 +112,28 @@ def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
     assert json.loads((run / "train.json").read_text())["complete"]
     assert json.loads((run / "eval.json").read_text())["fvu"] < 1
     assert (run / "features" / "summary.json").is_file()
-    assert "FVU" in result.stdout and "never active on 4," in result.stdout
+    assert "FVU" in result.stdout and "c_dec" in result.stdout and "never active on 4," in result.stdout
     begin = time.monotonic()
-    again = saelab("demo", "--no-app", *small, cwd=tmp_path)
+    again = saelab("run", "quickstart", *small, cwd=tmp_path)  # what demo is, but for the explorer
     assert again.stderr.count("up to date") == 3, again.stderr
+    assert again.stdout == result.stdout
     assert time.monotonic() - begin < 120
     taken = saelab("train", "quickstart", *small, cwd=tmp_path)
     assert taken.returncode == 2 and "--force" in taken.stderr
+
+
+def test_an_evaluation_of_an_earlier_version_is_printed_and_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = ("fvu", "l0", "cosine", "ce_clean", "ce_spliced", "delta_ce", "ce_zero_ablated", "ce_mean_ablated", "kl")
+    shares = ("loss_recovered_zero", "loss_recovered_mean", "never_active_share", "share_below_1e4")
+    counts = {"tokens": 10, "ce_tokens": 9, "never_active": 1, "n_features": 4, "site": "s"}
+    written = dict.fromkeys((*figures, *shares), 0.5) | counts | {"loss_recovered_mean": None}
+    (tmp_path / "eval.json").write_text(json.dumps(written))
+    cli._print_evaluation(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("│")[2].strip() for line in lines if "c_dec" in line] == ["not measured yet: saelab eval"]
+    assert [line.split("│")[2].strip() for line in lines if "recovered, mean" in line] == ["undefined"]
 
 
 def test_the_old_name_of_index_still_works_and_says_so(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_transformer_lens_comes_with_a_model_only() -> None:
     assert "transformer_lens" not in found and "transformers" not in found
 
 
-@pytest.mark.parametrize("name", ["load", "train", "fidelity", "index", "evaluate", "Codes", "open_corpus"])
+@pytest.mark.parametrize("name", ["load", "train", "run", "fidelity", "index", "evaluate", "Codes", "open_corpus"])
 def test_public_names_are_there(name: str) -> None:
     import saelab
 

@@ -34,6 +34,7 @@ FIGURES = [
     ("never_active_share", "Never active", "share", "of all features"),
     ("share_below_1e4", "Density below 1e-4", "share", "features active on less than 0.01% of the evaluated tokens"),
     ("share_below_1e5", "Density below 1e-5", "share", "features active on less than 0.001% of them"),
+    ("c_dec", "c_dec", "mean absolute cosine", "between the decoder rows of two features, over all pairs of features"),
     ("n_features", "Features", "", "of the autoencoder"),
     ("tokens", "Evaluated on", "tokens", "N: held-out tokens; BOS and other special tokens are in none of the figures"),
     ("ce_tokens", "CE and KL on", "tokens", "those that are followed by another ordinary token"),

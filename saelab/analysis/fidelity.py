@@ -12,6 +12,9 @@ delta CE       CE_spliced - CE_clean
 KL             mean KL(clean || spliced) of the next-token distributions, over the same positions as CE
 never active   features that are active on none of the evaluated tokens
 share below    share of features that are active on less than 1e-4 (1e-5) of the evaluated tokens
+c_dec          mean absolute cosine between the decoder rows of two different features, over all pairs of features: a
+               property of the weights only (decoder.py); over autoencoders that differ in L0, its elbow is at
+               the right L0
 
 Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
 which sees the next token and is not to be compared with other autoencoders' figures. Its gradients are those of the
@@ -22,16 +25,17 @@ Gradients are normalised over the rows of one forward pass, as over the batch in
 """
 
 import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.settings import EvalSettings
-from saelab.codes import Codes
+from saelab.analysis.spliced_loss import spliced_losses
+from saelab.encoded import Autoencoder, Block, encoded
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
@@ -44,21 +48,6 @@ INFERENCE = "inference"
 ORACLE = "oracle: sees the next token"
 MIN_DEAD_TOKENS = 300_000
 """Fewer held-out tokens than this say little about rare features; results say so."""
-
-
-class Autoencoder(Protocol):
-    """What fidelity needs of an autoencoder."""
-
-    n_features: int
-
-    def encode(self, x: Tensor) -> Codes: ...
-    def decode(self, codes: Codes) -> Tensor: ...
-
-
-class GradientAware(Autoencoder, Protocol):
-    """What the oracle needs: selection that takes the loss's gradients, in the shape of x."""
-
-    def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +69,8 @@ class Fidelity:
     ce_zero_ablated: float
     ce_mean_ablated: float
     kl: float
+    c_dec: float | None
+    """None if the autoencoder has no `W_dec`."""
     counts: Tensor = field(repr=False, compare=False)
     """On how many of the evaluated tokens each feature is active, ``[n_features]`` int64; not in `to_dict`."""
 
@@ -111,7 +102,7 @@ class Fidelity:
         """Share of features active on less than `density` of the evaluated tokens, the never active ones included."""
         return (self.counts.double() / self.tokens < density).double().mean().item()
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """All figures by name, the derived ones too; without the counts."""
         stored = [entry.name for entry in fields(self) if entry.name != "counts"]
         return {name: getattr(self, name) for name in (*stored, *_DERIVED)}
@@ -167,124 +158,80 @@ def fidelity(
     site = site or getattr(sae, "metadata", {}).get("hook_name")
     if site is None:
         raise SaelabError("fidelity: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
-    width, d_in = lm.width(site), getattr(sae, "d_in", None)
-    if d_in is not None and d_in != width:
-        raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
-    if isinstance(sae, torch.nn.Module) and (place := next(sae.parameters()).device) != lm.device:
-        raise SaelabError(
-            f"fidelity: the autoencoder is on {place}, the model on {lm.device}; move it with sae.to(...)"
+    evaluation = Evaluation(sae, lm, site, ce_tokens=ce_tokens, oracle=oracle)
+    for block in encoded(sae, lm, rows, site, rows_per_forward, gradients=oracle, track=track):
+        evaluation.add(block)
+    return evaluation.result(track)
+
+
+class Evaluation:
+    """Sums over the blocks of one pass (`add`), and the figures that follow from them and from the losses (`result`).
+
+    Memory: the reconstructions of the tokens for CE, ``ce_tokens * d_in`` float32 numbers on the model's device, kept
+    from the pass so that no token is encoded twice; and in `result` the runs of the model on one block.
+    Raises SaelabError if the widths or devices differ, or if `oracle` is asked of an `encode` that takes no gradients.
+    """
+
+    def __init__(self, sae: Autoencoder, lm: LanguageModel, site: str, *, ce_tokens: int, oracle: bool = False) -> None:
+        width, d_in = lm.width(site), getattr(sae, "d_in", None)
+        if d_in is not None and d_in != width:
+            raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
+        if isinstance(sae, torch.nn.Module) and (place := next(sae.parameters()).device) != lm.device:
+            raise SaelabError(
+                f"fidelity: the autoencoder is on {place}, the model on {lm.device}; move it with sae.to(...)"
+            )
+        if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
+            raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so there is no oracle of it")
+        self._sae, self._lm, self._site, self._oracle = sae, lm, site, oracle
+        self._ce_tokens = ce_tokens
+        self._ce_blocks: list[tuple[Tensor, Tensor]] = []
+        self._tokens, self._squares, self._errors, self._active, self._cosines = 0, 0.0, 0.0, 0, 0.0
+        self._origin = torch.zeros(width, dtype=torch.float64, device=lm.device)
+        self._total = torch.zeros_like(self._origin)
+        self._fired = torch.zeros(sae.n_features, dtype=torch.long, device=lm.device)
+
+    @torch.no_grad()
+    def add(self, block: Block) -> None:
+        """Add the next block of the pass."""
+        x, reconstruction = block.x, self._sae.decode(block.codes)
+        if self._tokens < self._ce_tokens:
+            self._ce_blocks.append((block.rows, reconstruction))
+        if not self._tokens:
+            self._origin = x.double().mean(0)  # sums about a point near the mean lose no digits to a large mean
+        reconstruction = reconstruction.float()
+        centred = x.double() - self._origin
+        self._tokens += len(x)
+        self._total += centred.sum(0)
+        self._squares += centred.square().sum().item()
+        self._errors += (x.double() - reconstruction.double()).square().sum().item()
+        self._cosines += F.cosine_similarity(x, reconstruction, dim=1).double().sum().item()
+        self._active += int(block.codes.l0().sum())
+        self._fired += block.codes.firing_counts()
+
+    def result(self, track: Track = silent) -> Fidelity:
+        """All figures, after running the model on the rows for CE.
+
+        Raises SaelabError if the pass had no ordinary token, or none that is followed by another.
+        """
+        n = self._tokens
+        if not n:
+            raise SaelabError("fidelity: the rows hold no ordinary token")
+        deviation = self._squares - self._total.square().sum().item() / n
+        losses = spliced_losses(self._lm, self._site, self._ce_blocks, self._origin + self._total / n, track)
+        W_dec = getattr(self._sae, "W_dec", None)
+        return Fidelity(
+            site=self._site,
+            mode=ORACLE if self._oracle else INFERENCE,
+            tokens=n,
+            fvu=self._errors / deviation if deviation else float("nan"),  # all activations the same: nothing to explain
+            l0=self._active / n,
+            cosine=self._cosines / n,
+            never_active=int((self._fired == 0).sum()),
+            n_features=self._sae.n_features,
+            c_dec=None if W_dec is None else mean_absolute_cosine(W_dec),
+            counts=self._fired.cpu(),
+            **losses,
         )
-    if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
-        raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so there is no oracle of it")
-    blocks = rows.to(lm.device).long().split(rows_per_forward)
-    if not any(lm.ordinary(block).any() for block in blocks):
-        raise SaelabError("fidelity: the rows hold no ordinary token")
-
-    code_sums, mean = _code_sums(sae, lm, site, oracle, track(iter(blocks), "reconstruction", rows.numel(), _size))
-    chosen = _first_blocks(lm, blocks, ce_tokens)
-    total = sum(block.numel() for block in chosen)
-    runs = _splice_sums(sae, lm, site, oracle, mean, track(iter(chosen), "spliced loss", total, _size))
-    return Fidelity(site=site, mode=ORACLE if oracle else INFERENCE, n_features=sae.n_features, **code_sums, **runs)
-
-
-def _size(block: Tensor) -> int:
-    return block.numel()
-
-
-def _first_blocks(lm: LanguageModel, blocks: tuple[Tensor, ...], tokens: int) -> list[Tensor]:
-    chosen, held = [], 0
-    for block in blocks:
-        chosen.append(block)
-        held += int(lm.ordinary(block).sum())
-        if held >= tokens:
-            break
-    return chosen
-
-
-def _read(lm: LanguageModel, block: Tensor, site: str, oracle: bool) -> tuple[Tensor, Tensor | None]:
-    """Activations of the ordinary tokens, ``[tokens, d_in]`` float32, and for the oracle the gradients there."""
-    keep = lm.ordinary(block)
-    if not oracle:
-        return lm.activations(block, [site])[site][keep].float(), None
-    values, gradients = lm.activations_and_gradients(block, [site])
-    return values[site][keep].float(), gradients[site][keep]
-
-
-def _encode(sae: Autoencoder, x: Tensor, gradients: Tensor | None) -> Codes:
-    return sae.encode(x) if gradients is None else cast(GradientAware, sae).encode(x, gradients=gradients)
-
-
-@torch.no_grad()
-def _code_sums(
-    sae: Autoencoder, lm: LanguageModel, site: str, oracle: bool, blocks: Iterator[Tensor]
-) -> tuple[dict[str, Any], Tensor]:
-    """FVU, L0, cosine and firing counts; and the mean activation, ``[d_in]`` float64."""
-    n, squares, errors, active, cosines = 0, 0.0, 0.0, 0, 0.0
-    total = fired = origin = None
-    for block in blocks:
-        x, gradients = _read(lm, block, site, oracle)
-        if not len(x):
-            continue
-        codes = _encode(sae, x, gradients)
-        reconstruction = sae.decode(codes).float()
-        if total is None or fired is None or origin is None:
-            origin = x.double().mean(0)  # sums about a point near the mean lose no digits to a large mean
-            total = torch.zeros_like(origin)
-            fired = torch.zeros(sae.n_features, dtype=torch.long, device=x.device)
-        centred = x.double() - origin
-        n += len(x)
-        total += centred.sum(0)
-        squares += centred.square().sum().item()
-        errors += (x.double() - reconstruction.double()).square().sum().item()
-        cosines += F.cosine_similarity(x, reconstruction, dim=1).double().sum().item()
-        active += int(codes.l0().sum())
-        fired += codes.firing_counts()
-    assert total is not None and fired is not None and origin is not None
-    deviation = squares - total.square().sum().item() / n
-    sums = {
-        "tokens": n,
-        "fvu": errors / deviation if deviation else float("nan"),  # all activations the same: nothing to explain
-        "l0": active / n,
-        "cosine": cosines / n,
-        "never_active": int((fired == 0).sum()),
-        "counts": fired.cpu(),
-    }
-    return sums, origin + total / n
-
-
-@torch.no_grad()
-def _splice_sums(
-    sae: Autoencoder, lm: LanguageModel, site: str, oracle: bool, mean: Tensor, blocks: Iterator[Tensor]
-) -> dict[str, Any]:
-    gradients: Tensor | None = None  # of the block at hand
-
-    replacements: dict[str, Callable[[Tensor], Tensor]] = {
-        "ce_spliced": lambda x: sae.decode(_encode(sae, x.float(), gradients)),
-        "ce_zero_ablated": torch.zeros_like,
-        "ce_mean_ablated": lambda x: mean.to(x.dtype).expand_as(x),
-    }
-    sums = dict.fromkeys(["ce_clean", *replacements, "kl"], 0.0)
-    n = 0
-    for block in blocks:
-        keep = lm.scored(block)
-        targets = block.roll(-1, 1)[keep]
-        if oracle:
-            _, gradients = _read(lm, block, site, oracle)
-        n += len(targets)
-        clean = _log_probabilities(lm.logits(block), keep)
-        sums["ce_clean"] += F.nll_loss(clean, targets, reduction="none").double().sum().item()
-        for name, replace in replacements.items():
-            other = _log_probabilities(lm.spliced_logits(block, site, replace), keep)
-            sums[name] += F.nll_loss(other, targets, reduction="none").double().sum().item()
-            if name == "ce_spliced":
-                sums["kl"] += F.kl_div(other, clean, reduction="none", log_target=True).sum(1).double().sum().item()
-    if not n:
-        raise SaelabError("fidelity: no position has an ordinary token followed by another, so there is no loss")
-    return {"ce_tokens": n} | {name: value / n for name, value in sums.items()}
-
-
-def _log_probabilities(logits: Tensor, keep: Tensor) -> Tensor:
-    return logits[keep].float().log_softmax(-1)
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -1,11 +1,6 @@
-"""The feature database: one pass over held-out text, then everything a page shows, written once as Parquet.
-
-What is active where is kept in memory until the tables are written: 16 bytes per active feature and token, which at
-k = 32 is 512 bytes per token (154 MB for 300 k tokens), and about three times that while it is sorted.
-"""
+"""The feature database: everything a page shows, from one pass over held-out text, written once as Parquet."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from saelab.encoded import encoded
 from saelab.errors import SaelabError
+from saelab.features.activity import Activity, ActivityBuilder
 from saelab.features.layout import CONTEXTS, FEATURES, SUMMARY
 from saelab.features.settings import FeatureSettings
 from saelab.files import replace_folder, translate_errors, write_json
@@ -31,49 +28,6 @@ _RESIDUAL = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Activity:
-    """Every activation of every feature on the evaluated text, sorted by feature, then by place.
-
-    values ``[nnz]`` float32, features ``[nnz]`` int32, places ``[nnz]`` int64 (row * context + position);
-    offsets ``[n_features + 1]``: feature f holds entries ``offsets[f]`` up to ``offsets[f + 1]``.
-    """
-
-    values: Tensor
-    features: Tensor
-    places: Tensor
-    offsets: Tensor
-    n_tokens: int
-    """Ordinary tokens evaluated, active or not."""
-
-    @property
-    def n_features(self) -> int:
-        return len(self.offsets) - 1
-
-
-@torch.no_grad()
-def collect_activity(
-    sae: SparseAutoencoder, lm: LanguageModel, rows: Tensor, site: str, rows_per_forward: int, track: Track = silent
-) -> Activity:
-    """Run the autoencoder over the ordinary tokens of `rows` ``[rows, context]``."""
-    values, features, places, n_tokens, first = [], [], [], 0, 0
-    blocks = iter(rows.to(lm.device).long().split(rows_per_forward))
-    for block in track(blocks, "features", rows.numel(), lambda block: block.numel()):
-        keep = lm.ordinary(block)
-        codes = sae.encode(lm.activations(block, [site])[site][keep].float())
-        place = keep.flatten().nonzero().squeeze(1) + first
-        values.append(codes.values.cpu())
-        features.append(codes.features.int().cpu())
-        places.append(place[codes.row_of_entry()].cpu())
-        n_tokens += int(keep.sum())
-        first += block.numel()
-    all_features = torch.cat(features)
-    order = torch.argsort(all_features, stable=True)  # reading order stays within a feature
-    counts = torch.bincount(all_features, minlength=sae.n_features)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    return Activity(torch.cat(values)[order], all_features[order], torch.cat(places)[order], offsets, n_tokens)
-
-
 def build_features(
     sae: SparseAutoencoder,
     lm: LanguageModel,
@@ -85,16 +39,34 @@ def build_features(
     *,
     track: Track = silent,
 ) -> dict[str, Any]:
+    """Encode `rows` ``[rows, context]`` and write their feature database to `folder`, as `write_features` does.
+
+    Raises SaelabError as `write_features` does, before anything is encoded, and if the rows have no ordinary token.
+    """
+    check_replaceable(folder)
+    activity = ActivityBuilder(sae.n_features)
+    for block in encoded(sae, lm, rows, site, settings.rows_per_forward, track=track):
+        activity.add(block)
+    return write_features(activity.build(), sae, lm, rows, site, folder, settings, inputs)
+
+
+def write_features(
+    activity: Activity,
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    rows: Tensor,
+    site: str,
+    folder: Path,
+    settings: FeatureSettings,
+    inputs: str,
+) -> dict[str, Any]:
     """Write features.parquet, contexts.parquet and summary.json to `folder`; returns the summary.
 
-    `inputs` is recorded in the summary: it names what the tables were made from. An earlier database in `folder` is
-    replaced once the new one is complete. Raises SaelabError if `folder` holds anything else or cannot be written, and
-    if the rows hold no ordinary token.
+    `activity` is of the text of `rows` ``[rows, context]``. `inputs` is recorded in the summary: it names what the
+    tables were made from. An earlier database in `folder` is replaced once the new one is complete. Raises SaelabError
+    if `folder` holds anything else or cannot be written.
     """
-    _check_replaceable(folder)
-    activity = collect_activity(sae, lm, rows, site, settings.rows_per_forward, track)
-    if not activity.n_tokens:
-        raise SaelabError("features: the rows hold no ordinary token")
+    check_replaceable(folder)
     vocabulary = _display(lm.tokenizer, len(lm.unembedding))
     columns = statistics(activity) | _top_logits(sae, lm, site, vocabulary) | _neighbours(sae.W_dec)
     contexts = _contexts_table(activity, rows.cpu(), settings, vocabulary)
@@ -116,7 +88,8 @@ def build_features(
     return summary
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises SaelabError if `folder` holds anything but a feature database."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name not in (FEATURES, CONTEXTS, SUMMARY) and path.suffix != ".tmp":
             raise SaelabError(

@@ -13,8 +13,8 @@ class FeatureSettings:
     """Strongest contexts kept per feature, at most one per row of text."""
     window: int = 32
     """Tokens shown of each context."""
-    rows_per_forward: int = 32
-    """Rows in one forward pass."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass. `saelab run` shares the pass with evaluation if this is `eval.rows_per_forward`."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "contexts", "window", "rows_per_forward"):

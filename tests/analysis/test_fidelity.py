@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.fidelity import INFERENCE, ORACLE, fidelity
 from saelab.codes import Codes
 from saelab.errors import SaelabError
@@ -98,9 +99,40 @@ def test_every_figure_is_its_formula(kind: str) -> None:
     assert found.kl == pytest.approx(np.mean(kl), rel=1e-3)
     zero = found.ce_zero_ablated
     assert found.loss_recovered_zero == pytest.approx((zero - found.ce_spliced) / (zero - found.ce_clean))
+    D = sae.W_dec.detach().double().numpy()
+    D /= np.linalg.norm(D, axis=1, keepdims=True)
+    pairs = [abs(D[i] @ D[j]) for i in range(40) for j in range(i)]
+    assert found.c_dec == pytest.approx(np.mean(pairs), rel=1e-5)
     assert found.mode == INFERENCE
     assert found.to_frame().loc["delta_ce", "value"] == found.delta_ce
     assert len(found.plot().data[0].x) == 4 and INFERENCE not in found.plot().layout.title.text
+
+
+def test_c_dec_is_the_mean_over_all_pairs_whatever_the_norms() -> None:
+    torch.manual_seed(0)
+    W = torch.randn(2500, 7) * torch.rand(2500, 1)  # more features than are compared at once
+    W[3] = 0
+    unit = torch.nan_to_num(W.double() / W.double().norm(dim=1, keepdim=True))
+    cosines = (unit @ unit.T).abs().fill_diagonal_(0)
+    assert mean_absolute_cosine(W) == pytest.approx(cosines.sum().item() / (2500 * 2499), rel=1e-5)
+    assert mean_absolute_cosine(torch.eye(5)) == 0.0
+    assert mean_absolute_cosine(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])) == pytest.approx(1.0)
+    assert math.isnan(mean_absolute_cosine(torch.ones(1, 5)))
+    assert fidelity(Fixed(lambda x: x), language_model("gpt2"), random_rows(language_model("gpt2"), 2)).c_dec is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_below_the_site_runs_twice_for_a_row_with_ce_and_once_for_another(kind: str) -> None:
+    lm = language_model(kind)
+    rows = random_rows(lm, 12)
+    fidelity(Fixed(lambda x: x), lm, rows[:4])
+    ran: list[int] = []
+    module = lm.model.get_submodule(lm.site("blocks.0.mlp.hook_out").module)
+    # Passes of one row find the width and test whether sharing is exact.
+    handle = module.register_forward_hook(lambda _, __, out: ran.append(out.numel() // 32 // rows.shape[1]))
+    fidelity(Fixed(lambda x: x), lm, rows, rows_per_forward=3, ce_tokens=100)
+    handle.remove()
+    assert [n for n in ran if n > 1] == [3] * 4 + [3] * 2  # the pass, then the clean runs on the first two blocks
 
 
 def test_bos_with_a_hundred_times_the_norm_is_in_no_figure() -> None:
@@ -196,7 +228,7 @@ def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str)
     assert found.plot().layout.title.text.endswith(ORACLE)
     ordinary = lm.ordinary(rows)
     values, gradients = (found[SITE] for found in lm.activations_and_gradients(rows, [SITE]))
-    assert len(sae.seen) == 2  # once for FVU, once for the spliced loss
+    assert len(sae.seen) == 1  # for FVU and the spliced loss alike: the text is encoded once
     for x, g in sae.seen:
         assert g is not None
         torch.testing.assert_close(x, values[ordinary], rtol=1e-4, atol=1e-5)

@@ -7,8 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from saelab.encoded import encoded
 from saelab.errors import SaelabError
-from saelab.features.index import BINS, Activity, build_features, collect_activity, strongest_places
+from saelab.features.activity import Activity, ActivityBuilder
+from saelab.features.index import BINS, build_features, strongest_places
 from saelab.features.settings import FeatureSettings
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, language_model, random_rows
@@ -146,7 +148,10 @@ def test_activity_is_sorted_by_feature_and_place() -> None:
     rows = random_rows(lm, 9)
     sae = SparseAutoencoder(32, 16, 2)
     sae.initialise(torch.randn(100, 32))
-    activity = collect_activity(sae, lm, rows, SITE, 4)
+    builder = ActivityBuilder(16)
+    for block in encoded(sae, lm, rows, SITE, 4):
+        builder.add(block)
+    activity = builder.build()
     key = activity.features.long() * rows.numel() + activity.places
     assert bool((key.diff() > 0).all())
     assert activity.offsets[-1] == len(activity.values)

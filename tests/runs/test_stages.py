@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from saelab.activations import source
 from saelab.errors import SaelabError
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
+from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, model_folder, text
 
 SMALL = {
@@ -167,27 +169,83 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
         saelab.index(tmp_path / "run")
 
 
-def test_demo_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None:
+def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None:
     config, said = small(tmp_path), []
-    stages.demo(config, say=said.append)
+    stages.run(config, say=said.append)
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     said.clear()
-    stages.demo(config, say=said.append)
+    stages.run(config, say=said.append)
     assert [line for line in said if "up to date" in line] and len([line for line in said if "up to date" in line]) == 3
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     said.clear()
-    stages.demo(config, ["features.window=8"], say=said.append)
+    stages.run(config, ["features.window=8"], say=said.append)
     assert len([line for line in said if "up to date" in line]) == 2
     with pytest.raises(SaelabError, match="--force"):  # trained for other settings: not this command's to replace
-        stages.demo(config, ["sae.k=5"])
+        stages.run(config, ["sae.k=5"])
     said.clear()
-    stages.demo(config, ["sae.k=5"], force=True, say=said.append)
+    stages.run(config, ["sae.k=5"], force=True, say=said.append)
     assert not [line for line in said if "up to date" in line]
     assert saelab.load(tmp_path / "run").k == 5
     record = json.loads((tmp_path / "run" / "train.json").read_text())
     (tmp_path / "run" / "train.json").write_text(json.dumps(record | {"complete": False}))  # as after Ctrl-C
-    stages.demo(config, ["sae.k=5"])
+    stages.run(config, ["sae.k=5"])
     assert json.loads((tmp_path / "run" / "train.json").read_text())["complete"]
+
+
+def results(run: Path) -> dict[str, bytes]:
+    files = [run / "eval.json", *sorted((run / "features").iterdir())]
+    assert len(files) == 4
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["features.tokens=700"],
+        ["eval.tokens=1010", "eval.ce_tokens=5000", "features.rows_per_forward=4", "eval.rows_per_forward=4"],
+        ["features.rows_per_forward=32"],
+    ],
+)
+def test_results_of_a_shared_pass_are_those_of_passes_of_their_own(tmp_path: Path, overrides: list[str]) -> None:
+    run = saelab.run(small(tmp_path), overrides)
+    together = results(run)
+    (run / "eval.json").unlink()
+    shutil.rmtree(run / "features")
+    saelab.evaluate(run)
+    assert not (run / "features").exists()
+    saelab.index(run)
+    assert results(run) == together
+
+
+def test_run_encodes_the_held_out_text_once_and_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, said = small(tmp_path), []
+    run = saelab.train(config)
+    encode, tokens = SparseAutoencoder.encode, []
+
+    def counted(self: SparseAutoencoder, x: torch.Tensor, *args, **kwargs):
+        tokens.append(len(x))
+        return encode(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(SparseAutoencoder, "encode", counted)
+    saelab.run(config)
+    n = json.loads((run / "eval.json").read_text())["tokens"]
+    assert sum(tokens) == n == json.loads((run / "features" / "summary.json").read_text())["n_tokens"]
+    for file, present in (("eval.json", "features"), ("features/summary.json", "evaluation")):
+        before = results(run)
+        (run / file).unlink()
+        tokens.clear(), said.clear()
+        saelab.run(config, say=said.append)
+        assert sum(tokens) == n and results(run) == before
+        assert [line for line in said if "up to date" in line] == [
+            f"training: {run} is up to date",
+            f"{present}: up to date",
+        ]
+    tokens.clear()
+    saelab.run(config)
+    assert not tokens
 
 
 def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""Measures of a decoder that need no text."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TILE = 1024
+
+
+@torch.no_grad()
+def mean_absolute_cosine(W_dec: Tensor) -> float:
+    """c_dec: mean over all pairs of different features of the absolute cosine between their decoder rows.
+
+    `W_dec` is ``[n_features, d_in]``. NaN if there is a single feature; a row of zeros has cosine 0 with every other.
+    From arXiv 2508.16560: over autoencoders of the same model and site, c_dec as a function of L0 has its elbow at the
+    right L0. Takes n_features^2 d_in / 2 multiply-adds, and memory for 1024 x n_features numbers.
+    """
+    unit = F.normalize(W_dec.float(), dim=1)
+    total = torch.zeros((), dtype=torch.float64, device=unit.device)
+    for start in range(0, len(unit), _TILE):
+        cosines = unit[start : start + _TILE] @ unit[start:].T
+        total += cosines.abs_().triu_(1).sum(dtype=torch.float64)
+    pairs = len(unit) * (len(unit) - 1) // 2
+    return total.item() / pairs if pairs else float("nan")
