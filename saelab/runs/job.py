@@ -57,6 +57,7 @@ class Job:
         """Hash of everything the trained weights depend on."""
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
+        parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
         cache = self.settings.activations.cache
         if cache is not None:  # what is in the cache counts, not where it lies
             contents = manifest_checksum(Path(cache.path).expanduser())

@@ -21,7 +21,7 @@ from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.config import load_config
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
-from saelab.runs.train import begin
+from saelab.runs.train import begin, go_on
 from saelab.sae.checkpoint import load
 from saelab.sae.model import SparseAutoencoder
 
@@ -44,7 +44,7 @@ def run(
     """Bring all stages of `config` up to date, each unless its result still stands; returns the run folder.
 
     The stages are training, evaluation and the feature database; the last two share their pass over the held-out text.
-    A training that was cut short is done again. A run made from something else is replaced only with `force`.
+    A training that was stopped goes on. A run made from something else is replaced only with `force`.
     """
     job = Job(settings_of(config, overrides), say)
     path = Path(job.settings.out)
@@ -53,10 +53,12 @@ def run(
     if trained.get("complete") and same and folder.has_checkpoint(path):
         say(f"training: {path} is up to date")
     else:
-        cut_short = not trained.get("complete") and same
-        begin(job, force or cut_short, track)
+        if same and not trained.get("complete"):
+            go_on(job, track)
+        else:
+            begin(job, force, track)
         if not folder.training_record(path).get("complete"):
-            raise SaelabError(f"{path}: training was interrupted; run the same command again to start over")
+            raise SaelabError(f"{path}: training was stopped; run the same command again to go on")
     missing: list[_Stage] = []
     for name, stage, made_from, settings in (
         ("evaluation", _evaluation, folder.evaluation_inputs(path), job.settings.eval),

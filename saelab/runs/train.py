@@ -94,7 +94,10 @@ def go_on(job: Job, track: Track) -> Path:
     )
     trainer.load_state_dict(state["trainer"])
     if trainer.finished:
-        job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N goes on to more")
+        if folder.training_record(run).get("complete"):
+            job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N goes on to more")
+        else:  # it was stopped after the last step
+            _finish(job, trainer, state["input_scale"], state["seconds"], track)
         return run
     job.say(f"{run}: training goes on after {trainer.tokens:,} tokens")
     with translate_errors(run):
@@ -152,15 +155,20 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
         except SaelabError:  # bad data: what was learnt so far is kept
             if between_steps and trainer.steps:
                 save()
-            _finish(job, trainer, scale, time.monotonic() - began, {})
+            _write_checkpoint(job, trainer, scale, time.monotonic() - began, {})
             raise
         finally:
             source.close()
-        trainer.release()
-        _finish(job, trainer, scale, time.monotonic() - began, _calibrated(job, trainer, scale, track))
-    if trainer.finished:
-        say(f"trained on {trainer.tokens:,} tokens; checkpoint in {run / folder.CHECKPOINT}")
+        _finish(job, trainer, scale, time.monotonic() - began, track)
     return run
+
+
+def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, track: Track) -> None:
+    """Give inference what it needs, and write the checkpoint."""
+    trainer.release()
+    _write_checkpoint(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
+    if trainer.finished:
+        job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {Path(job.settings.out) / folder.CHECKPOINT}")
 
 
 def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[
     return facts
 
 
-def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, learnt: dict[str, Any]) -> None:
+def _write_checkpoint(job: Job, trainer: Trainer, scale: float, seconds: float, learnt: dict[str, Any]) -> None:
     """Write the checkpoint, and the record of the training."""
     run, trained = Path(job.settings.out), trainer.trained()
     inputs = job.training_inputs()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,3 +252,17 @@ def test_the_state_comes_back_to_the_bit(tmp_path: Path) -> None:
     save_state(tmp_path, state)
     assert_same(load_state(tmp_path), state)
     assert load_file(tmp_path / "state.safetensors").keys() == {"a/b", "a/c", "rng"}
+
+
+def test_a_run_that_was_stopped_after_its_last_step_is_finished(tmp_path: Path) -> None:
+    """As when it is killed while thresholds are calibrated; `saelab run` goes on with it too."""
+    config = config_of(tmp_path)
+    run = saelab.train(config, METHODS["mutual"])
+    expected = contents(run)
+    record = json.loads((run / "train.json").read_text())
+    for finish in (lambda: saelab.resume(run), lambda: saelab.run(config, METHODS["mutual"])):
+        shutil.rmtree(run / "sae")
+        (run / "train.json").write_text(json.dumps(record | {"complete": False}))
+        finish()
+        assert json.loads((run / "train.json").read_text())["complete"]
+        assert_same(contents(run), expected)
