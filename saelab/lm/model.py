@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError, did_you_mean
 from saelab.lm.sites import Site, hook
+
+# How a module lays out its value, by the number of axes, and the same with one vector per token. Two axes: the module
+# takes the tokens of all rows as one list, as the routers of mixtures of experts do.
+_AXES = {
+    2: ("(rows positions) d_in", "rows positions d_in"),
+    3: ("rows positions d_in", "rows positions d_in"),
+    4: ("rows positions heads d_head", "rows positions (heads d_head)"),
+}
 
 LOGITS_AT_ONCE = 2**26
 """Logits that one pass of `activations_and_gradients` makes, if a single row does not make more (268 MB in float32)."""
@@ -116,10 +125,10 @@ class LanguageModel:
 
         def keep(name: str) -> Callable[[Tensor], None]:
             def read(value: Tensor) -> None:
-                self._check_floating(name, value)
+                flat = self._flatten_heads(name, value, rows)
                 more = len(found.keys() | {name}) < len(wanted)
                 # On its way to the next site, a model may add to `value` in place.
-                found[name] = value.reshape(*rows.shape, -1).to(self.device, copy=more)
+                found[name] = flat.to(self.device, copy=more)
                 if not more:
                     raise _Stop
 
@@ -167,7 +176,7 @@ class LanguageModel:
             """Hand what reads the site's value, and nothing else, a tensor of its own to read it from."""
 
             def replace(value: Tensor) -> Tensor:
-                self._check_floating(name, value)
+                self._flatten_heads(name, value, rows)  # raises if it cannot be done, before the rest of the pass
                 # Parameters are frozen: the graph begins at the lowest sites, and a site above them must not end it.
                 # Copies on either side, for a model may add in place to what it gave and to what it reads.
                 found[name] = value.clone() if value.requires_grad else value.clone().requires_grad_()
@@ -194,8 +203,9 @@ class LanguageModel:
         for name, gradient in zip(sites, slopes, strict=True):
             if gradient is None:
                 raise SaelabError(f"site: the loss of {self.name} does not depend on {name}")
-            gradients[name] = gradient.reshape(*rows.shape, -1).to(self.device).float()
-        return {name: found[name].detach().reshape(*rows.shape, -1).to(self.device) for name in sites}, gradients
+            gradients[name] = self._flatten_heads(name, gradient, rows).to(self.device).float()
+        values = {name: self._flatten_heads(name, found[name].detach(), rows).to(self.device) for name in sites}
+        return values, gradients
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
@@ -211,17 +221,30 @@ class LanguageModel:
         """
 
         def splice(value: Tensor) -> Tensor:
-            flat = value.reshape(*rows.shape, -1).clone()
+            flat = self._flatten_heads(site, value, rows).clone()
             ordinary = self.ordinary(rows).to(flat.device)
             flat[ordinary] = replace(flat[ordinary].to(self.device)).to(flat)
-            return flat.view_as(value)
+            return _split_heads(flat, value)
 
         with hook(self.model, self.site(site), splice):
             return self._forward(rows)
 
-    def _check_floating(self, site: str, value: Tensor) -> None:
+    def _flatten_heads(self, site: str, value: Tensor, rows: Tensor) -> Tensor:
+        """The value of the module at `site` as ``[rows, positions, d_in]``: one vector per token, no copy if possible.
+
+        Raises SaelabError if the value is not floating-point or not laid out in one of the ways of `_AXES`.
+        """
         if not value.is_floating_point():
             raise SaelabError(f"site: {site} of {self.name} holds token ids, no activations")
+        per_row = value.ndim in (3, 4) and value.shape[:2] == rows.shape
+        one_list = value.ndim == 2 and len(value) == rows.numel()
+        if not (per_row or one_list):
+            raise SaelabError(
+                f"site: {site} of {self.name} has shape {list(value.shape)} for rows of shape {list(rows.shape)}, not "
+                "one vector per token; choose another site"
+            )
+        axes, flat = _AXES[value.ndim]
+        return rearrange(value, f"{axes} -> {flat}", rows=rows.shape[0], positions=rows.shape[1])
 
     def _never_runs(self, *sites: str) -> SaelabError:
         return SaelabError(f"site: {self.name} never runs {', '.join(sites)} in a forward pass")
@@ -232,3 +255,10 @@ class LanguageModel:
                 f"context: {self.name} takes at most {self.max_context} tokens, the rows have {rows.shape[1]}"
             )
         return self.model(input_ids=rows.to(self.device).long(), use_cache=False).logits.to(self.device)
+
+
+def _split_heads(flat: Tensor, value: Tensor) -> Tensor:
+    """``[rows, positions, d_in]`` in the shape of a module's `value`: undoes `LanguageModel._flatten_heads`."""
+    axes, flat_axes = _AXES[value.ndim]
+    heads = {"heads": value.shape[2]} if value.ndim == 4 else {}
+    return rearrange(flat, f"{flat_axes} -> {axes}", **heads)

@@ -4,18 +4,19 @@ import copy
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelab.errors import SaelabError, SettingError
 from saelab.lm import model as lm_module
 from saelab.lm.load import load_language_model, model_shape, resolve_device
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings, dtype_name
-from saelab.lm.sites import hook
+from saelab.lm.sites import Site, hook
 from tests.tiny import ADDS_IN_PLACE, CONTEXT, KINDS, language_model, model_folder, random_rows
 
 SITES = [
@@ -92,6 +93,55 @@ def test_bos_and_other_special_positions_stay_clean_in_a_splice(kind: str) -> No
     assert seen == [int(ordinary.sum())] * 2
     # at BOS nothing earlier can differ, so its logits are the clean ones to the last bit
     assert torch.equal(lm.spliced_logits(rows, site, ruin)[:, 0], lm.logits(rows)[:, 0])
+
+
+class Layouts(nn.Module):
+    """A language model without layers; each of its modules lays out one vector per token in another way."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(max_position_embeddings=CONTEXT)
+        self.embed, self.unembed = nn.Embedding(vocabulary, 12), nn.Linear(12, vocabulary, bias=False)
+        self.plain, self.heads, self.one_list, self.turned = (nn.Identity() for _ in range(4))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.unembed
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        n, positions = input_ids.shape
+        x = self.plain(self.embed(input_ids))
+        x = self.heads(x.view(n, positions, 3, 4))
+        x = self.one_list(x.reshape(n * positions, 12))
+        x = self.turned(x.view(n, positions, 12).transpose(0, 1)).transpose(0, 1)
+        return SimpleNamespace(logits=self.unembed(x))
+
+
+def test_heads_and_lists_of_tokens_are_one_vector_per_token_and_are_put_back() -> None:
+    tokenizer = language_model("gpt2").tokenizer
+    names = ("plain", "heads", "one_list", "turned")
+    lm = LanguageModel(
+        "layouts", Layouts(len(tokenizer)), tokenizer, {name: Site(name, "hook_out") for name in names}, ""
+    )
+    rows = random_rows(lm, 3)
+    ordinary = lm.ordinary(rows)
+    x = lm.model.embed(rows)
+    changed = torch.where(ordinary[..., None], x * torch.arange(12.0), x)
+    values, gradients = lm.activations_and_gradients(rows, names[:3])
+    for site in names[:3]:
+        assert torch.equal(lm.activations(rows, [site])[site], x) and torch.equal(values[site], x)
+        assert gradients[site].norm() > 0
+        torch.testing.assert_close(gradients[site], gradients["plain"])
+        spliced = lm.spliced_logits(rows, site, lambda flat: flat * torch.arange(12.0))
+        torch.testing.assert_close(spliced, lm.model.unembed(changed))
+        assert lm.width(site) == 12
+    for read in (
+        lambda: lm.activations(rows, ["turned"]),
+        lambda: lm.activations_and_gradients(rows, ["turned"]),
+        lambda: lm.spliced_logits(rows, "turned", lambda flat: flat),
+    ):
+        with pytest.raises(SaelabError, match=r"turned of layouts has shape \[32, 3, 12\] for rows of shape \[3, 32\]"):
+            read()
 
 
 GRADIENT_SITES = [
