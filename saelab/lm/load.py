@@ -96,7 +96,7 @@ def _sites(settings: ModelSettings, folder: Path) -> dict[str, Site]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device `name`; auto is the first GPU, or the CPU if there is none. Raises SaelabError if it does not exist."""
+    """The device `name`; auto is the first GPU, else the CPU. Raises SaelabError if this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
