@@ -349,9 +349,9 @@ def test_errors_name_the_nearest_options() -> None:
         lm.site("blocks.1.hook_residpost")
     with pytest.raises(SaelabError, match="takes at most 64 tokens"):
         lm.logits(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(SaelabError, match="device"):
+    with pytest.raises(SaelabError, match="device: torch finds no cuda:99"):
         resolve_device("cuda:99")
-    with pytest.raises(SaelabError, match="device"):
+    with pytest.raises(SaelabError, match="device: 'tpu-ish' is not auto, cpu, cuda or cuda:N"):
         resolve_device("tpu-ish")
     with pytest.raises(SaelabError, match="dtype: 'int8' is not float32"):
         ModelSettings(dtype="int8")

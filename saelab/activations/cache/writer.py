@@ -58,7 +58,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     """
     finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
     unfinished = folder / UNFINISHED
-    there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it anew")
+    there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it again")
     # `weights` identifies the model; its name does not matter.
     differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity} if key != "model"})
     if differs and (finished or any(unfinished.glob("*-[0-9]*.json"))):
