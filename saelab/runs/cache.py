@@ -48,8 +48,8 @@ def cache(
         raise SaelabError(f"tokens: {requested} is not a positive number")
     if settings.cache.lanes < world:
         raise SaelabError(
-            f"cache.lanes: torchrun started {world} processes for only {settings.cache.lanes} lanes of text; set "
-            f"cache.lanes={world}"
+            f"cache.lanes: is {settings.cache.lanes}, but torchrun started {world} processes, which need a lane "
+            f"each; set cache.lanes={world}"
         )
     if world > 1 and settings.model.device_map is not None:
         raise SaelabError(

@@ -110,7 +110,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
 def test_more_processes_than_lanes_is_a_clear_error(tmp_path: Path) -> None:
     """Guaranteed: two processes on one lane of text end with a message that says what to set; nothing is written."""
     stderr = run([*TORCHRUN, made_by_command(tmp_path), "--out", tmp_path / "cache"], code=1)
-    assert "error: cache.lanes: torchrun started 2 processes, and there are 1 lanes" in stderr
+    assert "error: cache.lanes: is 1, but torchrun started 2 processes" in stderr
     assert "set cache.lanes=2" in stderr and not (tmp_path / "cache").exists()
 
 
