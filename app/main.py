@@ -1,7 +1,7 @@
-"""The explorer of runs: `streamlit run app/main.py -- RUN [RUN ...]`, run folders or folders that hold them.
+"""The explorer of runs: `streamlit run app/main.py -- RUN [RUN ...]`, where RUN is a run folder or a folder of runs.
 
-Pages only draw; every number comes from `saelab.features`. This file is run anew at each click: it finds the run that
-the link or the sidebar names, then runs the page. Text that is not ours is escaped wherever it is shown.
+Pages only draw; every number comes from `saelab.features`. Streamlit runs this file again at each click: it finds the
+run that the link or the sidebar names, then runs the page. Text from elsewhere is always escaped.
 """
 
 import sys
@@ -13,14 +13,14 @@ from explorer.html import STYLE
 
 from saelab.errors import SaelabError
 
-# A file: Streamlit's own icons for this place come from another server.
+# A local file, because Streamlit loads its own page icons from another server.
 ICON = Path(__file__).with_name("icon.svg")
 
 
 def home() -> None:
-    """The bare address: on to the feature that the link names, if it names one, else to the overview."""
-    wanted = st.query_params.to_dict()
-    st.switch_page(state.FEATURE if "feature" in wanted else state.OVERVIEW, query_params=wanted)
+    """The bare address: continues to the feature that the link names, or to the overview."""
+    link = st.query_params.to_dict()
+    st.switch_page(state.FEATURE if "feature" in link else state.OVERVIEW, query_params=link)
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         state.keep_filters()
         state.pick_run(sys.argv[1:] or ["runs"])
         if page.url_path in ("overview", "features"):
-            st.query_params.pop("feature", None)  # going back in the browser may have left it
+            st.query_params.pop("feature", None)  # the browser's back button may have left it there
         page.run()
     except SaelabError as error:
         state.show_error(error)

@@ -104,10 +104,10 @@ def cache(
     tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="how many (default: training.tokens)")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="only compare every file with its sha256")] = False,
 ) -> None:
-    """Write the model's activations into a folder to train from: activations={cache: DIR}.
+    """Write the model's activations into a folder, to train from with activations.cache=DIR.
 
-    Run again it goes on where it was interrupted, and writes damaged shards of a finished cache again. Under torchrun
-    each process writes a part (cache.lanes).
+    Run again, it continues where it was interrupted, or verifies a finished cache and writes damaged shards again.
+    Under torchrun each process writes a part (cache.lanes).
 
     Example: saelab cache quickstart --out caches/quickstart --tokens 1e6
     """
@@ -115,22 +115,22 @@ def cache(
     from saelab.runs import cache as caching
 
     if out is None:
-        raise SaelabError("--out: which folder? For example: saelab cache quickstart --out caches/quickstart")
+        raise SaelabError("--out: name a folder, for example: saelab cache quickstart --out caches/quickstart")
     if verify:
         if config is not None or tokens is not None:
             given = repr(config) if config is not None else "--tokens"
-            raise SaelabError(f"--verify reads nothing but the folder; leave {given} away")
+            raise SaelabError(f"--verify needs only the folder; remove {given}")
         manifest = caching.verify(out, track=progress.bar)
         typer.echo(f"{out}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, all as they were written")
         return
     if config is None:
-        raise SaelabError(f"CONFIG: of what? For example: saelab cache quickstart --out {out}")
+        raise SaelabError(f"CONFIG: name a config, for example: saelab cache quickstart --out {out}")
     try:
         caching.cache(
             config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
         )
     except KeyboardInterrupt:
-        _say("interrupted; finished shards are kept, and the same command goes on behind them")
+        _say("interrupted; finished shards are kept, and the same command continues after them")
         raise typer.Exit(130) from None
 
 
@@ -141,7 +141,7 @@ def plan(
     tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="the cache's (default: training's)")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where a cache would go")] = Path(),
 ) -> None:
-    """Tell what a training and a cache would need of memory and disk; exit code 2 where it is not there.
+    """Report the memory and disk that training and a cache need; exit code 2 if this machine has less.
 
     Example: saelab plan gpt2_openwebtext model.dtype=bf16
     """
@@ -258,9 +258,7 @@ def _serve(runs: list[Path], port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise SaelabError(
-                f"port {port} of 127.0.0.1 cannot be had ({error.strerror}); try --port {port + 1}"
-            ) from error
+            raise SaelabError(f"cannot listen on 127.0.0.1:{port} ({error.strerror}); try --port {port + 1}") from error
     typer.echo(f"explorer: http://127.0.0.1:{port}  (Ctrl-C ends it)")
     sys.stdout.flush()
     command = [

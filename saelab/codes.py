@@ -1,4 +1,4 @@
-"""Sparse codes: which features are active on each token, and how strongly. The common currency of all rooms."""
+"""Sparse codes: the features active on each token, and how strongly. All rooms exchange them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A ragged CSR matrix ``[tokens, n_features]``: token t holds entries ``offsets[t]`` up to ``offsets[t + 1]``.
+    """A ragged CSR matrix ``[tokens, n_features]``: token t has the entries from ``offsets[t]`` to ``offsets[t + 1]``.
 
-    values    ``[nnz]``         activations; a slot that was not filled has value 0 and counts for nothing
-    features  ``[nnz]``         int64 or int32, which feature each value belongs to
+    values    ``[nnz]``         activations; an unfilled slot has value 0 and no effect
+    features  ``[nnz]``         int64 or int32, the feature of each value
     offsets   ``[tokens + 1]``  int64 or int32
     """
 
@@ -29,34 +29,34 @@ class Codes:
     offsets: Tensor
     n_features: int
     _derived: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What was computed from features and offsets alone (`once`)."""
+    """Cache of results that depend only on features and offsets (`once`)."""
 
     @classmethod
     def from_topk(cls, values: Tensor, features: Tensor, n_features: int) -> Self:
-        """Equally long rows, ``[tokens, k]`` each; zero values are kept (`compact` drops them)."""
+        """Codes with k entries per token, from two ``[tokens, k]``; keeps zero values (`compact` drops them)."""
         tokens, k = values.shape
         offsets = torch.arange(tokens + 1, device=values.device) * k
         return cls(values.flatten(), features.flatten(), offsets, n_features)
 
     @classmethod
     def from_mask(cls, mask: Tensor, scores: Tensor) -> Self:
-        """The entries of `scores` where `mask` is true, both ``[tokens, n_features]``; in order of feature.
+        """The entries of `scores` at the true positions of `mask`, both ``[tokens, n_features]``, in order of feature.
 
-        How many there are has to be known to make them, so a GPU is waited for.
+        Waits for a GPU, because the host must know the number of entries.
         """
         rows, features = mask.nonzero(as_tuple=True)
         return cls(scores[rows, features], features, _ends(mask.sum(1)), mask.shape[1])
 
     @classmethod
     def from_triples(cls, tokens: Tensor, features: Tensor, values: Tensor, shape: tuple[int, int]) -> Self:
-        """Entries ``(token, feature, value)``, ``[nnz]`` each in any order, of a matrix of `shape`.
+        """The matrix of `shape` with the entries ``(token, feature, value)``, ``[nnz]`` each, in any order.
 
-        Entries of one token keep their order. ValueError where an index is out of range.
+        Entries of one token keep their order. Raises ValueError if an index is out of range.
         """
         n_tokens, n_features = shape
         for name, index, size in (("token", tokens, n_tokens), ("feature", features, n_features)):
             if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
-                raise ValueError(f"a {name} is out of the range of the {size} there are")
+                raise ValueError(f"a {name} is out of range: there are {size}")
         order = tokens.argsort(stable=True)
         return cls(values[order], features[order], _ends(_histogram(tokens, n_tokens)), n_features)
 
@@ -69,7 +69,7 @@ class Codes:
         return len(self.values)
 
     def __getitem__(self, rows: slice) -> Self:
-        """The codes of a contiguous run of tokens."""
+        """The codes of consecutive tokens."""
         start, stop, step = rows.indices(self.tokens)
         if step != 1:
             raise ValueError("codes are sliced with step 1")
@@ -79,13 +79,13 @@ class Codes:
         return type(self)(self.values[first:last], self.features[first:last], offsets, self.n_features)
 
     def with_values(self, values: Tensor) -> Self:
-        """The same pattern with other values ``[nnz]``; it is sorted by feature once for both (`transpose`)."""
+        """The same pattern with other values ``[nnz]``; both share one sort by feature (`transpose`)."""
         return type(self)(values, self.features, self.offsets, self.n_features, self._derived)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` returns, called once for all codes that share the pattern (`with_values`).
+        """The result of `make()`, which is called once for all codes that share the pattern (`with_values`).
 
-        It may depend on features and offsets alone.
+        It must depend only on features and offsets.
         """
         if name not in self._derived:
             self._derived[name] = make()
@@ -99,9 +99,9 @@ class Codes:
         )
 
     def transpose(self) -> Self:
-        """The codes of ``[n_features, tokens]``: per feature the tokens it is active on, in their order.
+        """The transposed codes ``[n_features, tokens]``: for each feature the tokens it is active on, in order.
 
-        The pattern is sorted at the first call, for all codes that share it; later calls only gather the values.
+        The first call sorts the pattern for all codes that share it; later calls only gather the values.
         """
         order, pattern = self.once("transpose", self._sort_by_feature)
         return pattern.with_values(self.values[order])
@@ -122,7 +122,7 @@ class Codes:
         return _ends(self.values > 0)[self.offsets].diff()
 
     def firing_counts(self) -> Tensor:
-        """On how many tokens each feature is active (value above zero), ``[n_features]`` int64."""
+        """Number of tokens on which each feature is active (value above zero), ``[n_features]`` int64."""
         return _histogram(self.features, self.n_features, self.values > 0)
 
     def to_dense(self) -> Tensor:
@@ -156,25 +156,25 @@ def save(codes: Codes, path: Path | str) -> None:
 
 
 def load(path: Path | str) -> Codes:
-    """The codes that `save` wrote to `path`. SaelabError where the file is missing, damaged or holds no codes."""
+    """The codes that `save` wrote to `path`. Raises SaelabError if the file is missing, damaged or not of codes."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in ("values", "features", "offsets")}
             codes = Codes(**tensors, n_features=int(metadata["n_features"]))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SaelabError(f"{path}: no codes can be read from it ({brief(error)})") from error
+        raise SaelabError(f"{path}: cannot be read as codes ({brief(error)}); write them again") from error
     wrong = _inconsistency(codes)
     if wrong:
-        raise SaelabError(f"{path}: {wrong}; write the codes once more")
+        raise SaelabError(f"{path}: {wrong}; write the codes again")
     return codes
 
 
 def _inconsistency(codes: Codes) -> str:
-    """What makes these tensors no CSR matrix, or ""."""
+    """The reason why these tensors are not a CSR matrix, or ""."""
     index_types = (torch.int32, torch.int64)
     if any(t.ndim != 1 for t in (codes.values, codes.features, codes.offsets)) or not len(codes.offsets):
-        return "values, features and offsets are not three lists"
+        return "values, features and offsets are not three one-dimensional tensors"
     if not codes.values.is_floating_point() or {codes.features.dtype, codes.offsets.dtype} - set(index_types):
         return "values are not floating-point numbers, or features and offsets not integers"
     if len(codes.values) != len(codes.features):
@@ -182,19 +182,19 @@ def _inconsistency(codes: Codes) -> str:
     if int(codes.offsets[0]) != 0 or int(codes.offsets[-1]) != codes.nnz or bool((codes.offsets.diff() < 0).any()):
         return f"offsets do not rise from 0 to the {codes.nnz} entries"
     if codes.nnz and not (int(codes.features.min()) >= 0 and int(codes.features.max()) < codes.n_features):
-        return f"a feature is out of the range of the {codes.n_features} there are"
+        return f"a feature is out of range: there are {codes.n_features}"
     return ""
 
 
 def _histogram(index: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
-    """How often each number below `size` occurs in `index`, where `counted` is true: ``[size]`` int64.
+    """Count of each number below `size` in `index`, at the positions where `counted` is true: ``[size]`` int64.
 
-    Not bincount, which waits for a GPU. Sums of integers are the same in any order.
+    Does not use bincount, which waits for a GPU. Sums of integers do not depend on their order.
     """
     ones = torch.ones_like(index, dtype=torch.long) if counted is None else counted.long()
     return torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index.long(), ones)
 
 
 def _ends(counts: Tensor) -> Tensor:
-    """Where rows of these lengths begin, and where the last one ends: ``[n]`` -> ``[n + 1]`` int64."""
+    """Offsets at which rows of these lengths begin, and the end of the last: ``[n]`` -> ``[n + 1]`` int64."""
     return torch.cat([torch.zeros(1, dtype=torch.long, device=counts.device), counts.cumsum(0)])

@@ -1,4 +1,4 @@
-"""The errors that a user can do something about: each message says what is wrong, where, and what to do."""
+"""Errors that the user can fix. Each message says what is wrong, where, and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,15 +9,15 @@ class SaelabError(Exception):
 
 
 class SettingError(SaelabError, ValueError):
-    """An impossible setting. A ValueError too, so that pydantic reports it as the error of its field."""
+    """An impossible setting. It is a ValueError too, so that pydantic reports it as the error of that field."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """The options nearest to a misspelt name, as `` Nearest: a, b.`` to add to a message; "" where none is near."""
+    """The options nearest to a misspelt name, as `` Nearest: a, b.`` to append to a message; "" if none is near."""
     near = get_close_matches(name, list(options), n=3, cutoff=0.6)
     return f" Nearest: {', '.join(near)}." if near else ""
 
 
 def brief(error: Exception) -> str:
-    """A library's error on one line of at most 300 characters, to go into a message of ours."""
+    """A library's error on one line of at most 300 characters, to quote in our own messages."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""One question to the Hugging Face Hub, answered soon or not at all."""
+"""A request to the Hugging Face Hub with a short timeout."""
 
 import os
 import threading
@@ -8,19 +8,19 @@ from typing import Any
 from saelab.errors import brief
 
 TIMEOUT = 4.0
-"""Seconds to wait for the Hub before saying that it cannot be reached."""
+"""Seconds to wait before the Hub counts as unreachable."""
 
 
 class HubUnreachable(Exception):
-    """The Hub gave no answer; the message says why."""
+    """The Hub did not answer; the message says why."""
 
 
 def ask_hub(question: Callable[[Any], Any]) -> Any:
     """``question(HfApi())``, within `TIMEOUT` seconds.
 
-    Asked in a thread of its own and once only: the Hugging Face libraries retry for 23 seconds, with a line of log for
-    each attempt, and looking up an address can take longer than any timeout of a request. Raises HubUnreachable,
-    or what the Hub's client raises where the Hub did answer: HFValidationError, RepositoryNotFoundError.
+    Asks once, in a thread of its own: the Hugging Face libraries retry for 23 seconds, logging each attempt, and an
+    address lookup can take longer than any request's timeout. Raises HubUnreachable, or the Hub client's
+    HFValidationError or RepositoryNotFoundError if the Hub did answer.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, constants
@@ -33,7 +33,7 @@ def ask_hub(question: Callable[[Any], Any]) -> Any:
     def ask() -> None:
         try:
             answers.append(question(HfApi()))
-        except Exception as error:  # the client's transport raises its own kinds, which differ between versions
+        except Exception as error:  # the client's transport raises its own kinds, and they differ between versions
             answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)

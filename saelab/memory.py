@@ -1,4 +1,4 @@
-"""Memory and disk: how much is free, and how much a computation holds at once."""
+"""Memory and disk: how much is free, and the peak memory of a computation."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def free_on_disk(folder: Path) -> int | None:
-    """Free bytes where `folder` is, or would be made."""
+    """Free bytes on the disk of `folder`, which need not exist yet; None if the system does not report them."""
     folder = folder.expanduser().absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
@@ -23,9 +23,9 @@ def free_on_disk(folder: Path) -> int | None:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take: what the system has available, or less where a cgroup sets a limit.
+    """Bytes that this process can still allocate: the system's available memory, or less if a cgroup sets a limit.
 
-    `root` is where /proc and /sys are looked for. None where the system does not tell.
+    None if the system does not report them. `root` is the folder that contains /proc and /sys.
     """
     lines = _read(root / "proc/meminfo").splitlines()
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
@@ -39,7 +39,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
         else:
             continue
         group = mount / path.lstrip("/")
-        while True:  # the limits of the groups around it hold too; inside a container only the mount may be there
+        while True:  # the limits of outer groups apply too; inside a container only the mount may be visible
             free += _left_in(group, *names)
             if group == mount:
                 break
@@ -48,7 +48,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_in(group: Path, limit: str, usage: str, reclaimable: str) -> list[int]:
-    """Bytes up to the limit of a cgroup, page cache that can be dropped counted as free; nothing where it has none."""
+    """Bytes left below the limit of a cgroup, with droppable page cache counted as free; empty if it has no limit."""
     most, used = _read(group / limit).strip(), _read(group / usage).strip()
     if not most.isdecimal() or not used.isdecimal():
         return []
@@ -64,14 +64,14 @@ def _read(path: Path) -> str:
 
 
 def held_by(run: Callable[[], Any]) -> int:
-    """The most bytes that tensors made during `run()` hold at once; it may run without numbers."""
+    """Peak bytes of the tensors made during `run()`, which may use fake tensors, without numbers."""
     with _Count() as count:
         run()
     return count.most
 
 
 class _Count(TorchDispatchMode):
-    """Counts the memory of all tensors that operations make, until they are let go of."""
+    """Counts the memory of all tensors that operations make, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._see((args, kwargs), new=False)  # was there before, if it is not known: a view of it takes nothing
+        self._see((args, kwargs), new=False)  # existed before if unknown, so that views of it count as 0 bytes
         result = function(*args, **kwargs)
         self._see(result, new=True)
         return result
@@ -104,7 +104,7 @@ class _Count(TorchDispatchMode):
 
 
 def size(n: int) -> str:
-    """Bytes as people read them, three digits: 137 MB, 1.05 GB."""
+    """Bytes for people, with three digits: 137 MB, 1.05 GB."""
     for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if n >= unit:
             digits = max(0, 2 - int(math.log10(n / unit)))

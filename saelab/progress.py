@@ -1,4 +1,4 @@
-"""Progress of a long step. Rooms take a `Track` and stay silent unless given one that draws."""
+"""Progress of a long step. Rooms take a `Track` and are silent unless they get one that draws."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Track(Protocol):
-    """Passes items on; counts them towards `total`, in tokens, by `size`."""
+    """Yields `items` unchanged and counts their `size`, in tokens, towards `total`."""
 
     def __call__(self, items: Iterator[T], label: str, total: int, size: Callable[[T], int]) -> Iterator[T]: ...
 
@@ -21,7 +21,7 @@ def silent(items: Iterator[T], label: str, total: int, size: Callable[[T], int])
 def bar(items: Iterator[T], label: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
     """A Track that draws a bar on standard error: share done, tokens per second, time left.
 
-    Where standard error is no terminal it prints one line at the end instead.
+    If standard error is not a terminal, it prints one line at the end instead.
     """
     from rich.console import Console
     from rich.progress import (

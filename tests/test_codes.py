@@ -1,4 +1,4 @@
-"""Codes hold the same matrix however they are made, cut, joined, compacted, transposed or stored."""
+"""Codes are the same matrix however they are made, cut, joined, compacted, transposed or stored."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def random_codes(seed: int, tokens: int = 7, n_features: int = 9) -> Codes:
     dense = torch.rand(tokens, n_features, generator=generator)
     dense[torch.rand(tokens, n_features, generator=generator) < 0.6] = 0
     dense[tokens // 2] = 0
-    place = (dense > 0) | (torch.rand(tokens, n_features, generator=generator) < 0.1)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), place.sum(1).cumsum(0)])
-    return Codes(dense[place], place.nonzero()[:, 1], offsets, n_features)
+    mask = (dense > 0) | (torch.rand(tokens, n_features, generator=generator) < 0.1)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), mask.sum(1).cumsum(0)])
+    return Codes(dense[mask], mask.nonzero()[:, 1], offsets, n_features)
 
 
 @given(st.integers(0, 10_000), st.integers(-2, 9), st.integers(-2, 9))
@@ -63,7 +63,7 @@ def test_a_mask_and_triples_in_any_order_make_the_matrix(seed: int) -> None:
 
 @pytest.mark.parametrize("token, feature", [(3, 0), (-1, 0), (0, 4), (0, -1)])
 def test_triples_out_of_range_are_refused(token: int, feature: int) -> None:
-    with pytest.raises(ValueError, match="out of the range"):
+    with pytest.raises(ValueError, match="out of range: there are"):
         Codes.from_triples(torch.tensor([token]), torch.tensor([feature]), torch.ones(1), (3, 4))
 
 
@@ -104,16 +104,16 @@ def test_a_file_gives_back_the_same_tensors(tmp_path: Path, dtype: torch.dtype) 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "codes.safetensors"
-    with pytest.raises(SaelabError, match="no codes can be read"):
+    with pytest.raises(SaelabError, match="cannot be read as codes"):
         load(path)
     save(random_codes(1), path)
     whole = path.read_bytes()
     for kept in (0, 4, 100, len(whole) - 1):
         path.write_bytes(whole[:kept])
-        with pytest.raises(SaelabError, match="no codes can be read"):
+        with pytest.raises(SaelabError, match="cannot be read as codes"):
             load(path)
     path.write_bytes(b"\xff" * 8 + whole[8:])
-    with pytest.raises(SaelabError, match="no codes can be read"):
+    with pytest.raises(SaelabError, match="cannot be read as codes"):
         load(path)
 
 
@@ -124,15 +124,15 @@ GOOD = {"values": torch.ones(3), "features": torch.tensor([0, 1, 0]), "offsets":
     "change, message",
     [
         ({"values": torch.ones(2)}, "2 values but 3 features"),
-        ({"values": torch.ones(3, 1)}, "not three lists"),
-        ({"offsets": torch.zeros(0, dtype=torch.long)}, "not three lists"),
+        ({"values": torch.ones(3, 1)}, "not three one-dimensional tensors"),
+        ({"offsets": torch.zeros(0, dtype=torch.long)}, "not three one-dimensional tensors"),
         ({"values": torch.ones(3, dtype=torch.long)}, "floating-point"),
         ({"features": torch.zeros(3)}, "floating-point"),
         ({"offsets": torch.tensor([0, 2, 4])}, "do not rise from 0 to the 3"),
         ({"offsets": torch.tensor([1, 2, 3])}, "do not rise"),
         ({"offsets": torch.tensor([0, 4, 3])}, "do not rise"),
-        ({"features": torch.tensor([0, 2, 0])}, "out of the range of the 2"),
-        ({"features": torch.tensor([0, -1, 0])}, "out of the range of the 2"),
+        ({"features": torch.tensor([0, 2, 0])}, "out of range: there are 2"),
+        ({"features": torch.tensor([0, -1, 0])}, "out of range: there are 2"),
     ],
 )
 def test_tensors_that_are_no_matrix_are_refused(tmp_path: Path, change: dict[str, torch.Tensor], message: str) -> None:
@@ -145,5 +145,5 @@ def test_tensors_that_are_no_matrix_are_refused(tmp_path: Path, change: dict[str
 @pytest.mark.parametrize("metadata", [None, {"n_features": "many"}])
 def test_a_file_without_a_number_of_features_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file(GOOD, tmp_path / "codes.safetensors", metadata)
-    with pytest.raises(SaelabError, match="no codes can be read"):
+    with pytest.raises(SaelabError, match="cannot be read as codes"):
         load(tmp_path / "codes.safetensors")

@@ -1,4 +1,4 @@
-"""Free memory is what the system has available or a cgroup leaves; counting sees every tensor while it lives."""
+"""Free memory is the system's available memory or the rest of a cgroup; the peak counts every tensor while it lives."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 4000 kB\n"}
 
 
-def test_without_a_limit_all_that_is_available_is_free(tmp_path: Path) -> None:
+def test_without_a_limit_all_available_memory_is_free(tmp_path: Path) -> None:
     assert free_memory(tmp_path) is None
     assert free_memory(write(tmp_path, MEMINFO)) == 4000 * 1024
     unlimited = {
@@ -81,7 +81,7 @@ def test_a_folder_to_be_made_is_on_the_disk_of_its_nearest_parent(tmp_path: Path
     assert here is not None and below is not None and abs(here - below) < 1 << 30  # others write meanwhile
 
 
-def test_what_is_held_is_counted_while_it_lives() -> None:
+def test_a_tensor_is_counted_while_it_lives() -> None:
     x = torch.ones(1000)
 
     def run() -> None:
@@ -92,10 +92,10 @@ def test_what_is_held_is_counted_while_it_lives() -> None:
         torch.cat([z, z])  # 8,000 beside z
 
     assert held_by(run) == 12_000
-    assert held_by(lambda: x.view(10, 100).t().add_(1)) == 0  # nor does a view of what was there before
+    assert held_by(lambda: x.view(10, 100).t().add_(1)) == 0  # views of existing tensors count as 0 bytes
 
 
-def test_a_graph_is_held_until_it_was_used() -> None:
+def test_a_graph_is_counted_until_its_backward_pass() -> None:
     x = torch.ones(1000, requires_grad=True)
 
     def run() -> None:

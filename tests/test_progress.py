@@ -1,4 +1,4 @@
-"""What is told of progress."""
+"""What the progress bar reports."""
 
 import re
 import time
@@ -8,7 +8,7 @@ import pytest
 from saelab.progress import bar
 
 
-def test_speed_is_of_all_tokens_over_all_of_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_is_all_tokens_over_the_whole_time(capsys: pytest.CaptureFixture[str]) -> None:
     def items():
         for _ in range(10):
             time.sleep(0.02)
@@ -17,6 +17,6 @@ def test_speed_is_of_all_tokens_over_all_of_the_time(capsys: pytest.CaptureFixtu
     begin = time.monotonic()
     assert sum(bar(items(), "reading", 200, int)) == 1000  # five times as many as announced
     elapsed = time.monotonic() - begin
-    said = re.fullmatch(r"reading: 1,000 tokens in (.*) s \(([\d,]+) tokens/s\)\n", capsys.readouterr().err)
-    assert said is not None and 0.15 <= float(said[1]) <= elapsed + 0.05
-    assert 1000 / elapsed <= int(said[2].replace(",", "")) <= 1000 / 0.2
+    line = re.fullmatch(r"reading: 1,000 tokens in (.*) s \(([\d,]+) tokens/s\)\n", capsys.readouterr().err)
+    assert line is not None and 0.15 <= float(line[1]) <= elapsed + 0.05
+    assert 1000 / elapsed <= int(line[2].replace(",", "")) <= 1000 / 0.2

@@ -1,1 +1,1 @@
-"""What the explorer's pages share: what they read, and how they draw it."""
+"""Shared by the explorer's pages: state, charts and HTML."""

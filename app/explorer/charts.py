@@ -1,4 +1,4 @@
-"""The charts. They take numbers that `saelab.features` has counted; Streamlit's theme colours them."""
+"""The charts, made from numbers of `saelab.features`; Streamlit's theme colours them."""
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ def draw(figure: go.Figure, key: str, alt: str) -> None:
 
 
 def bars(x: np.ndarray, counts: np.ndarray, width: float, title_x: str, title_y: str, log_y: bool = False) -> go.Figure:
-    """Counts of equal bins, given by their middles."""
+    """A bar chart of counts in bins of equal width, whose middles are `x`."""
     figure = go.Figure(
         go.Bar(
             x=x,
@@ -34,7 +34,7 @@ def bars(x: np.ndarray, counts: np.ndarray, width: float, title_x: str, title_y:
 
 
 def curve(metrics: pd.DataFrame, x: str, y: str, title: str) -> go.Figure:
-    """One column of the training metrics against another."""
+    """A line chart of one column of the training metrics against another."""
     figure = go.Figure(go.Scatter(x=metrics[x], y=metrics[y], mode="lines", line={"color": COLOUR, "width": 1.6}))
     figure.update_traces(hovertemplate="%{x:,}: %{y:.4g}<extra></extra>")
     figure.update_layout(title={"text": title, "font": {"size": 14}, "x": 0})

@@ -1,7 +1,7 @@
-"""The HTML that the explorer writes itself: contexts with shaded tokens, the logit lens, tables of facts.
+"""The explorer's own HTML: contexts with shaded tokens, the logit lens, tables of facts.
 
-Tokens come from a corpus and are untrusted: every piece of text passes `escape`, quotes included, on its way into an
-element or an attribute, and none of it reaches Markdown. Numbers are formatted here and measured elsewhere.
+Tokens come from a corpus and are untrusted. Every piece of text passes `escape`, which also escapes quotes, before it
+goes into an element or an attribute, and none of it reaches Markdown. Numbers are only formatted here.
 """
 
 import re
@@ -12,9 +12,9 @@ from html import escape
 
 from saelab.features.database import Context
 
-# One hue, mixed with whatever background the theme has; at full strength text stays legible in light and dark.
+# One hue, mixed with the theme's background; even at full strength, text stays legible in light and dark themes.
 HUE = "255, 140, 0"
-OTHER_HUE = "80, 140, 230"  # for what a feature suppresses
+OTHER_HUE = "80, 140, 230"  # for tokens that a feature suppresses
 WEAKEST, STRONGEST = 0.12, 0.62
 
 STYLE = f"""<style>
@@ -46,12 +46,12 @@ STYLE = f"""<style>
 _MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _WHITESPACE = re.compile(r"[\n\r\t]| {2,}")
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp")  # categories of Unicode
-_PRINTED = " \u200d"  # of those: the space, and what holds together an emoji of several characters
+_PRINTED = " \u200d"  # exceptions: the space, and the character that joins emoji
 
 
-@lru_cache(maxsize=100_000)  # a table shows the same few thousand tokens again and again
+@lru_cache(maxsize=100_000)  # tables show the same few thousand tokens repeatedly
 def visible(token: str) -> str:
-    """A token on its own, as plain text that shows its white space: "␣def", "↵", "␣×8", and "∅" for an empty one."""
+    """A token as plain text with visible white space: "␣def", "↵", "␣×8", and "∅" for an empty token."""
     text = "".join(shown for shown, _ in _pieces(token))
     before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     if before == len(text):
@@ -60,7 +60,7 @@ def visible(token: str) -> str:
 
 
 def typed(text: str) -> str:
-    """What a reader means who types or pastes the marks that `visible` shows: "↵" is a line break again."""
+    """Search text with the marks of `visible` turned back into white space: "↵" becomes a line break."""
     text = re.sub(r"␣×(\d{1,3})", lambda match: " " * int(match[1]), text).replace("␣", " ")
     for character, mark in _MARKS.items():
         text = text.replace(mark, character)
@@ -75,14 +75,14 @@ def number(value: float) -> str:
 
 
 def shading(share: float) -> str:
-    """The colour behind an activation that is this share, 0 to 1, of the strongest; "" where there is none."""
-    if not share > 0:  # nan too
+    """The background colour of an activation that is this share, 0 to 1, of the strongest; "" for none."""
+    if not share > 0:  # also for nan
         return ""
     return f"rgba({HUE}, {WEAKEST + (STRONGEST - WEAKEST) * min(1.0, share):.2f})"
 
 
 def token_html(token: str, activation: float, strongest: float, *, peak: bool = False, breaks: bool = False) -> str:
-    """A token of a context, shaded by its activation; hovering shows both. `breaks` keeps line breaks and indents."""
+    """A token of a context, shaded by its activation; a tooltip shows both. `breaks` keeps line breaks and indents."""
     colour = shading(activation / strongest if strongest > 0 else 0.0)
     style = f' style="background: {colour}"' if colour else ""
     hover = f"{visible(token)}   {number(activation) if activation else 'not active'}"
@@ -92,7 +92,7 @@ def token_html(token: str, activation: float, strongest: float, *, peak: bool = 
 
 
 def contexts_html(contexts: Iterable[Context], strongest: float, *, breaks: bool = False) -> str:
-    """Contexts under each other: the activation at the peak, the text, and where it is. `strongest` is full shading."""
+    """Contexts in rows: the activation at the peak, the text, and its position. `strongest` gets full shading."""
     return "".join(
         f'<div class="sl-context"><span class="sl-value">{number(context.activation)}</span><span class="sl-text">'
         + "".join(
@@ -105,15 +105,15 @@ def contexts_html(contexts: Iterable[Context], strongest: float, *, breaks: bool
 
 
 def scale_html(strongest: float) -> str:
-    """What the shading means."""
+    """The legend of the shading."""
     return (
-        f'<span class="sl-dim">activation 0 <span class="sl-scale"></span> {number(strongest)}, the strongest; '
-        "framed: the peak; hover over a token for its value</span>"
+        f'<span class="sl-dim">activation 0 <span class="sl-scale"></span> {number(strongest)} (strongest); '
+        "the frame marks the peak; hover over a token to see its activation</span>"
     )
 
 
 def logits_html(pairs: Sequence[tuple[str, float]]) -> str:
-    """Tokens and their logits under each other, each behind a bar as long as the logit is large."""
+    """Tokens and their logits in rows, each on a bar whose length shows the logit."""
     longest = max((abs(value) for _, value in pairs), default=0.0) or 1.0
     lines = []
     for token, value in pairs:
@@ -126,7 +126,7 @@ def logits_html(pairs: Sequence[tuple[str, float]]) -> str:
 
 
 def facts_html(rows: Iterable[tuple[str, str, str, str]]) -> str:
-    """A table of (quantity, value, unit, definition)."""
+    """A table with rows of (quantity, value, unit, definition)."""
     lines = "".join(
         f'<tr><td>{escape(name)}</td><td class="sl-value">{escape(value)}</td><td class="sl-dim">{escape(unit)}</td>'
         f'<td class="sl-dim">{escape(meaning)}</td></tr>'
@@ -142,7 +142,7 @@ def tokens_html(tokens: Iterable[str]) -> str:
 
 
 def _pieces(token: str, breaks: bool = False) -> list[tuple[str, bool]]:
-    """The token in pieces of (text to show, whether it stands for something invisible)."""
+    """The token in pieces: (text to show, whether it is a mark for something invisible)."""
     found: list[tuple[str, bool]] = []
     position = 0
     for match in _WHITESPACE.finditer(token):
@@ -157,7 +157,7 @@ def _pieces(token: str, breaks: bool = False) -> list[tuple[str, bool]]:
 
 
 def _printable(text: str) -> list[tuple[str, bool]]:
-    """Text with its invisible characters as codes: some would act on the page (turn its direction)."""
+    """Text with invisible characters as codes: some would change the page, such as the direction of its text."""
     found: list[tuple[str, bool]] = []
     plain = ""
     for character in text:

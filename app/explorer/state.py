@@ -1,7 +1,7 @@
-"""The run and the feature that are shown, which the link names (`?run=..&feature=..`), and what is read of them.
+"""The current run and feature, which the link names (`?run=..&feature=..`), and reading their data.
 
-The link is the truth. Whatever changes the run or the feature writes it to the link, and a page reads it from there.
-The session only remembers what a link leaves open: those of the sidebar name neither.
+The link decides. Anything that changes the run or the feature writes it to the link, and pages read it from there.
+The session remembers the last run and feature for links that name none, such as those in the sidebar.
 """
 
 import re
@@ -15,12 +15,12 @@ from saelab.features import database
 from saelab.runs import folder
 from saelab.runs.folder import RunInfo
 
-# Not in a folder named "pages": beside one, a server that has just started runs the page of a link without main.py.
+# Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 OVERVIEW, FEATURES, FEATURE = "views/overview.py", "views/features.py", "views/feature.py"
 
 IN_TOKENS, IN_CONTEXTS = "tokens", "context text"
 LOWEST_DENSITY = -7.0  # log10
-# The filters of the table of features and what they are at first; they stay while another page is shown.
+# The filters of the table of features with their initial values; they persist while another page is open.
 FILTERS = {
     "search": "",
     "search_in": IN_TOKENS,
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def keep_filters() -> None:
-    """Streamlit forgets a widget that a run of the script has not drawn, unless its value was set by hand."""
+    """Keep the filters' values: Streamlit forgets a widget that a page has not drawn, unless its value is set."""
     for key, first in FILTERS.items():
         st.session_state[key] = st.session_state.get(key, first)
 
@@ -41,15 +41,11 @@ def pick_run(folders: Sequence[str]) -> None:
     """Draw the picker and make the run that the link names the current one. Raises SaelabError if there is none."""
     runs, problems = _find_runs(folders)
     if not runs:
-        where = ", ".join(folders)
-        raise (
-            problems[0]
-            if problems
-            else SaelabError(
-                f"There is no run in {where}. A finished run is a folder that holds {folder.TRAINING}; "
-                "`saelab train configs/quickstart.yaml` makes one."
-            )
+        nothing = SaelabError(
+            f"There is no run in {', '.join(folders)}. A finished run is a folder that contains {folder.TRAINING}; "
+            "`saelab train quickstart` makes one."
         )
+        raise problems[0] if problems else nothing
     remembered = st.session_state.get("run_name")
     name = st.query_params.get("run", remembered if remembered in runs else _latest(runs))
     known = name in runs
@@ -79,23 +75,23 @@ def current_run() -> RunInfo:
 
 
 def current_feature(n_features: int, otherwise: int) -> int:
-    """The feature that the link names; without one, the last one that was shown of this run, or `otherwise`.
+    """The feature that the link names; without one, the last one shown of this run, or `otherwise`.
 
-    Raises SaelabError if the link names something else than one of the run's features.
+    Raises SaelabError if the link names something that is not a feature of the run.
     """
-    wanted = st.query_params.get("feature")
+    named = st.query_params.get("feature")
     shown: dict[str, int] = st.session_state.setdefault("last_features", {})
     run = str(current_run().path)
-    if wanted is None:
+    if named is None:
         index = shown.get(run, otherwise)
         index = index if index < n_features else otherwise
-    elif re.fullmatch("[0-9]{1,12}", wanted) and int(wanted) < n_features:
-        index = int(wanted)
+    elif re.fullmatch("[0-9]{1,12}", named) and int(named) < n_features:
+        index = int(named)
     else:
         last = f"{n_features - 1:,}"
         raise SaelabError(
-            f"This link does not lead to a feature: feature={_some([wanted])} is not a whole number from 0 to {last}. "
-            "Correct the address, or choose a feature on the page Features."
+            f"This link does not lead to a feature: feature={_some([named])} is not a whole number from 0 to {last}. "
+            "Correct the address, or choose a feature on the Features page."
         )
     shown[run] = index
     st.query_params["feature"] = str(index)
@@ -103,7 +99,7 @@ def current_feature(n_features: int, otherwise: int) -> int:
 
 
 def go_to(index: int) -> None:
-    """Show another feature of the run: for callbacks of the page that shows one."""
+    """Show another feature of the run; for callbacks on the feature page."""
     st.query_params["feature"] = str(index)
 
 
@@ -113,9 +109,9 @@ def link_to(index: int) -> dict[str, str]:
 
 
 def read(reader: Callable[..., T], *arguments: object) -> T:
-    """`reader`, a function of `runs.folder` or `features.database`, for the current run.
+    """The result of `reader`, a function of `runs.folder` or `features.database`, for the current run.
 
-    Its result is kept until a file of the run changes.
+    Cached until a file of the run changes.
     """
     run = current_run().path
     stats = [path.stat() if path.is_file() else None for path in folder.shown_files(run)]
@@ -130,14 +126,14 @@ def _read(_reader: Callable, name: str, path: str, stamp: tuple, *arguments: obj
 
 
 def plain(text: str) -> str:
-    """Text that Streamlit shows as it is, with no Markdown in it: for what a link, a file or a folder's name says."""
+    """Text escaped so that Streamlit shows it without Markdown: for the contents of links, files and folder names."""
     text = re.sub(r"([\\`*_{}\[\]()<>#+!|~$&:^-])", r"\\\1", text)
-    # A bare address would still become a link.
+    # Streamlit would still turn a bare address into a link.
     return text.replace("//", "/\u200b/").replace("www.", "www\u200b.").replace("@", "@\u200b")
 
 
 def code(text: str) -> str:
-    """Text to stand between backticks in Markdown."""
+    """Text for use between backticks in Markdown."""
     return text.replace("`", "'")
 
 
@@ -161,7 +157,7 @@ def _find_runs(folders: Sequence[str]) -> tuple[dict[str, RunInfo], list[SaelabE
 
 
 def _latest(runs: dict[str, RunInfo]) -> str:
-    """The run that was trained last, of those with features if there are any."""
+    """The run that was trained last, preferring runs with features."""
     return max(runs, key=lambda name: (runs[name].has_features, (runs[name].path / folder.TRAINING).stat().st_mtime))
 
 

@@ -1,4 +1,4 @@
-"""One feature: when it is active, what it promotes, the text it is most active on, and its neighbours."""
+"""One feature: its activity, the tokens it promotes, the contexts on which it is most active, and its neighbours."""
 
 import random
 
@@ -14,8 +14,8 @@ NEIGHBOUR_TOKENS = 4
 
 
 def draw_header(index: int, n_features: int, active: np.ndarray) -> None:
-    """The index and the ways to other features."""
-    st.session_state["jump_to"] = index  # a link or a button may have changed it since it was typed
+    """The index, and buttons that lead to other features."""
+    st.session_state["jump_to"] = index  # a link or a button may have changed the feature since a number was typed
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
         st.header(f"Feature {index}", anchor=False, width="stretch")
         st.button(
@@ -33,7 +33,7 @@ def draw_header(index: int, n_features: int, active: np.ndarray) -> None:
             icon=":material/casino:",
             on_click=lambda: state.go_to(int(random.choice(active))),
             disabled=len(active) == 0,
-            help="one that is active somewhere",
+            help="show a random feature that is active on some token",
         )
         st.number_input(
             "Jump to",
@@ -51,22 +51,23 @@ def draw_activity(feature: Feature, whole: Summary) -> None:
     figures, histogram = st.columns([2, 3], gap="large")
     with figures:
         density, active = st.columns(2)
-        density.metric("Density", f"{100 * feature.density:.4f}%", help=f"share of {whole.n_tokens:,} held-out tokens")
-        active.metric("Active on", f"{feature.n_active:,} tokens", help=f"of {whole.n_tokens:,}")
+        share = f"share of the {whole.n_tokens:,} held-out tokens on which the feature is active"
+        density.metric("Density", f"{100 * feature.density:.4f}%", help=share)
+        active.metric("Active on", f"{feature.n_active:,} tokens", help=f"of {whole.n_tokens:,} held-out tokens")
         mean, largest = st.columns(2)
         mean.metric("Mean activation", html.number(feature.mean_activation), help="over the tokens it is active on")
         largest.metric("Max activation", html.number(feature.max_activation))
     with histogram:
         counts, middles = np.array(feature.histogram), feature.bin_centres
         width = feature.max_activation / max(1, len(counts))
-        figure = charts.bars(middles, counts, width, "activation, where it is active", "tokens", log_y=True)
+        figure = charts.bars(middles, counts, width, "activation, when active", "tokens", log_y=True)
         charts.draw(figure, "activations", "Histogram of the feature's non-zero activations")
 
 
 def draw_logits(feature: Feature, site: str) -> None:
-    st.subheader("Logit lens", anchor=False, help="the decoder direction through the unembedding")
+    st.subheader("Logit lens", anchor=False, help="the feature's decoder direction times the unembedding")
     if not feature.top_logits:
-        st.caption(f"None: what is read at {state.plain(site)} does not reach the logits by a sum.")
+        st.caption(f"No logit lens: {state.plain(site)} is neither the residual stream nor added to it.")
         return
     up, down = st.columns(2)
     with up:
@@ -78,7 +79,7 @@ def draw_logits(feature: Feature, site: str) -> None:
 
 
 def draw_neighbours(feature: Feature, table: pd.DataFrame) -> None:
-    st.subheader("Neighbours", anchor=False, help="other features by the cosine of their decoder rows")
+    st.subheader("Neighbours", anchor=False, help="the features with the most similar decoder directions (cosine)")
     tokens = table["top_logit_tokens"] if feature.top_logits else table["peak_tokens"]
     known = dict(zip(table["feature"], tokens, strict=True))
     with st.container(gap=None, key="neighbours"):
@@ -94,7 +95,7 @@ def draw_contexts(feature: Feature) -> None:
     found = state.read(database.contexts, feature.index)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.subheader(f"Top {len(found)} contexts", anchor=False, width="stretch")
-        breaks = st.toggle("Line breaks", key="line_breaks", help="show the text with its line breaks and indents")
+        breaks = st.toggle("Line breaks", key="line_breaks", help="keep the line breaks and indents of the text")
     st.html(html.scale_html(feature.max_activation) + html.contexts_html(found, feature.max_activation, breaks=breaks))
 
 

@@ -1,4 +1,4 @@
-"""The table of a run's features: search it, sort it, and open one by clicking on its line."""
+"""The table of a run's features: search and sort it, and click on a row to open a feature."""
 
 import pandas as pd
 import streamlit as st
@@ -10,14 +10,14 @@ from saelab.features import database
 
 
 def filtered(table: pd.DataFrame, never_active: int) -> pd.DataFrame:
-    """Draw the filters, and return the lines that pass them."""
+    """Draw the filters; returns the rows that pass them."""
     left, middle, right, last = st.columns([4, 2.2, 3, 2.4], vertical_alignment="bottom", gap="medium")
     text = left.text_input(
         "Search",
         key="search",
         placeholder="def, import numpy, ↵ ...",
-        help="Any case. In tokens: those that the feature promotes, and those at the peaks of its top contexts. "
-        "In context text: anywhere in its top contexts, across tokens.",
+        help="Upper and lower case are the same. tokens: searches the tokens that a feature promotes and those at the "
+        "peaks of its top contexts. context text: searches all text of its top contexts, across tokens.",
         live=True,
     )
     where = middle.segmented_control(
@@ -52,20 +52,22 @@ def draw_table(lines: pd.DataFrame) -> None:
         key="table",
         height=620,
         hide_index=True,
-        lazy=False,  # a table that is loaded bit by bit cannot be selected from
+        lazy=False,  # a table that loads in parts does not support selection
         on_select="rerun",
         selection_mode="single-cell",
         column_config={
             "feature": number("feature", width=90, format="%d"),
             "density": number("density, %", width=100, format="%.4f", help="share of the tokens on which it is active"),
-            "n_active": number("active on", width=100, format="localized", help="tokens"),
+            "n_active": number("active on", width=100, format="localized", help="number of tokens it is active on"),
             "mean_activation": number(
-                "mean", width=80, format="%.2f", help="activation, over the tokens it is active on"
+                "mean", width=80, format="%.2f", help="mean activation over the tokens it is active on"
             ),
             "max_activation": number("max", width=80, format="%.2f", help="largest activation"),
-            "top_logit_tokens": st.column_config.ListColumn("promotes", width=360, help="tokens of its largest logits"),
+            "top_logit_tokens": st.column_config.ListColumn(
+                "promotes", width=360, help="tokens whose logits it raises most"
+            ),
             "peak_tokens": st.column_config.ListColumn(
-                "peaks on", width=360, help="tokens at the peaks of its contexts"
+                "peaks on", width=360, help="tokens at the peaks of its top contexts"
             ),
         },
     )
@@ -87,11 +89,11 @@ def page() -> None:
     if whole.never_active:
         hidden = "" if st.session_state["show_never_active"] else " (hidden)"
         note += f"; {whole.never_active:,} never active on {whole.n_tokens:,} tokens{hidden}"
-    st.caption(note + ". Click on a line to open the feature.")
+    st.caption(note + ". Click on a row to open the feature.")
     if len(lines):
         draw_table(lines)
     else:
-        st.info("No feature passes these filters.")
+        st.info("No feature passes these filters. Change the search, or widen the range of densities.")
 
 
 page()

@@ -1,4 +1,4 @@
-"""A run as a whole: how well it reconstructs, how training went, and its settings."""
+"""Overview of a run: evaluation, training curves and settings."""
 
 import streamlit as st
 from explorer import charts, state
@@ -7,17 +7,17 @@ from explorer.html import facts_html, number
 from saelab.features import database
 from saelab.runs import folder
 
-# What eval.json may hold, in the order to read it: (name, title, unit, definition).
+# The figures of eval.json in reading order: (name, title, unit, definition).
 FIGURES = [
     ("fvu", "FVU", "", "squared error over squared deviation from the mean, each pooled over all evaluated tokens"),
     ("l0", "L0", "features per token", "mean number of active features"),
     ("cosine", "Cosine", "", "mean cosine between an activation vector and its reconstruction"),
-    ("ce_clean", "CE, clean", "nats per token", "loss of the next token, the model left as it is"),
+    ("ce_clean", "CE, clean", "nats per token", "cross-entropy of the next token in the unchanged model"),
     ("ce_spliced", "CE, spliced", "nats per token", "with the reconstruction in place of the activations"),
-    ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: what the reconstruction costs"),
+    ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: the loss added by the reconstruction"),
     ("kl", "KL", "nats per token", "from the clean to the spliced distribution of the next token"),
     ("ce_zero_ablated", "CE, zero-ablated", "nats per token", "with zeros in place of the activations"),
-    ("ce_mean_ablated", "CE, mean-ablated", "nats per token", "with the mean activation in place of each"),
+    ("ce_mean_ablated", "CE, mean-ablated", "nats per token", "with the mean activation in place of every activation"),
     (
         "loss_recovered_zero",
         "Loss recovered, zero ablation",
@@ -28,26 +28,28 @@ FIGURES = [
         "loss_recovered_mean",
         "Loss recovered, mean ablation",
         "share",
-        "the same with the mean ablation, the harder test",
+        "the same with mean ablation, which is the harder test",
     ),
     ("never_active", "Never active", "features", "active on none of the evaluated tokens, in inference mode"),
     ("never_active_share", "Never active", "share", "of all features"),
     ("share_below_1e4", "Density below 1e-4", "share", "features active on less than 0.01% of the evaluated tokens"),
-    ("share_below_1e5", "Density below 1e-5", "share", "features active on less than 0.001% of them"),
+    ("share_below_1e5", "Density below 1e-5", "share", "features active on less than 0.001% of the evaluated tokens"),
     ("c_dec", "c_dec", "mean absolute cosine", "between the decoder rows of two features, over all pairs of features"),
-    ("n_features", "Features", "", "of the autoencoder"),
-    ("tokens", "Evaluated on", "tokens", "N: held-out tokens; BOS and other special tokens are in none of the figures"),
-    ("ce_tokens", "CE and KL on", "tokens", "those that are followed by another ordinary token"),
+    ("n_features", "Features", "", "number of features of the autoencoder"),
+    ("tokens", "Evaluated on", "tokens", "N: held-out tokens; no figure includes BOS or other special tokens"),
+    ("ce_tokens", "CE and KL on", "tokens", "evaluated tokens that are followed by another ordinary token"),
 ]
-NOT_SHOWN = ("inputs", "site", "mode")  # a hash of what it was made from; the site is told above; always inference
+NOT_SHOWN = ("inputs", "site", "mode")  # a hash of the inputs; the site is in the caption; the mode is inference
 
 CURVES = {
     "fvu": "FVU of the batch",
     "l0": "L0, active features per token",
-    "dead": "Dead while training, features",
+    "dead": "Dead features (in training)",
     "aux": "Auxiliary loss",
-    "wanted": "Features that the auxiliary loss is for",
-    "reached": "Share of those that get a gradient from it",
+    "targets": "Features targeted by the auxiliary loss",
+    "share_reached": "Share of targeted features with a gradient",
+    "multi_topk": "FVU of the batch with four times the budget",
+    "l1": "L1 penalty, before its weight",
     "lr": "Learning rate",
     "gradient_norm": "Norm of the gradient",
     "tokens_per_second": "Tokens per second",
@@ -64,7 +66,7 @@ def draw_evaluation() -> None:
     st.subheader("Evaluation", anchor=False)
     found = state.read(folder.evaluation)
     if found is None:
-        st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` does it.")
+        st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` evaluates it.")
         return
     headline = [("fvu", "FVU"), ("delta_ce", "delta CE, nats"), ("l0", "L0"), ("never_active", "Never active")]
     present = [(name, title) for name, title in headline if name in found]
@@ -104,7 +106,7 @@ def page() -> None:
         st.info(f"No features yet. `saelab index {state.code(str(run.path))}` makes them.")
     draw_evaluation()
     draw_training()
-    with st.expander("Settings, as resolved (config.yaml)"):
+    with st.expander("Settings, with defaults and overrides (config.yaml)"):
         st.code(state.read(folder.settings_text), language="yaml")
 
 

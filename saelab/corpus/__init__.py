@@ -1,6 +1,9 @@
-"""Text -> rows of token ids: sources.py says what a corpus may be and what is one document there, files.py and hub.py
-read local files and the Hugging Face Hub, encoder.py tokenises, rows.py draws the order, keeps a part held out, packs,
-and goes on from where it was."""
+"""From text to rows of token ids.
+
+sources.py lists the kinds of corpora and what a document is in each; files.py and hub.py read local files and the
+Hugging Face Hub; encoder.py tokenises; rows.py shuffles, holds a part out, packs documents into rows, and resumes from
+a saved position.
+"""
 
 from saelab.corpus.rows import Corpus, open_corpus
 from saelab.corpus.settings import CorpusSettings

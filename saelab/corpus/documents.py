@@ -1,4 +1,4 @@
-"""What a source is: documents with a place in the split, drawn from text or from the rows of a dataset."""
+"""Sources of documents: pieces of text or rows of a dataset, each with its position in the split."""
 
 import hashlib
 import random
@@ -14,12 +14,12 @@ _IDS_COLUMNS = ("input_ids", "tokens")
 class Document(NamedTuple):
     """A text, or a row of token ids."""
 
-    place: float
-    """Where its hash falls, in [0, 1): low ones are held out."""
+    split_position: float
+    """Its hash scaled to [0, 1); documents below a boundary are held out."""
     content: Any
     """The text, or the list of token ids."""
     where: Callable[[], str]
-    """File and row or line, for messages; a call, since it may have to count lines."""
+    """File and row or line, for messages; a function because it may have to count lines."""
 
 
 class Lane(NamedTuple):
@@ -30,49 +30,52 @@ class Lane(NamedTuple):
 
 
 Cursor = list[Any]
-"""Between two documents of a source: the number of a part in the drawn order, and where in it, in the part's own terms.
-JSON-able."""
+"""A position between two documents of a source: the number of a part in the shuffled order, and a position within that
+part in the part's own terms. JSON-able."""
 Part = Callable[[Lane, Any], Iterator[tuple[Document, Any]]]
-"""Reads the documents of a lane from somewhere in a part on (None: its beginning), each with where it is behind it."""
+"""Reads a lane's documents in one part, starting at a position within it (None: its beginning). Yields each document
+with the position after it."""
 
 
 class Source(NamedTuple):
     """Where documents come from."""
 
     about: str
-    """What is read, in words."""
+    """A description for messages."""
     identity: dict[str, Any]
     """The facts that decide what the documents are."""
     tokenised: bool
+    """Whether documents are token ids rather than text."""
     documents: Callable[[random.Random, Lane, Cursor | None], Iterator[tuple[Document, Cursor]]]
-    """All documents of a lane, the parts of the source in an order drawn from the generator, each with where it is
-    behind it; from a cursor on, given an equal generator and lane. Parts before the cursor are not read."""
+    """Yields all documents of a lane, each with the cursor after it; the generator decides the order of the parts.
+
+    Given a cursor, it starts there and reads no part before it; generator and lane must equal those that gave it."""
 
 
 Row = tuple[Callable[[], str], Any]
-"""Where it is (as in `Document`), and its values by column; anything else is an error of the corpus."""
+"""A row's location (as in `Document`) and its values by column; anything but a dict is an error in the corpus."""
 Task = Callable[[str | None], Iterator[Row]]
-"""Reads a part of a dataset: its rows with one column, or with all of them where that is None."""
+"""Reads the rows of a part of a dataset, with one column, or with all columns if given None."""
 
 
-def place(name: str) -> float:
-    """Where a name or a text falls in [0, 1): as if at random, but always the same."""
-    digest = hashlib.blake2b(name.encode(), key=b"saelab held out", digest_size=6).digest()
+def split_position(text: str) -> float:
+    """A number in [0, 1) from a hash of `text`: pseudorandom, and the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), key=b"saelab held out", digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
 def in_drawn_order(
     parts: Sequence[Part], rng: random.Random, lane: Lane, start: Cursor | None
 ) -> Iterator[tuple[Document, Cursor]]:
-    """What `Source.documents` promises, of the source that consists of `parts`."""
+    """`Source.documents` for a source that consists of `parts`."""
     return one_after_another(rng.sample(parts, len(parts)), lane, start)
 
 
 def one_after_another(parts: Sequence[Part], lane: Lane, start: Cursor | None) -> Iterator[tuple[Document, Cursor]]:
-    """The documents of a lane, from a cursor on, the parts in the order given."""
+    """The documents of a lane from a cursor on, with the parts in the order given."""
     first, entry = start or (0, None)
     for number in range(first, len(parts)):
-        # Lanes take turns from part to part too: many parts may be a single document.
+        # Lanes take turns across parts as well, because many parts may be a single document.
         turn = Lane((lane.index - number) % lane.of, lane.of)
         for document, within in parts[number](turn, entry):
             yield document, [number, within]
@@ -80,7 +83,7 @@ def one_after_another(parts: Sequence[Part], lane: Lane, start: Cursor | None) -
 
 
 def part_of(read: Callable[[], Iterator[Document]]) -> Part:
-    """The part that consists of what `read` reads from this machine's disk; where it is: how many documents in."""
+    """The part that `read` reads from this machine's disk; a position in it is the number of documents before it."""
 
     def documents(lane: Lane, start: int | None) -> Iterator[tuple[Document, int]]:
         try:
@@ -105,52 +108,55 @@ def source_of_tasks(tasks: list[Task], about: str, identity: dict[str, Any], tex
     return Source(about, {**identity, "column": column}, tokenised, partial(in_drawn_order, parts))
 
 
-def choose_column(first: Row | None, about: str, wanted: str | None) -> tuple[str, bool]:
-    """The column to read, judged by the first row, and whether it holds token ids. Raises SaelabError if none does."""
+def choose_column(first: Row | None, about: str, requested: str | None) -> tuple[str, bool]:
+    """The column to read and whether it holds token ids, judged by the first row.
+
+    Raises SaelabError if there is no row, no column `requested`, or no column with text or token ids.
+    """
     if first is None:
         raise SaelabError(f"corpus: {about} holds no rows")
     columns = _columns(first)
     ids = [name for name, value in columns.items() if _is_ids(value)]
-    if wanted is not None:
-        if wanted not in columns:
+    if requested is not None:
+        if requested not in columns:
             raise SaelabError(
-                f"corpus: text_column: {about} has no column {wanted!r}; its columns are {', '.join(columns)}."
-                + did_you_mean(wanted, columns)
+                f"corpus: text_column: {about} has no column {requested!r}; its columns are {', '.join(columns)}."
+                + did_you_mean(requested, columns)
             )
-        return wanted, wanted in ids
+        return requested, requested in ids
     if "text" in columns:
         return "text", False
     for name in _IDS_COLUMNS:
         if name in ids:
             return name, True
     raise SaelabError(
-        f"corpus: {about} has no column 'text' (nor token ids in 'input_ids' or 'tokens'); its columns are "
+        f"corpus: {about} has no column 'text', and no token ids in 'input_ids' or 'tokens'; its columns are "
         f"{', '.join(columns)}: set `text_column` to the one to read"
     )
 
 
 def documents_of_rows(rows: Iterable[Row], column: str, tokenised: bool) -> Iterator[Document]:
-    """The documents in `column`, blank ones left out. Raises SaelabError at a row that holds something else."""
+    """The documents in `column`, without blank ones. Raises SaelabError at a row with another kind of value."""
     for row in rows:
         where, columns = row[0], _columns(row)
         if column not in columns:
             raise SaelabError(f"corpus: {where()} has no column {column!r}; its columns are {', '.join(columns)}")
         value = columns[column]
         if tokenised and isinstance(value, list):
-            yield Document(place(repr(value)), value, where)
+            yield Document(split_position(repr(value)), value, where)
         elif not tokenised and isinstance(value, str):
             if not value.strip():
                 continue
             try:
-                yield Document(place(value), value, where)
+                yield Document(split_position(value), value, where)
             except UnicodeEncodeError as error:  # JSON can spell half of a character
                 raise SaelabError(
                     f"corpus: {where()}: {column!r} is not Unicode text: a lone surrogate at character {error.start}"
                 ) from error
         else:
-            wanted = "a list of token ids" if tokenised else "text"
+            expected = "a list of token ids" if tokenised else "text"
             raise SaelabError(
-                f"corpus: {where()}: {column!r} is {_kind(value)}, not {wanted}; repair or remove that row"
+                f"corpus: {where()}: {column!r} is {_kind(value)}, not {expected}; repair or remove that row"
             )
 
 

@@ -1,4 +1,4 @@
-"""Text -> token ids."""
+"""Text to token ids."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BATCH = 1 << 19
-"""Characters tokenised at once, by the tokenizer's own threads."""
+"""Characters per call of the tokenizer, which divides them among its own threads."""
 
 
 class Encoder:
@@ -21,11 +21,11 @@ class Encoder:
         from tokenizers import Tokenizer
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}  # which other uses of the tokenizer may have left behind
+        state |= {"truncation": None, "padding": None}  # other uses of the tokenizer may have set them
         text = json.dumps(state, sort_keys=True)
-        self._backend: Any = Tokenizer.from_str(text)  # a copy, so that the caller's keeps its own settings
+        self._backend: Any = Tokenizer.from_str(text)  # a copy, so that the caller's tokenizer keeps its settings
         self._backend.encode_special_tokens = True
-        ids: Any = tokenizer  # its attributes are typed as all that any special token may be
+        ids: Any = tokenizer  # transformers types these attributes as anything that a special token may be
         first, last, unknown = ids.bos_token_id, ids.eos_token_id, ids.unk_token_id
         self.bos: int | None = last if first is None else first
         self.eos: int | None = first if last is None else last
@@ -33,7 +33,7 @@ class Encoder:
         self.n_ids: int = max(self._backend.get_vocab().values()) + 1
         control = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         if unknown not in (self.bos, self.eos):
-            control.pop(unknown, None)  # what unknown text becomes, rightly
+            control.pop(unknown, None)  # text that the tokenizer does not know rightly becomes this token
         self._control = frozenset(control)
         longest_first = sorted(control.values(), key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -56,9 +56,9 @@ class Encoder:
             yield ids if self._control.isdisjoint(ids) else self._encode_in_parts(text)
 
     def _encode_in_parts(self, text: str) -> list[int]:
-        """As `encode`, with the name of every control token cut after its first character.
+        """`encode` for one text, with every name of a control token in it cut after its first character.
 
-        Unigram and word-level models need it: they find the whole name in their vocabulary, as if it were a word.
+        Unigram and word-level models need this: to them the whole name is a word of their vocabulary.
         """
         cuts = [0, *(match.start() + 1 for match in self._spelt.finditer(text)), len(text)]
         parts = [text[start:stop] for start, stop in pairwise(cuts)]

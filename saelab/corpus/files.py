@@ -1,4 +1,4 @@
-"""Readers of local files, each in parts: text, JSON, JSON Lines, CSV, Parquet, and datasets saved in Arrow files."""
+"""Readers of local files, part by part: text, JSON, JSON Lines, CSV, Parquet, and datasets saved in Arrow files."""
 
 import csv
 import json
@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from saelab.corpus.documents import Document, Row, Task, place
+from saelab.corpus.documents import Document, Row, Task, split_position
 from saelab.errors import SaelabError, brief, did_you_mean
 
 PIECE = 1 << 15
-"""Bytes of a document that is cut from a long text."""
+"""Bytes of one document cut from a long text."""
 PART = 1 << 20
-"""Bytes of a text or JSON Lines file that are read together; a text file among several is one document up to here."""
+"""Bytes in one part of a text or JSON Lines file; in a folder, a text file of at most this size is one document."""
 ROWS = 256
-"""Rows of a Parquet or Arrow file that are read together."""
+"""Rows of a Parquet or Arrow file that are read at once."""
 
 
 def text_parts(path: Path, name: str | None) -> Iterator[Callable[[], Iterator[Document]]]:
-    """Readers of a text file, whose side of the split its `name` decides; where that is None, each piece's own text."""
+    """Readers of the parts of a text file. Its `name` decides its side of the split; if None, each piece's text."""
     size = path.stat().st_size
     if name is not None and size <= PART:
         piece = PART
@@ -39,12 +39,13 @@ def _read_text(path: Path, size: int, name: str | None, piece: int, pieces: rang
             file.seek(start)
             text = _decode(file.read(stop - start), path, start)
             if text.strip():
-                yield Document(place(text if name is None else name), text, partial("{}, byte {}".format, path, start))
+                position = split_position(text if name is None else name)
+                yield Document(position, text, partial("{}, byte {}".format, path, start))
             start = stop
 
 
 def _cut(file: BinaryIO, at: int, size: int, piece: int) -> int:
-    """The first good place to cut a text at or shortly after byte `at`: a blank line, a line's end, a space."""
+    """The byte to cut a text at: after a blank line, a line's end or a space shortly after byte `at`."""
     if at == 0 or at >= size:
         return min(at, size)
     file.seek(at)
@@ -60,8 +61,8 @@ def _cut(file: BinaryIO, at: int, size: int, piece: int) -> int:
 
 
 def _decode(data: bytes, path: Path, at: int) -> str:
-    """`data`, found at byte `at` of `path`, as text."""
-    advice = "a corpus is UTF-8 text, or JSON Lines, JSON, CSV or Parquet with the suffix that says so"
+    """`data`, read at byte `at` of `path`, as text. Raises SaelabError if it is not UTF-8."""
+    advice = "a corpus is UTF-8 text, or JSON Lines, JSON, CSV or Parquet with the usual suffix"
     zero = data.find(b"\0")
     if zero >= 0:
         raise SaelabError(f"corpus: {path} is a binary file (a zero at byte {at + zero}); {advice}")
@@ -76,7 +77,7 @@ def _decode(data: bytes, path: Path, at: int) -> str:
 
 
 def row_tasks(path: Path) -> list[Task]:
-    """Readers of a dataset file, of the kind that its suffix says."""
+    """Readers of the parts of a dataset file; its suffix decides the format."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return [partial(_read_parquet, path, group, first) for group, first in _row_groups(path)]
@@ -91,7 +92,7 @@ def _read_json_lines(path: Path, part: int, column: str | None) -> Iterator[Row]
     """The lines that begin in [part, part + PART)."""
     with path.open("rb") as file:
         at = part
-        if part:  # the line that the part before ends with
+        if part:  # skip the rest of the line that began in the part before
             file.seek(part - 1)
             at += len(file.readline()) - 1
         while at < part + PART and (line := file.readline()):
@@ -105,13 +106,13 @@ def _read_json_lines(path: Path, part: int, column: str | None) -> Iterator[Row]
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise SaelabError(
-                    f"corpus: {where()} does not parse as JSON: {reason}; a corpus has an object per line, or is a "
-                    ".json file that holds one list of objects"
+                    f"corpus: {where()} does not parse as JSON: {reason}; write one object per line, or a .json file "
+                    "with one list of objects"
                 ) from error
 
 
 def _line_number(path: Path, at: int) -> str:
-    """The line of `path` that begins at byte `at`, in words."""
+    """`path` and the number of its line that begins at byte `at`, for messages."""
     line = 1
     with path.open("rb") as file:
         while at > 0 and (block := file.read(min(at, PART))):
@@ -137,7 +138,7 @@ def _read_json_list(path: Path, column: str | None) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, delimiter: str, column: str | None) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KiB that csv expects of a field
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than 128 KiB, csv's default limit
     with path.open("rb") as file:
         rows = csv.DictReader(_text_lines(file, path), restkey="?", delimiter=delimiter)
         try:
@@ -177,7 +178,7 @@ def _read_parquet(path: Path, group: int, index: int, column: str | None) -> Ite
     try:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PART) as file:
             names = file.schema_arrow.names
-            columns = None if column is None or column not in names else [column]  # else the row's reader complains
+            columns = [column] if column in names else None  # if it is missing, documents_of_rows reports that
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     yield partial("{}, row {}".format, path, index), row
@@ -192,7 +193,7 @@ def saved_dataset_tasks(folder: Path, split: str) -> tuple[list[Task], str]:
 
     try:
         saved: Any = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever is wrong with the files inside
+    except Exception as error:  # the library raises many kinds for damaged files
         raise SaelabError(f"corpus: {folder} is not a readable saved dataset: {brief(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         splits = [str(name) for name in saved]
@@ -202,7 +203,7 @@ def saved_dataset_tasks(folder: Path, split: str) -> tuple[list[Task], str]:
                 + did_you_mean(split, splits)
             )
         saved = saved[split]
-    table = saved.with_format("arrow")  # plain values, whatever format was saved with it
+    table = saved.with_format("arrow")  # plain values; the dataset may have been saved with another format
     return [partial(_read_saved, table, folder, first) for first in range(0, len(table), ROWS)], saved._fingerprint
 
 

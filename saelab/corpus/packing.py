@@ -1,4 +1,4 @@
-"""Tokens into rows: each row begins with BOS, documents follow one another with EOS between them, nothing is padded."""
+"""Packing tokens into rows: BOS at the beginning of each row, EOS between documents, no padding."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,10 +8,10 @@ import numpy as np
 def pack(documents: Iterable[list[int]], context: int, *, bos: int | None, eos: int | None) -> Iterator[np.ndarray]:
     """Rows of exactly `context` token ids (int32 ``[context]``), in the order of `documents`.
 
-    The documents form one stream, with `eos` after each (nothing where `eos` is None), cut into pieces of
-    ``context - 1`` behind a `bos` (of ``context`` where `bos` is None). The last, incomplete piece is left out.
-    A document may go on in the next row; where one begins within a row, the token before it is `eos`.
-    Raises ValueError, at the first document, where `context` leaves no room for a token.
+    The documents form one stream with `eos` after each (nothing if `eos` is None). The stream is cut into pieces of
+    ``context - 1`` tokens, each after a `bos` (of ``context`` tokens if `bos` is None). The last, incomplete piece is
+    left out. A document may continue in the next row; if it begins within a row, the token before it is `eos`.
+    Raises ValueError, at the first document, if `context` leaves no room for a token.
     """
     rest: list[int] = []
     for document in documents:
@@ -24,7 +24,7 @@ def pack_document(
 ) -> tuple[np.ndarray, list[int]]:
     """One step of `pack`: the rows that a document completes, int32 ``[rows, context]``, and the tokens left over.
 
-    `before` are the tokens left over of the documents before it; neither list is changed.
+    `before` holds the tokens left over from earlier documents. Neither list is changed.
     """
     head = [] if bos is None else [bos]
     piece = context - len(head)

@@ -1,9 +1,9 @@
-"""Rows of token ids from the documents of a source, in an order drawn from a seed, with a part never trained on.
+"""Rows of token ids from the documents of a source, in an order that a seed decides; a part is held out.
 
 The documents of one side of the split are read in windows of `WINDOW` characters; each window is shuffled, tokenised
-and packed. Windows of training text are shuffled with a generator each, so that reading can go on anywhere: what
-follows a row is decided by where its window begins, the window's number, the document that the row ends in, and the
-tokens left over of the documents before that one.
+and packed. Every window of training text has a random generator of its own, so that reading can resume after any row.
+Four facts decide what follows a row: where its window begins, the window's number, the document that the row ends in,
+and the tokens left over from the documents before that one.
 """
 
 import hashlib
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ORDER = 1
-"""Of how documents are ordered and packed: to be counted up where that changes, for a cache may be half written."""
+"""Version of how documents are ordered and packed. Increase it with every change: a cache may be half written."""
 WINDOW = 1 << 22
-"""Characters of documents that are shuffled among each other in memory; a token id counts as 4."""
+"""Characters of documents that are shuffled together in memory; a token id counts as 4."""
 
 
 class _Position(NamedTuple):
-    """Between two rows: all that decides which ones follow."""
+    """A position between two rows: all that decides which rows follow."""
 
     source: Cursor | None = None
-    """Where in the source the present window of documents begins; None: at its beginning."""
+    """Where in the source the current window of documents begins; None: at the source's beginning."""
     window: int = 0
     """The number of that window."""
     documents: int = 0
-    """How many documents of it, in the order drawn, come before the present one."""
+    """How many of the window's documents, in shuffled order, come before the current document."""
     before: Sequence[int] = ()
-    """Their last tokens, which are in no row by themselves: fewer than `context`."""
+    """The tokens that those documents left over, fewer than `context`."""
     rows: int = 0
-    """How many rows these and the present document have given so far; 0 only before the first row of all."""
+    """Rows made so far from `before` and the current document; 0 only before the very first row."""
 
 
 class Rows(Iterator[np.ndarray]):
-    """Rows of token ids, int32 ``[context]``, that can tell where they are. Made by `Corpus.train_rows`."""
+    """Rows of token ids, int32 ``[context]``, that can be resumed after any row. Made by `Corpus.train_rows`."""
 
     def __init__(
         self, rows: Iterator[tuple[np.ndarray, _Position]], position: _Position, of: Mapping[str, Any]
@@ -60,11 +60,11 @@ class Rows(Iterator[np.ndarray]):
         return row
 
     def state(self) -> dict[str, Any]:
-        """Where it is: with this as `start`, `Corpus.train_rows` gives the rows that would come next.
+        """The current position: with it as `start`, `Corpus.train_rows` gives the rows that come next.
 
-        JSON-able, some 6 bytes times the context at most and less than 1 KB beside that. To go on, the window of
-        documents that it lies in is read again and shuffled as it was; nothing before that window is read, except of
-        the part of the source that it begins in, and nothing before the present document is tokenised.
+        JSON-able; at most some 6 bytes times the context, plus less than 1 KB. Resuming reads and shuffles the current
+        window of documents again. Before that window it reads only the part of the source that the window begins in,
+        and it tokenises nothing before the current document.
         """
         position = self._position._asdict() | {"before": " ".join(map(str, self._position.before))}
         text = json.dumps({**self._of, **position}, sort_keys=True)
@@ -72,29 +72,29 @@ class Rows(Iterator[np.ndarray]):
 
 
 def _read_state(state: Mapping[str, Any], of: Mapping[str, Any]) -> _Position:
-    """The position that `Rows.state` told. Raises SaelabError where it is damaged, or of other rows than `of` says."""
+    """The position that `Rows.state` saved. Raises SaelabError if it is damaged, or belongs to other rows than `of`."""
     facts = {name: value for name, value in state.items() if name != "check"}
     if state.get("check") != _hash(json.dumps(facts, sort_keys=True)):
-        raise SaelabError("corpus: the position from which rows should go on is damaged; begin again without it")
+        raise SaelabError("corpus: the saved position to resume from is damaged; start again without it")
     differing = [f"{name} {facts.get(name)}, not {value}" for name, value in of.items() if facts.get(name) != value]
     if differing:
         raise SaelabError(
-            f"corpus: the position from which rows should go on is of other rows ({'; '.join(differing)}); use the "
-            "corpus, tokenizer and settings that it was made with, or begin again without it"
+            f"corpus: the saved position to resume from belongs to other rows ({'; '.join(differing)}); use the "
+            "corpus, tokenizer and settings that it was saved with, or start again without it"
         )
     facts["before"] = [int(token) for token in facts["before"].split()]
     return _Position(**{name: facts[name] for name in _Position._fields})
 
 
 def open_corpus(settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", context: int) -> "Corpus":
-    """The corpus of `settings` in rows of `context` token ids. Reads a few documents, to find early what is wrong.
+    """The corpus of `settings` in rows of `context` token ids. Reads a few documents, to report problems early.
 
-    Rows begin with BOS (EOS where the tokenizer has no BOS) and have EOS after each document (BOS where it has no EOS);
-    a tokenised corpus is taken as it is. Raises SaelabError if the source is missing, empty, not text or out of reach,
-    SettingError for a `context` below 2, and where documents of a tokenised corpus should be left out by length.
+    Rows begin with BOS (EOS if the tokenizer has no BOS), and EOS follows each document (BOS if it has no EOS). Rows of
+    a tokenised corpus are taken as they are. Raises SaelabError if the source is missing, empty, not text or cannot be
+    reached; SettingError if `context` is below 2, or if a tokenised corpus has limits on the length of documents.
     """
     if context < 2:
-        raise SettingError(f"context: {context} leaves no room for a token after BOS")
+        raise SettingError(f"context: {context} leaves no room for a token after BOS; it must be at least 2")
     return Corpus(open_source(settings), settings, tokenizer, context)
 
 
@@ -106,18 +106,18 @@ class Corpus:
     ) -> None:
         self.context = context
         self.about = source.about
-        """What is read, in words."""
+        """A description of the source, for messages."""
         self.special_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
-        """Ids of BOS, EOS and the like, which are in no metric."""
+        """Ids of BOS, EOS and other special tokens, which no metric counts."""
         self._source = source
         self._encoder = Encoder(tokenizer)
         self.bos: int | None = None if source.tokenised else self._encoder.bos
-        """The id that rows begin with; None where they have none, or are taken as they are."""
+        """The id that rows begin with; None if the tokenizer has none, or if rows are taken as they are."""
         self._lengths = _lengths(settings)
         if self._lengths and source.tokenised:
             raise SettingError(
                 f"corpus: {' and '.join(self._lengths)}: {self.about} holds token ids, whose rows are taken as they "
-                "are; leave that away"
+                "are; remove that setting"
             )
         self.identity: dict[str, Any] = {
             "order": ORDER,
@@ -127,7 +127,7 @@ class Corpus:
             "tokenizer": self._encoder.fingerprint,
             "context": context,
         }
-        """The facts that decide what the rows are; equal facts, equal rows."""
+        """The facts that decide the rows: equal facts give equal rows."""
         self.fingerprint: str = _hash(json.dumps(self.identity, sort_keys=True))
         """Hash of `identity`."""
         self._boundary = self._find_boundary(settings.held_out)
@@ -138,11 +138,11 @@ class Corpus:
         """One pass over the documents that are not held out: int32 ``[context]``, in an order set by (seed, epoch).
 
         The documents may be divided into `lanes` disjoint streams, each packed by itself: whole files of a Hub dataset
-        where these can be dealt out evenly, else single documents, each lane reading all of the text. With `start`, a
-        `Rows.state` told by rows of the same corpus, seed, epoch and lane, these are the rows that came next there.
+        if they divide evenly, else single documents, with each lane reading all of the text. `start` is a `Rows.state`
+        of the same corpus, seed, epoch and lane: the rows continue from there.
 
-        Raises SaelabError where `start` is damaged or of other rows, where bad text is met, and where all of the text
-        does not fill one row; a lane of several may have none.
+        Raises SaelabError if `start` is damaged or belongs to other rows, at bad text, and if the whole text does not
+        fill one row (one lane of several may be empty).
         """
         if not 0 <= lane < lanes:
             raise ValueError(f"lane {lane} is not one of {lanes}")
@@ -154,9 +154,9 @@ class Corpus:
         return Rows(rows, position, of)
 
     def held_out_rows(self, tokens: int) -> np.ndarray:
-        """The first rows of held-out documents that hold at least `tokens` tokens, special ones not counted.
+        """The first held-out rows with at least `tokens` ordinary tokens in all, or all rows if there are fewer.
 
-        int32 ``[rows, context]``; always the same, fewer if there are no more. Raises SaelabError if there are none.
+        int32 ``[rows, context]``, the same on every call. Raises SaelabError if there are none.
         """
         special = np.array(sorted(self.special_ids), dtype=np.int32)
         rows: list[np.ndarray] = []
@@ -173,13 +173,13 @@ class Corpus:
     def _rows(
         self, name: str, lane: Lane, start: _Position, *, held_out: bool
     ) -> Iterator[tuple[np.ndarray, _Position]]:
-        """The rows of one side from `start` on, in an order drawn from `name`, each with the position behind it."""
+        """The rows of one side from `start` on, each with the position after it; `name` seeds their order."""
         rng = random.Random(name)
         documents = self._source.documents(rng, lane, start.source)
-        side = ((document, at) for document, at in documents if (document.place < self._boundary) == held_out)
+        side = ((document, at) for document, at in documents if (document.split_position < self._boundary) == held_out)
         done, before, given = start.documents, list(start.before), start.rows
         for number, (begin, window) in enumerate(_windows(side, start.source), start.window):
-            if not held_out:  # those are always read from the beginning: one generator does, and their order stays
+            if not held_out:  # held-out rows are always read from the beginning, so one generator is enough
                 rng = random.Random(f"{name} {number}")
             rng.shuffle(window)
             for index, ids in enumerate(self._tokens(window[done:]), done):
@@ -204,7 +204,7 @@ class Corpus:
         return pack_document(before, ids, self.context, bos=self._encoder.bos, eos=self._encoder.eos)
 
     def _checked(self, document: Document) -> list[int]:
-        """The ids of a row of a tokenised corpus, which are as many as the context and within the vocabulary."""
+        """The ids of a row of a tokenised corpus. Raises SaelabError if its length or one of its ids is wrong."""
         ids, n_ids = document.content, self._encoder.n_ids
         if len(ids) != self.context:
             raise SaelabError(
@@ -220,32 +220,33 @@ class Corpus:
         return ids
 
     def _find_boundary(self, held_out: float) -> float:
-        """The place below which documents are held out: `held_out`, moved where that would leave one side empty.
+        """Documents whose split position is below this are held out: `held_out`, moved if one side would be empty.
 
-        Reads until both sides have a document, which a large corpus shows within some 1 / `held_out` documents.
+        Reads until both sides have a document: some 1 / `held_out` documents of a large corpus.
         """
-        lowest, second, highest = 2.0, 2.0, -1.0  # of the places met so far; duplicates share one
+        lowest, second, highest = 2.0, 2.0, -1.0  # of the split positions so far; duplicates share one
         for document, _ in self._source.documents(random.Random("held out"), Lane(), None):
             if self._source.tokenised:
                 self._checked(document)
-            if document.place < lowest:
-                lowest, second = document.place, lowest
-            elif lowest < document.place < second:
-                second = document.place
-            highest = max(highest, document.place)
+            position = document.split_position
+            if position < lowest:
+                lowest, second = position, lowest
+            elif lowest < position < second:
+                second = position
+            highest = max(highest, position)
             if lowest < held_out <= highest:
                 return held_out
         if highest < 0:
             raise SaelabError(f"corpus: {self.about} holds no text")
         if lowest == highest:
             raise SaelabError(
-                f"corpus: {self.about} is a single document, or the same one repeated; at least two are needed, for "
-                "one is held out to evaluate on"
+                f"corpus: {self.about} is a single document, or the same one repeated; use at least two different "
+                "documents, because one is held out for evaluation"
             )
         return highest if highest < held_out else second
 
     def _at_least_one(self, rows: Iterator[tuple[np.ndarray, _Position]]) -> Iterator[tuple[np.ndarray, _Position]]:
-        """The rows as they are. Raises SaelabError where there is none."""
+        """The same rows. Raises SaelabError if there are none."""
         first = next(rows, None)
         if first is None:
             raise self._too_short("training", "use more text or a smaller `context`")
@@ -253,14 +254,14 @@ class Corpus:
         yield from rows
 
     def _too_short(self, part: str, advice: str) -> SaelabError:
-        kept = f", documents left out by {' and '.join(self._lengths)} not counted" if self._lengths else ""
+        within = f" within {' and '.join(self._lengths)}" if self._lengths else ""
         return SaelabError(
-            f"corpus: the {part} text of {self.about} fills no row of {self.context} tokens{kept}; {advice}"
+            f"corpus: the {part} text{within} of {self.about} does not fill one row of {self.context} tokens; {advice}"
         )
 
 
 def _lengths(settings: CorpusSettings) -> dict[str, int]:
-    """The limits that are set to how many tokens a document has."""
+    """The limits on a document's number of tokens that are set."""
     limits = {"min_tokens": settings.min_tokens, "max_tokens": settings.max_tokens}
     return {name: limit for name, limit in limits.items() if limit}
 
@@ -268,7 +269,7 @@ def _lengths(settings: CorpusSettings) -> dict[str, int]:
 def _windows(
     documents: Iterable[tuple[Document, Cursor]], begin: Cursor | None
 ) -> Iterator[tuple[Cursor | None, list[Document]]]:
-    """Documents in windows of `WINDOW` characters, each with where it begins; the first one at `begin`."""
+    """Documents in windows of `WINDOW` characters, each with the cursor at its beginning; the first is `begin`."""
     window: list[Document] = []
     size = 0
     for document, at in documents:

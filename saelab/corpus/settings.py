@@ -19,23 +19,23 @@ class CorpusSettings:
     subset: str | None = None
     """Which configuration of a Hub dataset that has several."""
     revision: str | None = None
-    """Commit, tag or branch of a Hub dataset; default: what it is now. A cache of it can be continued, and trained on,
-    as long as that is the same commit."""
+    """Commit, tag or branch of a Hub dataset; default: its current commit. A cache can be continued, and trained on,
+    only while this is the same commit."""
     held_out: float = 0.05
-    """Share of the documents that is never trained on, at least one of them. The demo has a split of its own."""
+    """Share of the documents that are never trained on, at least one document. The demo has a split of its own."""
     min_tokens: int = 0
-    """Documents of fewer tokens (EOS not counted) are left out, of training and held-out text alike; not for corpora of
+    """Documents with fewer tokens (EOS not counted) are left out of training and held-out text; not for corpora of
     token ids. A document is a row of a dataset, a file of a folder, or a piece of a long text file."""
     max_tokens: int | None = None
-    """Documents of more tokens are left out likewise. Default: no limit."""
+    """Documents with more tokens are left out too. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("source", "text_column", "split", "subset", "revision"):
             if getattr(self, name) == "":
-                raise SettingError(f"{name}: is empty")
+                raise SettingError(f"{name}: is empty; give a value or leave the setting out")
         if not 0 < self.held_out < 1:
             raise SettingError(
-                f"held_out: {self.held_out} is not between 0 and 1; evaluation needs some text of its own"
+                f"held_out: {self.held_out} is not between 0 and 1; evaluation needs text that is not trained on"
             )
         if self.min_tokens < 0:
             raise SettingError(f"min_tokens: {self.min_tokens} is negative; 0 leaves no document out")

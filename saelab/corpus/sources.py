@@ -1,22 +1,22 @@
-"""What a corpus may be, and what one document is there:
+"""The kinds of corpora, and what one document is in each:
 
-- ``demo``: the Python standard library; a file or a help topic, with a split of its own (saelab.demo.stdlib).
-- A .parquet, .jsonl, .ndjson, .json, .csv or .tsv file: a row.
-- Any other file is text: a piece of some 32 KiB, cut at a blank line or a line's end (of a file below 2 MiB: about a
-  64th of it, at least 1 KiB, so that a part of it can be held out).
-- A folder written by ``Dataset.save_to_disk``: a row.
-- Any other folder: all files below it of the first of these kinds that it holds: .parquet; .jsonl and .ndjson; text
-  (the suffixes of `TEXT`); .json; .csv and .tsv. In a folder of texts a file is a document; one above 1 MiB is
-  several, cut as above, all on the same side of the split. Names that begin with a dot are passed over.
-- Anything else is the id of a dataset on the Hugging Face Hub, streamed: a row.
+- ``demo`` is the Python standard library. A document is a file or a help topic; saelab.demo.stdlib makes the split.
+- A .parquet, .jsonl, .ndjson, .json, .csv or .tsv file: a document is a row.
+- Any other file is text: a document is a piece of some 32 KiB, cut at a blank line or a line's end. In a file below
+  2 MiB it is about a 64th of the file, at least 1 KiB, so that a part of the file can be held out.
+- A folder written by ``Dataset.save_to_disk``: a document is a row.
+- Any other folder: all files below it of the first kind that is there, in the order .parquet; .jsonl and .ndjson; text
+  (the suffixes in `TEXT`); .json; .csv and .tsv. In a folder of texts a document is a file; a file above 1 MiB is
+  several, cut as above, all on the same side of the split. Names that begin with a dot are skipped.
+- Anything else is the id of a dataset on the Hugging Face Hub, which is streamed: a document is a row.
 
 Rows hold text, or token ids (lists of int) that are taken as they are. Whether a document is held out depends on a hash
-of its name (a file among several) or else of its content, so never on order, and equal rows are on the same side.
+of its name (for a file among several) or of its content. So order does not matter, and equal rows are on the same side.
 
 Documents come in parts: a MiB of a text or JSON Lines file, a row group, some rows of a saved dataset, a file of a Hub
-dataset; files of other kinds are one part. Parts are drawn in an order set by a seed and read as documents are asked
-for; to go on within a part, it is read from its beginning. Nothing is unpickled, no code of a dataset is run, nothing
-is written.
+dataset; files of other kinds are one part. A seed decides the order of the parts, and each is read when its documents
+are needed. Resuming within a part reads that part from its beginning. saelab unpickles nothing, runs no code of a
+dataset and writes nothing here.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ TEXT = frozenset(
     )
     for name in names.split()
 )
-"""Suffixes of the files that are documents in a folder of texts."""
+"""Suffixes of text files in a folder."""
 _KINDS = [
     frozenset({".parquet"}),
     frozenset({".jsonl", ".ndjson"}),
@@ -49,16 +49,16 @@ _KINDS = [
     frozenset({".csv", ".tsv"}),
 ]
 HASHED_WHOLE = 1 << 30
-"""Bytes of files up to which a corpus is known by all of its content, wherever and whenever it was copied; of a larger
-one, the length and a sample of each file are."""
+"""Up to this many bytes a corpus is identified by its whole content; a larger one by the length and a sample of each
+file. Paths and times do not matter."""
 SAMPLED = 1 << 16
-"""Bytes at the beginning, middle and end of a file that are the sample."""
+"""Bytes sampled at the beginning, in the middle and at the end of a file."""
 _SUFFIXES = frozenset().union(*_KINDS)
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def open_source(settings: CorpusSettings) -> Source:
-    """The source that `settings` name. Raises SaelabError if it is missing, empty, or of no known kind."""
+    """The source that `settings` name. Raises SaelabError if it is missing, empty, or of an unknown kind."""
     if settings.source == "demo":
         return _demo()
     path = Path(settings.source).expanduser()
@@ -86,7 +86,7 @@ def _demo() -> Source:
     train, held_out = _demo_documents()
     digest = hashlib.blake2b(digest_size=16)
     for document in train + held_out:
-        digest.update(f"{document.where()}\0{document.place}\0{document.content}\0".encode())
+        digest.update(f"{document.where()}\0{document.split_position}\0{document.content}\0".encode())
     parts = [part_of(partial(iter, [document])) for document in train + held_out]
     about = f"the Python standard library ({len(train)} texts, {len(held_out)} held out)"
     identity = {"source": "demo", "text": digest.hexdigest(), "held_out": "by file"}
@@ -103,7 +103,7 @@ def _demo_documents() -> tuple[list[Document], list[Document]]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """The files of the first kind that `folder` holds, by name."""
+    """The files below `folder` of the first kind in `_KINDS` that is there, sorted by name."""
     found: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
@@ -116,18 +116,19 @@ def _files_below(folder: Path) -> list[Path]:
         f"{n} {suffix or 'without a suffix'}" for suffix, n in Counter(p.suffix for p in found).most_common(5)
     )
     raise SaelabError(
-        f"corpus: {folder} holds no file that can be read as a corpus ({there or 'it is empty'}); wanted are .parquet, "
-        ".jsonl, .json, .csv, or texts such as .txt and .md"
+        f"corpus: {folder} has no file that can be read as a corpus ({there or 'it is empty'}); a corpus is .parquet, "
+        ".jsonl, .json or .csv files, or texts such as .txt and .md"
     )
 
 
 def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
-    """The source that reads `paths`, all of one kind, which are `source` itself or lie below it."""
+    """The source that reads `paths`: files of one kind, which are `source` itself or lie below it."""
     stats = [path.stat() for path in paths]
     if not any(stat.st_size for stat in stats):
         raise SaelabError(f"corpus: {source} is empty (0 bytes)")
-    whole, alone = sum(stat.st_size for stat in stats) <= HASHED_WHOLE, len(paths) == 1
-    names = [None if alone else path.relative_to(source).as_posix() for path in paths]  # a file alone is split within
+    whole = sum(stat.st_size for stat in stats) <= HASHED_WHOLE
+    # A single file is split by its pieces, several files by their names.
+    names = [None if len(paths) == 1 else path.relative_to(source).as_posix() for path in paths]
     facts = [
         [name or path.suffix.lower(), stat.st_size, _content(path, stat.st_size, whole)]
         for name, path, stat in zip(names, paths, stats, strict=True)
@@ -143,7 +144,7 @@ def _files(source: Path, paths: list[Path], settings: CorpusSettings) -> Source:
 
 
 def _content(path: Path, size: int, whole: bool) -> str:
-    """A hash of a file: of all of it, or of a piece at its beginning, middle and end."""
+    """A hash of a file: of all of it if `whole`, else of pieces at its beginning, middle and end."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         if whole:

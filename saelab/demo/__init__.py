@@ -1,4 +1,4 @@
-"""The embedded default: a small real language model and, in stdlib.py, its corpus. README.md says how it was made."""
+"""The embedded default: a small real language model and its corpus (stdlib.py). README.md says how it was made."""
 
 from pathlib import Path
 
@@ -9,4 +9,4 @@ HELD_OUT_SAMPLE = MODEL / "held_out_sample.json"
 """64 rows of held-out token ids (text of the Python standard library, PSF licence)."""
 
 MEASURED = MODEL / "measured.json"
-"""What scripts/train_demo_lm.py measured on the finished weights."""
+"""Figures that scripts/train_demo_lm.py measured on the finished weights."""

@@ -1,8 +1,8 @@
-"""The demo's corpus: the Python standard library of the interpreter at hand.
+"""The demo's corpus: the standard library of the Python that runs saelab.
 
-Real text that every machine with Python already has: the library's source files and the topics that ``help()``
-prints. Nothing is downloaded. The split into training and held-out text is by file, so that no held-out sentence
-has a neighbour in the training set, and held-out files that are mostly copies of training files are dropped.
+This is real text that every machine with Python already has: the library's source files and the topics that ``help()``
+prints. Nothing is downloaded. The split into training and held-out text is by file, so that neighbouring sentences are
+on the same side. Held-out files that are mostly copies of training files are dropped.
 """
 
 import ast
@@ -18,12 +18,12 @@ import numpy as np
 from saelab.errors import SaelabError
 
 HELD_OUT_SHARE = 0.20
-"""Share of the files held out: 20% of the library without its tests is more than the 300 k tokens that reported
-dead features need."""
+"""Share of the files that are held out. 20% of the library without its tests is more than the 300 k tokens needed to
+report dead features."""
 
 NGRAM = 13
 MAX_SHARED = 0.20
-"""A held-out file is dropped if more than this share of its 13-grams occurs in training files."""
+"""A held-out file is dropped if training files contain more than this share of its 13-grams."""
 
 _SKIP_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}  # encodings/ holds generated tables
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -37,16 +37,16 @@ class StdlibText:
     train: dict[str, str]
     held_out: dict[str, str]
     dropped: dict[str, float]
-    """Held-out files left out as near-copies, with the share of their 13-grams that training files contain."""
+    """Held-out files that were dropped as near-copies, with the share of their 13-grams in training files."""
 
 
 def read_stdlib(folder: Path | None = None, *, tests: bool = False) -> StdlibText:
-    """Read the standard library in `folder` (default: that of the running interpreter).
+    """The texts of the standard library in `folder` (default: the running interpreter's), split in two.
 
-    With `tests`, the library's own tests join the training texts where the installation has them; they are never
-    held out. The demo language model is trained with them, SAEs without.
+    With `tests`, the library's own tests join the training texts if they are installed; they are never held out. The
+    demo language model was trained with them; SAEs are trained without.
 
-    Raises SaelabError where the folder holds too little source text to split, as with a zipped standard library.
+    Raises SaelabError if the folder has too little source text to split, as with a zipped standard library.
     """
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     train: dict[str, str] = {}
@@ -60,15 +60,15 @@ def read_stdlib(folder: Path | None = None, *, tests: bool = False) -> StdlibTex
     held_out = {name: text for name, text in held_out.items() if name not in dropped}
     if not train or not held_out:
         raise SaelabError(
-            f"The demo corpus is the Python standard library's source, but {folder} holds none that can be read and "
-            f"split ({len(train)} files to train on, {len(held_out)} held out). A zipped or stripped library does not "
-            "do: use a full Python installation, or another corpus (a folder, a text file, a Hub dataset)."
+            f"The demo corpus is the source of the Python standard library, but {folder} has too little to split "
+            f"({len(train)} files to train on, {len(held_out)} held out); the library may be zipped or stripped. Use a "
+            "full Python installation, or another corpus (a folder, a text file, a Hub dataset)."
         )
     return StdlibText(train, held_out, dropped)
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    seen: set[bytes] = set()  # each text once: a library holds a few identical files
+    seen: set[bytes] = set()  # each text once: a library has a few identical files
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder)
         if _SKIP_FOLDERS & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
@@ -76,7 +76,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, PermissionError):
-            continue  # a handful of test files are deliberately not UTF-8
+            continue  # a few test files are deliberately not UTF-8
         digest = hashlib.sha256(text.encode()).digest()
         if not text.strip() or digest in seen or relative.as_posix() == "pydoc_data/topics.py":
             continue
@@ -87,7 +87,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def _topics(folder: Path) -> dict[str, str]:
-    """The pydoc topics of `folder`, read as a literal: the file is data and is not executed."""
+    """The pydoc topics of `folder`, parsed as a literal: the file is not executed."""
     path = folder / "pydoc_data" / "topics.py"
     if not path.is_file():
         return {}
@@ -108,13 +108,13 @@ def _ngram_hashes(text: str) -> np.ndarray:
     if n <= 0:
         return np.empty(0, dtype=np.uint64)
     hashes = np.zeros(n, dtype=np.uint64)
-    for offset in range(NGRAM):  # polynomial hash modulo 2**64; the wrap-around is intended
+    for offset in range(NGRAM):  # polynomial hash modulo 2**64; overflow is intended
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + lexemes[offset : offset + n]
     return hashes
 
 
 def _shared_ngrams(train: dict[str, str], held_out: dict[str, str]) -> dict[str, float]:
-    """For each held-out text, the share of its 13-grams that occur in any training text (0 where it has none)."""
+    """For each held-out text, the share of its 13-grams that occur in any training text (0 if it has no 13-gram)."""
     if not train:
         return dict.fromkeys(held_out, 0.0)
     known = np.sort(np.concatenate([_ngram_hashes(text) for text in train.values()]))

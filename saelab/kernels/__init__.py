@@ -1,4 +1,4 @@
-"""The two sparse products everything else is made of, `spmm` (decode) and `sddmm` (values at a pattern), and `topk`."""
+"""The two sparse products that all sparse work uses, `spmm` (decode) and `sddmm` (values at a pattern), and `topk`."""
 
 from saelab.kernels.products import sddmm, spmm, topk
 

@@ -1,11 +1,11 @@
 """The sparse products on a CPU, built on ``embedding_bag``, which sums weighted rows without an ``[nnz, d]`` temporary.
 
-What bounds them is memory: nnz rows of d numbers are read. Entries sorted by feature read the table once, in order,
-and its rows from the cache otherwise (three times faster at 65 k entries of d 768), so sddmm works in that order too.
-Results of tens of MB are written in blocks, whose memory the allocator hands out again; a result allocated in one
-piece costs a page fault per 4 KB (22 ms against 3 for 24576 x 768 floats).
+Reading nnz rows of d numbers from memory limits their speed. With entries sorted by feature, each row of the table is
+read from memory once and then from the processor's cache (three times faster at 65 k entries of d 768), so sddmm uses
+that order too. Results of tens of MB are computed in blocks, whose memory the allocator reuses; one large temporary
+costs a page fault per 4 KB (22 ms against 3 for 24576 x 768 floats).
 
-``embedding_bag`` takes one dtype for table and weights; rows of bfloat16 and float16 are gathered and cast in blocks.
+``embedding_bag`` needs one dtype for table and weights. Rows of bfloat16 and float16 are gathered and cast in blocks.
 """
 
 import torch
@@ -17,7 +17,7 @@ from saelab.codes import Codes
 _BLOCK_ROWS = 2048
 """Rows of a transposed product at a time: 6 MB at d 768."""
 _BLOCK_ENTRIES = 4096
-"""Rows gathered at a time where they must be cast: 12 MB at d 768."""
+"""Rows gathered at a time to be cast: 12 MB at d 768."""
 
 
 def spmm(codes: Codes, table: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
 
 
 def spmm_transposed(codes: Codes, rows: Tensor, into: Tensor | None = None) -> Tensor:
-    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``, in the same order every time.
+    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``, summed in the same order every time.
 
-    Added to `into` where that is given.
+    If `into` is given, the product is added to it.
     """
     by_feature = codes.transpose()
     dtype = torch.promote_types(codes.values.dtype, rows.dtype)
@@ -67,7 +67,7 @@ def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:
     order, tokens = by_feature.values, by_feature.features
     features = by_feature.row_of_entry()
     if a.dtype == b.dtype == exact:
-        # what embedding_bag's own backward computes for its weights: dot products of rows, in parallel, unfused nowhere
+        # embedding_bag's gradient for its weights: dot products of rows, fused and in parallel
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             a, b, features, codes.offsets[:-1].long(), tokens, 0
         )
@@ -80,16 +80,16 @@ def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k of a stable, falling sort of each row of scores ``[tokens, n_features]``: two ``[tokens, k]``."""
+    """The first k of a stable descending sort of each row of scores ``[tokens, n_features]``: two ``[tokens, k]``."""
     if k >= scores.shape[1]:
         return scores.sort(dim=1, descending=True, stable=True)
     values, features = scores.topk(k + 1, dim=1)
     last = values[:, k] if k else values[:, 0]
     tied = (values[:, k - 1] == last) | last.isnan() if k else torch.zeros(len(scores), dtype=torch.bool)
-    features = features[:, :k].sort(dim=1).values  # equal values in the order of their features
+    features = features[:, :k].sort(dim=1).values  # so that the stable sort below orders equal values by feature
     values, order = scores.gather(1, features).sort(dim=1, descending=True, stable=True)
     features = features.gather(1, order)
-    if tied.any():  # torch.topk may have taken any of those that tie at the cut
+    if tied.any():  # torch.topk may have taken any of the features that tie at the cut
         exact = scores[tied].sort(dim=1, descending=True, stable=True)
         values[tied], features[tied] = exact.values[:, :k], exact.indices[:, :k]
     return values, features

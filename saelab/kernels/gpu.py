@@ -1,17 +1,17 @@
 """spmm, its transpose and sddmm for GPUs, in Triton; `topk` is in `gpu_topk.py`.
 
-What bounds each, at T tokens, F features, nnz entries and tables of s bytes per number, is memory traffic. A product
-gathers nnz rows of d numbers, nnz * d * s bytes, for 2 * nnz * d FLOP: at most one FLOP per byte, where a GPU has room
-for tens. So the kernels read every row once, in pieces of a cache line and more, several rows in flight, and keep sums
-in registers. Neighbouring programs compute the same columns of different rows: of the table only those columns, at
-most 512 of d, compete for the L2 cache. What is written besides:
+Memory traffic limits their speed. With T tokens, F features, nnz entries and tables of s bytes per number, a product
+gathers nnz rows of d numbers, nnz * d * s bytes, for 2 * nnz * d FLOP: at most one FLOP per byte, while a GPU can do
+tens. So the kernels read every row once, in pieces of at least a cache line, with several rows in flight, and keep sums
+in registers. Neighbouring programs compute the same columns of different rows, so that only those columns of the table,
+at most 512 of d, compete for the L2 cache. The kernels write:
 
     spmm             T * d numbers
     spmm_transposed  F * d numbers, empty features included, and at most 2 * nnz / 256 partial sums of d numbers
     sddmm            nnz numbers
 
-Nothing is added atomically and no launch depends on numbers that the host would have to wait for, so results are the
-same bits every time and the host runs ahead. Sums are kept in float32, or float64 where an input is float64.
+Nothing is added atomically, so results are the same bits every time. No launch depends on numbers on the GPU, so the
+host never waits. Sums are kept in float32, or in float64 if an input is float64.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from saelab.kernels.launch import launch
 __all__ = ["INTERPRETED", "sddmm", "spmm", "spmm_transposed", "topk"]
 
 SPLIT = 256
-"""Entries of one feature that one program adds up; longer segments are cut into pieces of that many."""
+"""Most entries of one feature that one program adds up; longer segments are cut into pieces of this size."""
 
 
 def spmm(codes: Codes, table: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
 def spmm_transposed(codes: Codes, rows: Tensor, into: Tensor | None = None) -> Tensor:
     """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``, the same bits every time.
 
-    Added to `into` where that is given: then features without entries are neither read nor written.
+    If `into` is given, the product is added to it, and features without entries are neither read nor written.
     """
     turned, d = codes.transpose(), rows.shape[1]
     dtype = torch.promote_types(codes.values.dtype, rows.dtype)
@@ -76,10 +76,10 @@ def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pieces(codes: Codes) -> tuple[Tensor, Tensor]:
-    """Where the pieces of each row begin ``[rows + 1]``, and the row of each piece ``[pieces]``; rows of at most SPLIT
-    entries have none.
+    """The first piece of each row ``[rows + 1]``, and the row of each piece ``[pieces]``. Rows of at most SPLIT entries
+    have no pieces.
 
-    How many there are is not asked: 2 nnz / SPLIT are always enough, and those left over belong to row number `rows`.
+    Counting the pieces would wait for the GPU. 2 nnz / SPLIT are always enough; unused ones belong to row `rows`.
     """
     lengths = codes.offsets.diff()
     counts = torch.where(lengths > SPLIT, (lengths + SPLIT - 1) // SPLIT, 0)
@@ -92,14 +92,14 @@ def _pieces(codes: Codes) -> tuple[Tensor, Tensor]:
 def _weighted_sum(
     values, features, table, start, end, column, d, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr
 ):
-    """Sum of the rows of entries `start` to `end`, at the columns `column`; rows of value 0 are not read."""
+    """Weighted sum of the rows of entries `start` to `end`, at the columns `column`; rows of value 0 are not read."""
     total = tl.zeros([ENTRIES, BLOCK], EXACT)
     for first in range(start, end, ENTRIES):
         entry = first + tl.arange(0, ENTRIES)
         value = tl.load(values + entry, mask=entry < end, other=0.0).to(EXACT)
         row = tl.load(features + entry, mask=entry < end, other=0).to(tl.int64)
-        place = table + row[:, None] * d + column[None, :]
-        tile = tl.load(place, mask=(value != 0)[:, None] & (column < d)[None, :], other=0.0)
+        address = table + row[:, None] * d + column[None, :]
+        tile = tl.load(address, mask=(value != 0)[:, None] & (column < d)[None, :], other=0.0)
         total += value[:, None] * tile.to(EXACT)
     return tl.sum(total, 0)
 
@@ -124,7 +124,7 @@ def _sum_rows(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    place, mask = out + row * d + column, column < d
+    address, mask = out + row * d + column, column < d
     if ADD:
         mask = mask & (end > start)
     if SPLIT > 0:
@@ -134,8 +134,8 @@ def _sum_rows(
         for piece in range(tl.load(first_piece + row), tl.load(first_piece + row + 1)):
             total += tl.load(partial + piece * d + column, mask=column < d, other=0.0)
     if ADD:
-        total += tl.load(place, mask=mask, other=0.0).to(EXACT)
-    tl.store(place, total, mask=mask)
+        total += tl.load(address, mask=mask, other=0.0).to(EXACT)
+    tl.store(address, total, mask=mask)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def _sum_pieces(
 
 @triton.jit
 def _dot_products(out, tokens, features, a, b, nnz, d, BLOCK: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr):
-    """A block of entries. Neighbours mostly share their token, so its row of `a` comes from the L1 cache."""
+    """Dot products of a block of entries. Neighbours mostly share a token, whose row of `a` is then in the L1 cache."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     there = entry < nnz
     left = a + tl.load(tokens + entry, mask=there, other=0).to(tl.int64)[:, None] * d
@@ -196,9 +196,9 @@ def sddmm_launch(nnz: int, d: int, exact: Any) -> tuple[tuple[int], dict[str, An
 
 
 def _tile(d: int, exact: Any) -> dict[str, Any]:
-    """Columns and entries that a program holds: 4096 sums on 128 threads, 32 registers each; half of them in float64.
+    """Columns and entries of a program: 4096 sums on 128 threads, 32 registers each; half as many in float64.
 
-    The block of columns is the one of 512, 256 and 128 that wastes least, for d = 768 is no power of two.
+    The block of columns is 512, 256 or 128, whichever wastes least: d = 768, for example, is not a power of two.
     """
     widest = min(512, max(16, triton.next_power_of_2(d)))
     block = min(
@@ -209,9 +209,9 @@ def _tile(d: int, exact: Any) -> dict[str, Any]:
 
 
 def _exact(dtype: torch.dtype) -> Any:
-    """What sums of numbers of `dtype` are kept in."""
+    """Triton's dtype for sums of numbers of `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 INTERPRETED = not isinstance(_sum_rows, triton.JITFunction)
-"""Whether TRITON_INTERPRET=1 was set when this was imported: then the kernels run in Python, on CPU tensors."""
+"""Whether TRITON_INTERPRET=1 was set at import; if so, the kernels run in Python, on CPU tensors."""

@@ -1,17 +1,17 @@
-"""The exact k largest scores per token, for GPUs, in Triton; reads the scores once where torch.topk reads them often.
+"""The exact k largest scores per token, for GPUs, in Triton. Reads the scores once; torch.topk reads them many times.
 
-What bounds it is that one reading, T * F * s bytes. Four kernels, of which only the first sees all scores:
+Reading them, T * F * s bytes, limits its speed. Of the four kernels only the first sees all scores. They find
 
 1. the largest score of every group of G neighbouring features;
-2. the k groups with the largest maxima, ties to the lower group. They hold the k largest scores, ties to the lower
-   feature: a score outside them is preceded by the maxima of k groups, each larger, or equal and of a lower feature;
-3. the k largest among the k * G scores of these groups;
-4. those in order.
+2. the k groups with the largest maxima, ties to the lower group. These groups contain the k largest scores, ties to the
+   lower feature: any score outside them comes after k maxima that are larger, or equal with a lower feature;
+3. the k largest of the k * G scores in these groups;
+4. their order.
 
-With G = sqrt(F / k), steps 2 and 3 see about sqrt(F * k) scores each, F / G + k * G of the F together. They find the
-k-th largest bit by bit: scores become integers of the same order, and the largest integer that k of them reach is built
-from its highest bit down, with one count per bit. What is larger stays, and ties from the lowest feature up fill the
-rest. Nothing waits for the host, and the result is the only one there is.
+With G = sqrt(F / k), steps 2 and 3 see about sqrt(F * k) scores each, in all F / G + k * G of the F. They find the k-th
+largest bit by bit: scores become integers with the same order, and the largest integer that at least k of them reach is
+built from its highest bit down, with one count per bit. Larger scores are taken, then ties from the lowest feature up.
+The host never waits, and the result does not depend on timing.
 """
 
 import math
@@ -26,21 +26,21 @@ from saelab.kernels import reference
 from saelab.kernels.launch import launch
 
 DIRECT = 4096
-"""Up to so many features, step 3 reads them all and the steps before it are left out."""
+"""With at most this many features, step 3 reads them all and steps 1 and 2 are skipped."""
 MOST_K = 2048
 MOST_CANDIDATES = 16384
-"""What one program of steps 2 and 3 holds, 16 to 32 numbers per thread."""
+"""Most scores that one program of steps 2 and 3 can keep: 16 to 32 numbers per thread."""
 _SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
-"""Lowest bits of a float32 that are the same for all numbers of the dtype."""
+"""Number of lowest bits of a float32 that are the same for all numbers of the dtype."""
 _jit: Any = triton.jit
-"""For kernels called by kernels: a type checker holds that such a call, an error outside of kernels, never returns."""
+"""For kernels called by kernels: type checkers think that such a call never returns, as it raises outside kernels."""
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k of every row in falling order, ties to the lower feature: two ``[tokens, k]``.
+    """The first k of every row in descending order, ties to the lower feature: two ``[tokens, k]``.
 
-    scores ``[tokens, n_features]`` in float32, bfloat16 or float16. A full sort for float64, for k above 2048, and
-    where k * n_features is above some 2^27.
+    scores ``[tokens, n_features]`` in float32, bfloat16 or float16. Sorts fully for float64, for k above 2048, and for
+    k * n_features above some 2^27.
     """
     tokens, n = scores.shape
     group = group_size(n, k)
@@ -75,7 +75,7 @@ def _as_integers(scores):
 
 @triton.jit
 def _maxima(maxima, scores, n, groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """The largest score of some neighbouring groups of one token."""
+    """Step 1: the largest score of each of some neighbouring groups, for one token."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -86,13 +86,13 @@ def _maxima(maxima, scores, n, groups, GROUP: tl.constexpr, GROUPS: tl.constexpr
 
 
 @_jit
-def _candidates(scores, groups, token, n, k, place, GROUP: tl.constexpr, SPARE_BITS: tl.constexpr):
-    """Features of the candidates at `place`, in rising order, and their scores as integers; -2^(31 - SPARE_BITS), less
-    than any score's, where there is none."""
-    index = place
+def _candidates(scores, groups, token, n, k, candidate, GROUP: tl.constexpr, SPARE_BITS: tl.constexpr):
+    """The features of the candidates numbered `candidate`, in ascending order, and their scores as integers. Without a
+    candidate the integer is -2^(31 - SPARE_BITS), less than any score's."""
+    index = candidate
     if GROUP > 0:
-        group = tl.load(groups + token * k + place // GROUP, mask=place < k * GROUP, other=0)
-        index = tl.where(place < k * GROUP, group * GROUP + place % GROUP, n)
+        group = tl.load(groups + token * k + candidate // GROUP, mask=candidate < k * GROUP, other=0)
+        index = tl.where(candidate < k * GROUP, group * GROUP + candidate % GROUP, n)
     order = _as_integers(tl.load(scores + token * n + index, mask=index < n, other=0.0)) >> SPARE_BITS
     return index, tl.where(index < n, order, -(1 << (31 - SPARE_BITS)))
 
@@ -109,7 +109,7 @@ def _choose(
     AT_ONCE: tl.constexpr,
     SPARE_BITS: tl.constexpr,
 ):
-    """The k best of one token in rising order of feature, among all n or, with GROUP > 0, those of k `groups`."""
+    """Steps 2 and 3: the k best of one token by ascending feature, of all n or, with GROUP > 0, of k `groups`."""
     token = tl.program_id(0).to(tl.int64)
     _, everything = _candidates(scores, groups, token, n, k, tl.arange(0, CANDIDATES), GROUP, SPARE_BITS)
     kth = tl.where(tl.sum((everything >= 0).to(tl.int32)) >= k, 0, -(1 << (31 - SPARE_BITS)))
@@ -118,11 +118,11 @@ def _choose(
         kth = tl.where(tl.sum((everything >= higher).to(tl.int32)) >= k, higher, kth)
     room = k - tl.sum((everything > kth).to(tl.int32))
 
-    # The candidates once more, from the cache and in parts: a scan over all of them needs too many registers.
+    # Read the candidates again, from the cache and in parts: a scan over all of them needs too many registers.
     larger_so_far, ties_so_far = room * 0, room * 0
     for first in range(0, CANDIDATES, AT_ONCE):
-        place = first + tl.arange(0, AT_ONCE)
-        index, order = _candidates(scores, groups, token, n, k, place, GROUP, SPARE_BITS)
+        candidate = first + tl.arange(0, AT_ONCE)
+        index, order = _candidates(scores, groups, token, n, k, candidate, GROUP, SPARE_BITS)
         larger, tie = order > kth, order == kth
         seen = tl.cumsum(larger.to(tl.int32) + (tie.to(tl.int32) << 16))  # two counts in one scan
         ties = ties_so_far + (seen >> 16)
@@ -134,25 +134,25 @@ def _choose(
 
 @triton.jit
 def _order(values, features, chosen, scores, n, k, SLOTS: tl.constexpr, OTHERS: tl.constexpr):
-    """The k chosen of one token by falling score: each goes to the place that as many of the others precede."""
+    """Step 4: the k chosen of one token by descending score; the rank of each is the number that come before it."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS)
     feature = tl.load(chosen + token * k + slot, mask=slot < k, other=0)
     score = tl.load(scores + token * n + feature)
     mine = _as_integers(score)[None, :]
-    place = tl.zeros([SLOTS], tl.int32)
+    rank = tl.zeros([SLOTS], tl.int32)
     for first in range(0, k, OTHERS):
         other = first + tl.arange(0, OTHERS)
         their_feature = tl.load(chosen + token * k + other, mask=other < k, other=0)
         theirs = _as_integers(tl.load(scores + token * n + their_feature))[:, None]
         before = (theirs > mine) | ((theirs == mine) & (other[:, None] < slot[None, :]))
-        place += tl.sum((before & (other < k)[:, None]).to(tl.int32), 0)
-    tl.store(values + token * k + place, score, mask=slot < k)
-    tl.store(features + token * k + place, feature.to(tl.int64), mask=slot < k)
+        rank += tl.sum((before & (other < k)[:, None]).to(tl.int32), 0)
+    tl.store(values + token * k + rank, score, mask=slot < k)
+    tl.store(features + token * k + rank, feature.to(tl.int64), mask=slot < k)
 
 
 def group_size(n: int, k: int) -> int:
-    """Features per group, a power of two near sqrt(n / k) and at least 4; 0 where step 3 sees all features."""
+    """Features per group, a power of two near sqrt(n / k) and at least 4; 0 if step 3 reads all features."""
     if n <= DIRECT or n < 4 * k or not k:
         return 0
     return max(4, 2 ** round(math.log2(n / k) / 2))
@@ -165,7 +165,7 @@ def maxima_launch(tokens: int, groups: int, group: int) -> tuple[tuple[int, int]
 
 
 def choose_options(candidates: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time options of steps 2 (group 0, all candidates) and 3 (the `candidates` of k groups)."""
+    """Compile-time options of step 2 (group 0, all candidates) and step 3 (the `candidates` in k groups)."""
     size = max(16, triton.next_power_of_2(candidates))
     sizes = {"GROUP": group, "CANDIDATES": size, "AT_ONCE": min(size, 2048)}
     return {**sizes, "SPARE_BITS": _SPARE_BITS[dtype], "num_warps": max(1, min(16, size // 512))}

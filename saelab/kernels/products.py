@@ -1,12 +1,11 @@
-"""The sparse products with their gradients, and the exact top-k: one dispatch function each, above whichever back-end
-computes them.
+"""The sparse products with their gradients, and the exact top-k. Each is one function, which calls a back-end.
 
 A back-end is a module of four functions, `spmm`, `spmm_transposed`, `sddmm` and `topk`. The device of the tensors
 chooses it (CPU: `cpu`; CUDA and ROCm: `gpu`, written in Triton; any other: `reference`, dense); the environment
-variable SAELAB_KERNELS (cpu, triton or reference) forces one. The autograd functions here are shared by all of them.
+variable SAELAB_KERNELS (cpu, triton or reference) forces one. All back-ends share the autograd functions here.
 
-Gradients stay sparse: outside `reference` no tensor of tokens x features and none of nnz x d is ever made. Sums are
-accumulated in float32, or in float64 where an input is float64. Gradients cannot be differentiated once more.
+Gradients stay sparse: outside `reference` no tensor of tokens x features or nnz x d is ever made. Sums are accumulated
+in float32, or in float64 if an input is float64. There are no second derivatives.
 """
 
 import importlib
@@ -29,7 +28,7 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
 
     table ``[n_features, d]`` -> ``[tokens, d]``, in the promoted dtype of values and table (float32, bfloat16, float16
     or float64 each). Gradients reach ``codes.values`` and `table`. Non-contiguous input is copied. Entries of value 0
-    count for nothing. ValueError where shapes do not fit; features out of range are not looked for.
+    have no effect. Raises ValueError if shapes do not fit; does not check that features are in range.
     """
     _check_shapes(codes, codes.tokens, table)
     return _Spmm.apply(codes.values, codes, table)
@@ -44,13 +43,13 @@ def sddmm(
     centre: Tensor | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Dot products of rows of `a` and `b` where `pattern` is set; ``((a - centre) @ b.T + bias)[pattern]``.
+    """Dot products of rows of `a` and `b` at the entries of `pattern`; ``((a - centre) @ b.T + bias)[pattern]``.
 
     a ``[tokens, d]``, b ``[n_features, d]``, bias ``[n_features]``, centre ``[d]`` -> ``[nnz]``, in the promoted dtype
-    of what is given. Gradients reach `a`, `b`, `bias` and `centre`; the values of `pattern` are not read.
-    Non-contiguous input is copied. `known` is the result where the caller has it already (from the dense product it
-    selected on): it is returned as it is, and only the gradients are computed here. ValueError where shapes do not
-    fit; features out of range are not looked for.
+    of the arguments. Gradients reach `a`, `b`, `bias` and `centre`; the values of `pattern` are not read.
+    Non-contiguous input is copied. If the caller already has the result (from the dense product it selected on), it is
+    passed as `known` and returned unchanged, and only gradients are computed here. Raises ValueError if shapes do not
+    fit; does not check that features are in range.
     """
     _check_shapes(pattern, len(a), b, a)
     return _Sddmm.apply(pattern, a, b, bias, centre, known)
@@ -60,9 +59,9 @@ def sddmm(
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each token and their features: scores ``[tokens, n_features]`` -> two ``[tokens, k]``.
 
-    Exact, sorted by falling value, ties to the lower feature (-0 and 0 are a tie, NaN counts as largest;
-    numbers below the smallest normal one may count as 0). Values have the dtype of `scores`, features are int64. No
-    gradient. Equals the first k of a stable sort of each row.
+    Exact: equals the first k of a stable descending sort of each row, with ties to the lower feature. -0 and 0 tie, NaN
+    counts as largest, and numbers below the smallest normal one may count as 0. Values have the dtype of `scores`,
+    features are int64. Has no gradient. Raises ValueError if k is out of range.
     """
     if scores.ndim != 2 or not 0 <= k <= scores.shape[1]:
         raise ValueError(f"topk: {k} of scores {list(scores.shape)}")
@@ -110,7 +109,7 @@ class _Sddmm(torch.autograd.Function):
         d_b = _table_gradient(backend, codes, a, b) if wants_b else None
         d_bias = d_centre = None
         if wants_bias or wants_centre:
-            # Not index_add: on a GPU that adds in any order. d_centre needs no gradient [tokens, d] of `a`.
+            # Not index_add, which adds in any order on a GPU. d_centre does not need the gradient [tokens, d] of `a`.
             per_feature = backend.spmm_transposed(codes, a.new_ones(len(a), 1)).squeeze(1)
             d_bias = per_feature if wants_bias else None
             d_centre = -(per_feature.to(b.dtype) @ b) if wants_centre else None
@@ -118,10 +117,10 @@ class _Sddmm(torch.autograd.Function):
 
 
 def accumulate_in_place(table: Tensor) -> None:
-    """From now on add the gradients of parameter `table` to ``table.grad``, zero now, instead of returning them.
+    """Set ``table.grad`` to zero and add later gradients of parameter `table` to it directly, without returning them.
 
-    A gradient as large as the table is then neither allocated nor added once more in every step. What does not go
-    through these products still reaches ``table.grad`` as usual; `torch.autograd.grad` no longer sees what does.
+    This saves allocating and adding a gradient as large as the table in every step. Gradients that do not come from
+    these products reach ``table.grad`` as usual; `torch.autograd.grad` no longer returns those that do.
     """
     table.grad = torch.zeros_like(table)
     table.accumulates_in_place = True  # type: ignore[attr-defined]
@@ -141,10 +140,10 @@ def _table_gradient(backend: ModuleType, codes: Codes, rows: Tensor, table: Tens
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    """The module that computes on the device of `tensor`, or the one that SAELAB_KERNELS names."""
+    """The back-end for the device of `tensor`, or the one that SAELAB_KERNELS names."""
     forced = os.environ.get("SAELAB_KERNELS", "")
     if forced and forced not in _MODULES:
-        raise SaelabError(f"SAELAB_KERNELS: {forced!r} is not one of {', '.join(_MODULES)}")
+        raise SaelabError(f"SAELAB_KERNELS: {forced!r} is not one of {', '.join(_MODULES)}; set one or unset it")
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type, "reference")
     try:
         module = importlib.import_module(f"saelab.kernels.{_MODULES[name]}")
@@ -153,10 +152,12 @@ def _backend(tensor: Tensor) -> ModuleType:
             raise
         raise SaelabError(
             "The kernels for GPUs need triton, which is not installed: pip install triton. "
-            "SAELAB_KERNELS=reference does without it, slowly and with dense tensors."
+            "SAELAB_KERNELS=reference works without it, but slowly and with dense tensors."
         ) from error
     if name == "triton" and tensor.device.type == "cpu" and not module.INTERPRETED:
-        raise SaelabError("SAELAB_KERNELS=triton: the tensors are on the CPU, Triton computes on a GPU. Unset it.")
+        raise SaelabError(
+            "SAELAB_KERNELS=triton: Triton computes on a GPU, but the tensors are on the CPU; unset SAELAB_KERNELS"
+        )
     return module
 
 

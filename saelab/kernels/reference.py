@@ -1,6 +1,6 @@
-"""The products by their dense formulas, on any device: what the other back-ends are compared with.
+"""The products by their dense formulas, on any device. Tests compare the other back-ends with them.
 
-Low-precision input is computed in float32 and rounded once, at the end.
+Computes low-precision input in float32 and rounds once, at the end.
 """
 
 import torch
@@ -15,7 +15,7 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
 
 
 def spmm_transposed(codes: Codes, rows: Tensor, into: Tensor | None = None) -> Tensor:
-    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``; added to `into` where given."""
+    """``codes.to_dense().T @ rows``: rows ``[tokens, d]`` -> ``[n_features, d]``; added to `into` if given."""
     product = _product(codes.to_dense().T, rows)
     return product if into is None else into.add_(product)
 

@@ -17,17 +17,17 @@ from saelab.lm.sites import Site, resolve_sites
 
 
 def load_language_model(settings: ModelSettings, device: str = "auto") -> LanguageModel:
-    """The model of `settings` on `device` (auto, cpu, cuda or cuda:N), or over all GPUs where it has a device_map.
+    """The model of `settings` on `device` (auto, cpu, cuda or cuda:N), or on all GPUs if `settings` has a device_map.
 
-    Raises SaelabError if it cannot be had.
+    Raises SaelabError if it cannot be found or loaded.
     """
     from transformers import AutoModelForCausalLM
 
     target = resolve_device(device)
     if settings.device_map is not None and device not in ("auto", "cuda"):
-        raise SaelabError(f"device: {device} does not go with the model's device_map; leave it at `device: auto`")
+        raise SaelabError(f"device: {device} cannot be combined with the model's device_map; use `device: auto`")
     folder = model_folder(settings.name)
-    with _told(f"model: {settings.name} in {folder} does not load"):
+    with _translate_errors(f"model: {settings.name} in {folder} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, settings.dtype),
@@ -38,8 +38,8 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
         tokenizer = _tokenizer(folder)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise SaelabError(
-            f"model: {settings.name} does not fit into the GPUs in {settings.dtype}: a part of it would be fetched "
-            "anew in every pass, which is too slow to be of use; `model.dtype=bf16` may help"
+            f"model: {settings.name} does not fit on the GPUs in {settings.dtype}: a part of it would be loaded again "
+            "in every pass, which is too slow to be useful; `model.dtype=bf16` may help"
         )
     sites = _sites(settings, folder)
     if settings.device_map is None:
@@ -49,34 +49,35 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
 
 @contextmanager
 def outlined_language_model(settings: ModelSettings) -> Iterator[LanguageModel]:
-    """The model of `settings` without its weights: within, it runs on rows of any shape, and no tensor has numbers.
+    """The model of `settings` without its weights. Inside the context it runs on rows of any shape, and tensors have
+    shapes but no numbers.
 
-    Of the model's files only the small ones are read, and fetched if need be. Raises SaelabError if it cannot be had.
+    Reads only the model's small files, and downloads them if necessary. Raises SaelabError if it cannot be loaded.
     """
     folder = model_folder(settings.name, weights=False)
     sites = _sites(settings, folder)
     with no_numbers(), one_text_a_row():
-        with _told(f"model: {settings.name} in {folder} does not load"):
+        with _translate_errors(f"model: {settings.name} in {folder} cannot be loaded"):
             model, tokenizer = outline(folder, getattr(torch, settings.dtype)), _tokenizer(folder)
         yield LanguageModel(settings.name, model, tokenizer, sites, "")
 
 
 def model_shape(settings: ModelSettings, sites: Iterable[str] = ()) -> ModelShape:
-    """The shape of the model of `settings`. Raises SaelabError if it cannot be had, or has no such site."""
+    """The shape of the model of `settings`. Raises SaelabError if it cannot be loaded or has no such site."""
     with outlined_language_model(settings) as lm:
         return lm.shape(sites)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """A library's complaint as a SaelabError that begins with `what`, and nothing else of what transformers says."""
+def _translate_errors(what: str) -> Iterator[None]:
+    """Turn any error into a SaelabError that begins with `what`, and silence transformers' own messages."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # of several libraries: damaged files, unknown architectures, missing packages
+    except Exception as error:  # several libraries' own: damaged files, unknown architectures, missing packages
         raise SaelabError(f"{what}: {brief(error)}") from error
 
 
@@ -90,12 +91,12 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _sites(settings: ModelSettings, folder: Path) -> dict[str, Site]:
-    with _told(f"model: TransformerLens cannot read {settings.name}"):
+    with _translate_errors(f"model: TransformerLens cannot read {settings.name}"):
         return resolve_sites(folder)
 
 
 def resolve_device(name: str) -> torch.device:
-    """auto is the first GPU if there is one. Raises SaelabError for a device this machine does not have."""
+    """The device `name`; auto is the first GPU, else the CPU. Raises SaelabError if this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -106,6 +107,6 @@ def resolve_device(name: str) -> torch.device:
         raise SaelabError(f"device: {name!r} is not auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SaelabError(
-            f"device: {name} asked for, but torch sees {torch.cuda.device_count()} GPUs; `device: cpu` works"
+            f"device: torch finds no {name} ({torch.cuda.device_count()} GPUs in all); `device: cpu` always works"
         )
     return device

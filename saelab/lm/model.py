@@ -1,8 +1,8 @@
 """A language model: activations at named sites, logits, and runs with something else spliced in at a site.
 
-Sites have TransformerLens' names (sites.py). Its bridge runs attention eagerly; the values here are therefore read from
-the Hugging Face modules underneath, with sdpa attention and a forward pass that stops after the last site. Tests hold
-both equal.
+Sites have TransformerLens' names (sites.py). TransformerLens' bridge runs attention eagerly, so values are read from
+the Hugging Face modules below it instead, with sdpa attention and a forward pass that stops after the last site. Tests
+check that both give the same values.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,13 +12,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError, did_you_mean
 from saelab.lm.sites import Site, hook
 
+# How a module lays out its value, by the number of axes, and the same with one vector per token. Two axes: the module
+# takes the tokens of all rows as one list, as the routers of mixtures of experts do.
+_AXES = {
+    2: ("(rows positions) d_in", "rows positions d_in"),
+    3: ("rows positions d_in", "rows positions d_in"),
+    4: ("rows positions heads d_head", "rows positions (heads d_head)"),
+}
+
 LOGITS_AT_ONCE = 2**26
-"""Logits that one pass of `activations_and_gradients` makes, if a single row does not make more (268 MB in float32)."""
+"""Most logits in one pass of `activations_and_gradients` (268 MB in float32), unless a single row has more."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +36,22 @@ class ModelShape:
 
     parameters: int
     bytes: int
-    """Of parameters and buffers, in the model's dtype."""
+    """Size of parameters and buffers, in the model's dtype."""
     vocabulary: int
     hidden: int
     layers: int
     widths: dict[str, int]
-    """d_in of every wanted site."""
+    """d_in of each requested site."""
 
 
 class _Stop(Exception):
-    """Ends a forward pass once every wanted site has been read."""
+    """Ends a forward pass after the last requested site."""
 
 
 class LanguageModel:
     """A frozen Hugging Face model with the site names of TransformerLens.
 
-    Rows are token ids ``[rows, context]``, BOS first where the tokenizer has one.
+    Rows are token ids ``[rows, context]`` that begin with BOS if the tokenizer has one.
     """
 
     def __init__(
@@ -64,27 +73,27 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that it runs in."""
+        """The precision that the model runs in."""
         return self._head.dtype
 
     @property
     def _head(self) -> Tensor:
-        """`unembedding` where it lies: with a device_map, on whichever GPU."""
+        """`unembedding` on its own device, which a device_map may have chosen."""
         return self.model.get_output_embeddings().weight  # type: ignore[operator]
 
     def site(self, name: str) -> Site:
-        """Where `name` lies. Raises SaelabError, with the nearest names, if this model has no such site."""
+        """The module and side of the site `name`. Raises SaelabError, with the nearest names, if there is none."""
         if name not in self.sites:
             raise SaelabError(f"site: {self.name} has no {name!r}.{did_you_mean(name, self.sites)}")
         return self.sites[name]
 
     def width(self, site: str) -> int:
-        """d_in of a site: the width of its activations, attention heads flattened."""
+        """d_in of a site: the width of its activations, with attention heads flattened."""
         rows = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         return self.activations(rows, [site])[site].shape[-1]
 
     def shape(self, sites: Iterable[str] = ()) -> ModelShape:
-        """The sizes of the model and of `sites`. Raises SaelabError where it has no such site."""
+        """The sizes of the model and of `sites`. Raises SaelabError if it has no such site."""
         parameters = list(self.model.parameters())
         vocabulary, hidden = self._head.shape
         return ModelShape(
@@ -101,62 +110,65 @@ class LanguageModel:
         return ~torch.isin(rows, self.special_ids.to(rows.device))
 
     def scored(self, rows: Tensor) -> Tensor:
-        """True where the next token's loss counts, both tokens being ordinary: bool ``[rows, context]``.
+        """True where the loss of predicting the next token counts, as both are ordinary: bool ``[rows, context]``.
 
-        A row's last position has no next token and is False.
+        The last position of a row has no next token and is False.
         """
         ordinary = self.ordinary(rows)
         return F.pad(ordinary[:, :-1] & ordinary[:, 1:], (0, 1))
 
     @torch.no_grad()
     def activations(self, rows: Tensor, sites: Iterable[str]) -> dict[str, Tensor]:
-        """Activations ``[rows, context, d_in]`` in the model's dtype at every site, from one pass that stops there."""
-        wanted = list(dict.fromkeys(sites))
+        """Activations ``[rows, context, d_in]`` in the model's dtype, by site, from one pass that stops after the last.
+
+        Raises SaelabError if there is no such site, if a pass does not run it, or if it holds no activations.
+        """
+        names = list(dict.fromkeys(sites))
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[Tensor], None]:
             def read(value: Tensor) -> None:
-                self._check_floating(name, value)
-                more = len(found.keys() | {name}) < len(wanted)
-                # On its way to the next site, a model may add to `value` in place.
-                found[name] = value.reshape(*rows.shape, -1).to(self.device, copy=more)
+                flat = self._flatten_heads(name, value, rows)
+                more = len(found.keys() | {name}) < len(names)
+                # A copy, because the model may add to `value` in place on its way to the next site.
+                found[name] = flat.to(self.device, copy=more)
                 if not more:
                     raise _Stop
 
             return read
 
         with ExitStack() as hooks:
-            for name in wanted:
+            for name in names:
                 hooks.enter_context(hook(self.model, self.site(name), keep(name)))
             try:
                 self._forward(rows)
             except _Stop:
                 return found
-        raise self._never_runs(*(name for name in wanted if name not in found))
+        raise self._never_runs(*(name for name in names if name not in found))
 
     def activations_and_gradients(
         self, rows: Tensor, sites: Iterable[str]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Activations in the model's dtype, and the loss's gradients in float32, ``[rows, context, d_in]`` by site.
 
-        The loss is the cross-entropy of the next token in the clean run, in nats, summed over the positions that are
-        `scored`; so g at a position is what its activation does to all later losses of its row, whatever the number of
-        rows. It knows the tokens to come: fit for training, not for evaluation. At a row's last position it is 0, and
-        so are all others behind the row's last scored one. Like a splice, it goes through what reads the site's value.
-        A site's gradient does not depend on which others are asked for.
+        The loss is the cross-entropy of the next token in the clean run, in nats, summed over the `scored` positions.
+        So the gradient at a position is the effect of its activation on all later losses of its row, and it does not
+        depend on the number of rows. It has seen the tokens that follow, so use it in training but not in evaluation.
+        It is 0 at all positions after a row's last scored one. Like a splice, it acts only through the modules that
+        read the site's value. A site's gradient does not depend on which other sites are requested.
 
-        One full forward pass, and a backward pass that ends at the lowest site. Memory, beside the activations that the
-        backward pass keeps above that site: at most three float32 copies of the logits of ``2**26 / (context *
-        vocabulary)`` rows, at least one; more rows are done in turn. Raises SaelabError where a site holds no
-        activations or the loss does not depend on it.
+        Runs one full forward pass, and a backward pass that ends at the lowest site. Beside the activations that the
+        backward pass keeps above that site, it needs memory for at most three float32 copies of the logits of
+        ``2**26 / (context * vocabulary)`` rows, at least one row; more rows take several passes. Raises SaelabError if
+        a site holds no activations or if the loss does not depend on it.
         """
-        wanted = list(dict.fromkeys(sites))
-        parts = [self._values_and_gradients(block, wanted) for block in rows.split(self.rows_at_once(rows.shape[1]))]
-        values, gradients = ({name: torch.cat([part[i][name] for part in parts]) for name in wanted} for i in (0, 1))
+        names = list(dict.fromkeys(sites))
+        parts = [self._values_and_gradients(block, names) for block in rows.split(self.rows_at_once(rows.shape[1]))]
+        values, gradients = ({name: torch.cat([part[i][name] for part in parts]) for name in names} for i in (0, 1))
         return values, gradients
 
     def rows_at_once(self, context: int) -> int:
-        """How many rows `activations_and_gradients` takes through the model together."""
+        """Number of rows in one pass of `activations_and_gradients`."""
         return max(1, LOGITS_AT_ONCE // (context * len(self._head)))
 
     def _values_and_gradients(self, rows: Tensor, sites: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -164,12 +176,12 @@ class LanguageModel:
         found: dict[str, Tensor] = {}
 
         def cut(name: str) -> Callable[[Tensor], Tensor]:
-            """Hand what reads the site's value, and nothing else, a tensor of its own to read it from."""
+            """Give the modules that read the site's value, and nothing else, a tensor of their own to read."""
 
             def replace(value: Tensor) -> Tensor:
-                self._check_floating(name, value)
-                # Parameters are frozen: the graph begins at the lowest sites, and a site above them must not end it.
-                # Copies on either side, for a model may add in place to what it gave and to what it reads.
+                self._flatten_heads(name, value, rows)  # raises if it cannot be done, before the rest of the pass
+                # Parameters are frozen, so the graph begins at the lowest sites; sites above them must not end it.
+                # Copies on both sides: a model may change both its outputs and its inputs in place.
                 found[name] = value.clone() if value.requires_grad else value.clone().requires_grad_()
                 return found[name].clone()
 
@@ -181,8 +193,8 @@ class LanguageModel:
             logits = self._forward(ids)
         if len(found) < len(sites):
             raise self._never_runs(*(name for name in sites if name not in found))
-        # The loss itself is not needed, and its gradient at the logits is softmax - one-hot: fewer copies of the
-        # logits than autograd through the cross-entropy keeps.
+        # Only the loss' gradient at the logits is needed: softmax - one-hot. Computing it directly keeps fewer copies
+        # of the logits than autograd through the cross-entropy.
         slope = logits.detach().softmax(-1, dtype=torch.float32)
         slope.scatter_add_(-1, ids.roll(-1, 1)[..., None], slope.new_full((*ids.shape, 1), -1.0))
         slope.masked_fill_(~self.scored(ids)[..., None], 0.0)
@@ -193,9 +205,10 @@ class LanguageModel:
         gradients = {}
         for name, gradient in zip(sites, slopes, strict=True):
             if gradient is None:
-                raise SaelabError(f"site: the loss of {self.name} does not depend on {name}")
-            gradients[name] = gradient.reshape(*rows.shape, -1).to(self.device).float()
-        return {name: found[name].detach().reshape(*rows.shape, -1).to(self.device) for name in sites}, gradients
+                raise SaelabError(f"site: the loss of {self.name} does not depend on {name}; choose another site")
+            gradients[name] = self._flatten_heads(name, gradient, rows).to(self.device).float()
+        values = {name: self._flatten_heads(name, found[name].detach(), rows).to(self.device) for name in sites}
+        return values, gradients
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
@@ -206,25 +219,38 @@ class LanguageModel:
     def spliced_logits(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``.
 
-        `replace` maps the activations of all ordinary tokens, ``[tokens, d_in]`` in the model's dtype, to what stands
-        in for them. BOS and other special positions are left clean.
+        `replace` maps the activations of all ordinary tokens, ``[tokens, d_in]`` in the model's dtype, to their
+        replacements. BOS and other special positions stay clean.
         """
 
         def splice(value: Tensor) -> Tensor:
-            flat = value.reshape(*rows.shape, -1).clone()
+            flat = self._flatten_heads(site, value, rows).clone()
             ordinary = self.ordinary(rows).to(flat.device)
             flat[ordinary] = replace(flat[ordinary].to(self.device)).to(flat)
-            return flat.view_as(value)
+            return _split_heads(flat, value)
 
         with hook(self.model, self.site(site), splice):
             return self._forward(rows)
 
-    def _check_floating(self, site: str, value: Tensor) -> None:
+    def _flatten_heads(self, site: str, value: Tensor, rows: Tensor) -> Tensor:
+        """The value of the module at `site` as ``[rows, positions, d_in]``: one vector per token, no copy if possible.
+
+        Raises SaelabError if the value is not floating-point or not laid out in one of the ways of `_AXES`.
+        """
         if not value.is_floating_point():
-            raise SaelabError(f"site: {site} of {self.name} holds token ids, no activations")
+            raise SaelabError(f"site: {site} of {self.name} holds token ids, not activations; choose another site")
+        per_row = value.ndim in (3, 4) and value.shape[:2] == rows.shape
+        one_list = value.ndim == 2 and len(value) == rows.numel()
+        if not (per_row or one_list):
+            raise SaelabError(
+                f"site: {site} of {self.name} has shape {list(value.shape)} for rows of shape {list(rows.shape)}, not "
+                "one vector per token; choose another site"
+            )
+        axes, flat = _AXES[value.ndim]
+        return rearrange(value, f"{axes} -> {flat}", rows=rows.shape[0], positions=rows.shape[1])
 
     def _never_runs(self, *sites: str) -> SaelabError:
-        return SaelabError(f"site: {self.name} never runs {', '.join(sites)} in a forward pass")
+        return SaelabError(f"site: a forward pass of {self.name} does not run {', '.join(sites)}; choose another site")
 
     def _forward(self, rows: Tensor) -> Tensor:
         if self.max_context is not None and rows.shape[1] > self.max_context:
@@ -232,3 +258,10 @@ class LanguageModel:
                 f"context: {self.name} takes at most {self.max_context} tokens, the rows have {rows.shape[1]}"
             )
         return self.model(input_ids=rows.to(self.device).long(), use_cache=False).logits.to(self.device)
+
+
+def _split_heads(flat: Tensor, value: Tensor) -> Tensor:
+    """``[rows, positions, d_in]`` in the shape of a module's `value`: undoes `LanguageModel._flatten_heads`."""
+    axes, flat_axes = _AXES[value.ndim]
+    heads = {"heads": value.shape[2]} if value.ndim == 4 else {}
+    return rearrange(flat, f"{flat_axes} -> {axes}", **heads)

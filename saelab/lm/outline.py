@@ -1,4 +1,4 @@
-"""A model without its weights: its tensors have shapes and hold no numbers."""
+"""A model without its weights: its tensors have shapes but no numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def no_numbers() -> Any:
-    """A context in which tensors have shape, dtype and device, and no memory; they live as long as it does."""
+    """A context in which tensors have a shape, dtype and device but no memory; they are valid only inside it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
@@ -18,10 +18,10 @@ def no_numbers() -> Any:
 
 @contextmanager
 def one_text_a_row() -> Iterator[None]:
-    """Let transformers take rows for what they are here: one sequence each, for which a causal mask will do.
+    """Have transformers treat each row as one sequence, which a causal mask serves.
 
-    It finds that out from the positions' values; where there are none, it makes masks ``[rows, context, context]``,
-    and other kernels run than otherwise.
+    transformers normally reads this from the positions' values. Without values it would make masks ``[rows, context,
+    context]``, and other kernels would run than in a real pass.
     """
     from transformers import masking_utils
 
@@ -37,7 +37,7 @@ def one_text_a_row() -> Iterator[None]:
 
 
 def outline(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of `folder` without its weights; made, and run, within `no_numbers`."""
+    """The model of `folder` without its weights; call and run it inside `no_numbers`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)

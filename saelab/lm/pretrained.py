@@ -1,4 +1,4 @@
-"""A pretrained model's files: the embedded one's, those of a local folder, or the Hub's, fetched once."""
+"""The files of a pretrained model: embedded, in a local folder, or on the Hub and downloaded once."""
 
 import hashlib
 import json
@@ -11,21 +11,22 @@ from saelab.hub import TIMEOUT, HubUnreachable, ask_hub
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DESCRIPTION = ["*.json", "*.txt", "*.model"]
-_WEIGHTS = ["*.safetensors"]  # no pickled ones; and no code
+_WEIGHTS = ["*.safetensors"]  # no pickles and no code
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def model_folder(name: str, weights: bool = True) -> Path:
-    """The folder with configuration, tokenizer and, where `weights`, weights of the model `name`.
+    """The folder with configuration, tokenizer and, if `weights`, the weights of the model `name`.
 
-    A Hub id's files are downloaded if they are not in the local cache. Raises SaelabError where they cannot be had.
+    Files of a Hub id are downloaded if they are not in the local cache. Raises SaelabError if they cannot be found or
+    downloaded.
     """
     if name == "demo":
         return demo.MODEL
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise SaelabError(f"model: {path} holds no config.json, so it is not a Hugging Face model folder")
+            raise SaelabError(f"model: {path} has no config.json, so it is not a Hugging Face model folder")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -44,7 +45,7 @@ def _hub_folder(name: str, weights: bool) -> Path:
         if _is_whole(folder, weights):
             return folder
     except LocalEntryNotFoundError:
-        pass  # not downloaded so far
+        pass  # not downloaded yet
     except HFValidationError as error:
         raise SaelabError(f"model: {name!r} is neither a folder nor a Hub id") from error
     try:
@@ -53,7 +54,7 @@ def _hub_folder(name: str, weights: bool) -> Path:
         raise SaelabError(f"model: the Hub has no model {name}, or it is private (log in, or set HF_TOKEN)") from error
     except HubUnreachable as error:
         raise SaelabError(
-            f"model: {name} is no local folder, is not in the local cache, and the Hub cannot be reached ({error}). "
+            f"model: {name} is not a local folder and not in the local cache, and the Hub cannot be reached ({error}). "
             f"Without a network, use `model: demo` or a copy made elsewhere: `hf download {name} --local-dir DIR`."
         ) from error
     if not any(file.rfilename.endswith(".safetensors") for file in files):
@@ -61,12 +62,12 @@ def _hub_folder(name: str, weights: bool) -> Path:
     disable_progress_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # gated, cut off, or no room: the client and its transport each have their own kinds
+    except Exception as error:  # gated, interrupted, disk full: the client and its transport raise their own kinds
         raise SaelabError(f"model: {name} cannot be downloaded: {brief(error)}") from error
 
 
 def _is_whole(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot holds all it needs: a download may have been cut off."""
+    """Whether a snapshot has all necessary files; its download may have been interrupted."""
     needed = {"config.json"}
     index = folder / "model.safetensors.index.json"
     if weights and index.is_file():
@@ -78,7 +79,7 @@ def _is_whole(folder: Path, weights: bool) -> bool:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of the configuration and weights, the same for a model of the Hub and for a copy of it in any folder."""
+    """Hash of the configuration and weights: the same for a model on the Hub and for a copy of it in any folder."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]):
         digest.update(_sha256(path))
@@ -86,7 +87,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _sha256(path: Path) -> bytes:
-    """The sha256 of a file. What the Hub's client keeps of a large file is named by it, and need not be read."""
+    """The sha256 of a file. The Hub's client names large files by it, so that they need not be read."""
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
         return bytes.fromhex(blob.name)

@@ -1,4 +1,4 @@
-"""Which language model, in which precision."""
+"""Settings that choose a language model and its precision."""
 
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ class ModelSettings:
     dtype: str = "float32"
     """Precision the model runs in: float32, bfloat16 or float16 (or fp32, bf16, fp16). SAEs always see float32."""
     device_map: str | None = None
-    """For a model larger than one GPU: auto, balanced or sequential, as accelerate spreads its layers over all GPUs.
-    The autoencoder is on the first of them. Goes with ``device: auto``, not with cpu or cuda:N."""
+    """How accelerate spreads the layers of a model that is larger than one GPU over all GPUs: auto, balanced or
+    sequential. The autoencoder is on the first GPU. Needs ``device: auto``; cpu and cuda:N are refused."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

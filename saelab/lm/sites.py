@@ -1,7 +1,7 @@
-"""TransformerLens' site names, and where they lie in a Hugging Face model.
+"""TransformerLens' site names, and their modules in a Hugging Face model.
 
-TransformerLens' TransformerBridge resolves the names (``blocks.2.hook_resid_post``), so they mean the same for every
-architecture. The bridge needs a model's shape only, so it gets an outline: the model, its tensors holding no numbers.
+TransformerLens' TransformerBridge resolves the names (``blocks.2.hook_resid_post``), so they mean the same in every
+architecture. The bridge needs only a model's shapes, so it gets an outline whose tensors have no numbers.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from saelab.lm.outline import no_numbers, outline
 
 @dataclass(frozen=True)
 class Site:
-    """Where a hook point lies in the Hugging Face model: a module's input or its output."""
+    """A hook point in the Hugging Face model: the input or the output of a module."""
 
     module: str
     side: Literal["hook_in", "hook_out"]
 
 
 def resolve_sites(folder: Path) -> dict[str, Site]:
-    """Every TransformerLens hook point that is the input or the output of a module of the model in `folder`.
+    """All TransformerLens hook points that are the input or the output of a module of the model in `folder`, by name.
 
-    The bridge rewires the model that it is given. Its components hold that model's modules, and a module's name is the
-    same in every model of the folder.
+    The bridge rewires the outline that it gets. Its components refer to the outline's modules, whose names are the same
+    in every model made from the folder.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -35,20 +35,20 @@ def resolve_sites(folder: Path) -> dict[str, Site]:
         model = outline(folder)
         names = {id(module): name for name, module in model.named_modules()}
         bridge = TransformerBridge.boot_transformers(str(folder), hf_model=model, device="cpu", dtype=torch.float32)
-        places: dict[int, Site] = {}
+        sites: dict[int, Site] = {}
         for component in bridge.modules():
             name = names.get(id(getattr(component, "original_component", None)))
             for side in ("hook_in", "hook_out"):
                 point = getattr(component, side, None)
                 if name is not None and isinstance(point, nn.Module):
-                    places[id(point)] = Site(name, side)
-        return {name: places[id(point)] for name, point in bridge.hook_dict.items() if id(point) in places}
+                    sites[id(point)] = Site(name, side)
+        return {name: sites[id(point)] for name, point in bridge.hook_dict.items() if id(point) in sites}
 
 
 def hook(
     model: nn.Module, site: Site, function: Callable[[Tensor], Tensor | None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Call `function` on the value at `site` in every forward pass; what it returns, if anything, replaces it."""
+    """Call `function` on the value at `site` in every forward pass; its result, unless None, replaces the value."""
     module = model.get_submodule(site.module)
 
     def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -1,4 +1,4 @@
-"""The stage that writes a cache: a config's model over its text, in one process or in several of torchrun's."""
+"""The stage that writes a cache: runs a config's model over its text, in one process or in several under torchrun."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from saelab.files import locked
 from saelab.progress import Track, silent
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.plan import plan_cache
-from saelab.training.distributed import own_device, processes, together
+from saelab.training.distributed import own_device, process_barrier, processes
 
 _AHEAD = 4
-"""Passes whose rows are read ahead of a model on a GPU."""
+"""Number of passes whose rows are read ahead for a model on a GPU."""
 
 
 def cache(
@@ -35,35 +35,38 @@ def cache(
     track: Track = silent,
     say: Say = quiet,
 ) -> Path:
-    """Write the activations of `tokens` tokens (default: the training's), as `config` says, into the folder `out`.
+    """Write the activations of `tokens` tokens (default: training.tokens) into the folder `out`; returns the folder.
 
-    Taken up again where it was interrupted; a finished cache is verified, and damaged shards are written again. Under
-    torchrun each process writes lanes of its own, and the result is the same. Raises SaelabError where memory or
-    disk do not suffice, or the folder holds something else.
+    Continues a cache that was interrupted. Verifies a finished cache and writes damaged shards again. Under torchrun
+    each process writes lanes of its own, and the result is the same. Raises SaelabError if memory or disk are too
+    small, or if the folder holds something else.
     """
-    folder, (rank, world, beside) = Path(out).expanduser(), processes()
+    folder, (rank, world, local) = Path(out).expanduser(), processes()
     settings = settings_of(config, overrides)
-    wanted = settings.training.tokens if tokens is None else tokens
-    if wanted < 1:
-        raise SaelabError(f"tokens: {wanted} is not a positive number")
+    requested = settings.training.tokens if tokens is None else tokens
+    if requested < 1:
+        raise SaelabError(f"tokens: {requested} is not a positive number")
     if settings.cache.lanes < world:
         raise SaelabError(
-            f"cache.lanes: torchrun started {world} processes, and there are {settings.cache.lanes} lanes of text to "
-            f"share out; set cache.lanes={world}"
+            f"cache.lanes: is {settings.cache.lanes}, but torchrun started {world} processes, which need a lane "
+            f"each; set cache.lanes={world}"
         )
     if world > 1 and settings.model.device_map is not None:
-        raise SaelabError("model.device_map: spreads one process over all GPUs; under torchrun each has one of its own")
+        raise SaelabError(
+            "model.device_map: it spreads one process over all GPUs, but under torchrun each process has one GPU; "
+            "remove it, or run without torchrun"
+        )
     _check_folder(folder)
     if rank:
         track, say = silent, quiet
-    with together(world) as barrier:
+    with process_barrier(world) as barrier:
         if rank == 0 and not (folder / MANIFEST).exists():
-            plan = plan_cache(settings, folder, wanted, beside)
+            plan = plan_cache(settings, folder, requested, local)
             for line in plan.lines():
                 say(line)
             plan.check()
         job = Job(replace(settings, device=own_device(settings.device)), say)
-        identity = cache_identity(job, wanted)
+        identity = cache_identity(job, requested)
         with locked(folder) if rank == 0 else nullcontext():
             finished = begin(folder, identity) if rank == 0 else None
             barrier()
@@ -73,13 +76,13 @@ def cache(
             if rank == 0:
                 manifest = finished or finish(folder, identity)
                 _repair(job, folder, manifest, contents=finished is not None, track=track)
-                _tell(folder, manifest, wanted, say)
+                _report(folder, manifest, requested, say)
             barrier()
     return folder
 
 
 def verify(out: str | Path, *, track: Track = silent) -> Manifest:
-    """The manifest of a finished cache. Raises SaelabError where a file has not the sha256 that it was written with."""
+    """The manifest of a finished cache. Raises SaelabError if a file does not match its sha256."""
     folder = Path(out).expanduser()
     manifest = read_manifest(folder)
     checked = track(
@@ -93,7 +96,7 @@ def verify(out: str | Path, *, track: Track = silent) -> Manifest:
 
 
 def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
-    """What a cache that `job` writes is of: FORMAT.md."""
+    """The identity (FORMAT.md) of a cache that `job` writes."""
     settings, write = job.settings, job.settings.cache
     local = Path(job.lm.name).expanduser()
     facts = (
@@ -112,7 +115,7 @@ def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
             "tokens": tokens,
         }
     )
-    return json.loads(json.dumps(facts))  # as it comes back from the manifest
+    return json.loads(json.dumps(facts))  # equal to what the manifest gives back: lists instead of tuples
 
 
 def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[int], track: Track) -> None:
@@ -125,19 +128,19 @@ def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[
     )
     there = sum(written(folder, lane) for lane in lanes)
     if there:
-        job.say(f"{folder}: {there:,} tokens are there; writing goes on behind them")
+        job.say(f"{folder}: {there:,} tokens are already written; continuing after them")
     share = identity["tokens"] * len(lanes) // identity["lanes"]
     for _ in track(passes, "caching", max(1, share - there), lambda added: added):
         pass
 
 
 def _repair(job: Job, folder: Path, manifest: Manifest, *, contents: bool, track: Track) -> None:
-    """Write the shards that are damaged again; without `contents`, only missing and cut files count."""
+    """Write damaged shards again; without `contents`, only missing files and wrong lengths count as damage."""
     checked = check(folder, manifest, contents=contents)
     if contents:
         checked = track(checked, "verifying", manifest.tokens, lambda item: item[0]["tokens"])
     for shard, fault in [(shard, fault) for shard, fault in checked if fault]:
-        job.say(f"{fault}: shard {shard['name']} is written again")
+        job.say(f"{fault}: writing shard {shard['name']} again")
         passes = rewrite(folder, manifest, shard["name"], _rows(job), _forward(job, manifest.identity))
         for _ in track(passes, f"shard {shard['name']}", shard["tokens"], lambda added: added):
             pass
@@ -166,25 +169,25 @@ def _forward(job: Job, identity: Mapping[str, Any]) -> Callable[[np.ndarray], Pa
     return forward
 
 
-def _tell(folder: Path, manifest: Manifest, wanted: int, say: Say) -> None:
+def _report(folder: Path, manifest: Manifest, requested: int, say: Say) -> None:
     size = sum(facts["bytes"] for shard in manifest.shards for facts in shard["files"].values())
     say(f"{folder}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, {size / 1e6:,.1f} MB")
     skipped = sum(shard["skipped"] for shard in manifest.shards)
     if skipped:
         say(f"note: {skipped:,} tokens with NaN or infinite values were left out")
-    if manifest.tokens < wanted:
+    if manifest.tokens < requested:
         lanes = "" if manifest.identity["lanes"] == 1 else " of a lane"
-        say(f"note: {wanted:,} tokens were asked for; the text{lanes} came to its end before")
+        say(f"note: the text{lanes} ended before the requested {requested:,} tokens")
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises SaelabError where `folder` is none, and cannot be made one, before anything is loaded."""
+    """Raises SaelabError, before anything is loaded, if `folder` is not a folder and cannot be made."""
     try:
         there = folder.exists()
         parent = folder if there else next(path for path in folder.absolute().parents if path.exists())
     except OSError as error:
         raise SaelabError(f"{str(folder)[:80]}: cannot be a folder ({error.strerror}); choose another --out") from error
     if not parent.is_dir():
-        raise SaelabError(f"{parent}: is no folder; choose another --out")
+        raise SaelabError(f"{parent}: is not a folder; choose another --out")
     if not there and not os.access(parent, os.W_OK):
-        raise SaelabError(f"{parent}: is not to be written to; choose another --out")
+        raise SaelabError(f"{parent}: is not writable; choose another --out")

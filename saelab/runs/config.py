@@ -1,7 +1,7 @@
-"""Settings of a run: the sections that the rooms own, composed into one tree, read from YAML and overrides.
+"""Settings of a run: the rooms' sections in one tree, read from YAML and overrides.
 
-A section is a frozen dataclass that checks itself; here unknown keys and wrong types become one message each that
-names the field. Numbers are YAML 1.2's: ``2e6`` and ``1e-4`` are numbers.
+A section is a frozen dataclass that checks itself. Here each unknown key and each wrong type becomes one message that
+names the field. Numbers follow YAML 1.2: ``2e6`` and ``1e-4`` are numbers.
 """
 
 import copy
@@ -30,9 +30,9 @@ class RunSettings:
     out: str
     """The run folder."""
     site: str
-    """Where activations are read: TransformerLens' name of the hook point."""
+    """The hook point where activations are read, by TransformerLens' name."""
     seed: int = 0
-    """Fixes the order of the text, the shuffling and the initial weights."""
+    """Seed of the order of the text, of the shuffling and of the initial weights."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     context: int = 256
@@ -48,13 +48,13 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.context < 2:
-            raise SettingError(f"context: {self.context} leaves no room for a token after BOS")
+            raise SettingError(f"context: {self.context} leaves no room for a token after BOS; it must be at least 2")
         if not self.out:
-            raise SettingError("out: the run folder is empty")
+            raise SettingError("out: is empty; name the run folder")
 
     @property
     def writes_gradients(self) -> bool:
-        """Whether `saelab cache` writes gradients: as its section says, else where the affinity needs them."""
+        """Whether `saelab cache` writes gradients: as its section says, or else if the affinity needs them."""
         return self.sae.needs_gradients if self.cache.gradients is None else self.cache.gradients
 
     def to_yaml(self) -> str:
@@ -72,7 +72,7 @@ _SHORT = {
     "sae.aux": "name",
     "sae.sparsity": "name",
 }
-"""Sections that may be given as one string: `model: gpt2` is `model: {name: gpt2}`."""
+"""Sections that may be written as one string: `model: gpt2` means `model: {name: gpt2}`."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -96,7 +96,7 @@ _Loader.add_implicit_resolver(
 
 
 def find_config(name: str | Path) -> Path:
-    """The file `name`, or the shipped config of that name (``quickstart``). Raises SaelabError if there is none."""
+    """The file `name`, or the shipped config of that name (``quickstart``). Raises SaelabError if there is neither."""
     path = Path(name)
     if path.is_file():
         return path
@@ -106,7 +106,7 @@ def find_config(name: str | Path) -> Path:
     if str(name) in shipped:
         return shipped[str(name)]
     near = did_you_mean(path.name, [*shipped, *(p.name for p in path.parent.glob("*.y*ml"))])
-    raise SaelabError(f"{name}: no such file, nor a shipped config ({', '.join(shipped)}).{near}")
+    raise SaelabError(f"{name}: no such file, and no shipped config ({', '.join(shipped)}).{near}")
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
@@ -114,7 +114,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise SaelabError(f"{path}: not a text file (byte {error.start} is no UTF-8)") from error
+        raise SaelabError(f"{path}: not a text file (byte {error.start} is not UTF-8); a config is YAML") from error
     except (OSError, yaml.YAMLError) as error:
         raise SaelabError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -123,7 +123,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
 
 
 def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> RunSettings:
-    """Settings from a plain mapping, with overrides. Raises SaelabError naming every bad field, and what is near."""
+    """Settings from a mapping, with overrides. Raises SaelabError naming every bad field and the nearest good ones."""
     tree: dict[str, Any] = copy.deepcopy(dict(raw))
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -135,7 +135,7 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
             _expand(tree, ".".join(sections[: i + 1]))
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise SaelabError(f"{override!r}: {section} is a single value, it has no key {last!r}")
+                raise SaelabError(f"{override!r}: {section} is a single value without keys; write {section}=VALUE")
         try:
             target[last] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError as error:
@@ -152,7 +152,7 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
 
 
 def _expand(tree: dict[str, Any], path: str) -> None:
-    """Write out the section at `path` where it is given as one string."""
+    """Replace the section at `path` by a mapping if it is written as one string."""
     *above, section = path.split(".")
     for key in above:
         tree = tree.get(key, {})
@@ -176,13 +176,14 @@ def _unknown_keys(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
 
 
 def _explain(details: Any) -> str:
-    place = ".".join(map(str, details["loc"]))
+    """The message for one of pydantic's errors, beginning with the setting's name."""
+    name = ".".join(map(str, details["loc"]))
     if details["type"] == "value_error":  # a section checked itself, and its message begins with the field's name
-        return (f"{place}." if place else "") + details["msg"].removeprefix("Value error, ")
+        return (f"{name}." if name else "") + details["msg"].removeprefix("Value error, ")
     if details["type"] == "dataclass_type":
-        return f"{place}: a section of settings is expected, not {details['input']!r}"
+        return f"{name}: must be a section of settings, not {details['input']!r}"
     if details["type"] == "tuple_type":
-        return f"{place}: a list is expected, such as {place}=[a,b], not {details['input']!r}"
+        return f"{name}: must be a list, such as {name}=[a,b], not {details['input']!r}"
     if details["type"] == "missing":
-        return f"{place}: is required"
-    return f"{place}: {details['msg'][0].lower()}{details['msg'][1:]}, not {details['input']!r}"
+        return f"{name}: is required"
+    return f"{name}: {details['msg'][0].lower()}{details['msg'][1:]}, not {details['input']!r}"

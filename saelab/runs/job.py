@@ -1,4 +1,4 @@
-"""A job: settings with the model and the text they name, and the hashes that say what a result was made from."""
+"""A job: settings with the model and text that they name, and hashes that identify the inputs of a result."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ Say = Callable[[str], None]
 
 
 def quiet(message: str) -> None:
-    """A Say that says nothing."""
+    """Prints nothing."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Settings with the model and the text they name, each loaded when first needed."""
+    """Settings with the model and text that they name, each loaded at first use."""
 
     settings: RunSettings
     say: Say = quiet
@@ -41,7 +41,10 @@ class Job:
         lm = load_language_model(self.settings.model, self.settings.device)
         lm.site(self.settings.site)
         if lm.max_context is not None and self.settings.context > lm.max_context:
-            raise SaelabError(f"context: {lm.name} takes at most {lm.max_context} tokens, not {self.settings.context}")
+            raise SaelabError(
+                f"context: {lm.name} takes at most {lm.max_context} tokens, not {self.settings.context}; set "
+                f"context={lm.max_context} or less"
+            )
         return lm
 
     @cached_property
@@ -54,21 +57,21 @@ class Job:
         return torch.from_numpy(self.corpus.held_out_rows(tokens))
 
     def training_inputs(self) -> str:
-        """Hash of everything the trained weights depend on."""
+        """Hash of everything that the trained weights depend on."""
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
         cache = self.settings.activations.cache
-        if cache is not None:  # what is in the cache counts, not where it lies
+        if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path).expanduser())
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
-        if allocation_of(self.settings.sae).calibrated:  # thresholds are set behind evaluation's tokens
+        if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
         return _hash(parts)
 
     def result_inputs(self, run: Path, section: Any) -> str:
-        """Hash of everything a result on held-out text depends on."""
+        """Hash of everything that a result on held-out text depends on."""
         weights = hashlib.sha256(folder.weights(run).read_bytes()).hexdigest()
         return _hash(
             {
@@ -83,7 +86,7 @@ class Job:
 
 
 def settings_of(config: Config, overrides: Iterable[str] = ()) -> RunSettings:
-    """Settings from a file, a shipped config's name, a mapping, or settings as they are."""
+    """Settings from a file, from the name of a shipped config, from a mapping, or from settings."""
     if isinstance(config, RunSettings):
         return settings_from(asdict(config), overrides)
     if isinstance(config, Mapping):

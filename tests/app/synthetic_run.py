@@ -1,4 +1,4 @@
-"""A small made-up run folder with the exact files of a real one, and text in it that tries to break a page."""
+"""A small made-up run folder with the same files as a real one, and with text that tries to break a page."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ EVALUATION = {
 
 
 def write_run(path: Path, n_features: int = 40, seed: int = 0, features: bool = True, evaluation: bool = True) -> Path:
-    """Write a run folder; feature 0 meets every hostile token, feature `NEVER_ACTIVE` is active nowhere."""
+    """Write a run folder. Contexts of feature 0 have every hostile token; feature `NEVER_ACTIVE` is never active."""
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text("model: demo\nsite: blocks.2.hook_resid_post\nsae: {n_features: 40, k: 8}\n")

@@ -1,4 +1,4 @@
-"""The explorer in a real browser, for what AppTest cannot see: the server, the address, and what the HTML becomes."""
+"""The explorer in a real browser, for what AppTest cannot test: the server, the address and the rendered HTML."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server(main_script, runs, tmp_path_factory):
-    """The address of an explorer of `runs`, and the file that holds what it prints."""
+    """The address of an explorer of `runs`, and the file with its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +98,7 @@ def test_a_deep_link_shows_text_as_text_and_a_neighbour_changes_the_address(brow
     page.route("**/*", only_here)
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
 
-    # The first thing that this server is asked for is a page other than the first one.
+    # The first request to this server is for a page other than the first page.
     page.goto(f"{address}/feature?run=whole&feature=0")
     page.wait_for_selector(".sl-context")
     assert page.locator("h2").first.inner_text() == "Feature 0"
@@ -126,8 +126,8 @@ def test_a_deep_link_shows_text_as_text_and_a_neighbour_changes_the_address(brow
     table = page.locator("[data-testid='stDataFrame'] canvas").first
     table.wait_for()
     assert page.url.endswith("/features?run=whole")
-    page.wait_for_timeout(500)  # the table is drawn on a canvas: there is nothing in it to wait for
-    table.click(position={"x": 150, "y": 60}, force=True)  # in the first line; a layer for scrolling lies above it
+    page.wait_for_timeout(500)  # the table is a canvas, without elements to wait for
+    table.click(position={"x": 150, "y": 60}, force=True)  # the first row; a layer for scrolling covers it
     page.wait_for_url("**/feature?run=whole&feature=0")
 
     page.goto(f"{address}/feature?run=whole&feature=abc")
@@ -136,7 +136,6 @@ def test_a_deep_link_shows_text_as_text_and_a_neighbour_changes_the_address(brow
     page.close()
 
     assert elsewhere == [] and dialogs == []
-    said = log.read_text()
-    assert (
-        "127.0.0.1" in said and "Traceback" not in said and "Session State API" not in said and "deprecat" not in said
-    )
+    output = log.read_text()
+    assert "127.0.0.1" in output
+    assert not [word for word in ("Traceback", "Session State API", "deprecat") if word in output]

@@ -16,7 +16,7 @@ tokens = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=8), st.text("<>&\"
 
 
 class Inventory(HTMLParser):
-    """What a browser would find: elements, attributes, comments and text."""
+    """The elements, attributes, comments and text that a browser would find."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -66,7 +66,7 @@ def context(words: list[str], peak: int = 0) -> Context:
 
 
 @given(st.lists(tokens, min_size=1, max_size=40), st.booleans())
-def test_contexts_hold_no_element_but_ours_and_all_of_the_text(words, breaks):
+def test_contexts_contain_only_our_elements_and_all_of_the_text(words, breaks):
     found = Inventory(html.contexts_html([context(words)], 2.0, breaks=breaks))
     assert found.elements <= {"div", "span"} and found.other == []
     for word in words:
@@ -77,7 +77,7 @@ def test_contexts_hold_no_element_but_ours_and_all_of_the_text(words, breaks):
 
 
 @given(st.lists(tokens, min_size=1, max_size=10))
-def test_the_logit_lens_and_tables_hold_no_element_but_ours(words):
+def test_the_logit_lens_and_tables_contain_only_our_elements(words):
     lens = Inventory(html.logits_html([(word, float(i)) for i, word in enumerate(words)]))
     assert lens.elements == {"div", "span"} and lens.other == []
     table = Inventory(html.facts_html([(word, word, word, word) for word in words]))
@@ -86,7 +86,7 @@ def test_the_logit_lens_and_tables_hold_no_element_but_ours(words):
 
 
 @given(tokens)
-def test_a_token_on_its_own_is_always_something_to_see(token):
+def test_every_token_is_visible(token):
     shown = html.visible(token)
     assert shown and shown.strip() == shown
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
@@ -114,7 +114,7 @@ def test_how_white_space_is_shown(token, shown):
 
 
 @given(st.text("ab\n\t\r ", max_size=12))
-def test_what_is_shown_can_be_typed_to_search(token):
+def test_a_shown_token_can_be_typed_to_search_for_it(token):
     assert html.typed(html.visible(token)) == (token or "∅")
 
 

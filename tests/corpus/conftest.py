@@ -18,7 +18,7 @@ def source(request, tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of a source, windows and batches so small that a corpus of the tests has several of each."""
+    """Parts, windows and batches so small that a corpus of these tests has several of each."""
     monkeypatch.setattr(files, "PART", 1 << 12)
     monkeypatch.setattr(files, "ROWS", 16)
     monkeypatch.setattr(rows, "WINDOW", 1 << 12)

@@ -1,4 +1,4 @@
-"""Corpora of every kind with the same texts, a tokenizer for them, and what is asked of them in several tests."""
+"""Corpora of every kind with the same texts, a tokenizer for them, and checks that several tests share."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ TEXTS = [f"{n} " + " ".join(WORDS[(n * k) % len(WORDS)] for k in range(3, 30)) +
 
 
 def make_tokenizer(model="bpe", **special):
-    """A tokenizer whose first tokens are special ones; BOS = EOS unless `special` says otherwise."""
+    """A tokenizer that numbers its special tokens first; BOS = EOS unless `special` says otherwise."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,7 +49,7 @@ def make_tokenizer(model="bpe", **special):
 
 
 def write(path: Path, texts=TEXTS, column="text") -> Path:
-    """The texts in a corpus of the kind that the suffix of `path` says; without one, a folder."""
+    """Write the texts as a corpus; the suffix of `path` decides the kind, and without one it is a folder."""
     table = [{"id": n, column: text} for n, text in enumerate(texts)]
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in table))
@@ -94,8 +94,8 @@ def documents(rows, eos=0) -> Counter:
     return Counter(tuple(piece.tolist()) for piece in np.split(stream, np.flatnonzero(stream == eos) + 1)[:-1])
 
 
-def refuses(source, tokenizer, *said, **settings) -> str:
-    """The message with which `source` is refused, on opening or on reading; it holds all of `said`."""
+def refuses(source, tokenizer, *parts, **settings) -> str:
+    """The message of the error that opening or reading `source` raises; it contains all `parts`."""
 
     def read():
         corpus = opened(source, tokenizer, **settings)
@@ -105,24 +105,24 @@ def refuses(source, tokenizer, *said, **settings) -> str:
         read()
     message = str(error.value)
     assert message.startswith("corpus: ")
-    assert all(word in message for word in said), message
+    assert all(part in message for part in parts), message
     return message
 
 
-def check_going_on(open_again: Callable[[], Corpus], **which) -> None:
-    """From the state before the first row and behind every one, as JSON, a corpus opened anew gives the rows left."""
+def check_resuming(open_again: Callable[[], Corpus], **which) -> None:
+    """A corpus opened anew gives the remaining rows from every state: before the first row and after each row."""
     rows = open_again().train_rows(seed=5, **which)
     states, given = [json.dumps(rows.state())], []
     for row in rows:
         given.append(row)
         states.append(json.dumps(rows.state()))
-    assert json.dumps(rows.state()) == states[-1], "at the end it stays behind the last row"
+    assert json.dumps(rows.state()) == states[-1], "at the end the state stays after the last row"
     assert max(map(len, states)) < 7 * CONTEXT + 1000
     assert len(given) > 20
     given, again = np.stack(given), open_again()
     for n, state in enumerate(states):
         left = list(again.train_rows(seed=5, **which, start=json.loads(state)))
-        assert np.array_equal(np.reshape(left, (-1, CONTEXT)), given[n:]), f"from behind row {n} of {len(given)}"
+        assert np.array_equal(np.reshape(left, (-1, CONTEXT)), given[n:]), f"resumed before row {n} of {len(given)}"
 
 
 KINDS = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "folder", "saved"]

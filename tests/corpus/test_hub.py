@@ -1,4 +1,4 @@
-"""Datasets on the Hub: streamed, pinned to a revision, and an answer within 5 seconds where there is no network."""
+"""Datasets on the Hub: streamed, pinned to a revision, and an answer within 5 seconds if there is no network."""
 
 import random
 import subprocess
@@ -18,15 +18,15 @@ from saelab.corpus import CorpusSettings
 from saelab.corpus.documents import Lane
 from saelab.corpus.sources import open_source
 from saelab.errors import SaelabError
-from tests.corpus.made import TEXTS, check_going_on, documents, opened, refuses
+from tests.corpus.made import TEXTS, check_resuming, documents, opened, refuses
 
 LOAD_DATASET = datasets.load_dataset
 
 
 class FakeHub:
-    """Stands in for the Hub: what `dataset_info` and `load_dataset` give, with 4 files.
+    """Stands in for the Hub: replaces `dataset_info` and `load_dataset` with a dataset of 4 files.
 
-    These are generated row by row, or, where `folder` is given, Parquet files in it of several row groups each.
+    The files are generated row by row; with `folder` they are Parquet files there, of several row groups each.
     """
 
     def __init__(self, monkeypatch, table, columns_known=False, fail_after=None, folder=None):
@@ -48,7 +48,7 @@ class FakeHub:
 
         self.asked: list[tuple] = []
         self.opened: list[int] = []
-        """The files that were read, as often as they were."""
+        """The files that were read, one entry per reading."""
         info = huggingface_hub.DatasetInfo(
             id="someone/texts", sha="abc123", private=False, downloads=0, likes=0, tags=[]
         )
@@ -58,7 +58,7 @@ class FakeHub:
 
 
 def parquet_files(table, folder):
-    """4 files with the rows of `table`."""
+    """Paths of 4 files with the rows of `table`."""
     paths = [str(folder / f"{n}.parquet") for n in range(4)]
     for n, path in enumerate(paths):
         pq.write_table(pa.Table.from_pylist(table[n::4]), path, row_group_size=7)
@@ -80,7 +80,7 @@ def test_a_hub_dataset_is_streamed_at_a_fixed_revision(monkeypatch, tokenizer, c
 
 
 def make_hub(monkeypatch, tmp_path, kind, texts):
-    """A Hub whose files are of a kind: rows without known columns, rows with, Parquet."""
+    """A Hub with files of one kind: rows without known columns, rows with known columns, or Parquet."""
     table = [{"text": text, "id": n} for n, text in enumerate(texts)]
     return FakeHub(monkeypatch, table, columns_known=kind == "columns", folder=tmp_path if kind == "parquet" else None)
 
@@ -91,17 +91,17 @@ FILES = pytest.mark.parametrize("kind", ["generated", "columns", "parquet"])
 @FILES
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.usefixtures("small_parts")
-def test_a_stream_goes_on_from_behind_any_row(monkeypatch, tmp_path, tokenizer, kind, lanes):
-    """Through the library's own state of the stream, also where lanes share files (3 lanes, 4 files)."""
+def test_a_stream_resumes_after_any_row(monkeypatch, tmp_path, tokenizer, kind, lanes):
+    """Through the library's own state of the stream, also if lanes share files (3 lanes, 4 files)."""
     texts = [*TEXTS[:70], " ", "\n"]
     make_hub(monkeypatch, tmp_path, kind, random.Random(0).sample(texts, len(texts)))
-    check_going_on(lambda: opened("someone/texts", tokenizer), lane=lanes - 1, lanes=lanes)
+    check_resuming(lambda: opened("someone/texts", tokenizer), lane=lanes - 1, lanes=lanes)
 
 
 @FILES
 @pytest.mark.parametrize("lanes", [2, 3, 4, 5])
 def test_lanes_share_out_a_stream(monkeypatch, tmp_path, kind, lanes):
-    """Each document is in exactly one lane, whether or not files can be dealt out whole."""
+    """Each document is in exactly one lane, whether or not each lane can have whole files."""
     make_hub(monkeypatch, tmp_path, kind, TEXTS)
     source = open_source(CorpusSettings("someone/texts"))
 
@@ -114,7 +114,7 @@ def test_lanes_share_out_a_stream(monkeypatch, tmp_path, kind, lanes):
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_files_of_a_stream_that_lie_behind_or_are_another_lanes_are_not_opened(monkeypatch, tmp_path, tokenizer):
+def test_files_before_the_position_and_files_of_other_lanes_are_not_opened(monkeypatch, tmp_path, tokenizer):
     fake = make_hub(monkeypatch, tmp_path, "generated", TEXTS * 2)
     corpus = opened("someone/texts", tokenizer)
     rows = corpus.train_rows(seed=0)
@@ -127,7 +127,7 @@ def test_files_of_a_stream_that_lie_behind_or_are_another_lanes_are_not_opened(m
     assert len(fake.opened) == 2
 
 
-def test_a_bad_row_is_named_by_file_and_number_also_where_reading_went_on_and_lanes_share_files(monkeypatch, tokenizer):
+def test_a_bad_row_is_named_by_file_and_number_also_after_resuming_and_if_lanes_share_files(monkeypatch, tokenizer):
     table = [{"text": text} for text in TEXTS]
     table[4 * 45 + 2] = {"text": 7}
     FakeHub(monkeypatch, table)
@@ -166,13 +166,13 @@ def test_a_hub_that_does_not_answer(monkeypatch, tokenizer):
     assert time.monotonic() - begin < 2
 
 
-def test_offline_mode_is_honoured_and_said(monkeypatch, tokenizer):
+def test_offline_mode_is_honoured_and_named(monkeypatch, tokenizer):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refuses("someone/texts", tokenizer, "HF_HUB_OFFLINE is set", "hf download someone/texts")
     refuses("demoo", tokenizer, "Nearest: demo")
 
 
-def test_a_hub_out_of_reach_is_said_within_5_seconds_and_without_a_log(no_network):
+def test_a_hub_that_cannot_be_reached_is_one_message_within_5_seconds_and_no_log(no_network):
     """In a fresh process, with the real library and no network."""
     script = """
 import time
@@ -186,9 +186,7 @@ except Exception as error:
 print(time.monotonic() - begin < 5)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    said, quick = done.stdout.splitlines()
-    assert (
-        said.startswith("SaelabError corpus: the Hub dataset someone/texts cannot be reached") and "hf download" in said
-    )
-    assert quick == "True" and done.stderr == ""
+    message, quick = done.stdout.splitlines()
+    assert message.startswith("SaelabError corpus: the Hub dataset someone/texts cannot be reached")
+    assert "hf download" in message and quick == "True" and done.stderr == ""
     no_network.unlink()  # it did try, as it should

@@ -17,9 +17,9 @@ def test_rows_hold_the_stream_of_documents_in_order_and_nothing_else(documents, 
     rows = list(pack(documents, context, bos=bos, eos=eos))
     stream = [i for document in documents for i in [*document, *([] if eos is None else [eos])]]
     head = 0 if bos is None else 1
-    held = [int(i) for row in rows for i in row[head:]]
-    assert held == stream[: len(held)]
-    assert len(stream) - len(held) < context - head, "only what does not fill a row is left out"
+    packed = [int(i) for row in rows for i in row[head:]]
+    assert packed == stream[: len(packed)]
+    assert len(stream) - len(packed) < context - head, "only what does not fill a row is left out"
 
 
 @given(DOCUMENTS, st.integers(2, 9), MAYBE_BOS, MAYBE_EOS)
@@ -32,9 +32,9 @@ def test_every_row_is_full_and_begins_with_bos(documents, context, bos, eos):
 
 @given(st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=20), max_size=12), st.integers(2, 9))
 def test_eos_marks_exactly_the_ends_of_documents(documents, context):
-    held = [int(i) for row in pack(documents, context, bos=BOS, eos=EOS) for i in row[1:]]
+    packed = [int(i) for row in pack(documents, context, bos=BOS, eos=EOS) for i in row[1:]]
     ends = np.cumsum([len(document) + 1 for document in documents]) - 1
-    assert [i for i, token in enumerate(held) if token == EOS] == [end for end in ends if end < len(held)]
+    assert [i for i, token in enumerate(packed) if token == EOS] == [end for end in ends if end < len(packed)]
 
 
 @given(DOCUMENTS, st.integers(2, 9))

@@ -1,4 +1,4 @@
-"""Every kind of corpus gives full rows with each document once, in an order set by the seed, a part of it held out."""
+"""Every kind of corpus gives full rows with each document once, in an order set by the seed, with a part held out."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_fingerprint_tells_apart_what_gives_other_rows(tmp_path, tokenizer):
     moved = tmp_path / "elsewhere" / "other.jsonl"
     moved.parent.mkdir()
     source.rename(moved)
-    assert opened(moved, tokenizer).fingerprint == first.fingerprint, "neither place nor name matters"
+    assert opened(moved, tokenizer).fingerprint == first.fingerprint, "neither folder nor name matters"
 
 
 def test_fingerprint_ignores_what_else_the_tokenizer_was_used_for(tmp_path, tokenizer):
@@ -178,9 +178,9 @@ def test_documents_outside_the_limits_are_left_out_of_both_sides_and_no_others(t
     for limits in ({"min_tokens": low}, {"max_tokens": high}, {"min_tokens": low, "max_tokens": high}):
         for some, side in zip(sides(**limits), everything, strict=True):
             least, most = limits.get("min_tokens", 0), limits.get("max_tokens", 10**9)
-            wanted = {document for document in side if least <= len(document) - 1 <= most}
-            unfinished = wanted - some.keys()
-            assert some.keys() <= wanted and len(unfinished) <= 1, "all but the one cut off at the end"
+            expected = {document for document in side if least <= len(document) - 1 <= most}
+            unfinished = expected - some.keys()
+            assert some.keys() <= expected and len(unfinished) <= 1, "all but the one cut off at the end"
 
 
 def test_limits_are_part_of_the_identity_only_where_set(tmp_path, tokenizer):
@@ -191,8 +191,8 @@ def test_limits_are_part_of_the_identity_only_where_set(tmp_path, tokenizer):
     assert corpora[1].identity["min_tokens"] == 5 and corpora[2].identity["max_tokens"] == 500
 
 
-def test_limits_that_leave_nothing_and_limits_on_token_ids_are_said(tmp_path, tokenizer):
-    refuses(write(tmp_path / "a.jsonl"), tokenizer, "fills no row", "min_tokens not counted", min_tokens=1000)
+def test_limits_that_leave_nothing_and_limits_on_token_ids_are_refused(tmp_path, tokenizer):
+    refuses(write(tmp_path / "a.jsonl"), tokenizer, "does not fill one row", "text within min_tokens", min_tokens=1000)
     source = write(tmp_path / "b.jsonl", tokenised(), "input_ids")
     refuses(source, tokenizer, "max_tokens", "holds token ids", max_tokens=20)
     with pytest.raises(SettingError):

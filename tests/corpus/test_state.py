@@ -1,5 +1,5 @@
-"""Rows go on from where they were, on every kind of corpus, without reading again what lies behind; lanes share out
-the documents."""
+"""Rows of every kind of corpus resume from a saved position without reading what lies before it; lanes share out the
+documents."""
 
 import json
 import random
@@ -12,37 +12,37 @@ from saelab.corpus import CorpusSettings, encoder, files
 from saelab.corpus.documents import Lane
 from saelab.corpus.sources import open_source
 from saelab.errors import SaelabError
-from tests.corpus.made import KINDS, TEXTS, check_going_on, documents, opened, tokenised, write
+from tests.corpus.made import KINDS, TEXTS, check_resuming, documents, opened, tokenised, write
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
 
-# -- going on
+# -- resuming
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [{}, {"epoch": 2, "lane": 1, "lanes": 3}], ids=["whole", "lane"])
-def test_rows_go_on_from_behind_any_row(tmp_path, tokenizer, kind, which):
+def test_rows_resume_after_any_row(tmp_path, tokenizer, kind, which):
     source = write(tmp_path / kind, TEXTS[:80])
-    check_going_on(lambda: opened(source, tokenizer), **which)
+    check_resuming(lambda: opened(source, tokenizer), **which)
 
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "saved"])
-def test_rows_of_token_ids_go_on_from_behind_any_row(tmp_path, tokenizer, kind):
+def test_rows_of_token_ids_resume_after_any_row(tmp_path, tokenizer, kind):
     source = write(tmp_path / kind, tokenised(150), "input_ids")
-    check_going_on(lambda: opened(source, tokenizer))
+    check_resuming(lambda: opened(source, tokenizer))
 
 
-def test_documents_that_are_left_out_and_long_ones_are_no_obstacle(tmp_path, tokenizer):
-    """Limits of length count documents as those that are packed do; one document may fill many rows."""
+def test_rows_resume_beside_documents_left_out_and_within_long_documents(tmp_path, tokenizer):
+    """A position counts documents that the limits leave out, too, and one document may fill many rows."""
     texts = [text * (1 + 12 * (n % 7 == 0)) for n, text in enumerate(TEXTS[:60])]
     source = write(tmp_path / "a.jsonl", texts)
-    check_going_on(lambda: opened(source, tokenizer))
-    check_going_on(lambda: opened(source, tokenizer, min_tokens=100))
-    check_going_on(lambda: opened(source, tokenizer, max_tokens=300))
+    check_resuming(lambda: opened(source, tokenizer))
+    check_resuming(lambda: opened(source, tokenizer, min_tokens=100))
+    check_resuming(lambda: opened(source, tokenizer, max_tokens=300))
 
 
-def test_the_demo_goes_on_too(tokenizer):
+def test_the_demo_resumes_too(tokenizer):
     corpus = opened("demo", tokenizer, context=64)
     rows = corpus.train_rows(seed=1)
     for _ in range(40):
@@ -61,8 +61,8 @@ def test_the_demo_goes_on_too(tokenizer):
         ("saved", "_read_saved"),
     ],
 )
-def test_going_on_reads_and_tokenises_nothing_that_lies_behind(tmp_path, tokenizer, monkeypatch, kind, reader):
-    """Parts of the source before the present window are not opened, texts before the present one not tokenised."""
+def test_resuming_reads_and_tokenises_nothing_before_the_position(tmp_path, tokenizer, monkeypatch, kind, reader):
+    """Parts before the current window are not opened, and texts before the current document are not tokenised."""
     parts, texts = [], []
     read, encode = getattr(files, reader), encoder.Encoder.encode
 
@@ -85,12 +85,12 @@ def test_going_on_reads_and_tokenises_nothing_that_lies_behind(tmp_path, tokeniz
         n_parts, n_texts = len(parts), len(texts)
         parts.clear(), texts.clear()
         list(corpus.train_rows(seed=0))
-        window = 1 << 12  # its share of the source, and the part it begins in, are read from the beginning
+        window = 1 << 12  # the current window, and the part that it begins in, are read from the beginning
         assert n_parts <= (1 - share + 2 * window / sum(map(len, TEXTS * 2))) * len(parts) + 2
         assert n_texts <= left / len(states) * len(texts) + 2
 
 
-def test_a_state_that_is_damaged_or_of_other_rows_is_refused(tmp_path, tokenizer):
+def test_a_state_that_is_damaged_or_belongs_to_other_rows_is_refused(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl")
     corpus = opened(source, tokenizer)
     rows = corpus.train_rows(seed=1, epoch=2, lane=0, lanes=2)
@@ -101,9 +101,9 @@ def test_a_state_that_is_damaged_or_of_other_rows_is_refused(tmp_path, tokenizer
     assert len(list(corpus.train_rows(**own, start=state)))
     for other in ({"seed": 2}, {"epoch": 1}, {"lane": 1}, {"lanes": 3}):
         (name,) = other
-        with pytest.raises(SaelabError, match=rf"of other rows \({name} {own[name]}, not {other[name]}\)"):
+        with pytest.raises(SaelabError, match=rf"to other rows \({name} {own[name]}, not {other[name]}\)"):
             corpus.train_rows(**own | other, start=state)
-    with pytest.raises(SaelabError, match=r"of other rows \(corpus "):
+    with pytest.raises(SaelabError, match=r"to other rows \(corpus "):
         opened(source, tokenizer, min_tokens=1).train_rows(**own, start=state)
     for name, value in state.items():
         less = {key: state[key] for key in state if key != name}
@@ -130,7 +130,7 @@ def test_the_state_given_is_a_copy(tmp_path, tokenizer):
 @pytest.mark.parametrize("lanes", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_lanes_share_out_all_documents_evenly(tmp_path, kind, lanes):
-    """Each document of the source is in exactly one lane, and each has about as many."""
+    """Each document of the source is in exactly one lane, and each lane has about as many."""
     source = open_source(CorpusSettings(str(write(tmp_path / kind))))
 
     def contents(lane):
@@ -147,11 +147,11 @@ def test_each_lane_is_packed_by_itself(tmp_path, tokenizer):
     whole = documents(list(corpus.train_rows(seed=0)))
     found = [documents(list(corpus.train_rows(seed=0, lane=lane, lanes=3))) for lane in range(3)]
     assert all(len(lane) > 0.2 * len(whole) for lane in found)
-    together = sum(found, Counter())
-    assert set(together.values()) == {1}
-    assert len(together.keys() ^ whole.keys()) <= 4, "but for the last document of each, cut off"
+    all_lanes = sum(found, Counter())
+    assert set(all_lanes.values()) == {1}
+    assert len(all_lanes.keys() ^ whole.keys()) <= 4, "all but the last document of each lane, which is cut off"
     held_out = documents(corpus.held_out_rows(10**9))
-    assert not together.keys() & held_out.keys()
+    assert not all_lanes.keys() & held_out.keys()
 
 
 def test_a_lane_of_several_may_be_empty(tmp_path, tokenizer):

@@ -1,10 +1,9 @@
-"""Compile every Triton kernel for GPUs that need not be here, with the options it is launched with; a table of what
-the compilers say.
+"""Compile every Triton kernel with the options that it is launched with, for GPUs that need not be present.
 
     python tests/kernels/compile_kernels.py [TARGET ...]        sm_80 sm_90 gfx942 are the targets
 
-Prints one JSON object per kernel and target: its name, case, target, registers and bytes or registers spilled. Not run
-in a process that has TRITON_INTERPRET set: there, kernels cannot be compiled.
+Prints one JSON object per kernel and target: its name, case, target, registers and bytes or registers spilled. Kernels
+cannot be compiled in a process that has TRITON_INTERPRET set.
 """
 
 import json
@@ -45,7 +44,7 @@ Arguments = list[torch.dtype | int]
 def cases() -> Iterator[tuple[str, Any, Arguments, dict[str, Any]]]:
     """A name, the kernel, its run-time arguments (tensors by dtype) and its compile-time options, as `gpu` launches it.
 
-    d is one of 512-wide blocks, of 256-wide ones, odd, and 1 (sums per feature); float64 needs most registers.
+    d has 512-wide blocks, has 256-wide blocks, is odd, or is 1 (sums per feature); float64 needs most registers.
     """
     float32, bfloat16, float64 = torch.float32, torch.bfloat16, torch.float64
     for d, table in ((2048, bfloat16), (768, float32), (701, float32), (1, float32), (2048, float64)):
@@ -81,7 +80,7 @@ def cases() -> Iterator[tuple[str, Any, Arguments, dict[str, Any]]]:
 
 
 def compile_kernel(kernel: Any, arguments: Arguments, options: dict[str, Any], target: GPUTarget) -> Any:
-    """What triton.compile returns, specialised as a launch would be: for addresses and numbers that 16 divides, for 1,
+    """The compiled kernel, specialised as a launch would be: for addresses and numbers that are multiples of 16, for 1,
     and on AMD for tensors below 2 GB."""
     options = dict(options)
     run_time = {"num_warps": options.pop("num_warps")}
@@ -102,9 +101,9 @@ def compile_kernel(kernel: Any, arguments: Arguments, options: dict[str, Any], t
 
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
-    """Registers per thread, and what did not fit into them and went to memory: bytes (CUDA), bytes and registers (AMD).
+    """Registers per thread, and the amount spilled to memory: bytes (CUDA), or bytes and registers (AMD).
 
-    Scalar registers that AMD's compiler moves into lanes of vector registers, masks mostly, are none of these.
+    Scalar registers that AMD's compiler moves into lanes of vector registers, mostly masks, do not count as spilled.
     """
     if target.backend == "cuda":
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -9,7 +9,7 @@ from tests.kernels.problems import DEVICES
 
 @pytest.fixture(params=list(DEVICES), scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a back-end that can run here; SAELAB_KERNELS is set to it."""
+    """The name of a back-end that can run here, with SAELAB_KERNELS set to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAELAB_KERNELS", request.param)
         yield request.param
@@ -17,5 +17,5 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def device(backend: str) -> str:
-    """Where the tensors of this back-end are."""
+    """The device of this back-end's tensors."""
     return DEVICES[backend]

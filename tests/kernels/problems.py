@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: which back-ends can run here, random problems, and the dense formulas."""
+"""Shared by the tests of the kernels: the back-ends that can run here, random problems, and the dense formulas."""
 
 import os
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from saelab.codes import Codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Set by `test_triton_without_a_gpu.py`, which runs these tests once more for Triton alone, in its interpreter."""
+"""Set by `test_triton_without_a_gpu.py`, which runs these tests again in Triton's interpreter."""
 DEVICES = {"reference": "cpu", "cpu": "cpu"}
 if INTERPRETED:
     DEVICES = {"triton": "cpu"}
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def some(examples: int) -> settings:
-    """So many examples; a quarter of them where every one is run by an interpreter."""
+    """Settings for this many examples, or a quarter of them in the interpreter."""
     return settings(max_examples=examples // 4 if INTERPRETED else examples, deadline=None)
 
 
@@ -54,9 +54,9 @@ def at_pattern(codes: Codes, dense: Tensor) -> Tensor:
 
 
 def assert_rounded(got: Tensor, exact: Tensor, terms: Tensor, count: int) -> None:
-    """`got` is the float64 `exact`, up to one rounding to its dtype and those of sums kept in at least float32.
+    """`got` equals the float64 `exact`, up to one rounding to its dtype and the roundings of sums in at least float32.
 
-    `terms` is the sum of the sizes of what was summed, `count` of them at most.
+    `terms` is the sum of the absolute values of the terms, of which there are at most `count`.
     """
     accumulator = torch.promote_types(got.dtype, torch.float32)
     rounding = torch.finfo(got.dtype).eps * exact.abs() + (count + 2) * torch.finfo(accumulator).eps * terms

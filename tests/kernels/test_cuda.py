@@ -1,5 +1,5 @@
-"""On a real GPU: nothing waits for it, and sizes that an interpreter is too slow for. The other tests of this folder
-also run there, for the back-end `triton`."""
+"""On a real GPU: the host never waits, and sizes for which the interpreter is too slow. The other tests of this folder
+run there too, for the back-end `triton`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), re
 
 
 def step(scores: Tensor, k: int, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """What a training step does with codes: select, values, decode, backward, firing counts."""
+    """A training step's work on codes: select, values, decode, backward, firing counts."""
     left, w_enc, bias, centre, w_dec = leaves
     pattern = Codes.from_topk(*topk(scores, k), scores.shape[1])
     values = sddmm(pattern, left, w_enc, bias, centre=centre).relu()

@@ -1,4 +1,4 @@
-"""Which back-end computes, and what is said where it cannot."""
+"""Which back-end computes, and the message if it cannot."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from saelab.kernels import products, topk
 
 WITHOUT_TRITON = """
 import sys
-sys.modules["triton"] = None  # importing it fails, as where it is not installed
+sys.modules["triton"] = None  # importing it fails, as if it were not installed
 import saelab, torch
 import saelab.kernels
 values, features = saelab.kernels.topk(torch.rand(3, 5), 2)

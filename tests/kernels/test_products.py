@@ -38,7 +38,7 @@ def test_products_equal_the_dense_formulas(device: str, problem: tuple[Codes, Te
 
 @given(problem=problems())
 @some(40)
-def test_gradients_are_those_of_the_dense_formulas(device: str, problem: tuple[Codes, Tensor, Tensor]) -> None:
+def test_gradients_equal_those_of_the_dense_formulas(device: str, problem: tuple[Codes, Tensor, Tensor]) -> None:
     codes, table, left = (part.to(device) for part in problem)
     leaves = [t.clone().requires_grad_() for t in (codes.values, table, left, table.sum(1), table.sum(0))]
     values, table, left, bias, centre = leaves
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_dense_formulas(device: str, problem: tuple[C
 
 
 @pytest.mark.parametrize("seed", range(1 if INTERPRETED else 4))
-def test_gradients_are_those_of_finite_differences(device: str, seed: int) -> None:
+def test_gradients_equal_finite_differences(device: str, seed: int) -> None:
     codes = ragged(4, 5, seed).to(device)
     generator = torch.Generator().manual_seed(seed)
     shapes = ((codes.nnz,), (5, 3), (4, 3), (5,), (3,))
@@ -194,17 +194,27 @@ def test_known_products_are_returned_and_still_differentiated(device: str) -> No
 def test_no_gradient_is_computed_for_what_needs_none(
     device: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With neither `left` nor values in need of a gradient, their products are not computed."""
     pattern = ragged(6, 5).to(device)
     left, table = (torch.randn(n, 4, device=device, dtype=torch.float64) for n in (6, 5))
     centre = torch.randn(4, device=device, dtype=torch.float64, requires_grad=True)
-    out = sddmm(pattern, left, table.requires_grad_(), centre=centre)
-    monkeypatch.delattr(module, "sddmm")
-    monkeypatch.setattr(module, "spmm", lambda *_: pytest.fail("the gradient of a, [tokens, d], was computed"), False)
-    if module.__name__.endswith("gpu"):  # the CPU's transposed product is an spmm itself
-        out.sum().backward()
-    monkeypatch.undo()
-    (d_centre,) = torch.autograd.grad(sddmm(pattern, left, table, centre=centre).sum(), (centre,))
+    encoded = sddmm(pattern, left, table.requires_grad_(), centre=centre)
+    decoded = spmm(pattern, table)
+    original = module.spmm
+
+    def transposed_only(codes: Codes, rows: Tensor) -> Tensor:
+        """The CPU's transposed product is an spmm itself, but of the codes of [features, tokens]."""
+        assert codes.n_features != pattern.n_features, "the gradient of left, [tokens, d], was computed"
+        return original(codes, rows)
+
+    monkeypatch.setattr(module, "spmm", transposed_only)
+    monkeypatch.setattr(module, "sddmm", lambda *_: pytest.fail("the gradient of the values, [nnz], was computed"))
+    d_centre, d_encoder = torch.autograd.grad(encoded.sum(), (centre, table))
+    (d_decoder,) = torch.autograd.grad(decoded.sum(), table)
     torch.testing.assert_close(d_centre, -table.detach()[pattern.features].sum(0))
+    ones = pattern.with_values(torch.ones_like(pattern.values)).to_dense()
+    torch.testing.assert_close(d_encoder, ones.T @ (left - centre.detach()))
+    torch.testing.assert_close(d_decoder, pattern.to_dense().sum(0)[:, None].expand(5, 4))
 
 
 def test_a_second_derivative_is_refused(device: str) -> None:
@@ -215,7 +225,7 @@ def test_a_second_derivative_is_refused(device: str) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor of floats returned; Triton's interpreter also copies bytes."""
+    """Records the size of the largest tensor of floats that is made; Triton's interpreter also copies bytes."""
 
     elements = 0
 
@@ -240,8 +250,8 @@ def test_no_tensor_is_as_large_as_the_dense_codes_or_all_gathered_rows(backend: 
     assert 0 < largest.elements <= n_features * d < min(tokens * n_features, tokens * k * d)
 
 
-class NothingWaited(TorchDispatchMode):
-    """Refuses the operations whose result, or its shape, the host would have to wait for on a GPU."""
+class RefuseWaiting(TorchDispatchMode):
+    """Refuses operations that make the host wait for a GPU, for a result or for its shape."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "repeat_interleave")
 
@@ -264,12 +274,12 @@ def test_nothing_in_a_step_would_wait_for_a_gpu(
     scores = torch.randn(20, 5, device=device)
     shapes = ((20, 4), (5, 4), (5,), (4,), (5, 4))
     leaves = left, w_enc, bias, centre, w_dec = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
-    with NothingWaited():
+    with RefuseWaiting():
         pattern = Codes.from_topk(*topk(scores, 2), 5)
         codes = pattern.with_values(sddmm(pattern, left, w_enc, bias, centre=centre).relu())
         torch.autograd.grad(spmm(codes, w_dec).square().sum(), leaves)
         codes.firing_counts(), codes.l0()
-    with NothingWaited(), pytest.raises(AssertionError, match="waits for a GPU"):
+    with RefuseWaiting(), pytest.raises(AssertionError, match="waits for a GPU"):
         codes.compact()
 
 

@@ -1,4 +1,4 @@
-"""topk is the beginning of a stable sort, whatever ties, zeros, infinities and NaNs there are."""
+"""topk is the beginning of a stable sort, with any ties, zeros, infinities and NaNs."""
 
 import pytest
 import torch
@@ -21,15 +21,15 @@ def check(scores: Tensor, k: int) -> None:
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Scores with ties, and how many of them are wanted."""
+    """Scores with ties, and k."""
     tokens, n = draw(st.integers(0, 3)), draw(st.integers(1, 90))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scores = torch.randn(tokens, n, generator=generator) * draw(st.sampled_from([0.0, 1.0, 3.0, 1e4, 1e-6]))
     if draw(st.booleans()):
         scores = scores.round()
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-37, -1e-37])
-    place = torch.rand(tokens, n, generator=generator) < draw(st.sampled_from([0.0, 0.3]))
-    scores[place] = special[torch.randint(len(special), (int(place.sum()),), generator=generator)]
+    replaced = torch.rand(tokens, n, generator=generator) < draw(st.sampled_from([0.0, 0.3]))
+    scores[replaced] = special[torch.randint(len(special), (int(replaced.sum()),), generator=generator)]
     return scores, draw(st.integers(0, n))
 
 
@@ -52,7 +52,7 @@ def test_topk_of_long_rows_with_ties_across_groups(device: str, dtype: torch.dty
     scores[1] = (scores[1] * 2).round()
     scores[2] = 0
     scores[2, ::2] = -0.0
-    scores[3] = scores[3].sort().values  # all that is wanted is in the last groups
+    scores[3] = scores[3].sort().values  # the k largest are all in the last groups
     if INTERPRETED:
         scores = scores[1:3] if k < 1000 else scores[1:2]
     check(scores.to(dtype).to(device), k)

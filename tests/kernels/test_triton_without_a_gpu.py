@@ -1,6 +1,6 @@
-"""The Triton kernels where there is no GPU: their numerics in Triton's interpreter, and what GPU compilers say to them.
+"""The Triton kernels without a GPU: their numerics in Triton's interpreter, and compilation for several GPUs.
 
-Both need a process of their own: whether kernels are interpreted is decided when triton is imported.
+Both need a process of their own, because triton decides at import whether kernels are interpreted.
 """
 
 import json
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is for L
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """What a Python process prints; the test fails, with all of it, where the process does."""
+    """The output of a Python process. If the process fails, the test fails and shows all its output."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "SAELAB_"))} | environment
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=variables, cwd=HERE.parent.parent

@@ -4,18 +4,19 @@ import copy
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saelab.errors import SaelabError, SettingError
 from saelab.lm import model as lm_module
 from saelab.lm.load import load_language_model, model_shape, resolve_device
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings, dtype_name
-from saelab.lm.sites import hook
+from saelab.lm.sites import Site, hook
 from tests.tiny import ADDS_IN_PLACE, CONTEXT, KINDS, language_model, model_folder, random_rows
 
 SITES = [
@@ -82,16 +83,61 @@ def test_bos_and_other_special_positions_stay_clean_in_a_splice(kind: str) -> No
 
     clean = lm.activations(rows, [site])[site]
     after: dict[str, torch.Tensor] = {}
-    with (
-        hook(lm.model, lm.site(site), ruin_at(ordinary, ruin)),
-        hook(lm.model, lm.site("blocks.2.hook_resid_pre"), lambda x: after.update(x=x)),
+    with hook(lm.model, lm.site("blocks.2.hook_resid_pre"), lambda x: after.update(x=x)):
+        logits = lm.spliced_logits(rows, site, ruin)
+    assert torch.equal(after["x"][~ordinary], clean[~ordinary]) and (after["x"][ordinary] == 7).all()
+    assert seen == [int(ordinary.sum())]
+    # Nothing before BOS can differ, so its logits are the clean ones to the last bit.
+    assert torch.equal(logits[:, 0], lm.logits(rows)[:, 0])
+
+
+class Layouts(nn.Module):
+    """A language model without layers; each of its modules lays out one vector per token in another way."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(max_position_embeddings=CONTEXT)
+        self.embed, self.unembed = nn.Embedding(vocabulary, 12), nn.Linear(12, vocabulary, bias=False)
+        self.plain, self.heads, self.one_list, self.turned = (nn.Identity() for _ in range(4))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.unembed
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        n, positions = input_ids.shape
+        x = self.plain(self.embed(input_ids))
+        x = self.heads(x.view(n, positions, 3, 4))
+        x = self.one_list(x.reshape(n * positions, 12))
+        x = self.turned(x.view(n, positions, 12).transpose(0, 1)).transpose(0, 1)
+        return SimpleNamespace(logits=self.unembed(x))
+
+
+def test_heads_and_lists_of_tokens_are_one_vector_per_token_and_are_put_back() -> None:
+    tokenizer = language_model("gpt2").tokenizer
+    names = ("plain", "heads", "one_list", "turned")
+    lm = LanguageModel(
+        "layouts", Layouts(len(tokenizer)), tokenizer, {name: Site(name, "hook_out") for name in names}, ""
+    )
+    rows = random_rows(lm, 3)
+    ordinary = lm.ordinary(rows)
+    x = lm.model.embed(rows)
+    changed = torch.where(ordinary[..., None], x * torch.arange(12.0), x)
+    values, gradients = lm.activations_and_gradients(rows, names[:3])
+    for site in names[:3]:
+        assert torch.equal(lm.activations(rows, [site])[site], x) and torch.equal(values[site], x)
+        assert gradients[site].norm() > 0
+        torch.testing.assert_close(gradients[site], gradients["plain"])
+        spliced = lm.spliced_logits(rows, site, lambda flat: flat * torch.arange(12.0))
+        torch.testing.assert_close(spliced, lm.model.unembed(changed))
+        assert lm.width(site) == 12
+    for read in (
+        lambda: lm.activations(rows, ["turned"]),
+        lambda: lm.activations_and_gradients(rows, ["turned"]),
+        lambda: lm.spliced_logits(rows, "turned", lambda flat: flat),
     ):
-        lm.logits(rows)
-    assert torch.equal(after["x"][~ordinary], clean[~ordinary])
-    lm.spliced_logits(rows, site, ruin)
-    assert seen == [int(ordinary.sum())] * 2
-    # at BOS nothing earlier can differ, so its logits are the clean ones to the last bit
-    assert torch.equal(lm.spliced_logits(rows, site, ruin)[:, 0], lm.logits(rows)[:, 0])
+        with pytest.raises(SaelabError, match=r"turned of layouts has shape \[32, 3, 12\] for rows of shape \[3, 32\]"):
+            read()
 
 
 GRADIENT_SITES = [
@@ -103,16 +149,16 @@ GRADIENT_SITES = [
 
 
 def summed_loss(lm: LanguageModel, logits: Tensor, rows: Tensor) -> Tensor:
-    """The loss as papers write it, token by token."""
+    """The loss as papers define it, token by token."""
     ordinary, log_p = lm.ordinary(rows), logits.log_softmax(-1)
-    places = [
+    scored = [
         (row, t)
         for row in range(rows.shape[0])
         for t in range(rows.shape[1] - 1)
         if ordinary[row, t] and ordinary[row, t + 1]
     ]
-    assert places
-    return torch.stack([-log_p[row, t, rows[row, t + 1]] for row, t in places]).sum()
+    assert scored
+    return torch.stack([-log_p[row, t, rows[row, t + 1]] for row, t in scored]).sum()
 
 
 def at_one_site(lm: LanguageModel, rows: Tensor, site: str) -> tuple[Tensor, Tensor]:
@@ -129,16 +175,16 @@ def test_gradients_are_autograds_on_the_plain_model(kind: str, site: str) -> Non
     values, gradients = at_one_site(lm, rows, site)
     torch.testing.assert_close(values, lm.activations(rows, [site])[site], rtol=1e-5, atol=1e-5)
 
-    plain = copy.deepcopy(lm.model).requires_grad_(True)  # nothing frozen: the graph of every layer is there
+    plain = copy.deepcopy(lm.model).requires_grad_(True)  # nothing is frozen, so the graph has every layer
     kept: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
         value.retain_grad()
         kept.append(value)
 
-    place = lm.site(site)
-    module = plain.get_submodule(place.module)
-    if place.side == "hook_in":
+    point = lm.site(site)
+    module = plain.get_submodule(point.module)
+    if point.side == "hook_in":
         module.register_forward_pre_hook(
             lambda _, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
@@ -152,7 +198,7 @@ def test_gradients_are_autograds_on_the_plain_model(kind: str, site: str) -> Non
 
 
 @pytest.mark.parametrize("kind", [*KINDS, ADDS_IN_PLACE])
-def test_a_sites_values_do_not_depend_on_which_others_are_asked_for(kind: str) -> None:
+def test_a_sites_values_do_not_depend_on_which_other_sites_are_requested(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 4)
     sites = ["blocks.0.hook_mlp_out", "blocks.0.hook_attn_out", "blocks.1.hook_resid_pre", "blocks.2.hook_resid_post"]
@@ -162,16 +208,16 @@ def test_a_sites_values_do_not_depend_on_which_others_are_asked_for(kind: str) -
 
 
 @pytest.mark.parametrize("kind", [*KINDS, ADDS_IN_PLACE])
-def test_a_sites_gradient_does_not_depend_on_which_others_are_asked_for(kind: str) -> None:
+def test_a_sites_gradient_does_not_depend_on_which_other_sites_are_requested(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 4)
     several = [
-        "blocks.2.hook_resid_pre",  # out of order: what comes first in the model may come last here
-        "blocks.1.ln1.hook_in",  # the tensor that the skip connection carries past it, too
+        "blocks.2.hook_resid_pre",  # out of order: the first in the model may be the last here
+        "blocks.1.ln1.hook_in",  # the skip connection carries this tensor past the module, too
         "blocks.1.hook_resid_pre",
         "blocks.1.attn.hook_z",
         "blocks.1.hook_mlp_out",
-        "blocks.1.hook_in",  # another name of a place
+        "blocks.1.hook_in",  # another name of the same site
         "blocks.1.hook_resid_post",
         "blocks.0.hook_resid_post",
     ]
@@ -179,12 +225,12 @@ def test_a_sites_gradient_does_not_depend_on_which_others_are_asked_for(kind: st
     values, gradients = lm.activations_and_gradients(rows, several)
     assert list(values) == list(gradients) == several
     for site in several:
-        alone = at_one_site(lm, rows, site)
-        assert torch.equal(values[site], alone[0])
+        single = at_one_site(lm, rows, site)
+        assert torch.equal(values[site], single[0])
         torch.testing.assert_close(values[site], lm.activations(rows, [site])[site])
-        torch.testing.assert_close(gradients[site], alone[1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients[site], single[1], rtol=1e-5, atol=1e-6)
         assert not values[site].requires_grad and not gradients[site].requires_grad
-    # what reads the normalised branch is a part of what reads the residual stream
+    # The modules that read the normalised branch are only some of those that read the residual stream.
     assert (gradients["blocks.1.ln1.hook_in"] - gradients["blocks.1.hook_resid_pre"]).norm() > 1
     torch.testing.assert_close(gradients["blocks.0.hook_resid_post"], gradients["blocks.1.hook_resid_pre"])
 
@@ -194,7 +240,7 @@ def test_gradients_are_finite_differences_of_the_summed_loss(kind: str) -> None:
     tiny = language_model(kind)
     lm = LanguageModel(kind, copy.deepcopy(tiny.model).double(), tiny.tokenizer, tiny.sites, "")
     rows, site = random_rows(lm, 3), "blocks.1.hook_resid_post"
-    step, tolerance = (1e-3, 1e-3) if kind == "llama" else (1e-5, 1e-5)  # its norms are in float32 whatever the model
+    step, tolerance = (1e-3, 1e-3) if kind == "llama" else (1e-5, 1e-5)  # Llama's norms are always in float32
     values, gradients = at_one_site(lm, rows, site)
     assert values.dtype == torch.float64
     generator = torch.Generator().manual_seed(1)
@@ -214,8 +260,8 @@ def test_a_rows_gradients_depend_on_no_other_row_and_not_on_how_rows_are_split(m
     lm = language_model("gpt2")
     rows, site = random_rows(lm, 7), "blocks.1.hook_resid_post"
     values, gradients = at_one_site(lm, rows, site)
-    alone = at_one_site(lm, rows[2:3], site)[1]
-    torch.testing.assert_close(alone, gradients[2:3], rtol=1e-4, atol=1e-5)
+    single = at_one_site(lm, rows[2:3], site)[1]
+    torch.testing.assert_close(single, gradients[2:3], rtol=1e-4, atol=1e-5)
     forwards = []
     handle = lm.model.register_forward_hook(lambda *_: forwards.append(1))
     monkeypatch.setattr(lm_module, "LOGITS_AT_ONCE", 2 * CONTEXT * len(lm.unembedding))
@@ -230,23 +276,23 @@ def test_a_rows_gradients_depend_on_no_other_row_and_not_on_how_rows_are_split(m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_know_the_tokens_to_come_which_is_why_evaluation_does_without(kind: str) -> None:
+def test_gradients_have_seen_the_tokens_that_follow_so_evaluation_does_not_use_them(kind: str) -> None:
     lm = language_model(kind)
-    rows, site, place = random_rows(lm, 2), "blocks.1.hook_resid_post", 20
+    rows, site, position = random_rows(lm, 2), "blocks.1.hook_resid_post", 20
     other = rows.clone()
-    other[:, place] = torch.where(rows[:, place] == 50, 51, 50)
+    other[:, position] = torch.where(rows[:, position] == 50, 51, 50)
     values, gradients = at_one_site(lm, rows, site)
     others, changed = at_one_site(lm, other, site)
-    torch.testing.assert_close(values[:, :place], others[:, :place], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values[:, :position], others[:, :position], rtol=1e-4, atol=1e-5)
     moved = (gradients - changed).abs().amax(-1)
-    assert (moved[1, 1:place] > 1e-3).all()  # row 0 has a special token at 16; those behind it matter all the same
-    assert moved[0, place - 1] > 1e-3
+    assert (moved[1, 1:position] > 1e-3).all()  # row 0 has a special token at 16; later tokens still matter
+    assert moved[0, position - 1] > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_are_in_no_loss_and_the_last_position_has_no_gradient(kind: str) -> None:
     lm = language_model(kind)
-    rows, site = random_rows(lm, 3), "blocks.2.hook_resid_post"  # the last: a position matters to its own logits only
+    rows, site = random_rows(lm, 3), "blocks.2.hook_resid_post"  # the last: each position affects only its own logits
     scored = lm.scored(rows)
     assert scored.shape == rows.shape and not scored[:, 0].any() and not scored[:, -1].any()
     middle = CONTEXT // 2
@@ -271,7 +317,7 @@ def test_gradients_touch_no_parameter_and_nothing_below_the_site(kind: str) -> N
     handle = module.register_forward_hook(
         lambda _, __, out: below.append((out[0] if isinstance(out, tuple) else out).requires_grad)
     )
-    with torch.no_grad():  # the caller's own mode does not matter
+    with torch.no_grad():  # the caller's mode makes no difference
         values, gradients = at_one_site(lm, random_rows(lm, 2), "blocks.1.hook_resid_post")
     handle.remove()
     assert below == [False]
@@ -297,24 +343,15 @@ def test_gradients_of_a_bfloat16_model_are_float32_and_errors_name_the_site() ->
         at_one_site(lm, rows, site)
 
 
-def ruin_at(ordinary: torch.Tensor, ruin):
-    def splice(value: torch.Tensor) -> torch.Tensor:
-        value = value.clone()
-        value[ordinary] = ruin(value[ordinary])
-        return value
-
-    return splice
-
-
-def test_errors_name_what_is_near() -> None:
+def test_errors_name_the_nearest_options() -> None:
     lm = language_model("gpt2")
     with pytest.raises(SaelabError, match=r"no 'blocks.1.hook_residpost'. Nearest: .*blocks.1.hook_resid_post"):
         lm.site("blocks.1.hook_residpost")
     with pytest.raises(SaelabError, match="takes at most 64 tokens"):
         lm.logits(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(SaelabError, match="device"):
+    with pytest.raises(SaelabError, match="device: torch finds no cuda:99"):
         resolve_device("cuda:99")
-    with pytest.raises(SaelabError, match="device"):
+    with pytest.raises(SaelabError, match="device: 'tpu-ish' is not auto, cpu, cuda or cuda:N"):
         resolve_device("tpu-ish")
     with pytest.raises(SaelabError, match="dtype: 'int8' is not float32"):
         ModelSettings(dtype="int8")
@@ -332,7 +369,7 @@ def test_dtypes_have_a_short_and_a_long_name() -> None:
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
-def test_a_device_map_changes_no_value_and_leaves_the_choice_of_devices_to_itself(device_map: str) -> None:
+def test_a_device_map_changes_no_value_and_chooses_the_devices(device_map: str) -> None:
     name = str(model_folder("llama"))
     settings = ModelSettings(name, device_map=device_map)
     lm, plain = load_language_model(settings), load_language_model(ModelSettings(name))
@@ -342,7 +379,7 @@ def test_a_device_map_changes_no_value_and_leaves_the_choice_of_devices_to_itsel
     values, gradients = at_one_site(lm, rows, site)
     expected = at_one_site(plain, rows, site)
     assert torch.equal(values, expected[0]) and torch.equal(gradients, expected[1])
-    with pytest.raises(SaelabError, match="device: cpu does not go with"):
+    with pytest.raises(SaelabError, match="device: cpu cannot be combined with"):
         load_language_model(settings, "cpu")
 
 
@@ -352,7 +389,7 @@ def test_layers_on_several_devices_give_values_on_the_first() -> None:
 
     plain = language_model("llama")
     model = copy.deepcopy(plain.model).cuda()
-    for layer in (1, 2):  # as accelerate spreads layers, with the CPU for a second GPU
+    for layer in (1, 2):  # as accelerate spreads layers, with the CPU in place of a second GPU
         module = model.get_submodule(plain.site(f"blocks.{layer}.hook_out").module).cpu()
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     for module in (model.model.norm, model.lm_head):
@@ -373,7 +410,7 @@ def test_layers_on_several_devices_give_values_on_the_first() -> None:
 
 @pytest.mark.parametrize("name", ["demo", *KINDS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_models_shape_is_known_without_its_weights(name: str, dtype: str, tmp_path: Path) -> None:
+def test_the_shape_of_a_model_does_not_need_its_weights(name: str, dtype: str, tmp_path: Path) -> None:
     settings = ModelSettings("demo" if name == "demo" else str(model_folder(name)), dtype)
     lm = load_language_model(settings, "cpu")
     if name != "demo":
@@ -405,7 +442,7 @@ def test_a_cached_hub_model_has_a_shape_without_a_network(tmp_path: Path, monkey
         load_language_model(ModelSettings("some/model"))
 
 
-def test_a_model_that_cannot_be_had_is_one_message_within_five_seconds(
+def test_a_model_that_cannot_be_loaded_is_one_message_within_five_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SaelabError, match=r"no config\.json"):

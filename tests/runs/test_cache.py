@@ -56,7 +56,7 @@ def test_the_cache_holds_what_the_model_gives(gradients: bool, tmp_path: Path) -
             assert torch.equal(stored.gradients, torch.cat([batch.gradients for batch in live]))
 
 
-def test_special_tokens_are_stored_if_asked(tmp_path: Path) -> None:
+def test_special_tokens_are_stored_if_requested(tmp_path: Path) -> None:
     settings = config(tmp_path)
     plain = batches_in_order(cache(settings, tmp_path / "plain", tokens=500), SITES[0])
     special = set(Job(settings_of(settings)).lm.special_ids.tolist())
@@ -115,7 +115,7 @@ def test_a_run_on_a_cache_from_its_beginning_to_its_evaluation(allocation: str, 
     assert saelab.evaluate(run).fvu == pytest.approx(saelab.evaluate(live).fvu, rel=0.15)
 
 
-def test_what_a_run_is_made_from_is_the_cache_and_not_where_it_lies(tmp_path: Path) -> None:
+def test_the_inputs_of_a_run_depend_on_the_caches_content_and_not_on_its_folder(tmp_path: Path) -> None:
     settings = config(tmp_path)
     cache(settings, tmp_path / "a", tokens=500)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -155,7 +155,7 @@ def test_another_model_is_named_by_its_weights(tmp_path: Path) -> None:
         saelab.train(other, [f"activations.cache={tmp_path / 'cache'}"])
 
 
-def test_again_it_is_verified_and_one_more_token_is_something_else(tmp_path: Path) -> None:
+def test_writing_again_verifies_and_one_more_token_is_another_cache(tmp_path: Path) -> None:
     settings = config(tmp_path)
     folder = cache(settings, tmp_path / "cache", tokens=1500)
     before = contents(folder)
@@ -174,7 +174,7 @@ def test_again_it_is_verified_and_one_more_token_is_something_else(tmp_path: Pat
     assert contents(folder) == before and any(shard in line for line in said)
 
 
-def test_a_models_name_is_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_model_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config(tmp_path)
     renamed = settings | {"model": "~/renamed"}
     (tmp_path / "renamed").symlink_to(settings["model"])
@@ -196,13 +196,13 @@ def test_settings_that_gave_no_token_may_be_changed(tmp_path: Path) -> None:
     assert contents(tmp_path / "cache") == contents(cache(settings, tmp_path / "other", tokens=500))
 
 
-def test_surroundings_that_are_not_torchruns_are_no_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_other_launchers_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "many")
     monkeypatch.setenv("RANK", "1")
     assert open_cache(cache(config(tmp_path), tmp_path / "cache", tokens=500)).tokens >= 500
 
 
-def test_smaller_batches_than_asked_for_are_said(tmp_path: Path) -> None:
+def test_smaller_batches_than_requested_are_reported(tmp_path: Path) -> None:
     settings = config(tmp_path)
     n = open_cache(cache(settings, tmp_path / "cache", tokens=500)).tokens
     said: list[str] = []
@@ -225,13 +225,13 @@ def test_a_cache_in_the_run_folder_is_not_deleted_with_it(tmp_path: Path) -> Non
     assert contents(run) == before
 
 
-def test_more_text_than_there_is_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_text_with_too_few_tokens_is_reported(tmp_path: Path) -> None:
+    messages: list[str] = []
     settings = config(tmp_path)
-    folder = cache(settings, tmp_path / "cache", tokens=10**6, say=said.append)
+    folder = cache(settings, tmp_path / "cache", tokens=10**6, say=messages.append)
     rows = sum(1 for _ in Job(settings_of(settings)).corpus.train_rows(seed=0))
     assert sum(shard["rows"] for shard in open_cache(folder).manifest.shards) == rows
-    assert any("1,000,000 tokens were asked for; the text came to its end before" in line for line in said)
+    assert any("the text ended before the requested 1,000,000 tokens" in line for line in messages)
 
 
 def test_lanes_are_the_same_by_one_process_and_share_out_all_text(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Settings: YAML 1.2 numbers, overrides, and one clear message for everything that is wrong."""
+"""Settings: YAML 1.2 numbers, overrides, and one clear message for each mistake."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_overrides_reach_sections_and_their_short_forms(tmp_path: Path) -> None:
         ({"sae": {"n_feature": 5}}, r"sae.n_feature: no such setting. Nearest: n_features"),
         ({"sae": {"k": 0}}, r"sae.k: 0 is not between 1 and n_features"),
         ({"sae": {"k": 9, "n_features": 8}}, r"sae.k: 9 is not between 1 and n_features \(8\)"),
-        ({"sae": 3}, r"sae: a section of settings is expected, not 3"),
+        ({"sae": 3}, r"sae: must be a section of settings, not 3"),
         ({"training": {"tokens": 1.5}}, r"training.tokens: .*integer"),
         ({"training": {"lr": "fast"}}, r"training.lr: .*'fast'"),
         ({"context": 1}, r"context: 1 leaves no room"),
@@ -88,8 +88,8 @@ def test_missing_settings_and_bad_overrides() -> None:
         settings_from(BASE, ["sae.k=[1"])
 
 
-def test_files_that_are_no_configs(tmp_path: Path) -> None:
-    with pytest.raises(SaelabError, match=r"no such file, nor a shipped config .*Nearest: quickstart"):
+def test_files_that_are_not_configs(tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=r"no such file, and no shipped config .*Nearest: quickstart"):
         find_config("quickstrat")
     binary = tmp_path / "x.yaml"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -1,1 +1,1 @@
-"""Activations on disk. FORMAT.md says what the bytes are; writer.py writes them, reader.py reads them."""
+"""Activations on disk. FORMAT.md specifies the bytes; writer.py writes them, reader.py reads them."""

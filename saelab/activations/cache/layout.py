@@ -1,4 +1,4 @@
-"""How a cache lies on disk: names, headers, checksums, the manifest. FORMAT.md, beside this file, is the reference."""
+"""A cache on disk: names, headers, checksums, the manifest. FORMAT.md in this folder is the reference."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 IDENTITY = "identity.json"
 BLOCK_TOKENS = 1024
-"""Tokens that share a checksum and stay together until they are shuffled; at d_in 768 in bfloat16, 1.5 MB."""
+"""Tokens per block: they share a checksum and are read together. 1.5 MB at d_in 768 in bfloat16."""
 ORIGIN = ("tokens", "rows", "positions")
-"""The tensors that tell where each token comes from."""
+"""The tensors that locate each token in the text."""
 
 
 class Column(NamedTuple):
@@ -31,7 +31,7 @@ class Column(NamedTuple):
     name: str
     dtype: torch.dtype
     width: int | None
-    """None: one-dimensional."""
+    """None for a one-dimensional tensor."""
 
     @property
     def token_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Column(NamedTuple):
 
 
 class File(NamedTuple):
-    """One kind of file: where it is, and which tensors it holds."""
+    """A kind of file: its folder and suffix, and its tensors."""
 
     folder: str
     suffix: str
@@ -52,11 +52,11 @@ class File(NamedTuple):
         return f"{self.folder}/{shard}{self.suffix}"
 
     def size(self, n: int) -> int:
-        """Bytes of the file of a shard of n tokens."""
+        """Size in bytes of this file in a shard of n tokens."""
         return len(self.header(n)) + sum(column.token_bytes for column in self.columns) * n
 
     def header(self, n: int) -> bytes:
-        """The file's bytes before its first tensor."""
+        """The bytes before the first tensor."""
         entries, at = {}, 0
         for column in self.columns:
             end = at + column.token_bytes * n
@@ -71,7 +71,7 @@ class File(NamedTuple):
         return len(text).to_bytes(8, "little") + text
 
     def offset(self, column: str, n: int, token: int) -> int:
-        """Byte at which `token` of `column` begins."""
+        """The byte at which `token` of `column` begins."""
         at = len(self.header(n))
         for other in self.columns:
             if other.name == column:
@@ -93,7 +93,7 @@ def gradients_file(site: str, d_in: int, dtype: str) -> File:
 
 
 def files_of(identity: Mapping[str, Any]) -> list[File]:
-    """All kinds of files of a cache of this identity."""
+    """All kinds of files in a cache with this identity."""
     files = [TOKENS]
     for site, d_in in identity["sites"].items():
         files.append(activations_file(site, d_in, identity["dtype"]))
@@ -116,7 +116,7 @@ DIGITS = 16
 
 
 def checksum(parts: Iterable[memoryview]) -> str:
-    """Of a block: xxh3, 64 bits, of its bytes in each tensor of a file, one after the other."""
+    """The checksum of a block: xxh3 (64 bits) of its bytes in each tensor of a file, one after the other."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(part)
@@ -125,11 +125,11 @@ def checksum(parts: Iterable[memoryview]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says."""
+    """The content of manifest.json (FORMAT.md)."""
 
     identity: dict[str, Any]
     shards: list[dict[str, Any]]
-    """As FORMAT.md says, without `start` in a cache that is open for reading."""
+    """The entries of the shards; without `start` in a cache that is open for reading."""
 
     @property
     def tokens(self) -> int:
@@ -143,44 +143,45 @@ class Manifest:
             **{name: sum(shard[name] for shard in self.shards) for name in ("tokens", "rows", "skipped")},
             "shards": self.shards,
         }
-        return sign(content)
+        return with_checksum(content)
 
 
 _END = b'"\n}\n'
-"""What follows the checksum, which comes last."""
+"""The bytes after the checksum, which is the last value."""
 
 
-def sign(content: Mapping[str, Any]) -> bytes:
-    """`content` as a JSON file that ends in its own checksum: sha256 of the file as it would be with an empty one."""
-    unsigned = json.dumps({**content, "checksum": ""}, indent=1).encode() + b"\n"
-    return unsigned.removesuffix(_END) + hashlib.sha256(unsigned).hexdigest().encode() + _END
+def with_checksum(content: Mapping[str, Any]) -> bytes:
+    """`content` as a JSON file that ends in its own checksum: sha256 of the same file with an empty checksum."""
+    without = json.dumps({**content, "checksum": ""}, indent=1).encode() + b"\n"
+    return without.removesuffix(_END) + hashlib.sha256(without).hexdigest().encode() + _END
 
 
 def is_intact(data: bytes) -> bool:
-    """Whether a file that `sign` made is as it was made."""
-    digest = hashlib.sha256(memoryview(data)[: -len(_said(data)) - len(_END)])
+    """Whether the bytes of a file from `with_checksum` are unchanged."""
+    stored = _stored_checksum(data)
+    digest = hashlib.sha256(memoryview(data)[: -len(stored) - len(_END)])
     digest.update(_END)
-    return digest.hexdigest().encode() == _said(data) and data.endswith(_END)
+    return digest.hexdigest().encode() == stored and data.endswith(_END)
 
 
-def _said(data: bytes) -> bytes:
-    """What a signed file gives as its checksum."""
+def _stored_checksum(data: bytes) -> bytes:
+    """The checksum at the end of a file from `with_checksum`."""
     return data[-64 - len(_END) : -len(_END)]
 
 
 def manifest_checksum(folder: Path) -> str:
-    """The sha256 that the manifest of a finished cache says of itself. Raises SaelabError as `read_manifest`."""
-    return _said(_read(folder)).decode(errors="replace")
+    """The sha256 stored in the manifest of a finished cache. Raises SaelabError like `read_manifest`."""
+    return _stored_checksum(_read(folder)).decode(errors="replace")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished cache. Raises SaelabError where it is missing, damaged or of another version."""
+    """The manifest of a finished cache. Raises SaelabError if it is missing, damaged or of another version."""
     path = folder / MANIFEST
     data = _read(folder)
     intact = is_intact(data)
     try:
         text = data.decode()
-        del data  # a large cache's is tens of megabytes
+        del data  # a large cache has a manifest of tens of megabytes
         content = json.loads(text)
         del text
     except ValueError as error:
@@ -189,7 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise SaelabError(f"{path}: not the manifest of an activation cache; nothing was read")
     if content.get("version") != VERSION:
         raise SaelabError(
-            f"{path}: written in version {content.get('version')!r} of the format, and this saelab reads version "
+            f"{path}: written in version {content.get('version')!r} of the format, but this saelab reads version "
             f"{VERSION}; read it with the saelab that wrote it, or write the cache again elsewhere"
         )
     if not intact:
@@ -206,21 +207,21 @@ def _read(folder: Path) -> bytes:
             raise SaelabError(f"{folder}: this cache is not finished; `saelab cache` continues it") from None
         raise SaelabError(f"{folder}: no activation cache (`saelab cache CONFIG --out DIR` writes one)") from None
     except NotADirectoryError:
-        raise SaelabError(f"{folder}: is a file; an activation cache is a folder") from None
+        raise SaelabError(f"{folder}: is a file, but an activation cache is a folder; name another path") from None
     except OSError as error:
         raise SaelabError(f"{folder / MANIFEST}: cannot be read ({error.strerror})") from error
 
 
 def _damaged_manifest(path: Path) -> SaelabError:
     return SaelabError(
-        f"{path}: damaged (it does not match its own checksum); take it from a backup, or delete the folder and write "
-        "the cache again"
+        f"{path}: damaged (it does not match its own checksum); restore it from a backup, or delete the folder and "
+        "write the cache again"
     )
 
 
-def difference(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first field of `wanted` that `found` has otherwise, in words; None where there is none."""
-    for name, value in wanted.items():
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first field of `expected` that differs in `found`, with both values in words; None if none differs."""
+    for name, value in expected.items():
         there = found.get(name)
         if isinstance(value, Mapping) and isinstance(there, Mapping):
             keys = dict.fromkeys([*value, *there])

@@ -1,4 +1,4 @@
-"""Shards in the making: collected in memory, pass by pass, then written, whole or not at all."""
+"""Shards while they are made: collected in memory, pass by pass, then written whole or not at all."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.cache.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, sign, spans
+from saelab.activations.cache.layout import TOKENS, UNFINISHED, Column, File, checksum, files_of, spans, with_checksum
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
 from saelab.files import PAGE, sync, temporary, translate_errors, write_temporary, write_whole
@@ -26,7 +26,7 @@ def translating(folder: Path, size: int) -> AbstractContextManager[None]:
 
 
 class Shard:
-    """A shard in the making: its tensors in memory, filled pass by pass."""
+    """A shard in memory, filled pass by pass."""
 
     def __init__(self, identity: Mapping[str, Any], capacity: int) -> None:
         self.identity = identity
@@ -40,7 +40,7 @@ class Shard:
         self.tokens = self.rows = self.skipped = 0
 
     def add(self, ids: np.ndarray, result: Pass) -> int:
-        """Take in a pass over `ids` ``[rows, context]``; returns how many tokens it added."""
+        """Add a pass over `ids` ``[rows, context]``; returns the number of tokens added."""
         with _one_thread():
             return self._add(ids, result)
 
@@ -55,20 +55,20 @@ class Shard:
             if file is not TOKENS:
                 of = result.gradients if file.columns[0].name == "gradients" else result.activations
                 values = (of[file.folder],)
-            for held, new in zip(self.columns[file], values, strict=True):
-                held[at].copy_(new)
-                if held.is_floating_point():
-                    finite &= self._finite(held[at], file, number, position)
+            for column, new in zip(self.columns[file], values, strict=True):
+                column[at].copy_(new)
+                if column.is_floating_point():
+                    finite &= self._finite(column[at], file, number, position)
         if not finite.all():
-            for held in (held for columns in self.columns.values() for held in columns):
-                held[at.start : at.start + int(finite.sum())] = held[at][finite]
+            for column in (column for columns in self.columns.values() for column in columns):
+                column[at.start : at.start + int(finite.sum())] = column[at][finite]
         added = int(finite.sum())
         self.rows, self.tokens, self.skipped = self.rows + len(ids), at.start + added, self.skipped + len(row) - added
         return added
 
     def _finite(self, values: Tensor, file: File, row: Tensor, position: Tensor) -> Tensor:
-        """Which of the tokens are finite ``[tokens]``; an error where one is not and none may be skipped."""
-        if not len(values) or all(bound.isfinite() for bound in torch.aminmax(values)):  # the fastest way to know
+        """True for each finite token, bool ``[tokens]``. Raises SaelabError if one is not, unless they are skipped."""
+        if not len(values) or all(bound.isfinite() for bound in torch.aminmax(values)):  # the fastest check
             return torch.ones(len(values), dtype=torch.bool)
         finite = torch.isfinite(values).all(1)
         if not finite.all() and self.identity["nonfinite"] == "error":
@@ -80,27 +80,27 @@ class Shard:
             )
         return finite
 
-    def sha256(self, wanted: File) -> str:
-        """Of one of its files, as it would be written."""
-        header, tensors = next((header, tensors) for file, header, tensors in self.contents() if file == wanted)
-        return _digests(wanted, header, tensors, self.identity["block_tokens"])["sha256"]
+    def sha256(self, file: File) -> str:
+        """The sha256 that one of its files would have on disk."""
+        header, tensors = next((header, tensors) for other, header, tensors in self.contents() if other == file)
+        return _digests(file, header, tensors, self.identity["block_tokens"])["sha256"]
 
     def contents(self) -> Iterator[tuple[File, bytes, list[memoryview]]]:
-        """Every file: its header, and the bytes of its tensors."""
+        """Every file with its header and the bytes of its tensors."""
         for file in self.files:
-            yield file, file.header(self.tokens), [raw(held[: self.tokens]) for held in self.columns[file]]
+            yield file, file.header(self.tokens), [raw(column[: self.tokens]) for column in self.columns[file]]
 
 
 class Shards:
     """Two shards in turn: one is filled while the other is written.
 
-    Writing has two halves, each in a thread: to hand a shard's bytes to the system, its sha256 being made meanwhile,
-    which frees its memory; and to wait until they are on the disk, give the files their names and record the shard.
-    The second half of a shard goes beside the first half of the next.
+    Writing has two halves, each in a thread of its own. The first passes a shard's bytes to the system while computing
+    their sha256, which frees the shard's memory. The second waits until the bytes are on the disk, renames the files
+    and records the shard. The second half of one shard runs beside the first half of the next.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], tokens: int) -> None:
-        """`tokens` are still to come; the memory is for that many, at most for two shards."""
+        """`tokens` is the number still to come: there is memory for that many, but at most for two shards."""
         self._folder = folder
         pass_tokens = identity["rows_per_forward"] * identity["context"]
         passes = min(identity["passes_per_shard"], -(-tokens // pass_tokens) + 1)
@@ -114,7 +114,7 @@ class Shards:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for thread in self._threads:  # what is being written is finished even where something else has failed
+        for thread in self._threads:  # finish what is being written, even if something else has failed
             thread.shutdown(wait=True)
         if error[0] is None:
             self.written()
@@ -132,19 +132,19 @@ class Shards:
     def write(self, shard: Shard, position: Mapping[str, Any] | None) -> None:
         """Begin to write a shard.
 
-        `position` is that of the corpus behind it, to be recorded; None: the cache is finished, nothing is recorded.
-        Raises what has gone wrong with those before.
+        `position` is the corpus' position after the shard, to be recorded; None records nothing, for a cache that is
+        already finished. Raises the error of an earlier shard if there was one.
         """
         if self._last is not None:
-            with self._errors_translated():
+            with self._translate_errors():
                 self._last.result()
         self._last = self._threads[0].submit(self._hand_over, shard, position, self._last)
 
     def written(self) -> dict[str, Any] | None:
-        """The last shard's entry in the manifest, once it is on the disk. Raises what has gone wrong."""
+        """The last shard's entry in the manifest, after it is on the disk. Raises the error if there was one."""
         if self._last is None:
             return None
-        with self._errors_translated():
+        with self._translate_errors():
             return self._last.result().result()
 
     def _hand_over(
@@ -160,7 +160,7 @@ class Shards:
                     handles.append(write_temporary(self._folder / path, [memoryview(header), *tensors]))
                     files[path] = {"bytes": file.size(shard.tokens), **digests.result()}
                 if before is not None:
-                    before.result().result()  # shards are recorded in their order, and no more than two are under way
+                    before.result().result()  # so that shards are recorded in order, with at most two in progress
             record = {
                 "name": shard.name,
                 "tokens": shard.tokens,
@@ -193,12 +193,13 @@ class Shards:
             for name in dict.fromkeys(file.folder for file in files):
                 sync(self._folder / name)
             if position is not None:
-                write_whole(self._folder / UNFINISHED / f"{record['name']}.json", sign(record | {"next": position}))
+                record_path = self._folder / UNFINISHED / f"{record['name']}.json"
+                write_whole(record_path, with_checksum(record | {"next": position}))
         return record
 
     @contextmanager
     def _whole(self, name: str, files: list[File], tokens: int) -> Iterator[None]:
-        """What was written of a shard that cannot be finished is removed: it is in the way where the disk is full."""
+        """Remove the temporary files of a shard that fails: on a full disk they take up room."""
         try:
             yield
         except BaseException as error:
@@ -209,8 +210,8 @@ class Shards:
             raise
 
     @contextmanager
-    def _errors_translated(self) -> Iterator[None]:
-        """As `translating`, after the shard that followed the failed one is removed too, and its bytes are free."""
+    def _translate_errors(self) -> Iterator[None]:
+        """As `translating`, but after the next shard was removed too, so that the free bytes include its bytes."""
         try:
             yield
         except _Unwritten as error:
@@ -219,7 +220,7 @@ class Shards:
 
 
 class _Unwritten(Exception):
-    """A shard of `size` bytes could not be written; the cause says why."""
+    """A shard of `size` bytes could not be written; `__cause__` is the reason."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -239,7 +240,7 @@ def _digests(file: File, header: bytes, tensors: list[memoryview], block_tokens:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Have torch compute in one thread: several would wait for each other where others of ours use the processors."""
+    """Have torch compute in one thread: several would wait for each other while our other threads use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -249,7 +250,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _empty(column: Column, capacity: int) -> Tensor:
-    """A tensor that begins with a page, for `write_temporary`."""
+    """A tensor that begins at a page of memory, for `write_temporary`."""
     size = column.token_bytes * capacity
     memory = torch.empty(size + PAGE, dtype=torch.uint8)
     begin = -memory.data_ptr() % PAGE

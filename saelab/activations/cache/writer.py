@@ -1,7 +1,7 @@
-"""Writes a cache, so that a kill at any instant costs at most the shards in the making. FORMAT.md says what goes where.
+"""Writes a cache (FORMAT.md) so that a kill at any time loses only the shards that were not finished.
 
-The caller's thread runs the model and collects a shard in memory, while others write the shards before it (shard.py)
-and, if wanted, read rows ahead.
+The caller's thread runs the model and collects a shard in memory. Other threads write the shards before it (shard.py)
+and, if asked, read rows ahead.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from saelab.activations.cache.layout import (
     is_intact,
     read_manifest,
     shard_name,
-    sign,
+    with_checksum,
 )
 from saelab.activations.cache.shard import Shards, translating
 from saelab.activations.stream import Pass
@@ -38,7 +38,7 @@ from saelab.files import sync, write_whole
 
 
 class Rows(Protocol):
-    """Rows of token ids, int32 ``[context]``, that can tell where they are (saelab.corpus.rows.Rows)."""
+    """Rows of token ids, int32 ``[context]``, that can be resumed (saelab.corpus.rows.Rows)."""
 
     def __iter__(self) -> Iterator[np.ndarray]: ...
     def __next__(self) -> np.ndarray: ...
@@ -46,20 +46,20 @@ class Rows(Protocol):
 
 
 OpenRows = Callable[[int, Mapping[str, Any] | None], Rows]
-"""The rows of a lane, from a state of theirs on, or from the beginning."""
+"""Opens the rows of a lane, at a state of theirs or at the beginning."""
 Forward = Callable[[np.ndarray], Pass]
 """Runs the model on ids ``[rows, context]``."""
 
 
 def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
-    """Make `folder` ready to write a cache of `identity` into; its manifest where it is already finished.
+    """Prepare `folder` for a cache of `identity`. Returns the manifest if the cache is already finished, else None.
 
-    Raises SaelabError where the folder holds a cache of something else, naming what differs, or no cache.
+    Raises SaelabError if the folder holds a cache of something else, naming what differs, or is not a cache.
     """
     finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
     unfinished = folder / UNFINISHED
-    there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it anew")
-    # `weights` says which model it is; by what name it was called is no matter.
+    there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it again")
+    # `weights` identifies the model; its name does not matter.
     differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity} if key != "model"})
     if differs and (finished or any(unfinished.glob("*-[0-9]*.json"))):
         raise SaelabError(
@@ -71,8 +71,8 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
             shutil.rmtree(path, ignore_errors=True)
         there = None
     elif there is None and folder.is_dir() and any(path.name != UNFINISHED for path in folder.iterdir()):
-        raise SaelabError(f"{folder}: exists and is no activation cache; choose another --out")
-    content = sign(identity)
+        raise SaelabError(f"{folder}: exists and is not an activation cache; choose another --out")
+    content = with_checksum(identity)
     with translating(folder, len(content)):
         if finished:
             _remove_leftovers(folder, finished.identity)
@@ -80,7 +80,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
             unfinished.mkdir(parents=True, exist_ok=True)
             if there is None:
                 write_whole(unfinished / IDENTITY, content)
-        for file in files_of(identity):  # of a finished cache too: repair may find a whole site lost
+        for file in files_of(identity):  # in a finished cache too: repair may have to write a lost site again
             (folder / file.folder).mkdir(exist_ok=True)
         sync(folder)
     return finished
@@ -89,13 +89,13 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
 def write_lane(
     folder: Path, identity: Mapping[str, Any], lane: int, open_rows: OpenRows, forward: Forward, *, ahead: int = 0
 ) -> Generator[int, None, None]:
-    """Write what is missing of a lane; yields the tokens of each pass.
+    """Write the missing shards of a lane; yields the number of tokens of each pass.
 
-    Rows of up to `ahead` passes are read beforehand, in a thread. That is for a model on another device: on a CPU, a
-    thread that works beside the model's makes them wait for each other.
+    A thread reads the rows of up to `ahead` passes in advance. Use this only for a model on another device: on a CPU,
+    that thread and the model's threads would wait for each other.
 
-    Raises SaelabError where activations are not finite (or skips their tokens, as the identity says) and where the disk
-    is full; shards finished until then stay.
+    Raises SaelabError if activations are not finite (unless the identity says to skip their tokens) and if the disk is
+    full; shards finished before stay.
     """
     records = _records(folder, lane)
     quota = math.ceil(identity["tokens"] / identity["lanes"])
@@ -121,31 +121,31 @@ def write_lane(
                 shards.write(shard, position)
                 first_row, index = first_row + shard.rows, index + 1
     if done < quota:
-        content = sign({"shards": index})
+        content = with_checksum({"shards": index})
         with translating(folder, len(content)):
             write_whole(_ended(folder, lane), content)
 
 
 def written(folder: Path, lane: int) -> int:
-    """Tokens of a lane of an unfinished cache that are in finished shards."""
+    """Number of tokens in the finished shards of a lane of an unfinished cache."""
     return sum(record["tokens"] for record in _records(folder, lane))
 
 
 def _ended(folder: Path, lane: int) -> Path:
-    """What tells that the text of a lane has come to its end, and how many shards it gave."""
+    """The file that records that the text of a lane has ended, and after how many shards."""
     return folder / UNFINISHED / f"{lane:02d}-ended.json"
 
 
 def _has_ended(folder: Path, lane: int, records: list[dict[str, Any]]) -> bool:
-    """Whether `records` are all that the text of a lane gives."""
-    ended = _read_json(_ended(folder, lane), "delete it, and the end of its lane is looked for again")
+    """Whether `records` are all shards that the text of a lane gives."""
+    ended = _read_json(_ended(folder, lane), "delete it and run again")
     return ended is not None and ended["shards"] == len(records)
 
 
 def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
-    """Write the manifest of the shards that are there, and clear up.
+    """Write the manifest of the finished shards and remove leftovers.
 
-    Raises SaelabError where a lane is not finished, and where no token is stored.
+    Raises SaelabError if a lane is not finished or if no token is stored.
     """
     quota = math.ceil(identity["tokens"] / identity["lanes"])
     shards: list[dict[str, Any]] = []
@@ -153,7 +153,7 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
         records = _records(folder, lane)
         if sum(record["tokens"] for record in records) < quota and not _has_ended(folder, lane, records):
             raise SaelabError(
-                f"{folder}: lane {lane} is not finished; all processes must write into the same folder. Run again"
+                f"{folder}: lane {lane} is not finished; run again, with all processes writing into the same folder"
             )
         shards += records
     for shard in shards:
@@ -162,8 +162,11 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
     if not manifest.tokens:
         skipped = sum(shard["skipped"] for shard in shards)
         if skipped:
-            raise SaelabError(f"{folder}: nothing to store: all {skipped:,} tokens are NaN or infinite at some site")
-        raise SaelabError(f"{folder}: the text holds no token to store")
+            raise SaelabError(
+                f"{folder}: nothing to store: all {skipped:,} tokens are NaN or infinite at some site; a wider "
+                "`cache.dtype` or `model.dtype` may help"
+            )
+        raise SaelabError(f"{folder}: the text holds no token to store; use another corpus or other limits on length")
     _write_manifest(folder, manifest)
     with translating(folder, 0):
         _remove_leftovers(folder, identity)
@@ -171,9 +174,9 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
 
 
 def check(folder: Path, manifest: Manifest, *, contents: bool) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """Each shard's entry, and its first file that is not as written with what is wrong, in words; None where all are.
+    """Each shard's entry with a description of its first damaged or missing file, or None if all are as written.
 
-    With `contents` the sha256 of every file is made and compared, else only its length.
+    With `contents` the sha256 of every file is compared, else only its length.
     """
     for shard in manifest.shards:
         yield shard, next((f"{folder / path}: {what}" for path, what in _faults(folder, shard, contents)), None)
@@ -182,9 +185,9 @@ def check(folder: Path, manifest: Manifest, *, contents: bool) -> Iterator[tuple
 def rewrite(
     folder: Path, manifest: Manifest, name: str, open_rows: OpenRows, forward: Forward
 ) -> Generator[int, None, None]:
-    """Write one shard of a finished cache again; yields the tokens of each pass.
+    """Write one shard of a finished cache again; yields the number of tokens of each pass.
 
-    Raises SaelabError where the text does not give the shard's rows any more; nothing of the cache is changed then.
+    Raises SaelabError, and changes nothing, if the text no longer gives the shard's rows.
     """
     at = next(i for i, shard in enumerate(manifest.shards) if shard["name"] == name)
     old, identity = manifest.shards[at], manifest.identity
@@ -197,14 +200,17 @@ def rewrite(
         shard = shards.next(name, lane, old["first_row"], old["start"])
         for block, _ in islice(blocks, passes):
             yield shard.add(block, forward(block))
-        # What was skipped may depend on a machine's arithmetic; else the tokens must be those that were there.
+        # Which tokens are skipped may depend on the machine's arithmetic; if none are, the tokens must be the same.
         same = shard.skipped or old["skipped"] or shard.sha256(TOKENS) == old["files"][TOKENS.path(name)]["sha256"]
         if shard.rows != old["rows"] or not same:
-            raise SaelabError(f"{folder}: the text has changed: shard {name} cannot be written again from it")
+            raise SaelabError(
+                f"{folder}: the text has changed: shard {name} cannot be written again from it; restore the text, or "
+                "write a new cache"
+            )
         shards.write(shard, None)
         record = shards.written()
     assert record is not None
-    if record != old:  # as another machine's arithmetic may make it
+    if record != old:  # another machine's arithmetic may differ
         _write_manifest(folder, Manifest(identity, [*manifest.shards[:at], record, *manifest.shards[at + 1 :]]))
 
 
@@ -217,7 +223,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_rows(
     rows: Rows, identity: Mapping[str, Any], ahead: int
 ) -> Generator[tuple[np.ndarray, dict[str, Any]], None, None]:
-    """Rows for each pass ``[rows, context]`` and the position behind them."""
+    """The rows of each pass ``[rows, context]`` and the corpus' position after them."""
 
     def read() -> tuple[np.ndarray, dict[str, Any]] | None:
         block = list(islice(rows, identity["rows_per_forward"]))
@@ -238,15 +244,15 @@ def _read_rows(
 
 
 def _records(folder: Path, lane: int) -> list[dict[str, Any]]:
-    """The finished shards of a lane of an unfinished cache."""
-    advice, records = "delete it: its shard, and those of its lane behind it, are written again", []
+    """The records of the finished shards of a lane of an unfinished cache."""
+    advice, records = "delete it and run again: its shard and the later shards of its lane are then written again", []
     while record := _read_json(folder / UNFINISHED / f"{shard_name(lane, len(records))}.json", advice):
         records.append(record)
     return records
 
 
 def _faults(folder: Path, shard: Mapping[str, Any], contents: bool) -> Iterator[tuple[str, str]]:
-    """Each file of a shard that is not as written, and what is wrong with it."""
+    """Each damaged or missing file of a shard, and what is wrong with it."""
     for path, facts in shard["files"].items():
         try:
             size = (folder / path).stat().st_size
@@ -263,7 +269,8 @@ def _faults(folder: Path, shard: Mapping[str, Any], contents: bool) -> Iterator[
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any] | None:
-    """What a signed file says; None where there is none. Raises SaelabError with `advice` where it is damaged."""
+    """The content of a file from `with_checksum`; None if it is missing. Raises SaelabError, with `advice`, if it is
+    damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -278,7 +285,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any] | None:
 
 
 def _remove_leftovers(folder: Path, identity: Mapping[str, Any]) -> None:
-    """What a finished cache does not need: the records of its making, and temporary files that a kill left."""
+    """Remove the records of the writing and any temporary files that a kill left: a finished cache needs neither."""
     for name in {file.folder for file in files_of(identity)} | {"."}:
         for path in (folder / name).glob("*.tmp"):
             path.unlink()

@@ -42,7 +42,7 @@ def identity(**changes: Any) -> dict[str, Any]:
 
 
 class Rows:
-    """Rows of a lane, each of its own ids; EOS, which is BOS, comes up within some."""
+    """Rows of a lane, each with ids of its own; some contain EOS, which is BOS."""
 
     def __init__(self, lane: int, start: Mapping[str, Any] | None = None, stop: int = 10**9) -> None:
         self.lane, self.row, self.stop = lane, start["row"] if start else 0, stop
@@ -66,7 +66,7 @@ class Rows:
 
 
 def values(ids: torch.Tensor, d_in: int, salt: int) -> torch.Tensor:
-    """``[tokens, d_in]``: the same for the same token id, whatever the batch."""
+    """``[tokens, d_in]``: a token id has the same vector in every batch."""
     phase = torch.arange(1, d_in + 1, dtype=torch.float64) * (salt + 1)
     return torch.sin(ids.double()[:, None] * phase).float()
 
@@ -110,5 +110,5 @@ def write(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path there."""
+    """The bytes of every file below `folder`, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

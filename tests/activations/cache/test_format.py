@@ -1,4 +1,4 @@
-"""FORMAT.md is what is on the disk: a cache is read and checked by it alone."""
+"""FORMAT.md describes the files on disk: a cache is read and checked with nothing else."""
 
 import hashlib
 import json
@@ -20,24 +20,24 @@ from tests.activations.cache.made import BOS, SITES, Rows, contents, identity, v
 
 EXAMPLE_SITE = "blocks.2.hook_resid_post"
 BEFORE = """import sys
-sys.modules["saelab"] = None  # whoever imports it now gets an ImportError
+sys.modules["saelab"] = None  # importing it now is an ImportError
 shards = []
 """
-BEHIND = """
+AFTER = """
     shards.append({"x": x.tolist(), "dtype": str(x.dtype)} | {name: of.tolist() for name, of in origin.items()})
 json.dump(shards, sys.stdout)
 """
-"""What is written around the example of FORMAT.md, which ends within its loop, to learn what it has read."""
+"""Code around the example of FORMAT.md, which ends inside its loop, to print what it has read."""
 
 
 def test_the_example_of_the_format_reads_a_cache_without_saelab(tmp_path: Path) -> None:
-    """It runs as it stands there, in a folder where DIR is a cache of the site that it names."""
+    """It runs unchanged, in a folder where DIR is a cache of the site that it names."""
     text = (Path(layout.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example and len([line for line in example[1].splitlines() if line.strip()]) < 10
     manifest = write(tmp_path / "DIR", identity(sites={EXAMPLE_SITE: 8}))
     done = subprocess.run(
-        [sys.executable, "-c", BEFORE + example[1].rstrip() + BEHIND],
+        [sys.executable, "-c", BEFORE + example[1].rstrip() + AFTER],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -50,8 +50,8 @@ def test_the_example_of_the_format_reads_a_cache_without_saelab(tmp_path: Path) 
     found = {name: torch.tensor([value for shard in shards for value in shard[name]]) for name in ("x", *layout.ORIGIN)}
     ids = torch.from_numpy(np.stack(list(islice(Rows(0), sum(shard["rows"] for shard in manifest.shards)))))
     row, position = (ids != BOS).nonzero(as_tuple=True)
-    for name, wanted in (("rows", row), ("positions", position), ("tokens", ids[row, position].long())):
-        assert torch.equal(found[name], wanted), name
+    for name, expected in (("rows", row), ("positions", position), ("tokens", ids[row, position].long())):
+        assert torch.equal(found[name], expected), name
     assert torch.equal(found["x"], values(found["tokens"], 8, 0))
 
 
@@ -88,20 +88,20 @@ def test_every_file_is_what_safetensors_reads_and_what_the_manifest_says(
                     step = len(raw) // n
                     for digest, at in zip(digests, range(0, n, facts["block_tokens"]), strict=True):
                         digest.update(raw[at * step : min(n, at + facts["block_tokens"]) * step])
-                    wanted = torch.int32 if path.startswith("tokens/") else getattr(torch, dtype)
+                    expected = torch.int32 if path.startswith("tokens/") else getattr(torch, dtype)
                     if name == "gradients" and dtype != "float32":
-                        wanted = torch.bfloat16
-                    assert tensor.dtype == wanted
+                        expected = torch.bfloat16
+                    assert tensor.dtype == expected
                     assert tensor.shape == ((n,) if path.startswith("tokens/") else (n, SITES[path.split("/")[0]]))
             assert of["blocks"] == "".join(digest.hexdigest() for digest in digests)
 
 
-def test_the_manifest_conserves_what_the_shards_hold(tmp_path: Path) -> None:
+def test_the_manifest_adds_up_its_shards(tmp_path: Path) -> None:
     facts = identity()
     manifest = write(tmp_path, facts)
-    said = json.loads((tmp_path / layout.MANIFEST).read_bytes())
+    written = json.loads((tmp_path / layout.MANIFEST).read_bytes())
     for name in ("tokens", "rows", "skipped"):
-        assert said[name] == sum(shard[name] for shard in manifest.shards)
+        assert written[name] == sum(shard[name] for shard in manifest.shards)
     first = 0
     for shard in manifest.shards:
         assert shard["first_row"] == first == shard["start"]["row"]
@@ -109,11 +109,11 @@ def test_the_manifest_conserves_what_the_shards_hold(tmp_path: Path) -> None:
         assert shard["rows"] == facts["rows_per_forward"] * facts["passes_per_shard"] or shard is manifest.shards[-1]
         assert shard["rows"] % facts["rows_per_forward"] == 0, "shards end where passes end"
     assert manifest.tokens >= facts["tokens"] > manifest.tokens - facts["rows_per_forward"] * facts["context"]
-    unsigned = re.sub(rb'"checksum": "\w+"', b'"checksum": ""', (tmp_path / layout.MANIFEST).read_bytes())
-    assert said["checksum"] == hashlib.sha256(unsigned).hexdigest()
+    without = re.sub(rb'"checksum": "\w+"', b'"checksum": ""', (tmp_path / layout.MANIFEST).read_bytes())
+    assert written["checksum"] == hashlib.sha256(without).hexdigest()
 
 
-def test_equal_identity_equal_bytes_wherever_and_whenever(tmp_path: Path) -> None:
+def test_equal_identities_give_equal_bytes_in_any_folder_at_any_time(tmp_path: Path) -> None:
     write(tmp_path / "here", identity(gradients=True))
     write(tmp_path / "elsewhere" / "and later", identity(gradients=True))
     assert contents(tmp_path / "here") == contents(tmp_path / "elsewhere" / "and later")

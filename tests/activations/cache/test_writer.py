@@ -1,4 +1,4 @@
-"""A cache holds what the model gave at every ordinary token, once, however often its writing was interrupted."""
+"""A cache holds the model's values at every ordinary token once, however often its writing was interrupted."""
 
 import json
 import os
@@ -40,8 +40,8 @@ def test_every_token_is_stored_once_with_its_values(dtype: str, special_tokens: 
     row, position = kept.nonzero(as_tuple=True)
     for salt, (site, d_in) in enumerate(SITES.items()):
         origin, x = stored(tmp_path, manifest, site)
-        for name, wanted in (("rows", row), ("positions", position), ("tokens", ids[kept])):
-            assert torch.equal(origin[name].long(), wanted.long())
+        for name, expected in (("rows", row), ("positions", position), ("tokens", ids[kept])):
+            assert torch.equal(origin[name].long(), expected.long())
         full = values(ids[kept], d_in, salt)
         assert torch.equal(x, full.to(getattr(torch, dtype)))
         _, g = stored(tmp_path, manifest, site, "gradients")
@@ -49,7 +49,7 @@ def test_every_token_is_stored_once_with_its_values(dtype: str, special_tokens: 
 
 
 @pytest.mark.parametrize("stop", [1, 4, 13, 12, 24])
-def test_where_the_text_ends_the_cache_ends(stop: int, tmp_path: Path) -> None:
+def test_the_cache_ends_with_the_text(stop: int, tmp_path: Path) -> None:
     manifest = write(tmp_path, identity(tokens=10**9), stop=stop)
     assert sum(shard["rows"] for shard in manifest.shards) == stop
     origin, _ = stored(tmp_path, manifest, SITE)
@@ -63,7 +63,7 @@ def test_without_a_token_there_is_no_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lanes", [2, 3])
-def test_lanes_may_be_written_by_anyone_in_any_order(lanes: int, tmp_path: Path) -> None:
+def test_lanes_may_be_written_in_any_order(lanes: int, tmp_path: Path) -> None:
     facts = identity(lanes=lanes)
     manifest = write(tmp_path / "one", facts)
     begin(tmp_path / "many", facts)
@@ -79,7 +79,7 @@ def test_lanes_may_be_written_by_anyone_in_any_order(lanes: int, tmp_path: Path)
 
 
 @pytest.mark.parametrize("passes", [0, 1, 2, 3, 4, 7, 11])
-def test_after_a_failure_writing_goes_on_to_the_same_bytes(passes: int, tmp_path: Path) -> None:
+def test_writing_resumed_after_a_failure_gives_the_same_bytes(passes: int, tmp_path: Path) -> None:
     write(tmp_path / "whole")
     ran = 0
 
@@ -106,7 +106,7 @@ def test_after_a_failure_writing_goes_on_to_the_same_bytes(passes: int, tmp_path
     assert again <= total - passes // 3 * 3, "no finished shard is made again"
 
 
-def test_an_error_of_the_text_comes_through_and_what_was_finished_stays(tmp_path: Path) -> None:
+def test_an_error_in_the_text_is_raised_and_finished_shards_stay(tmp_path: Path) -> None:
     class Bad(Rows):
         def __next__(self) -> np.ndarray:
             if self.row == 40:
@@ -138,11 +138,11 @@ def with_nan(facts: Mapping[str, Any], token: int, site: str, what: str, value: 
 
 
 BAD = int(list(islice(Rows(0), 18))[17][5])
-"""A token id that comes up."""
+"""A token id that occurs in the text."""
 
 
-def first_place(token: int) -> tuple[int, int]:
-    """Row and position at which a token id first comes up."""
+def first_occurrence(token: int) -> tuple[int, int]:
+    """Row and position of the first occurrence of a token id."""
     for row, ids in enumerate(Rows(0)):
         if token in ids:
             return row, ids.tolist().index(token)
@@ -151,10 +151,10 @@ def first_place(token: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("what", ["activations", "gradients"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_an_error_that_says_where(what: str, value: float, tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_is_an_error_that_says_where(what: str, value: float, tmp_path: Path) -> None:
     facts = identity(gradients=True)
     site = list(SITES)[1]
-    row, position = first_place(BAD)
+    row, position = first_occurrence(BAD)
     message = rf"{site}: made up gives NaN or infinite {what} at row {row}, position {position}, as torch.float32"
     with pytest.raises(SaelabError, match=message):
         write(tmp_path, facts, with_nan(facts, BAD, site, what, value))
@@ -163,7 +163,7 @@ def test_what_is_not_finite_is_an_error_that_says_where(what: str, value: float,
 
 def test_a_value_that_the_dtype_cannot_hold_is_not_finite(tmp_path: Path) -> None:
     facts = identity(dtype="float16")
-    row, position = first_place(BAD)
+    row, position = first_occurrence(BAD)
     message = rf"row {row}, position {position}, as torch.float16 stores them; a wider dtype"
     with pytest.raises(SaelabError, match=message):
         write(tmp_path, facts, with_nan(facts, BAD, SITE, "activations", 1e6))
@@ -184,7 +184,7 @@ def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
     count = int((everything["tokens"] == BAD).sum())
     assert count and sum(shard["skipped"] for shard in manifest.shards) == count
     assert BAD not in origin["tokens"].tolist() and torch.isfinite(x).all()
-    assert torch.equal(x, values(origin["tokens"], SITES[SITE], 0)), "what is left still stands beside its own token"
+    assert torch.equal(x, values(origin["tokens"], SITES[SITE], 0)), "remaining values still belong to their tokens"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_folder_of_something_else_is_left_alone(changes, message: str, finished: bool, tmp_path: Path) -> None:
+def test_a_cache_of_something_else_is_not_touched(changes, message: str, finished: bool, tmp_path: Path) -> None:
     facts = identity()
     begin(tmp_path, facts)
     for _ in write_lane(tmp_path, facts, 0, Rows, forward(facts)):
@@ -210,8 +210,8 @@ def test_a_folder_of_something_else_is_left_alone(changes, message: str, finishe
     assert contents(tmp_path) == before
 
 
-def test_where_no_shard_was_finished_another_cache_may_be_written(tmp_path: Path) -> None:
-    """What the advice of an error asks for, such as `cache.nonfinite=skip`, works in the same folder."""
+def test_before_a_shard_is_finished_another_cache_may_be_written(tmp_path: Path) -> None:
+    """The advice in an error message, such as `cache.nonfinite=skip`, works in the same folder."""
     facts = identity()
     with pytest.raises(SaelabError, match="NaN"):
         write(tmp_path / "cache", facts, with_nan(facts, int(next(Rows(0))[3]), SITE, "activations", float("nan")))
@@ -231,9 +231,9 @@ def test_a_cache_is_finished_only_when_every_lane_is(tmp_path: Path) -> None:
         finish(tmp_path, facts)
 
 
-def test_a_folder_that_is_no_cache_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_cache_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SaelabError, match="exists and is no activation cache"):
+    with pytest.raises(SaelabError, match="exists and is not an activation cache"):
         begin(tmp_path, identity())
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
@@ -245,7 +245,7 @@ def test_only_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_shard_written_again_on_another_machine_is_told_in_the_manifest(tmp_path: Path) -> None:
+def test_a_shard_written_again_on_another_machine_is_recorded_in_the_manifest(tmp_path: Path) -> None:
     facts = identity()
     manifest = write(tmp_path, facts)
     before = contents(tmp_path)
@@ -275,16 +275,16 @@ def test_a_shard_is_not_written_again_from_another_text(tmp_path: Path) -> None:
 
 
 def test_memory_is_for_two_shards_at_most(tmp_path: Path) -> None:
-    """The buffers' size follows from the shard, or from what is asked for where that is less."""
+    """The size of the buffers is a shard's, or less if fewer tokens are requested."""
     from saelab.activations.cache.shard import Shards
 
     for tokens, passes in ((10**9, 3), (10, 2)):
         with Shards(tmp_path, identity(), tokens) as shards:
             shard = shards.next("00-00000", 0, 0, {})
-            assert all(len(held) == passes * 4 * CONTEXT for columns in shard.columns.values() for held in columns)
+            assert all(len(column) == passes * 4 * CONTEXT for columns in shard.columns.values() for column in columns)
 
 
-def test_the_record_of_an_unfinished_shard_says_where_to_go_on(tmp_path: Path) -> None:
+def test_the_record_of_a_shard_says_where_to_resume(tmp_path: Path) -> None:
     facts = identity()
     begin(tmp_path, facts)
     for _ in write_lane(tmp_path, facts, 0, Rows, forward(facts)):
@@ -295,15 +295,15 @@ def test_the_record_of_an_unfinished_shard_says_where_to_go_on(tmp_path: Path) -
 
 
 class Call(NamedTuple):
-    """A call of the system, and when it was under way: one is before another where it had ended when that began."""
+    """A system call with its beginning and end: it is before another call if it ended when the other began."""
 
     name: str
     path: str
-    """The first argument; of a replace, the new name. Of what has only a handle, nothing."""
+    """The first argument, or the new name for a replace."""
     inode: int
-    """Of the file or folder that is written, synced or renamed."""
+    """Inode of the file or folder that is written, synced or renamed."""
     folder: int
-    """Inode of the folder that a replace gives a name in."""
+    """Inode of the folder of a replace's new name."""
     began: int
     ended: int
 
@@ -312,7 +312,7 @@ class Call(NamedTuple):
 
 
 def calls_of(work: Callable[[], Any]) -> list[Call]:
-    """What `work` does to the disk, in whatever thread."""
+    """The calls by which `work` changes the disk, in any thread."""
     ticks, calls = count(), list[Call]()
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,8 +338,8 @@ def calls_of(work: Callable[[], Any]) -> list[Call]:
 
 
 def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path: Path) -> None:
-    """Only a loss of power tells bytes on the disk from those that the system still holds: a kill, as in
-    tests/faults/test_kill.py, leaves both. So what is looked at is the order of the calls."""
+    """Only a loss of power shows which bytes are on the disk and which are still in the system's memory; a kill, as in
+    tests/faults/test_kill.py, does not. So this test looks at the order of the calls."""
     manifests: list[Manifest] = []
     calls = calls_of(lambda: manifests.append(write(tmp_path, identity(gradients=True, lanes=2))))
     renames = {str(Path(call.path).relative_to(tmp_path)): call for call in calls if call.name == "replace"}
@@ -368,5 +368,5 @@ def test_nothing_has_its_name_before_it_is_on_the_disk(tmp_path: Path) -> None:
         assert name_is_kept(renames[record], manifest), f"the manifest was there before the name of {record}"
     for call in removed:
         assert name_is_kept(manifest, call), f"{call.path} was removed before the cache was whole"
-    root = tmp_path.stat().st_ino  # without the names of its folders on the disk, a shard is as good as none
+    root = tmp_path.stat().st_ino  # without its folders' names on the disk, a shard is lost
     assert any(sync.inode == root and sync.before(renames[next(iter(shards))]) for sync in synced)
