@@ -25,7 +25,7 @@ def _curve(exponent: float | None, shift: float | None) -> None:
 class EncoderSettings:
     name: str = "linear"
     """What an active entry is worth: linear (its pre-activation), or jumprelu (that, above a trained threshold)."""
-    bandwidth: float = 0.05
+    bandwidth: float = 0.5
     """jumprelu: width of the window around a threshold whose entries move it; inputs have E||x||^2 = d_in."""
     threshold: float | None = None
     """jumprelu: what thresholds begin at. Default: where as many entries are active as the L0 term aims at."""
