@@ -28,7 +28,7 @@ from saelab.kernels import spmm
 from saelab.sae.allocation.rules import Rule, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.encoder import Encoder
-from saelab.sae.settings import SaeSettings
+from saelab.sae.settings import SaeSettings, SparsitySettings
 
 MULTI_FACTOR = 4
 MULTI_WEIGHT = 1 / 8
@@ -72,28 +72,44 @@ class Term(NamedTuple):
 
 
 def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
-    """The terms that `settings` name, for a training of `steps` steps."""
-    found = [Term("fvu", lambda step: 1.0, lambda forward, _: batch_fvu(forward.target, forward.reconstruction))]
-    if settings.multi_topk:
-        found.append(
-            Term("multi_topk", lambda step: MULTI_WEIGHT, _wider_fvu, lambda rule, _: Request(rule.times(MULTI_FACTOR)))
-        )
-    if settings.aux.name != "none":
-        strongest = TokenChoice(settings.aux.features or max(1, d_in // 2))
-        found.append(
-            Term(
-                "aux",
-                lambda step: settings.aux.coefficient,
-                auxiliary,
-                lambda _, targets: Request(strongest, targets),
-            )
-        )
-    sparsity = settings.sparsity
-    if sparsity.name != "none":
-        rise = max(1.0, sparsity.warmup * steps)
-        value = {"l1": l1, "l0": lambda forward, _: l0(forward, sparsity.target_l0)}[sparsity.name]
-        found.append(Term(sparsity.name, lambda step: sparsity.coefficient * min(1.0, (step + 1) / rise), value))
-    return found
+    """The terms that `settings` name, for a training of `steps` steps on inputs ``[tokens, d_in]``."""
+    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, _: batch_fvu(forward.target, forward.reconstruction))
+    named = [*["multi_topk"] * settings.multi_topk, settings.aux.name, settings.sparsity.name]
+    return [reconstruction, *(TERMS[name](settings, d_in, steps) for name in named if name in TERMS)]
+
+
+def _multi_topk(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    return Term("multi_topk", lambda step: MULTI_WEIGHT, _wider_fvu, lambda rule, _: Request(rule.times(MULTI_FACTOR)))
+
+
+def _aux(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    options = settings.aux
+    strongest = TokenChoice(options.features or max(1, d_in // 2))
+    return Term("aux", lambda step: options.coefficient, auxiliary, lambda _, targets: Request(strongest, targets))
+
+
+def _l1(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    return Term("l1", _rising(settings.sparsity, steps), l1)
+
+
+def _l0(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    target = settings.sparsity.target_l0
+    return Term("l0", _rising(settings.sparsity, steps), lambda forward, _: l0(forward, target))
+
+
+def _rising(options: SparsitySettings, steps: int) -> Callable[[int], float]:
+    rise = max(1.0, options.warmup * steps)
+    return lambda step: options.coefficient * min(1.0, (step + 1) / rise)
+
+
+TERMS: dict[str, Callable[[SaeSettings, int, int], Term]] = {
+    "multi_topk": _multi_topk,
+    "aux_k": _aux,
+    "aux_zipf": _aux,
+    "l1": _l1,
+    "l0": _l0,
+}
+"""What the settings `multi_topk`, `aux` and `sparsity` can name; none is not a term."""
 
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:

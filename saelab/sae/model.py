@@ -8,7 +8,7 @@ reconstructs something else than x (a transcoder); then b_dec is not subtracted 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
 from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
 from saelab.sae.losses import Forward
-from saelab.sae.settings import SaeSettings
+from saelab.sae.settings import EncoderSettings, SaeSettings
 
 LIFT = 1e-3
 """The pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
@@ -232,9 +232,15 @@ def bare_autoencoder(settings: SaeSettings, d_in: int, d_out: int | None = None)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
-    if settings.encoder.name == "jumprelu":
-        sae.train_thresholds(1.0, settings.encoder.bandwidth)
+    ENCODERS[settings.encoder.name](sae, settings.encoder)
     return sae
+
+
+ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
+    "linear": lambda sae, options: None,
+    "jumprelu": lambda sae, options: sae.train_thresholds(1.0, options.bandwidth),
+}
+"""What each encoder adds to a bare autoencoder."""
 
 
 def new_autoencoder(
