@@ -25,7 +25,7 @@ from planted_truth import (
     set_l0,
 )
 
-from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
+from saelab.sae.settings import AllocationSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
 
 D, N_TRUE, K, TOKENS = 32, 64, 3, 60_000
@@ -104,28 +104,6 @@ def test_the_random_start_is_not_the_planted_dictionary() -> None:
         planted = plant(D, N_TRUE, K, exponent=1.0, shift=5.0, noise=0.1, seed=seed)
         start = random_dictionary(SaeSettings(N_TRUE, K), draw(planted, 500, seed), seed)
         assert len(largest_matching(cosine_similarity(planted.directions, start.W_dec) > 0.9)) == 0
-
-
-@pytest.mark.parametrize("affinity", ["activation", "gradient"])
-@pytest.mark.parametrize("allocation", ["token_choice", "mutual_choice", "feature_choice"])
-@pytest.mark.parametrize("aux", ["none", "aux_k", "aux_zipf"])
-def test_every_affinity_goes_with_every_allocation_and_auxiliary_loss(
-    small: tuple[Planted, Sample], affinity: str, allocation: str, aux: str
-) -> None:
-    settings = SaeSettings(
-        N_TRUE,
-        K,
-        affinity=AffinitySettings(affinity),
-        allocation=AllocationSettings(allocation, after=0.4),
-        aux=AuxSettings(aux),
-    )
-    tokens, x = 130 * 128, draw(small[0], 2048, 9).x  # 130 steps: aux_zipf begins after 100
-    sae, densities, fvu = learn(settings, TrainingSettings(tokens, 128, 1e-2), small[1], seed=3)
-    assert all(math.isfinite(value) for value in fvu) and fvu[-1] < 0.7 * fvu[0]
-    assert all(bool(parameter.isfinite().all()) for parameter in sae.parameters())
-    set_l0(sae, densities, K, x)
-    assert (sae.threshold is None) == (allocation == "token_choice")
-    assert sae.encode(x).l0().double().mean() == pytest.approx(K, rel=0.05)
 
 
 def test_verdicts_come_from_the_numbers() -> None:

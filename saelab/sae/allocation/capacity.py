@@ -58,21 +58,6 @@ def expected_densities(n_features: int, k: float, tokens: int, exponent: float, 
     return zipf_capacities(n_features, k * tokens, tokens, exponent, shift) / tokens
 
 
-def integer_capacities(real: Tensor, total: int) -> Tensor:
-    """`real` ``[n_features]``, falling, rounded by largest remainder: int64, falling, summing to `total`.
-
-    Each is the real capacity rounded down or up; equal remainders go to the lower rank. ValueError where `real` does
-    not sum to `total`.
-    """
-    floor = real.floor()
-    missing = total - int(floor.sum())
-    remainder = real - floor
-    if not 0 <= missing <= int((remainder > 0).sum()):
-        raise ValueError(f"capacities that sum to {float(real.sum())} cannot be rounded to a sum of {total}")
-    up = torch.argsort(remainder, descending=True, stable=True)[:missing]
-    return floor.long().index_add_(0, up, torch.ones_like(up))
-
-
 def draw_capacities(real: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
     """Integer capacities of one step, ``[n_features]`` int64, and the carry for the next; the host is not waited for.
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from saelab.sae.allocation.capacity import (
     draw_capacities,
-    expected_densities,
     fit_zipf,
-    integer_capacities,
     ranks,
     zipf_capacities,
 )
@@ -71,24 +69,6 @@ def test_overflow_reaches_ranks_that_then_overflow_themselves() -> None:
 def test_exponent_0_is_uniform_and_too_large_a_budget_fills_everything() -> None:
     torch.testing.assert_close(zipf_capacities(7, 10, 5, 0.0, 3.0), torch.full((7,), 10 / 7, dtype=torch.float64))
     assert (zipf_capacities(7, 36, 5, 1.0, 0.0) == 5).all()
-    uniform = integer_capacities(zipf_capacities(7, 10, 5, 0.0, 0.0), 10)
-    assert uniform.sum() == 10 and uniform.max() - uniform.min() <= 1
-
-
-@given(problems())
-def test_largest_remainder_sums_exactly_and_stays_monotone(problem: tuple[int, int, int, float, float]) -> None:
-    n_features, k, tokens, exponent, shift = problem
-    real = zipf_capacities(n_features, k * tokens, tokens, exponent, shift)
-    whole = integer_capacities(real, k * tokens)
-    assert whole.dtype == torch.int64 and int(whole.sum()) == k * tokens
-    assert (whole.diff() <= 0).all()
-    assert (whole >= 0).all() and (whole <= tokens).all()
-    assert ((whole - real).abs() < 1).all()
-
-
-def test_capacities_of_another_sum_are_refused() -> None:
-    with pytest.raises(ValueError, match="sum of 5"):
-        integer_capacities(torch.tensor([1.5, 1.5], dtype=torch.float64), 5)
 
 
 @settings(max_examples=30)
@@ -183,9 +163,3 @@ def test_ranks_order_by_density_and_ties_by_feature(values: list[int]) -> None:
     assert sorted(range(len(values)), key=lambda i: (-values[i], i)) == sorted(
         range(len(values)), key=found.__getitem__
     )
-
-
-def test_expected_densities_are_capacities_per_token() -> None:
-    densities = expected_densities(50, 4, 128, 1.3, 0.0)
-    assert float(densities.sum()) == pytest.approx(4) and float(densities[0]) == 1.0
-    torch.testing.assert_close(densities * 128, zipf_capacities(50, 4 * 128, 128, 1.3, 0.0))
