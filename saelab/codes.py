@@ -115,7 +115,8 @@ class Codes:
         """The same matrix without entries of value zero."""
         keep = self.values != 0
         kept = _ends(keep)
-        return type(self)(self.values[keep], self.features[keep], kept[self.offsets], self.n_features)
+        index = keep.nonzero().squeeze(1)  # found once for both
+        return type(self)(self.values[index], self.features[index], kept[self.offsets], self.n_features)
 
     def l0(self) -> Tensor:
         """Active features per token, ``[tokens]`` int64: entries with a value above zero."""
@@ -127,8 +128,9 @@ class Codes:
 
     def to_dense(self) -> Tensor:
         """``[tokens, n_features]``."""
-        dense = self.values.new_zeros(self.tokens, self.n_features)
-        return dense.index_put((self.row_of_entry(), self.features), self.values, accumulate=True)
+        positions = self.row_of_entry() * self.n_features + self.features
+        dense = self.values.new_zeros(self.tokens * self.n_features)
+        return dense.scatter_add_(0, positions, self.values).view(self.tokens, self.n_features)
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.values.to(device), self.features.to(device), self.offsets.to(device), self.n_features)

@@ -1,11 +1,13 @@
 """The sparse products with their gradients, and the exact top-k. Each is one function, which calls a back-end.
 
 A back-end is a module of four functions, `spmm`, `spmm_transposed`, `sddmm` and `topk`. The device of the tensors
-chooses it (CPU: `cpu`; CUDA and ROCm: `gpu`, written in Triton; any other: `reference`, dense); the environment
-variable SAELAB_KERNELS (cpu, triton or reference) forces one. All back-ends share the autograd functions here.
+chooses it (CPU: `cpu`, or `dense` for codes denser than `CROSSOVER`; CUDA and ROCm: `gpu`, written in Triton; any
+other: `reference`, dense); the environment variable SAELAB_KERNELS (cpu, dense, triton or reference) forces one. All
+back-ends share the autograd functions here.
 
-Gradients stay sparse: outside `reference` no tensor of tokens x features or nnz x d is ever made. Sums are accumulated
-in float32, or in float64 if an input is float64. There are no second derivatives.
+Gradients stay sparse: outside `reference` no tensor of tokens x features or nnz x d is ever made (`dense` makes one
+tile of tokens x features at a time). Sums are accumulated in float32, or in float64 if an input is float64. There are
+no second derivatives.
 """
 
 import importlib
@@ -20,7 +22,15 @@ from torch.autograd.function import once_differentiable
 from saelab.codes import Codes
 from saelab.errors import SaelabError
 
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "gpu"}
+CROSSOVER = 0.11
+"""Share of all entries above which codes on a CPU are dense: their products take the dense way.
+
+Measured by ``python scripts/bench/crossover.py --threads 2``, which times a training step's products both ways: they
+are equally fast at 0.12 (batch 2048, d 256, 4096 features) and 0.10 (1024, 768, 24576); at one half the dense way is
+four to five times faster. Not measured on a GPU, where codes of any density take the sparse kernels.
+"""
+
+_MODULES = {"reference": "reference", "cpu": "cpu", "dense": "dense", "triton": "gpu"}
 
 
 def spmm(codes: Codes, table: Tensor) -> Tensor:
@@ -74,13 +84,13 @@ class _Spmm(torch.autograd.Function):
         values, table = values.contiguous(), table.contiguous()
         ctx.save_for_backward(values, table)
         ctx.pattern = codes
-        return _backend(table).spmm(codes.with_values(values), table)
+        return _backend(table, codes).spmm(codes.with_values(values), table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, table = ctx.saved_tensors
-        codes, grad, backend = ctx.pattern.with_values(values), grad.contiguous(), _backend(table)
+        codes, grad, backend = ctx.pattern.with_values(values), grad.contiguous(), _backend(table, ctx.pattern)
         d_values = backend.sddmm(codes, grad, table).to(values.dtype) if ctx.needs_input_grad[0] else None
         d_table = _table_gradient(backend, codes, grad, table) if ctx.needs_input_grad[2] else None
         return d_values, None, d_table
@@ -96,14 +106,14 @@ class _Sddmm(torch.autograd.Function):
         ctx.pattern = pattern
         if known is not None:
             return known.clone()
-        products = _backend(a).sddmm(pattern, a, b)
+        products = _backend(a, pattern).sddmm(pattern, a, b)
         return products if bias is None else products + bias[pattern.features]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
-        codes, backend = ctx.pattern.with_values(grad.contiguous()), _backend(a)
+        codes, backend = ctx.pattern.with_values(grad.contiguous()), _backend(a, ctx.pattern)
         _, wants_a, wants_b, wants_bias, wants_centre, _ = ctx.needs_input_grad
         d_a = backend.spmm(codes, b) if wants_a else None
         d_b = _table_gradient(backend, codes, a, b) if wants_b else None
@@ -139,12 +149,14 @@ def _table_gradient(backend: ModuleType, codes: Codes, rows: Tensor, table: Tens
     return backend.spmm_transposed(codes, rows).to(table.dtype)
 
 
-def _backend(tensor: Tensor) -> ModuleType:
-    """The back-end for the device of `tensor`, or the one that SAELAB_KERNELS names."""
+def _backend(tensor: Tensor, codes: Codes | None = None) -> ModuleType:
+    """The back-end for `codes` on the device of `tensor`, or the one that SAELAB_KERNELS names."""
     forced = os.environ.get("SAELAB_KERNELS", "")
     if forced and forced not in _MODULES:
         raise SaelabError(f"SAELAB_KERNELS: {forced!r} is not one of {', '.join(_MODULES)}; set one or unset it")
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(tensor.device.type, "reference")
+    if codes is not None and name == "cpu" and not forced and codes.nnz > CROSSOVER * codes.tokens * codes.n_features:
+        name = "dense"
     try:
         module = importlib.import_module(f"saelab.kernels.{_MODULES[name]}")
     except ModuleNotFoundError as error:

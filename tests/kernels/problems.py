@@ -11,7 +11,7 @@ from saelab.codes import Codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Set by `test_triton_without_a_gpu.py`, which runs these tests again in Triton's interpreter."""
-DEVICES = {"reference": "cpu", "cpu": "cpu"}
+DEVICES = {"reference": "cpu", "cpu": "cpu", "dense": "cpu"}
 if INTERPRETED:
     DEVICES = {"triton": "cpu"}
 elif torch.cuda.is_available():

@@ -39,7 +39,7 @@ def test_the_environment_forces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_name_is_refused_with_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAELAB_KERNELS", "gpu")
-    with pytest.raises(SaelabError, match="'gpu' is not one of reference, cpu, triton"):
+    with pytest.raises(SaelabError, match="'gpu' is not one of reference, cpu, dense, triton"):
         topk(torch.zeros(1, 2), 1)
 
 

@@ -68,7 +68,7 @@ def select(
     if masked is not None and masked.mask is not None:
         strongest = _Strongest(masked.mask, masked.rule.slots(1) or n_features, centred)
     proposing = centred.bfloat16() if bf16 else centred
-    found = []
+    found, ordered = [], bounds.row_major
     for tile in tiles(tokens, n_features, centred.device, bf16, bounds.whole_columns):
         scores = encoder.scores(proposing, tile, scratch)
         if strongest is not None:
@@ -78,9 +78,12 @@ def select(
             scores = _aligned_scores(W_dec, alignment, scores, tile, scratch)
         with record_function("selection"):
             found.append(bounds.candidates(scores, tile.tokens.start, tile.features.start))
+        ordered = ordered and tile.features == slice(0, n_features)
     with record_function("selection"):
         entries = Entries(*(torch.cat(parts) for parts in zip(*found, strict=True))) if len(found) > 1 else found[0]
-        entries = in_order(bounds.final(entries), n_features)
+        entries = bounds.final(entries)
+        if not ordered:
+            entries = in_order(entries, n_features)
         pre = entries.scores
         if bf16 or alignment is not None:
             pattern = _pattern(entries, tokens, n_features)
@@ -106,20 +109,21 @@ def allocate(scores: Tensor, rule: Rule) -> Codes:
 
 def in_order(entries: Entries, n_features: int) -> Entries:
     """Sorted by token, then feature."""
-    key = entries.tokens * n_features + entries.features
-    if key.device.type == "cpu" and bool((key.diff() > 0).all()):  # a threshold's candidates come in order
-        return entries
-    order = torch.argsort(key)
+    order = torch.argsort(entries.tokens * n_features + entries.features)
     return Entries(*(part[order] for part in entries))
 
 
-def as_codes(entries: Entries, keep: Tensor, slots: int | None, tokens: int, n_features: int) -> tuple[Codes, Tensor]:
+def as_codes(
+    entries: Entries, keep: Tensor, slots: int | None, tokens: int, n_features: int
+) -> tuple[Codes, Tensor | slice]:
     """The kept ones of `entries`, which are in order, as codes; and their indices into `entries`.
 
     On a CPU, and if `slots` is None, the codes hold what was kept. Elsewhere, so that the host need not wait to know
     how many, they hold `slots` entries (or all there are); those that were not kept fill up with value 0.
     """
     keep = keep & (entries.scores > 0)
+    if keep.device.type == "cpu" and bool(keep.all()):  # all that a threshold in float32 proposes
+        return _pattern(entries, tokens, n_features), slice(None)
     if slots is None or keep.device.type == "cpu":
         return _gathered(entries, keep, keep.nonzero().squeeze(1), tokens, n_features)
     return _fixed(entries, keep, slots, tokens, n_features)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.codes import Codes
+from saelab.sae import encoder
 from saelab.sae.allocation.candidates import Bands, Entries
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
-from saelab.sae.allocation.selection import _fixed, allocate, as_codes, in_order
+from saelab.sae.allocation.selection import _fixed, allocate, as_codes, in_order, select
 
 
 def token_choice(scores: Tensor, k: int) -> Codes:
@@ -80,6 +81,23 @@ def test_tiles_of_rounded_scores_propose_all_that_the_exact_choice_takes(dtype: 
         codes, _ = as_codes(exact, rule.keep(exact, 96), rule.slots(96), 96, 256)
         assert torch.equal(codes.to_dense(), dense(scores, rule))
         assert len(entries.tokens) < 0.5 * scores.numel()  # candidates are few
+
+
+@pytest.mark.parametrize("bf16, cut", [(False, 0.0), (False, 0.7), (True, 0.7)])
+@pytest.mark.parametrize("elements", [64 * 64, 2**20])
+def test_a_thresholds_entries_come_in_order_whatever_the_tiles(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, elements: int, cut: float
+) -> None:
+    """Tiles are runs of tokens in float32, and of features in bfloat16."""
+    monkeypatch.setitem(encoder._TILE_ELEMENTS, "cpu", dict.fromkeys((torch.bfloat16, torch.float32), elements))
+    torch.manual_seed(0)
+    x, W = torch.randn(128, 16), torch.randn(192, 16)
+    linear, rule = encoder.Linear(W, torch.zeros(192)), Threshold(torch.full((1,), cut))
+    ((pattern, pre),), _ = select(linear, W, x, [rule], bf16=bf16, scratch=encoder.Scratch())
+    scores = x @ W.T
+    torch.testing.assert_close(pattern.to_dense(), dense(scores, rule))
+    assert pre is not None and torch.equal(pre, pattern.values)
+    assert bool(((pattern.row_of_entry() * 192 + pattern.features).diff() > 0).all())
 
 
 def test_each_mask_is_the_best_under_its_constraint() -> None:
