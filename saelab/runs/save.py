@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saelab.errors import SaelabError
-from saelab.files import replace_folder, translate_errors, write_json, write_whole
+from saelab.files import remove_folder, replace_folder, translate_errors, write_json, write_whole
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder
 from saelab.runs.config import RunSettings
@@ -60,7 +60,8 @@ def save_run(
 
     The trainer saw activations times `scale`; the checkpoint applies to activations as the model gives them. `facts`
     (those of `calibrate`) are recorded in the checkpoint, `inputs` is as in `create_run`, `seconds` is the time of the
-    training. Raises SaelabError if the files cannot be written; an earlier checkpoint is kept then.
+    training. An evaluation and a feature database of an earlier checkpoint are removed. Raises SaelabError if the files
+    cannot be written; an earlier checkpoint is kept then.
     """
     run, trained = Path(settings.out), trainer.trained()
     sae = trainer.sae.folded(scale)
@@ -79,6 +80,7 @@ def save_run(
     }
     with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
         save_sae(sae, unfinished)
+    _remove_results(run)
     record = {
         "inputs": inputs,
         "complete": trainer.finished,
@@ -89,6 +91,14 @@ def save_run(
         "torch": torch.__version__,
     }
     write_json(run / folder.TRAINING, record)
+
+
+def _remove_results(run: Path) -> None:
+    """Remove what was measured on earlier weights: the explorer and `saelab.load` would show it as if of these."""
+    with translate_errors(run):
+        (run / folder.EVALUATION).unlink(missing_ok=True)
+        if (features := folder.features(run)).exists():
+            remove_folder(features)
 
 
 def _metadata(settings: RunSettings, lm: LanguageModel) -> dict[str, Any]:
