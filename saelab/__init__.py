@@ -8,67 +8,127 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saelab.activations.cache.reader import open_cache
+    from saelab.activations.source import FromCache, FromModel
+    from saelab.activations.stream import read_activations
     from saelab.analysis.fidelity import Fidelity, fidelity
+    from saelab.analysis.settings import EvalSettings
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
+    from saelab.features.settings import FeatureSettings
     from saelab.lm.load import load_language_model
     from saelab.lm.model import LanguageModel
     from saelab.lm.settings import ModelSettings
+    from saelab.progress import bar
     from saelab.runs.cache import cache
+    from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
+    from saelab.runs.job import settings_of
+    from saelab.runs.save import create_run, save_run
     from saelab.runs.stages import evaluate, index, run
     from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
-    from saelab.sae.model import SparseAutoencoder
+    from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+    from saelab.sae.settings import (
+        AffinitySettings,
+        AllocationSettings,
+        AuxSettings,
+        EncoderSettings,
+        SaeSettings,
+        SparsitySettings,
+    )
+    from saelab.training.settings import TrainingSettings
+    from saelab.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AffinitySettings": "saelab.sae.settings",
+    "AllocationSettings": "saelab.sae.settings",
+    "AuxSettings": "saelab.sae.settings",
+    "Batch": "saelab.sae.model",
     "Codes": "saelab.codes",
     "CorpusSettings": "saelab.corpus",
+    "EncoderSettings": "saelab.sae.settings",
+    "EvalSettings": "saelab.analysis.settings",
+    "FeatureSettings": "saelab.features.settings",
     "Fidelity": "saelab.analysis.fidelity",
+    "FromCache": "saelab.activations.source",
+    "FromModel": "saelab.activations.source",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
     "RunSettings": "saelab.runs.config",
+    "SaeSettings": "saelab.sae.settings",
     "SaelabError": "saelab.errors",
     "SparseAutoencoder": "saelab.sae.model",
+    "SparsitySettings": "saelab.sae.settings",
+    "Trainer": "saelab.training.trainer",
+    "TrainingSettings": "saelab.training.settings",
+    "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
+    "calibrate": "saelab.runs.calibration",
+    "calibration_rows": "saelab.runs.calibration",
+    "create_run": "saelab.runs.save",
     "evaluate": "saelab.runs.stages",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
+    "new_autoencoder": "saelab.sae.model",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
+    "read_activations": "saelab.activations.stream",
     "resume": "saelab.runs.train",
     "run": "saelab.runs.stages",
+    "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
+    "settings_of": "saelab.runs.job",
     "train": "saelab.runs.train",
 }
 
 __all__ = [
+    "AffinitySettings",
+    "AllocationSettings",
+    "AuxSettings",
+    "Batch",
     "Codes",
     "CorpusSettings",
+    "EncoderSettings",
+    "EvalSettings",
+    "FeatureSettings",
     "Fidelity",
+    "FromCache",
+    "FromModel",
     "LanguageModel",
     "ModelSettings",
     "RunSettings",
+    "SaeSettings",
     "SaelabError",
     "SparseAutoencoder",
+    "SparsitySettings",
+    "Trainer",
+    "TrainingSettings",
+    "bar",
     "cache",
+    "calibrate",
+    "calibration_rows",
+    "create_run",
     "evaluate",
     "fidelity",
     "index",
     "load",
     "load_config",
     "load_language_model",
+    "new_autoencoder",
     "open_cache",
     "open_corpus",
+    "read_activations",
     "resume",
     "run",
+    "save_run",
     "save_sae",
+    "settings_of",
     "train",
 ]
 

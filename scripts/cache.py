@@ -1,60 +1,36 @@
-"""The steps of `saelab cache` as a script to copy and change: the demo model's activations into caches/script.
+"""Caches the activations of two sites in one pass of the model, then trains an autoencoder on each. To copy and change.
 
-Killed and started again, it goes on where it was.
+Stop it at any time and start it again: the cache and the trainings go on where they were.
 
     python scripts/cache.py
+    saelab app runs/script_cache
 """
 
-from pathlib import Path
+import saelab
 
-import numpy as np
-import torch
-
-from saelab import CorpusSettings, ModelSettings, load_language_model, open_cache, open_corpus
-from saelab.activations.cache.layout import BLOCK_TOKENS
-from saelab.activations.cache.writer import begin, finish, write_lane
-from saelab.activations.stream import Pass, provenance, run_model
-from saelab.files import locked
-from saelab.progress import bar
-
-OUT = Path("caches/script")
-SITES, CONTEXT, TOKENS, SEED = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"], 256, 1_000_000, 0
+SITES, CACHE = ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"], "caches/script"
+CONFIG = {
+    "out": "runs/script_cache/blocks.1.hook_resid_post",
+    "site": SITES[0],
+    "model": "demo",
+    "corpus": "demo",
+    "cache": {"sites": SITES},
+    "sae": {"n_features": 4096, "k": 32},
+    "training": {"tokens": 1_000_000, "batch": 1024, "lr": 2e-3},
+}
 
 
-def main() -> None:
-    lm = load_language_model(ModelSettings("demo"), device="auto")
-    corpus = open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT)
-    identity = {  # what the cache is of; all of it is compared when writing goes on (the cache's FORMAT.md)
-        "model": lm.name,
-        **provenance(lm, corpus),
-        "sites": {site: lm.width(site) for site in SITES},
-        "dtype": "bfloat16",
-        "gradients": False,
-        "seed": SEED,
-        "rows_per_forward": 32,
-        "passes_per_shard": 16,
-        "block_tokens": BLOCK_TOKENS,
-        "lanes": 1,
-        "nonfinite": "error",
-        "tokens": TOKENS,
-    }
+def main(config: dict = CONFIG, path: str = CACHE) -> None:
+    saelab.cache(config, path, track=saelab.bar, say=print)
 
-    def forward(ids: np.ndarray) -> Pass:
-        return run_model(lm, torch.from_numpy(ids), SITES)
-
-    def rows(lane: int, start: dict | None):
-        return corpus.train_rows(seed=SEED, start=start)
-
-    with locked(OUT):
-        if begin(OUT, identity) is None:
-            for _ in bar(write_lane(OUT, identity, 0, rows, forward), "caching", TOKENS, int):
-                pass
-            finish(OUT, identity)
-
-    cache = open_cache(OUT)
-    with cache.batches(SITES[1], 2048, seed=SEED) as batches:
+    cache = saelab.open_cache(path)
+    with cache.batches(SITES[0], 1024, seed=0) as batches:  # shuffled; cache.in_order(site) reads as it was written
         batch = next(batches)
         print(f"{cache.tokens:,} tokens; a batch: {tuple(batch.values.shape)} {batch.values.dtype}, {batches.cursor}")
+
+    for site in SITES:
+        overrides = [f"site={site}", f"out=runs/script_cache/{site}", f"activations.cache={path}"]
+        saelab.run(config, overrides, track=saelab.bar, say=print)
 
 
 if __name__ == "__main__":

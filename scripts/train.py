@@ -1,63 +1,79 @@
-"""The steps of `saelab train`, `eval` and `features` as a script to copy and change. It overwrites runs/script.
+"""Every step of `saelab run` in sight, as a script to copy and change. It replaces the run in runs/script.
 
 python scripts/train.py
+saelab app runs
 """
 
-import itertools
+import json
 import math
-from pathlib import Path
-
-import torch
 
 from saelab import (
-    CorpusSettings,
-    ModelSettings,
-    SparseAutoencoder,
-    fidelity,
+    Batch,
+    FromModel,
+    RunSettings,
+    SaeSettings,
+    Trainer,
+    TrainingSettings,
+    bar,
+    calibrate,
+    calibration_rows,
+    create_run,
+    evaluate,
+    index,
     load_language_model,
+    new_autoencoder,
     open_corpus,
-    save_sae,
+    save_run,
 )
-from saelab.activations.shuffle import shuffled
-from saelab.activations.stream import read_activations
-from saelab.features.index import build_features
-from saelab.features.settings import FeatureSettings
-from saelab.progress import bar
-from saelab.sae.model import Batch
-from saelab.sae.settings import SaeSettings
-from saelab.training.settings import TrainingSettings
-from saelab.training.trainer import train
 
-OUT = Path("runs/script")
-SITE, CONTEXT, SEED = "blocks.2.hook_resid_post", 256, 0
-SAE = SaeSettings(n_features=4096, k=32)
-TRAINING = TrainingSettings(tokens=1_000_000, batch=1024, lr=2e-3)
+SETTINGS = RunSettings(
+    out="runs/script",
+    site="blocks.2.hook_resid_post",
+    sae=SaeSettings(n_features=4096, k=32),  # allocation=AllocationSettings("mutual_choice"): a budget for the batch
+    training=TrainingSettings(tokens=1_000_000, batch=1024, lr=2e-3),
+)
 
 
-def main() -> None:
-    lm = load_language_model(ModelSettings("demo"), device="auto")
-    corpus = open_corpus(CorpusSettings("demo"), lm.tokenizer, CONTEXT)
+def main(settings: RunSettings = SETTINGS) -> None:
+    site, training = settings.site, settings.training
+    run = create_run(settings, force=True)
+    lm = load_language_model(settings.model, settings.device)
+    corpus = open_corpus(settings.corpus, lm.tokenizer, settings.context)
 
-    # Activations of ordinary tokens, without BOS; the first ones also set where the autoencoder starts.
-    activations = read_activations(lm, corpus.train_rows(seed=SEED), SITE, rows_per_forward=32)
-    head = list(itertools.islice(activations, 4))
-    sample = torch.cat([batch.values for batch in head])
-    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).mean().item())  # E||x||^2 = d_in
-    torch.manual_seed(SEED)
-    sae = SparseAutoencoder(sample.shape[1], SAE.n_features, SAE.k).to(lm.device)
-    sae.initialise(sample * scale)
+    # Activations of ordinary tokens (no BOS), in shuffled batches without end.
+    source = FromModel(
+        lm,
+        corpus,
+        site,
+        settings.activations.stream,
+        batch_tokens=training.batch,
+        seed=settings.seed,
+        gradients=settings.sae.needs_gradients,
+        track=bar,
+    )
+    sample = source.sample()
+    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).double().mean().item())  # makes E||x||^2 = d_in
+    sae = new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
 
-    batches = shuffled(itertools.chain(head, activations), TRAINING.batch, buffer_tokens=131_072, seed=SEED)
-    batches = bar(batches, "training", TRAINING.tokens, len)
-    train(sae, (Batch(batch.values * scale) for batch in batches), TRAINING, SAE)
+    trainer = Trainer(sae, training, settings.sae)
+    with (run / "metrics.jsonl").open("w") as log:
+        for batch in bar(source, "training", training.tokens, len):
+            metrics = trainer.step(Batch(batch.values * scale, gradients=batch.gradients))
+            if metrics is not None:  # every `training.log_every` steps
+                print(json.dumps(metrics), file=log, flush=True)
+            if trainer.finished:
+                break
+    trainer.release()
+    source.close()
 
-    sae = sae.folded(scale).requires_grad_(False)  # from here on it takes activations as the model gives them
-    sae.metadata |= {"model_name": lm.name, "hook_name": SITE, "context_size": CONTEXT}
-    save_sae(sae, OUT / "sae")
+    facts, densities = {}, trainer.trained().densities
+    if densities is not None:  # the batch shared a budget; with thresholds, a token's features depend on no other token
+        rows = calibration_rows(corpus, settings.eval.tokens, print)
+        facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
+    save_run(settings, lm, trainer, scale, facts)  # scaled back: it takes activations as the model gives them
 
-    rows = torch.from_numpy(corpus.held_out_rows(300_000))
-    print(fidelity(sae, lm, rows, track=bar).to_frame().to_string())
-    build_features(sae, lm, rows, SITE, OUT / "features", FeatureSettings(), inputs="scripts/train.py", track=bar)
+    print(evaluate(run, track=bar).to_frame().to_string())
+    index(run, track=bar)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
 """What loads what: a command that only reads never loads a model library, the core loads with torch alone."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import saelab
+
+HEAVY = {"transformers", "transformer_lens", "datasets", "einops", "pandas", "pyarrow"}
+HEAVY |= {"pydantic", "typer", "rich", "yaml"}
 
 
 def loaded(code: str) -> set[str]:
@@ -20,8 +27,7 @@ def loaded(code: str) -> set[str]:
 def test_the_numerical_core_needs_torch_numpy_and_safetensors_alone() -> None:
     found = loaded("import saelab.kernels, saelab.sae.checkpoint, saelab.training.trainer, saelab.codes")
     assert "torch" in found
-    text = {"transformers", "transformer_lens", "datasets", "einops", "pandas", "pyarrow"}
-    assert not found & (text | {"pydantic", "typer", "rich", "yaml"})
+    assert not found & HEAVY
 
 
 def test_transformer_lens_comes_with_a_model_only() -> None:
@@ -29,15 +35,24 @@ def test_transformer_lens_comes_with_a_model_only() -> None:
     assert "transformer_lens" not in found and "transformers" not in found
 
 
-@pytest.mark.parametrize("name", ["load", "train", "run", "fidelity", "index", "evaluate", "Codes", "open_corpus"])
-def test_public_names_are_there(name: str) -> None:
-    import saelab
+def test_import_saelab_is_light() -> None:
+    found = loaded("import time; begin = time.monotonic(); import saelab; assert time.monotonic() - begin < 1")
+    assert not found & {"torch", "numpy", *HEAVY}
 
-    assert callable(getattr(saelab, name)) and name in dir(saelab)
+
+@pytest.mark.parametrize("name", saelab.__all__)
+def test_public_names_are_there(name: str) -> None:
+    public = getattr(saelab, name)
+    assert callable(public) and name in dir(saelab)
+    assert public.__name__ == name and public.__module__.startswith("saelab.")
+
+
+def test_public_names_are_known_to_type_checkers_too() -> None:
+    (block,) = (node for node in ast.parse(Path(saelab.__file__).read_text("utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert sorted(name.name for node in imports for name in node.names) == sorted(saelab.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    import saelab
-
     with pytest.raises(AttributeError):
         saelab.no_such_name  # noqa: B018

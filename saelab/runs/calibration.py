@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from saelab.corpus import Corpus
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
+from saelab.runs.job import Say, quiet
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.sae.thresholds import calibrate as thresholds_for
@@ -43,9 +46,14 @@ def calibrate(
     return {"calibration_tokens": calibration.tokens, "rough_thresholds": int(calibration.flagged.sum())}
 
 
-def calibration_rows(held_out: Tensor, evaluated_tokens: int) -> tuple[Tensor, bool]:
-    """The last `CALIBRATION_TOKENS` of held-out rows ``[rows, context]``; and whether evaluation does not read them."""
+def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) -> Tensor:
+    """Held-out rows of `corpus` for `calibrate`, int32 ``[rows, context]``, with about `CALIBRATION_TOKENS` tokens.
+
+    They come after those that an evaluation on `evaluated_tokens` reads; if there is too little text for that, the last
+    ones, and `say` reports it. Raises SaelabError if no text is held out.
+    """
+    held_out = torch.from_numpy(corpus.held_out_rows(evaluated_tokens + CALIBRATION_TOKENS))
     per_row = held_out.shape[1] - 1
-    enough = len(held_out) * per_row >= evaluated_tokens + CALIBRATION_TOKENS
-    rows = math.ceil(CALIBRATION_TOKENS / per_row)
-    return held_out[-rows:], enough
+    if len(held_out) * per_row < evaluated_tokens + CALIBRATION_TOKENS:
+        say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
+    return held_out[-math.ceil(CALIBRATION_TOKENS / per_row) :]

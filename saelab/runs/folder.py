@@ -26,7 +26,7 @@ TRAINING = "train.json"
 """What was trained: inputs, tokens, whether it is complete. A folder that holds it is taken for a run."""
 CHECKPOINT = sae.FOLDER
 STATE = "state"
-EVALUATION = "eval.json"
+EVALUATION = sae.EVALUATION
 FEATURES = "features"
 
 

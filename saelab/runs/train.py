@@ -2,34 +2,28 @@
 
 import json
 import math
-import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from saelab.activations.cache.layout import difference
 from saelab.activations.source import Source
 from saelab.activations.stream import ActivationBatch, provenance
 from saelab.errors import SaelabError
-from saelab.files import locked, replace_folder, translate_errors, write_json, write_whole
+from saelab.files import locked, translate_errors, write_whole
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
-from saelab.runs.config import RunSettings
 from saelab.runs.feed import open_source
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.resume import Checkpoints, last_state, resumed_settings
-from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.checkpoint import save_sae
+from saelab.runs.save import check_out, create_run, save_run
 from saelab.sae.model import Batch, bare_autoencoder, new_autoencoder
-from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.training.trainer import Trainer
 
 
@@ -67,15 +61,11 @@ def resume(
 
 def begin(job: Job, force: bool, track: Track) -> Path:
     """Train `job` from its beginning."""
-    settings, run = job.settings, Path(job.settings.out)
-    folder.check_free(run, force)
-    _check_outside(run, settings)
+    settings = job.settings
+    check_out(settings, force)
     source = open_source(job, track)
-    record = {"inputs": job.training_inputs(), "complete": False, "tokens": 0}
     scale, trainer = _start(job, source)
-    with translate_errors(run), replace_folder(run) as unfinished:
-        write_whole(unfinished / folder.SETTINGS, settings.to_yaml())
-        write_json(unfinished / folder.TRAINING, record)
+    create_run(settings, inputs=job.training_inputs(), force=force)
     return _run(job, trainer, source, scale, 0.0, track)
 
 
@@ -84,6 +74,11 @@ def go_on(job: Job, track: Track) -> Path:
     settings, run = job.settings, Path(job.settings.out)
     state = last_state(run, job.lm.device)
     if state is None:
+        record = folder.training_record(run)
+        if record.get("complete") or record.get("inputs") is None:  # by a script, or by an earlier version
+            raise SaelabError(
+                f"{run}: has no state to go on from; `saelab train {run / folder.SETTINGS} --force` trains it anew"
+            )
         job.say(f"{run}: no state was saved so far; training begins anew")
         return begin(job, True, track)
     differs = difference(state["provenance"], _provenance(job))
@@ -155,7 +150,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
         except SaelabError:  # bad data: what was learnt so far is kept
             if between_steps and trainer.steps:
                 save()
-            _write_checkpoint(job, trainer, scale, time.monotonic() - began, {})
+            _save(job, trainer, scale, time.monotonic() - began, {})
             raise
         finally:
             source.close()
@@ -166,9 +161,13 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
 def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, track: Track) -> None:
     """Give inference what it needs, and write the checkpoint."""
     trainer.release()
-    _write_checkpoint(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
+    _save(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
     if trainer.finished:
         job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {Path(job.settings.out) / folder.CHECKPOINT}")
+
+
+def _save(job: Job, trainer: Trainer, scale: float, seconds: float, facts: dict[str, Any]) -> None:
+    save_run(job.settings, job.lm, trainer, scale, facts, inputs=job.training_inputs(), seconds=seconds)
 
 
 def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
@@ -176,9 +175,7 @@ def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[
     densities, settings = trainer.trained().densities, job.settings
     if densities is None:
         return {}
-    rows, enough = calibration_rows(job.held_out(settings.eval.tokens + CALIBRATION_TOKENS), settings.eval.tokens)
-    if not enough:
-        job.say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
+    rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
     facts = calibrate(
         trainer.sae,
         job.lm,
@@ -195,51 +192,6 @@ def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[
             "are rough"
         )
     return facts
-
-
-def _write_checkpoint(job: Job, trainer: Trainer, scale: float, seconds: float, learnt: dict[str, Any]) -> None:
-    """Write the checkpoint, and the record of the training."""
-    run, trained = Path(job.settings.out), trainer.trained()
-    inputs = job.training_inputs()
-    sae = trainer.sae.folded(scale)
-    sae.metadata |= _metadata(job, scale, inputs, trained.tokens, trained.facts | learnt)
-    with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
-        save_sae(sae, unfinished)
-    record = {
-        "inputs": inputs,
-        "complete": trainer.finished,
-        "tokens": trained.tokens,
-        "seconds": seconds,
-        "input_scale": scale,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    write_json(run / folder.TRAINING, record)
-
-
-def _metadata(job: Job, scale: float, inputs: str, tokens: int, learnt: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of its origin: SAELens' keys, and ours under `saelab`."""
-    s, tokenizer = job.settings, job.lm.tokenizer
-    return {
-        "model_name": job.lm.name,
-        "model_class_name": "TransformerBridge",
-        "hook_name": s.site,
-        "context_size": s.context,
-        "prepend_bos": tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None,
-        "dataset_path": s.corpus.source,
-        "exclude_special_tokens": not s.activations.special_tokens,
-        "training_architecture": allocation_of(s.sae).saelens,
-        "saelab": {
-            "inputs": inputs,
-            "tokens": tokens,
-            "seed": s.seed,
-            "input_scale": scale,
-            "model_folded": False,
-            "model_fingerprint": job.lm.fingerprint,
-            **asdict(s.sae),
-            **learnt,
-        },
-    }
 
 
 def _provenance(job: Job) -> dict[str, Any]:
@@ -260,16 +212,6 @@ def _lines_before(metrics: Path, steps: int) -> str:
             break
         kept.append(line + "\n")
     return "".join(kept)
-
-
-def _check_outside(run: Path, settings: RunSettings) -> None:
-    """What the run reads must not lie in the folder that it replaces."""
-    cache = settings.activations.cache
-    read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
-    for name, source in read.items():
-        path = source and Path(source).expanduser()
-        if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
-            raise SaelabError(f"out: {run} would be replaced, and {name} {path} lies in it; choose another out=FOLDER")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from saelab.errors import SaelabError
-from saelab.files import current_folder, make_folder, translate_errors, write_json
-from saelab.sae.layout import CONFIG, FOLDER, WEIGHTS
+from saelab.files import current_folder, make_folder, read_json, translate_errors, write_json
+from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 
@@ -71,6 +71,8 @@ def _architecture(sae: SparseAutoencoder) -> str:
 def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoencoder:
     """The autoencoder in `path`, a checkpoint folder or a run folder with one under ``sae/``.
 
+    From a run folder it also takes the figures of the run's evaluation, if there is one, to show them in a notebook.
+
     Raises SaelabError if there is none, or if it is no TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
     path = Path(path)
@@ -104,7 +106,17 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
             raise SaelabError(f"{folder / WEIGHTS}: {name} is {found}")
         parameter.data.copy_(tensor)
+    if folder == inner:
+        sae.figures = _figures(path / EVALUATION)
     return sae.to(device).requires_grad_(False)
+
+
+def _figures(evaluation: Path) -> dict[str, Any]:
+    """The figures in a run's evaluation; empty if it is missing or damaged, which keeps no one from loading weights."""
+    try:
+        return read_json(evaluation, "")
+    except SaelabError:
+        return {}
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:

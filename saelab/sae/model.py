@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from saelab.codes import Codes
 from saelab.kernels import spmm
+from saelab.sae import summary
 from saelab.sae.affinity import alignment
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
@@ -64,6 +65,8 @@ class SparseAutoencoder(nn.Module):
         """Weight of the gradient in the affinity it was trained with; evaluation does without, but for the oracle."""
         self.metadata = metadata or {}
         """Where the autoencoder comes from: model, site, context and our own facts (the checkpoint's metadata)."""
+        self.figures: dict[str, Any] = {}
+        """Evaluation of the run that it was loaded from (`eval.json`), by name; not part of the checkpoint."""
         self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(torch.empty(n_features, self.d_out))
@@ -72,6 +75,12 @@ class SparseAutoencoder(nn.Module):
         self.register_parameter("log_threshold", None)
         self.bandwidth = 0.0
         self._scratch = Scratch()
+
+    def __repr__(self) -> str:
+        return summary.text(self)
+
+    def _repr_html_(self) -> str:
+        return summary.html(self)
 
     @property
     def encoder(self) -> Encoder:

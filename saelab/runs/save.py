@@ -1,0 +1,115 @@
+"""Writes a run folder around a training: the settings before it, the checkpoint and the record after it."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.errors import SaelabError
+from saelab.files import remove_folder, replace_folder, translate_errors, write_json, write_whole
+from saelab.lm.model import LanguageModel
+from saelab.runs import folder
+from saelab.runs.config import RunSettings
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.checkpoint import save_sae
+from saelab.training.trainer import Trainer
+
+
+def create_run(settings: RunSettings, *, inputs: str | None = None, force: bool = False) -> Path:
+    """The folder of a new run, with its settings and the record of a training that has not begun.
+
+    `inputs` is the hash of what the weights will depend on; None: unknown, so that no later stage takes the run for
+    up to date. Raises SaelabError as `check_out` does, or if the folder cannot be written.
+    """
+    check_out(settings, force)
+    run = Path(settings.out)
+    with translate_errors(run), replace_folder(run) as unfinished:
+        write_whole(unfinished / folder.SETTINGS, settings.to_yaml())
+        write_json(unfinished / folder.TRAINING, {"inputs": inputs, "complete": False, "tokens": 0})
+    return run
+
+
+def check_out(settings: RunSettings, force: bool) -> None:
+    """Raises SaelabError if `settings.out` exists or cannot be made, or if something that the run reads lies in it.
+
+    With `force` it may be an earlier run, which is replaced.
+    """
+    run, cache = Path(settings.out), settings.activations.cache
+    folder.check_free(run, force)
+    read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
+    for name, source in read.items():
+        path = source and Path(source).expanduser()
+        if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
+            raise SaelabError(f"out: {run} would be replaced, and {name} {path} lies in it; choose another out=FOLDER")
+
+
+def save_run(
+    settings: RunSettings,
+    lm: LanguageModel,
+    trainer: Trainer,
+    scale: float,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    inputs: str | None = None,
+    seconds: float | None = None,
+) -> None:
+    """Write the checkpoint of `trainer`, and the record of the training, to the run folder of `settings`.
+
+    The trainer saw activations times `scale`; the checkpoint applies to activations as the model gives them. `facts`
+    (those of `calibrate`) are recorded in the checkpoint, `inputs` is as in `create_run`, `seconds` is the time of the
+    training. An evaluation and a feature database of an earlier checkpoint are removed. Raises SaelabError if the files
+    cannot be written; an earlier checkpoint is kept then.
+    """
+    run, trained = Path(settings.out), trainer.trained()
+    sae = trainer.sae.folded(scale)
+    sae.metadata |= _metadata(settings, lm) | {
+        "saelab": {
+            "inputs": inputs,
+            "tokens": trained.tokens,
+            "seed": settings.seed,
+            "input_scale": scale,
+            "model_folded": False,
+            "model_fingerprint": lm.fingerprint,
+            **asdict(settings.sae),
+            **trained.facts,
+            **(facts or {}),
+        }
+    }
+    with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
+        save_sae(sae, unfinished)
+    _remove_results(run)
+    record = {
+        "inputs": inputs,
+        "complete": trainer.finished,
+        "tokens": trained.tokens,
+        "seconds": seconds,
+        "input_scale": scale,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    write_json(run / folder.TRAINING, record)
+
+
+def _remove_results(run: Path) -> None:
+    """Remove what was measured on earlier weights: the explorer and `saelab.load` would show it as if of these."""
+    with translate_errors(run):
+        (run / folder.EVALUATION).unlink(missing_ok=True)
+        if (features := folder.features(run)).exists():
+            remove_folder(features)
+
+
+def _metadata(settings: RunSettings, lm: LanguageModel) -> dict[str, Any]:
+    """Where the checkpoint comes from, under SAELens' keys."""
+    return {
+        "model_name": lm.name,
+        "model_class_name": "TransformerBridge",
+        "hook_name": settings.site,
+        "context_size": settings.context,
+        "prepend_bos": lm.tokenizer.bos_token_id is not None or lm.tokenizer.eos_token_id is not None,
+        "dataset_path": settings.corpus.source,
+        "exclude_special_tokens": not settings.activations.special_tokens,
+        "training_architecture": allocation_of(settings.sae).saelens,
+    }

@@ -1,0 +1,134 @@
+"""An autoencoder in words: a few lines for a terminal, and HTML for a notebook.
+
+Metadata may come from anyone's checkpoint: its text is cut, invisible characters in it are shown as codes, and HTML
+escapes it.
+"""
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from saelab.sae.model import SparseAutoencoder
+
+_LONGEST = 100
+"""Characters of a piece of text from the metadata."""
+
+
+def text(sae: "SparseAutoencoder") -> str:
+    """The facts and figures of `sae`, one a line."""
+    lines = [f"{name}: {value}" for name, value in facts(sae) + figures(sae)]
+    return "\n  ".join(["SparseAutoencoder", *lines])
+
+
+def html(sae: "SparseAutoencoder") -> str:
+    """The facts and figures of `sae` as two tables, beside each other if there is room.
+
+    Colours are those of the notebook, so that it fits a light and a dark one.
+    """
+    tables = [_table("SparseAutoencoder", facts(sae))]
+    found = figures(sae)
+    if found:
+        tables.append(_table("Evaluation", found))
+    style = "display: flex; flex-wrap: wrap; gap: 1em 3em; align-items: flex-start"
+    return f'<div style="{style}">{"".join(tables)}</div>'
+
+
+def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
+    """Sizes, origin, method and inference of `sae`, as pairs of a name and text; what is not known is left out."""
+    metadata = sae.metadata
+    ours = metadata.get("saelab")
+    ours = ours if isinstance(ours, Mapping) else {}
+    parameters = sum(parameter.numel() for parameter in sae.parameters())
+    widths = f"d_in {sae.d_in:,}" + ("" if sae.centred else f", d_out {sae.d_out:,}")
+    dtype = str(sae.W_dec.dtype).removeprefix("torch.")
+    found = [
+        ("size", f"{widths}, {sae.n_features:,} features, {parameters:,} parameters"),
+        ("weights", f"{dtype} on {sae.W_dec.device}"),
+        ("site", _shown(metadata.get("hook_name"))),
+        ("model", _shown(metadata.get("model_name"))),
+        ("text", _shown(metadata.get("dataset_path"))),
+        ("method", _method(sae, ours)),
+        ("inference", _inference(sae)),
+        ("trained on", f"{_number(ours['tokens'])} tokens" if "tokens" in ours else ""),
+        ("input scale", _number(ours["input_scale"]) + " (folded into the weights)" if "input_scale" in ours else ""),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
+    """The main figures of the evaluation that was loaded with `sae`, as pairs of a name and text; none without one."""
+    found = sae.figures
+    shown = [
+        ("held-out text", "tokens", " tokens"),
+        ("FVU", "fvu", ""),
+        ("L0", "l0", " features per token"),
+        ("delta CE", "delta_ce", " nats per token"),
+        ("loss recovered", "loss_recovered_zero", " (zero ablation)"),
+        ("loss recovered", "loss_recovered_mean", " (mean ablation)"),
+        ("never active", "never_active", f" of {sae.n_features:,} features"),
+    ]
+    return [(name, _number(found[key]) + unit) for name, key, unit in shown if key in found]
+
+
+def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
+    """The settings that chose what was active in training."""
+    parts = []
+    for name in ("encoder", "affinity", "allocation", "aux", "sparsity"):
+        section = ours.get(name)
+        value = section.get("name") if isinstance(section, Mapping) else section
+        if value is not None and value != "none":
+            parts.append(f"{name} {_shown(value)}")
+    if parts:
+        return ", ".join([*parts, f"k {sae.k:,}"])
+    return _shown(sae.metadata.get("training_architecture"))
+
+
+def _inference(sae: "SparseAutoencoder") -> str:
+    """Which entries are active when `encode` is called."""
+    threshold = sae.threshold if sae.log_threshold is None else sae.log_threshold.detach().exp()
+    if threshold is None:
+        return f"the {sae.k:,} largest pre-activations of each token, if above 0"
+    low, high = _ends(threshold)
+    if low == high:
+        return "every pre-activation above " + (f"{_number(low)}, one threshold for all features" if low else "0")
+    return f"every pre-activation above the feature's threshold, {_number(low)} to {_number(high)}"
+
+
+def _ends(threshold: Tensor) -> tuple[float, float]:
+    """The lowest and the highest threshold; an active entry is above 0 in any case."""
+    threshold = threshold.clamp_min(0)
+    return threshold.min().item(), threshold.max().item()
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    edge = "border: 0; border-bottom: 1px solid rgba(128, 128, 128, .3); padding: .25em 1em .25em 0; text-align: left"
+    lines = "".join(
+        f'<tr style="background: none"><th style="{edge}; font-weight: normal; opacity: .65; white-space: nowrap; '
+        f'vertical-align: top">{escape(name)}</th><td style="{edge}; overflow-wrap: anywhere">{escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    caption = "caption-side: top; text-align: left; font-weight: bold; color: inherit; padding: .25em 0"
+    table = "border-collapse: collapse; margin: 0; font-variant-numeric: tabular-nums"
+    return f'<table style="{table}"><caption style="{caption}">{escape(title)}</caption><tbody>{lines}</tbody></table>'
+
+
+def _number(value: Any) -> str:
+    """A number with four digits, whole numbers in full; "undefined" for None, as JSON has it in place of NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "undefined" if value is None else _shown(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _shown(value: Any) -> str:
+    """A value of the metadata as one line of visible characters; "" for None."""
+    if value is None:
+        return ""
+    whole = str(value)
+    cut = whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "..."
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in cut)

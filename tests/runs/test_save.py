@@ -1,0 +1,49 @@
+"""What a run folder holds when a training begins, and when it has ended."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import saelab
+from saelab.errors import SaelabError
+from saelab.runs import folder
+from tests.runs.test_stages import small
+
+
+def test_a_new_run_has_settings_and_the_record_of_a_training_to_come(tmp_path: Path) -> None:
+    settings = saelab.settings_of(small(tmp_path))
+    run = saelab.create_run(settings)
+    assert {path.name for path in run.iterdir()} == {folder.SETTINGS, folder.TRAINING}
+    assert saelab.load_config(run / folder.SETTINGS) == settings
+    assert folder.training_record(run) == {"inputs": None, "complete": False, "tokens": 0}
+    (run / "mine.txt").write_text("")
+    with pytest.raises(SaelabError, match=r"run exists; choose another"):
+        saelab.create_run(settings)
+    assert (run / "mine.txt").exists()
+    saelab.create_run(settings, force=True)
+    assert not (run / "mine.txt").exists()
+
+
+def test_a_new_checkpoint_removes_what_was_measured_on_the_earlier_one(tmp_path: Path) -> None:
+    run, more = saelab.run(small(tmp_path)), ["training.tokens=6600"]
+    (found,) = folder.find_runs(run)
+    assert found.has_eval and found.has_features and saelab.load(run).figures["fvu"] < 1
+    saelab.resume(run, more)
+    (found,) = folder.find_runs(run)
+    assert not found.has_eval and not found.has_features and saelab.load(run).figures == {}
+    assert "train.json" in {path.name for path in run.iterdir()} and not any(run.glob("*.tmp"))
+    saelab.run(small(tmp_path), more)
+    assert folder.find_runs(run)[0].has_eval and folder.training_record(run)["tokens"] == 6600
+
+
+def test_a_complete_run_without_a_state_is_not_replaced_by_a_resume(tmp_path: Path) -> None:
+    """As an earlier version, or a script, leaves it."""
+    run = saelab.train(small(tmp_path))
+    shutil.rmtree(run / folder.STATE)
+    before = folder.weights(run).read_bytes()
+    with pytest.raises(SaelabError, match=r"run: has no state to go on from; `saelab train .*config.yaml --force`"):
+        saelab.resume(run, ["training.tokens=7000"])
+    assert folder.weights(run).read_bytes() == before
+    assert json.loads((run / folder.TRAINING).read_text())["complete"]
