@@ -74,8 +74,8 @@ def go_on(job: Job, track: Track) -> Path:
     settings, run = job.settings, Path(job.settings.out)
     state = last_state(run, job.lm.device)
     if state is None:
-        record = folder.training_record(run)
-        if record.get("complete") or record.get("inputs") is None:  # by a script, or by an earlier version
+        # what a script, or an earlier version, has trained is not thrown away
+        if folder.has_checkpoint(run) or folder.training_record(run).get("inputs") is None:
             raise SaelabError(
                 f"{run}: has no state to go on from; `saelab train {run / folder.SETTINGS} --force` trains it anew"
             )

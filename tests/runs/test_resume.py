@@ -266,3 +266,13 @@ def test_a_run_that_was_stopped_after_its_last_step_is_finished(tmp_path: Path) 
         finish()
         assert json.loads((run / "train.json").read_text())["complete"]
         assert_same(contents(run), expected)
+
+
+def test_a_checkpoint_without_a_state_is_not_replaced(tmp_path: Path) -> None:
+    """As runs of earlier versions are."""
+    run = saelab.train(config_of(tmp_path), ["training.tokens=1000"])
+    shutil.rmtree(run / "state")
+    before = (run / "sae" / "sae_weights.safetensors").read_bytes()
+    with pytest.raises(SaelabError, match="has no state to go on from; .* --force` trains it anew"):
+        saelab.resume(run, ["training.tokens=2000"])
+    assert (run / "sae" / "sae_weights.safetensors").read_bytes() == before
