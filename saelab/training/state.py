@@ -66,6 +66,7 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor], device: torch.devic
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
             name = value[_TENSOR]
-            return tensors[name] if name.startswith("rng") else tensors[name].to(device)
+            # copied: the file is mapped into memory, and is removed when newer states are there
+            return tensors[name].clone() if name.startswith("rng") else tensors[name].to(device, copy=True)
         return {key: _with_tensors(item, tensors, device) for key, item in value.items()}
     return value
