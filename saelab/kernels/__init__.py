@@ -1,5 +1,5 @@
 """The two sparse products that all sparse work uses, `spmm` (decode) and `sddmm` (values at a pattern), and `topk`."""
 
-from saelab.kernels.products import sddmm, spmm, topk
+from saelab.kernels.products import per_entry, sddmm, spmm, topk
 
-__all__ = ["sddmm", "spmm", "topk"]
+__all__ = ["per_entry", "sddmm", "spmm", "topk"]

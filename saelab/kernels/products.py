@@ -65,6 +65,14 @@ def sddmm(
     return _Sddmm.apply(pattern, a, b, bias, centre, known)
 
 
+def per_entry(pattern: Codes, vector: Tensor) -> Tensor:
+    """The number of each entry's feature: ``vector[pattern.features]``, vector ``[n_features]`` -> ``[nnz]``.
+
+    Its gradient is summed in the same order every time, which that of an index is not, on a GPU or in several threads.
+    """
+    return _PerEntry.apply(vector, pattern)
+
+
 @torch.no_grad()
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each token and their features: scores ``[tokens, n_features]`` -> two ``[tokens, k]``.
@@ -76,6 +84,27 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.ndim != 2 or not 0 <= k <= scores.shape[1]:
         raise ValueError(f"topk: {k} of scores {list(scores.shape)}")
     return _backend(scores).topk(scores, k)
+
+
+class _PerEntry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, pattern: Codes) -> Tensor:
+        ctx.pattern = pattern
+        return vector[pattern.features]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _summed_by_feature(ctx.pattern.with_values(grad.contiguous()), grad), None
+
+
+def _summed_by_feature(codes: Codes, like: Tensor) -> Tensor:
+    """The sum of each feature's values, ``[n_features]``, in the promoted dtype with `like`.
+
+    Not index_add, which adds in any order on a GPU and in several threads.
+    """
+    ones = like.new_ones(codes.tokens, 1)
+    return _backend(ones, codes).spmm_transposed(codes, ones).squeeze(1)
 
 
 class _Spmm(torch.autograd.Function):
@@ -119,8 +148,7 @@ class _Sddmm(torch.autograd.Function):
         d_b = _table_gradient(backend, codes, a, b) if wants_b else None
         d_bias = d_centre = None
         if wants_bias or wants_centre:
-            # Not index_add, which adds in any order on a GPU. d_centre does not need the gradient [tokens, d] of `a`.
-            per_feature = backend.spmm_transposed(codes, a.new_ones(len(a), 1)).squeeze(1)
+            per_feature = _summed_by_feature(codes, a)  # d_centre does not need the gradient [tokens, d] of `a`
             d_bias = per_feature if wants_bias else None
             d_centre = -(per_feature.to(b.dtype) @ b) if wants_centre else None
         return None, d_a, d_b, d_bias, d_centre, None

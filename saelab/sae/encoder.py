@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from saelab.codes import Codes
-from saelab.kernels import sddmm
+from saelab.kernels import per_entry, sddmm
 
 _TILE_ELEMENTS = {"cpu": {torch.bfloat16: 2**22, torch.float32: 3 * 2**22}}
 """Pre-activations per tile on a CPU: 8 MB in bfloat16, which stay in its cache; 50 MB in float32, where every product
@@ -130,10 +130,10 @@ class JumpReLU:
         return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known)
 
     def values(self, pre: Tensor, pattern: Codes) -> Tensor:
-        return _JumpReLU.apply(pre, self.log_threshold.exp()[pattern.features], self.bandwidth)
+        return _JumpReLU.apply(pre, per_entry(pattern, self.log_threshold.exp()), self.bandwidth)
 
     def active(self, pre: Tensor, pattern: Codes) -> Tensor:
-        return _Step.apply(pre, self.log_threshold.exp()[pattern.features], self.bandwidth)
+        return _Step.apply(pre, per_entry(pattern, self.log_threshold.exp()), self.bandwidth)
 
     def cut(self) -> Tensor:
         """Below theta by half the bandwidth: entries in the window are not active, and move theta."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from saelab.codes import Codes
-from saelab.kernels import spmm
+from saelab.kernels import per_entry, spmm
 from saelab.sae.allocation.rules import Rule, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.encoder import Encoder
@@ -149,7 +149,7 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
 
 def l1(forward: Forward, _: Selection | None = None) -> Tensor:
     """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
-    lengths = torch.linalg.vector_norm(forward.W_dec, dim=1)[forward.codes.features]
+    lengths = per_entry(forward.codes, torch.linalg.vector_norm(forward.W_dec, dim=1))
     tokens, d_in = forward.x.shape
     return (forward.codes.values * lengths).sum() / (tokens * d_in**0.5)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saelab.codes import Codes
-from saelab.kernels import products, sddmm, spmm, topk
+from saelab.kernels import per_entry, products, sddmm, spmm, topk
 from tests.kernels.problems import DTYPES, INTERPRETED, assert_rounded, at_pattern, problems, ragged, some
 
 
@@ -52,6 +52,33 @@ def test_gradients_equal_those_of_the_dense_formulas(device: str, problem: tuple
     found = all_gradients(spmm(codes, table), sddmm(codes, left, table, bias, centre=centre))
     encoded = at_pattern(codes, (left - centre) @ table.T + bias)
     torch.testing.assert_close(found, all_gradients(codes.to_dense() @ table, encoded))
+
+
+@given(problem=problems())
+@some(40)
+def test_numbers_of_features_and_their_gradient_equal_the_dense_formula(
+    device: str, problem: tuple[Codes, Tensor, Tensor]
+) -> None:
+    codes, table, _ = (part.to(device) for part in problem)
+    vector = table.sum(1).requires_grad_()
+    found = per_entry(codes, vector)
+    torch.testing.assert_close(found, vector.expand(codes.tokens, -1)[codes.row_of_entry(), codes.features])
+    (gradient,) = torch.autograd.grad((found * codes.values).sum(), vector)
+    torch.testing.assert_close(gradient, codes.to_dense().sum(0))
+
+
+def test_the_gradient_of_numbers_of_features_has_the_same_bits_every_time() -> None:
+    """An index's gradient has not, from some million entries on, in two threads."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(2048, 1024, generator=generator) < 0.5
+    codes = Codes.from_mask(mask, torch.randn(2048, 1024, generator=generator))
+    vector, threads = torch.ones(1024, requires_grad=True), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [torch.autograd.grad((per_entry(codes, vector) * codes.values).sum(), vector)[0] for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("seed", range(1 if INTERPRETED else 4))
