@@ -273,6 +273,8 @@ def test_a_checkpoint_without_a_state_is_not_replaced(tmp_path: Path) -> None:
     run = saelab.train(config_of(tmp_path), ["training.tokens=1000"])
     shutil.rmtree(run / "state")
     before = (run / "sae" / "sae_weights.safetensors").read_bytes()
-    with pytest.raises(SaelabError, match="has no state to go on from; .* --force` trains it anew"):
+    with pytest.raises(
+        SaelabError, match=r"has no state to go on from; `saelab train .*config.yaml --force` trains it anew"
+    ):
         saelab.resume(run, ["training.tokens=2000"])
     assert (run / "sae" / "sae_weights.safetensors").read_bytes() == before

@@ -1,7 +1,5 @@
 """What a run folder holds when a training begins, and when it has ended."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -36,14 +34,3 @@ def test_a_new_checkpoint_removes_what_was_measured_on_the_earlier_one(tmp_path:
     assert "train.json" in {path.name for path in run.iterdir()} and not any(run.glob("*.tmp"))
     saelab.run(small(tmp_path), more)
     assert folder.find_runs(run)[0].has_eval and folder.training_record(run)["tokens"] == 6600
-
-
-def test_a_complete_run_without_a_state_is_not_replaced_by_a_resume(tmp_path: Path) -> None:
-    """As an earlier version, or a script, leaves it."""
-    run = saelab.train(small(tmp_path))
-    shutil.rmtree(run / folder.STATE)
-    before = folder.weights(run).read_bytes()
-    with pytest.raises(SaelabError, match=r"run: has no state to go on from; `saelab train .*config.yaml --force`"):
-        saelab.resume(run, ["training.tokens=7000"])
-    assert folder.weights(run).read_bytes() == before
-    assert json.loads((run / folder.TRAINING).read_text())["complete"]
