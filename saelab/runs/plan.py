@@ -38,14 +38,14 @@ _LIBRARIES = Need("libraries", 250_000_000, "memory", "loaded when they are firs
 class Plan:
     needs: tuple[Need, ...]
     free: dict[str, int]
-    """Free bytes by place; a place of which that is not known is missing."""
+    """Free bytes by place; a place is missing if they are not known."""
 
     def total(self, where: str) -> int:
         """Bytes needed of a place."""
         return sum(need.bytes for need in self.needs if need.where == where)
 
     def check(self) -> None:
-        """Raises SaelabError, with the numbers, where a place cannot hold what is needed of it."""
+        """Raises SaelabError, with the numbers, if a place has less free than is needed of it."""
         for where, free in self.free.items():
             total = self.total(where)
             if total > free:
@@ -57,7 +57,7 @@ class Plan:
                 )
 
     def lines(self) -> list[str]:
-        """In words, a line for each place."""
+        """A line of words for each place."""
         return [
             f"{_PLACES[where]}: {size(self.total(where))} for "
             + ", ".join(f"{need.what} {size(need.bytes)}" for need in self.needs if need.where == where)
@@ -83,22 +83,22 @@ class Plan:
 
 _PLACES = {"memory": "memory", "gpu": "GPU memory", "disk": "disk"}
 _LESS = (
-    "Smaller are: `model.dtype=bf16`, fewer `rows_per_forward` or `buffer_tokens` (of `activations.stream` or "
-    "`activations.cache`), fewer `cache.rows_per_forward` or `cache.shard_tokens`, a smaller `sae.n_features` or "
+    "To need less, set `model.dtype=bf16`, fewer `rows_per_forward` or `buffer_tokens` (of `activations.stream` or "
+    "`activations.cache`), fewer `cache.rows_per_forward` or `cache.shard_tokens`, or a smaller `sae.n_features` or "
     "`training.batch`."
 )
 _ADVICE = {
     "memory": _LESS,
     "gpu": f"{_LESS} `model.device_map=auto` spreads the model over several GPUs.",
     "disk": (
-        "Make room or choose another folder. Smaller are: a cache with fewer tokens or sites, or `cache.dtype=bf16` "
-        "instead of fp32; a training with a lower `training.checkpoint.keep`."
+        "Make room or choose another folder. A cache is smaller with fewer tokens or sites, or with `cache.dtype=bf16` "
+        "instead of fp32; a run, with a lower `training.checkpoint.keep`."
     ),
 }
 
 
 def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool = False) -> Plan:
-    """What `saelab train` needs; `loaded`: beside the model, which is in memory already; `resumed`: from a state.
+    """What `saelab train` needs. `loaded`: the model is in memory already; `resumed`: training goes on from a state.
 
     Raises SaelabError if the model, its site or the cache cannot be loaded, as training does; Uncountable if the
     model does not run without its weights.
@@ -142,7 +142,7 @@ def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool 
 def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1) -> Plan:
     """What `saelab cache` needs to write `tokens` tokens into `out`, of which a part may be there already.
 
-    `processes` write together on this machine, each with memory, and if there are GPUs one, of its own. Raises
+    `processes` write on this machine at once, each with memory and, if there are GPUs, a GPU of its own. Raises
     SaelabError if the model or a site cannot be loaded; Uncountable as `plan_training`.
     """
     where, write, gradients, needs = _device_place(settings), settings.cache, settings.writes_gradients, []
@@ -161,7 +161,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1
 def checked_plan(plan: Callable[[], Plan], say: Say, *, lines: bool = False) -> None:
     """Raises SaelabError if what `plan` returns does not fit; says first, with `lines`, what is needed.
 
-    A model whose needs cannot be counted may use what there is: a note says so.
+    If the needs of a model cannot be counted, a note says so, and nothing is refused.
     """
     try:
         found = plan()
@@ -189,7 +189,7 @@ def _free(settings: RunSettings, needs: Iterable[Need], folder: Path) -> dict[st
 
 
 def _free_on_gpus(settings: RunSettings) -> int:
-    """Of the GPU that is used, or of all over which the model is spread."""
+    """Free bytes of the GPU that is used, or of all GPUs that the model is spread over."""
     if settings.model.device_map is None:
         return torch.cuda.mem_get_info(resolve_device(settings.device))[0]
     return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))

@@ -17,6 +17,8 @@ _STEP_VECTORS = 10
 """Vectors ``[tokens, d_in]`` in float32: x, the reconstruction, their difference, and the like."""
 _ENTRY_BYTES = 100
 """Of an active entry, with its position among the tokens and among the features."""
+_DENSE_ENTRY_BYTES = {"memory": 70, "gpu": _ENTRY_BYTES}
+"""Of an entry if all are active; a CPU then takes dense products, which need no positions among the features."""
 _AUX_BYTES = 60
 """Of an entry of the auxiliary loss."""
 _CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
@@ -45,10 +47,12 @@ def step_needs(settings: SaeSettings, d_in: int, batch: int, where: Place) -> li
     if settings.needs_gradients:
         dense += ", with the gradient's part beside it"
     vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
-    entries = entries_per_token(settings)
+    entries, entry = settings.k * (1 + MULTI_FACTOR if settings.multi_topk else 1), _ENTRY_BYTES
+    if not _has_budget(settings):
+        entries, entry = settings.n_features, _DENSE_ENTRY_BYTES[where]
     chosen = 0 if settings.aux.name == "none" else settings.aux.features or max(1, d_in // 2)
-    step = batch * (4 * vectors * d_in + _ENTRY_BYTES * entries + _AUX_BYTES * chosen)
-    each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {_ENTRY_BYTES} + {chosen} x {_AUX_BYTES} bytes"
+    step = batch * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
+    each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {_AUX_BYTES} bytes"
     how = f"{batch:,} tokens x ({each})"
     if not _has_budget(settings):
         how += ", as if all features were active: there is no budget"
@@ -62,13 +66,6 @@ def step_needs(settings: SaeSettings, d_in: int, batch: int, where: Place) -> li
         ),
         Need("training step", step, where, how),
     ]
-
-
-def entries_per_token(settings: SaeSettings) -> int:
-    """The most entries of a token that a step makes codes of, on average over a batch."""
-    if not _has_budget(settings):
-        return settings.n_features
-    return settings.k * (1 + MULTI_FACTOR if settings.multi_topk else 1)
 
 
 def initialisation_bytes(settings: SaeSettings, d_in: int, sample_tokens: int, where: Place) -> int:
