@@ -1,15 +1,37 @@
 """Memory and disk: how much is free, and the peak memory of a computation."""
 
+import logging
 import math
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Place = Literal["memory", "gpu", "disk"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a part of a computation needs. Each room states its own (needs.py); runs/plan.py adds them up."""
+
+    what: str
+    bytes: int
+    where: Place
+    how: str
+    """The sum that gives `bytes`, in words."""
+
+    def less(self, present: int) -> "Need":
+        """The rest of this need once `present` bytes of it are there."""
+        if not present:
+            return self
+        return replace(self, bytes=max(0, self.bytes - present), how=f"{self.how}, less {size(present)} that are there")
 
 
 def free_on_disk(folder: Path) -> int | None:
@@ -68,6 +90,21 @@ def held_by(run: Callable[[], Any]) -> int:
     with _Count() as count:
         run()
     return count.most
+
+
+@contextmanager
+def no_numbers() -> Iterator[None]:
+    """A context in which tensors have a shape, dtype and device but no memory; they are valid only inside it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs a traceback of every error that it raises
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class _Count(TorchDispatchMode):

@@ -20,6 +20,8 @@ SENTENCES = [
 KINDS = ("gpt2", "gpt_neox", "llama")
 ADDS_IN_PLACE = "falcon"
 """Not one of `KINDS`: a model that adds attention's output in place to the MLP's."""
+NEEDS_NUMBERS = "mixtral"
+"""Not one of `KINDS`: a mixture of experts, which does not run without its weights."""
 CONTEXT = 32
 
 
@@ -45,6 +47,8 @@ def model_folder(kind: str) -> Path:
         GPTNeoXForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
         PreTrainedTokenizerFast,
     )
 
@@ -52,7 +56,7 @@ def model_folder(kind: str) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>"] if kind == "llama" else ["<|endoftext|>"]
+    special = ["<s>", "</s>"] if kind in ("llama", NEEDS_NUMBERS) else ["<|endoftext|>"]
     bpe.train_from_iterator(
         [text(50)],
         trainers.BpeTrainer(
@@ -75,6 +79,9 @@ def model_folder(kind: str) -> Path:
         del rest["intermediate_size"]
         options = {"parallel_attn": True, "multi_query": True, "bias": False, "alibi": False}
         model = FalconForCausalLM(FalconConfig(max_position_embeddings=64, **options, **rest, **shared))
+    elif kind == NEEDS_NUMBERS:
+        options = {"num_key_value_heads": 2, "num_local_experts": 2}
+        model = MixtralForCausalLM(MixtralConfig(max_position_embeddings=64, **options, **rest, **shared))
     else:
         model = LlamaForCausalLM(
             LlamaConfig(max_position_embeddings=64, num_key_value_heads=2, tie_word_embeddings=False, **rest, **shared)

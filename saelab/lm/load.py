@@ -10,10 +10,11 @@ from torch import nn
 
 from saelab.errors import SaelabError, brief
 from saelab.lm.model import LanguageModel, ModelShape
-from saelab.lm.outline import no_numbers, one_text_a_row, outline
+from saelab.lm.outline import one_text_a_row, outline
 from saelab.lm.pretrained import fingerprint, model_folder
 from saelab.lm.settings import ModelSettings
 from saelab.lm.sites import Site, resolve_sites
+from saelab.memory import no_numbers
 
 
 def load_language_model(settings: ModelSettings, device: str = "auto") -> LanguageModel:

@@ -3,17 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-
-
-def no_numbers() -> Any:
-    """A context in which tensors have a shape, dtype and device but no memory; they are valid only inside it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
 
 
 @contextmanager
@@ -37,7 +29,7 @@ def one_text_a_row() -> Iterator[None]:
 
 
 def outline(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of `folder` without its weights; call and run it inside `no_numbers`."""
+    """The model of `folder` without its weights; call and run it inside `saelab.memory.no_numbers`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saelab.lm.outline import no_numbers, outline
+from saelab.lm.outline import outline
+from saelab.memory import no_numbers
 
 
 @dataclass(frozen=True)

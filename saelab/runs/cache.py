@@ -19,7 +19,7 @@ from saelab.errors import SaelabError
 from saelab.files import locked
 from saelab.progress import Track, silent
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
-from saelab.runs.plan import plan_cache
+from saelab.runs.plan import checked_plan, plan_cache
 from saelab.training.distributed import own_device, process_barrier, processes
 
 _AHEAD = 4
@@ -61,10 +61,7 @@ def cache(
         track, say = silent, quiet
     with process_barrier(world) as barrier:
         if rank == 0 and not (folder / MANIFEST).exists():
-            plan = plan_cache(settings, folder, requested, local)
-            for line in plan.lines():
-                say(line)
-            plan.check()
+            checked_plan(lambda: plan_cache(settings, folder, requested, local), say, lines=True)
         job = Job(replace(settings, device=own_device(settings.device)), say)
         identity = cache_identity(job, requested)
         with locked(folder) if rank == 0 else nullcontext():

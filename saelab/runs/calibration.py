@@ -53,7 +53,12 @@ def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) ->
     ones, and `say` reports it. Raises SaelabError if no text is held out.
     """
     held_out = torch.from_numpy(corpus.held_out_rows(evaluated_tokens + CALIBRATION_TOKENS))
-    per_row = held_out.shape[1] - 1
-    if len(held_out) * per_row < evaluated_tokens + CALIBRATION_TOKENS:
+    context = held_out.shape[1]
+    if len(held_out) * (context - 1) < evaluated_tokens + CALIBRATION_TOKENS:
         say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
-    return held_out[-math.ceil(CALIBRATION_TOKENS / per_row) :]
+    return held_out[-(calibration_tokens(context) // context) :]
+
+
+def calibration_tokens(context: int) -> int:
+    """Tokens, BOS included, of the whole rows that contain `CALIBRATION_TOKENS` others."""
+    return math.ceil(CALIBRATION_TOKENS / (context - 1)) * context

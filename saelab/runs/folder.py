@@ -144,6 +144,11 @@ def weights(run: Path) -> Path:
     return current_folder(run / CHECKPOINT) / sae.WEIGHTS
 
 
+def bytes_of_states(run: Path) -> int:
+    """Bytes on the disk of all states of a training."""
+    return sum(path.stat().st_size for path in (run / STATE).glob("*/*"))
+
+
 def has_checkpoint(run: Path) -> bool:
     return (current_folder(run / CHECKPOINT) / sae.CONFIG).is_file()
 

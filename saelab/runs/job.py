@@ -39,13 +39,13 @@ class Job:
     def lm(self) -> LanguageModel:
         self.say(f"model: {self.settings.model.name}")
         lm = load_language_model(self.settings.model, self.settings.device)
-        lm.site(self.settings.site)
-        if lm.max_context is not None and self.settings.context > lm.max_context:
-            raise SaelabError(
-                f"context: {lm.name} takes at most {lm.max_context} tokens, not {self.settings.context}; set "
-                f"context={lm.max_context} or less"
-            )
+        check_model(lm, [self.settings.site], self.settings.context)
         return lm
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is in memory already."""
+        return "lm" in vars(self)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -82,6 +82,17 @@ class Job:
                 "corpus": self.corpus.fingerprint,
                 "site": self.settings.site,
             }
+        )
+
+
+def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
+    """Raises SaelabError if `lm` lacks one of the sites, or does not take rows of `context` tokens."""
+    for site in sites:
+        lm.site(site)
+    if lm.max_context is not None and context > lm.max_context:
+        raise SaelabError(
+            f"context: {lm.name} takes at most {lm.max_context} tokens, not {context}; set context={lm.max_context} or "
+            "less"
         )
 
 

@@ -106,11 +106,8 @@ def states(run: Path) -> list[Path]:
     return sorted(path for path in found if path.name.isdecimal() and (path / VALUES).is_file())
 
 
-def last_state(run: Path, device: torch.device) -> dict[str, Any] | None:
-    """The last complete state of a run, its tensors on `device`; None if there is none. Sets torch's random state."""
-    found = states(run)
-    if not found:
-        return None
-    state = load_state(found[-1], device)
+def last_state(run: Path, device: torch.device) -> dict[str, Any]:
+    """The last of the `states` of a run, of which there is one, its tensors on `device`. Sets torch's random state."""
+    state = load_state(states(run)[-1], device)
     torch.set_rng_state(state["rng"])
     return state

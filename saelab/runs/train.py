@@ -21,7 +21,8 @@ from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
 from saelab.runs.feed import open_source
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
-from saelab.runs.resume import Checkpoints, last_state, resumed_settings
+from saelab.runs.plan import checked_plan, plan_training
+from saelab.runs.resume import Checkpoints, last_state, resumed_settings, states
 from saelab.runs.save import check_out, create_run, save_run
 from saelab.sae.model import Batch, bare_autoencoder, new_autoencoder
 from saelab.training.trainer import Trainer
@@ -63,6 +64,7 @@ def begin(job: Job, force: bool, track: Track) -> Path:
     """Train `job` from its beginning."""
     settings = job.settings
     check_out(settings, force)
+    checked_plan(lambda: plan_training(settings, loaded=job.loaded), job.say)
     source = open_source(job, track)
     scale, trainer = _start(job, source)
     create_run(settings, inputs=job.training_inputs(), force=force)
@@ -72,8 +74,7 @@ def begin(job: Job, force: bool, track: Track) -> Path:
 def go_on(job: Job, track: Track) -> Path:
     """Train `job` from the last state in its run folder."""
     settings, run = job.settings, Path(job.settings.out)
-    state = last_state(run, job.lm.device)
-    if state is None:
+    if not states(run):
         # what a script, or an earlier version, has trained is not thrown away
         if folder.has_checkpoint(run) or folder.training_record(run).get("inputs") is None:
             raise SaelabError(
@@ -81,13 +82,15 @@ def go_on(job: Job, track: Track) -> Path:
             )
         job.say(f"{run}: no state was saved so far; training begins anew")
         return begin(job, True, track)
+    checked_plan(lambda: plan_training(settings, loaded=job.loaded, resumed=True), job.say)
+    state = last_state(run, job.lm.device)
     differs = difference(state["provenance"], _provenance(job))
     if differs:
         raise SaelabError(f"{run}: was trained on something else than can be read now: its {differs}")
     trainer = Trainer(
         bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(job.lm.device), settings.training, settings.sae
     )
-    trainer.load_state_dict(state["trainer"])
+    trainer.load_state_dict(state.pop("trainer"))  # its copy of the weights is free then
     if trainer.finished:
         if folder.training_record(run).get("complete"):
             job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N goes on to more")

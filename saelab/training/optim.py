@@ -66,9 +66,10 @@ class Optimiser:
         return norm
 
     def release(self) -> None:
-        """Undo what it did to the autoencoder: gradients are none, and will be returned again."""
+        """Undo what it did to the autoencoder: gradients are none, and will be returned again. Frees the moments."""
         for parameter in self.sae.parameters():
             return_gradients(parameter)
+        self._adam.state.clear()  # three times the autoencoder is free then; calibration counts on it
 
     def state_dict(self) -> dict[str, Any]:
         """Of each trained parameter, by name: Adam's moments and count of steps."""

@@ -67,6 +67,11 @@ class Usage:
             "expected": self._expected,
         }
 
+    def state_bytes(self) -> int:
+        """Bytes of the tensors of `state_dict` at the most: `expected` is there only after a ranking."""
+        ranks_features = _TARGETS[self.settings.aux.name] is Usage.under_used_or_dead
+        return self.densities.nbytes + self.silent_for.nbytes + (self.densities.nbytes if ranks_features else 0)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.densities, self.silent_for = state["densities"], state["silent_for"]
         self.steps, self._expected = state["steps"], state["expected"]

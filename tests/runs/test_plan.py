@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from saelab.activations.cache.layout import activations_file, files_of
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.shuffle import Group, cut_group, group_tokens
-from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
-from saelab.lm.load import outlined_language_model
-from saelab.lm.model import LanguageModel
-from saelab.memory import held_by
-from saelab.runs import plan
+from saelab.memory import Need
+from saelab.runs import job, plan
 from saelab.runs.cache import cache
 from saelab.runs.config import RunSettings, settings_from
 from saelab.runs.feed import shuffled_together
-from saelab.runs.plan import Need, Plan, plan_cache, plan_training
-from saelab.sae.allocation.rules import FeatureChoice, TokenChoice
-from saelab.sae.model import Batch, SparseAutoencoder
-from saelab.sae.settings import SaeSettings
-from saelab.sae.thresholds import calibrate
-from saelab.training.settings import TrainingSettings
-from saelab.training.trainer import Trainer
-from tests.tiny import CONTEXT, KINDS, language_model, model_folder, random_rows, text
+from saelab.runs.plan import Plan, plan_cache, plan_training
+from saelab.runs.train import resume, train
+from saelab.sae.thresholds import CALIBRATION_TOKENS
+from saelab.training.needs import STATE_TEXT
+from tests.tiny import CONTEXT, NEEDS_NUMBERS, model_folder, text
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -58,64 +51,6 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def test_an_autoencoder_its_gradients_and_its_optimiser_are_what_a_step_leaves(tmp_path: Path) -> None:
-    found = needs(plan_training(settings(tmp_path)))
-    sae = SparseAutoencoder(32, 128, 4)
-    x = torch.randn(256, 32)
-    sae.initialise(x)
-    trainer = Trainer(sae, TrainingSettings(tokens=256, batch=256), SaeSettings(128, 4))
-    trainer.step(Batch(x))
-    parameters = list(sae.parameters())
-    assert found["autoencoder"] == found["checkpoint"] == nbytes(parameters)
-    assert found["its gradients"] == nbytes(p.grad for p in parameters)
-    moments = [moment[name] for moment in trainer.optimiser.state_dict().values() for name in ("exp_avg", "exp_avg_sq")]
-    assert found["optimiser"] == nbytes(moments)
-
-
-@pytest.mark.parametrize("selection", ["float32", "bfloat16"])
-@pytest.mark.parametrize("allocation", ["token_choice", "feature_choice"])
-@pytest.mark.parametrize("affinity", ["activation", "gradient"])
-def test_pre_activations_are_the_scratch_memory_of_a_step(
-    tmp_path: Path, selection: str, allocation: str, affinity: str
-) -> None:
-    n_features, batch = 6144, 4096  # several tiles
-    sae_settings = {
-        "n_features": n_features,
-        "k": 1,
-        "selection": selection,
-        "allocation": allocation,
-        "affinity": affinity,
-    }
-    found = needs(plan_training(settings(tmp_path, sae=sae_settings, training={"tokens": 8192, "batch": batch})))
-    sae = SparseAutoencoder(32, n_features, 1)
-    x = torch.randn(batch, 32)
-    sae.initialise(x[:64])
-    rule = TokenChoice(1)
-    if allocation == "feature_choice":
-        rule = FeatureChoice(torch.ones(n_features, dtype=torch.long), n_features)
-    gradients = torch.randn_like(x) if affinity == "gradient" else None
-    sae.beta = 1.0
-    sae.training_pass(Batch(x, gradients=gradients), rule, bf16=selection == "bfloat16")
-    assert found["pre-activations"] == sae._scratch.bytes
-    if allocation == "token_choice":
-        assert found["pre-activations"] < 4 * n_features * batch * (1 if affinity == "activation" else 2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_pass_counted_without_numbers_holds_what_the_real_one_holds(kind: str, gradients: bool) -> None:
-    sites = [SITE, "blocks.0.hook_mlp_out"]
-
-    def held(lm: LanguageModel, rows: torch.Tensor) -> int:
-        return held_by(lambda: lm.activations_and_gradients(rows, sites) if gradients else lm.activations(rows, sites))
-
-    real = language_model(kind)
-    measured = held(real, random_rows(real, 6))
-    with outlined_language_model(settings(Path(), model=str(model_folder(kind))).model) as lm:
-        counted = held(lm, torch.zeros(6, CONTEXT, dtype=torch.long))
-    assert counted == measured > 2 * 4 * 6 * CONTEXT * 32
-
-
 def test_gradients_cost_a_backward_pass_and_sites_their_activations(tmp_path: Path) -> None:
     def need(**write: Any) -> int:
         return needs(plan_cache(settings(tmp_path, cache=write), tmp_path / "cache", 4096))["pass of the model"]
@@ -123,26 +58,6 @@ def test_gradients_cost_a_backward_pass_and_sites_their_activations(tmp_path: Pa
     assert need(gradients=True) > 2 * need()
     assert need(sites=[SITE, "blocks.0.hook_resid_post"]) > need()
     assert need(rows_per_forward=64) == pytest.approx(2 * need(rows_per_forward=32), rel=0.02)
-
-
-@pytest.mark.parametrize("affinity", ["activation", "gradient"])
-def test_a_stream_needs_its_buffer_or_its_sample_and_an_order(tmp_path: Path, affinity: str) -> None:
-    sae = {"n_features": 128, "k": 4, "affinity": affinity}
-
-    def planned(buffer: int) -> dict[str, int]:
-        return needs(plan_training(settings(tmp_path, sae=sae, activations={"stream": {"buffer_tokens": buffer}})))
-
-    def held(tokens: int) -> int:
-        ids, x = torch.zeros(3, dtype=torch.long), torch.zeros(3, 32)
-        group = Group(tokens)
-        group.add(ActivationBatch(x, ids, ids, ids, x if affinity == "gradient" else None))
-        assert group._memory
-        return nbytes(group._memory.fields)
-
-    group = 19 * 256
-    assert planned(5000)["shuffle buffer"] == held(group)
-    assert planned(5000)["order of the buffer"] == sum(index.nbytes for index in cut_group(group, 256, 0, 0))
-    assert planned(1000)["shuffle buffer"] == held(4096) > held(group_tokens(1000, 256))  # all tokens are sampled
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -199,24 +114,7 @@ def test_low_precision_and_thresholds_show_in_the_plan(tmp_path: Path) -> None:
     assert narrow["model"] * 2 == wide["model"] and narrow["pass of the model"] < wide["pass of the model"]
     assert "thresholds" not in wide
     mutual = needs(plan_training(settings(tmp_path, sae={"n_features": 128, "k": 4, "allocation": "mutual_choice"})))
-    assert mutual["thresholds"] > 4 * plan.CALIBRATION_TOKENS * 8
-
-
-@pytest.mark.parametrize("allocation", ["mutual_choice", "feature_choice"])
-def test_thresholds_take_what_the_step_left_and_the_need_beside_it(tmp_path: Path, allocation: str) -> None:
-    """The tensors alive at once while thresholds are set are bounded by the plan, which is at most twice as much."""
-    n_features, k = 128, 16
-    sae_settings = {"n_features": n_features, "k": k, "allocation": allocation}
-    found = needs(plan_training(settings(tmp_path, sae=sae_settings)))
-    step_left = sum(found[what] for what in ("its gradients", "optimiser", "pre-activations", "training step"))
-    sae = SparseAutoencoder(32, n_features, k)
-    sae.initialise(torch.randn(256, 32))
-    density = torch.tensor(k / n_features, dtype=torch.float64)
-    densities = density if allocation == "mutual_choice" else density.expand(n_features)
-    batches = (torch.randn(2000, 32) for _ in range(plan.CALIBRATION_TOKENS // 2000))
-    held = held_by(lambda: calibrate(sae.pre_activations, batches, densities, plan.CALIBRATION_TOKENS))
-    assert found["thresholds"] > 0
-    assert held <= found["thresholds"] + step_left <= 2 * held
+    assert mutual["thresholds"] > 4 * CALIBRATION_TOKENS * 8
 
 
 def test_a_plan_that_fits_says_nothing_and_one_that_does_not_says_the_numbers() -> None:
@@ -256,13 +154,95 @@ def test_a_plan_names_what_the_model_has_not(tmp_path: Path) -> None:
         plan_training(settings(tmp_path, activations={"cache": str(tmp_path / "nowhere")}))
 
 
+def files_of_folder(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, where: str, free: int) -> None:
+    """Let `free` bytes be free in one place, and let no model be loaded."""
+    monkeypatch.setattr(plan, {"memory": "free_memory", "disk": "free_on_disk"}[where], lambda *folder: free)
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(job, "load_language_model", load)
+
+
+REFUSED = [
+    ("memory", r"^memory: .* are needed, and 1\.00 MB .* `model\.dtype=bf16`"),
+    ("disk", r"^disk: .* are needed, and 1\.00 MB .*states .*; checkpoint .*`training\.checkpoint\.keep`"),
+]
+
+
+@pytest.mark.parametrize(("where", "message"), REFUSED)
+def test_training_refuses_what_cannot_fit_before_the_model_is_loaded_and_leaves_nothing(
+    where: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(text(2000))
+    chosen = settings(tmp_path, corpus=str(tmp_path / "text.txt"), sae={"n_features": 2048, "k": 4})
+    leave_free(monkeypatch, where, 10**6)
+    with pytest.raises(SaelabError, match=message):
+        train(chosen)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(("where", "message"), REFUSED)
+def test_neither_a_run_to_be_replaced_nor_one_to_be_resumed_is_touched_if_there_is_no_room(
+    where: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(text(2000))
+    chosen = settings(tmp_path, corpus=str(tmp_path / "text.txt"), sae={"n_features": 2048, "k": 4})
+    run = train(chosen)
+    before = files_of_folder(run)
+    leave_free(monkeypatch, where, 10**6)
+    with pytest.raises(SaelabError, match=message):
+        train(chosen, ["seed=1"], force=True)
+    with pytest.raises(SaelabError, match=message):
+        resume(run, ["training.tokens=8192"])
+    assert files_of_folder(run) == before
+
+
+def test_states_and_checkpoint_of_a_run_take_the_disk_that_was_planned(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text(2000))
+    training = {"tokens": 4096, "batch": 256, "checkpoint": {"tokens": 1024, "keep": 2}}
+    chosen = settings(tmp_path, corpus=str(tmp_path / "text.txt"), training=training)
+    planned = needs(plan_training(chosen))
+    run = train(chosen)
+    state = planned["states"] / 3
+    kept = [files_of_folder(folder) for folder in (run / "state").iterdir()]
+    assert len(kept) == 2
+    for files in kept:
+        tensors = next(path for path in files if path.suffix == ".safetensors")
+        assert state == nbytes(load_file(tensors).values()) + STATE_TEXT
+        assert state - STATE_TEXT < sum(map(len, files.values())) < state
+    assert planned["checkpoint"] == nbytes(load_file(run / "sae" / "sae_weights.safetensors").values())
+    present = sum(len(content) for files in kept for content in files.values())
+    assert needs(plan_training(chosen, resumed=True))["states"] == planned["states"] - present
+
+
+def test_a_model_that_is_in_memory_is_not_needed_once_more(tmp_path: Path) -> None:
+    fresh, loaded = (needs(plan_training(settings(tmp_path), loaded=loaded)) for loaded in (False, True))
+    assert fresh.keys() - loaded.keys() == {"model"}
+
+
+def test_a_model_that_cannot_be_planned_is_trained_on_with_a_note(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text(2000))
+    said: list[str] = []
+    chosen = settings(tmp_path, corpus=str(tmp_path / "text.txt"), model=str(model_folder(NEEDS_NUMBERS)))
+    assert (train(chosen, say=said.append) / "train.json").is_file()
+    assert any("it is not checked whether there is enough memory" in line for line in said)
+    said.clear()
+    assert (cache(chosen, tmp_path / "cache", tokens=1000, say=said.append) / "manifest.json").is_file()
+    assert any("it is not checked whether there is enough memory" in line for line in said)
+
+
 CHILD = """
 import json, sys
 from pathlib import Path
-from saelab.runs import stages as run
 from saelab.runs.cache import cache
 from saelab.runs.job import settings_of
 from saelab.runs.plan import plan_cache, plan_training
+from saelab.runs.train import train
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -273,7 +253,7 @@ out = Path(settings.out)
 plan = plan_training(settings) if what == "train" else plan_cache(settings, out, settings.training.tokens)
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = status("VmRSS")
-run.train(settings) if what == "train" else cache(settings, out)
+train(settings) if what == "train" else cache(settings, out)
 print(json.dumps([status("VmHWM") - before, plan.total("memory")]))
 """
 

@@ -102,6 +102,11 @@ def files_of(identity: Mapping[str, Any]) -> list[File]:
     return files
 
 
+def token_bytes(files: Iterable[File]) -> int:
+    """Bytes that a token takes in `files` together."""
+    return sum(column.token_bytes for file in files for column in file.columns)
+
+
 def shard_name(lane: int, index: int) -> str:
     return f"{lane:02d}-{index:05d}"
 

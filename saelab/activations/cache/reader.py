@@ -29,6 +29,7 @@ from saelab.activations.cache.layout import (
     checksum,
     gradients_file,
     read_manifest,
+    token_bytes,
 )
 from saelab.activations.shuffle import cut_group, generator
 from saelab.activations.stream import ActivationBatch
@@ -96,6 +97,14 @@ class Cache:
         cache has no such site, or no gradients.
         """
         return Shuffled(self, self._files(site, gradients), batch_tokens, seed, buffer_tokens, start)
+
+    def token_bytes(self, site: str, *, gradients: bool = False) -> int:
+        """Bytes of a token in the buffers of `batches`. Raises SaelabError as it does."""
+        return token_bytes(self._files(site, gradients))
+
+    def group_capacity(self, buffer_tokens: int) -> int:
+        """Tokens in each of the two buffers of `batches`: whole blocks, no more than there are."""
+        return min(max(1, buffer_tokens // self._block_tokens), self.n_blocks) * self._block_tokens
 
     def in_order(self, site: str, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """Every token once, in the order written, a block at a time."""
@@ -204,8 +213,7 @@ class Shuffled:
         self._cache, self._files, self._batch_tokens, self._seed = cache, files, batch_tokens, seed
         self._per_group = max(1, buffer_tokens // cache.identity["block_tokens"])
         self._loader = ThreadPoolExecutor(1, "saelab cache reader")
-        capacity = min(self._per_group, cache.n_blocks) * cache.identity["block_tokens"]
-        self._buffers = [_buffer(files, capacity) for _ in range(2)]
+        self._buffers = [_buffer(files, cache.group_capacity(buffer_tokens)) for _ in range(2)]
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
         self._group: list[Tensor] = []
         self._cuts: list[np.ndarray] = []

@@ -45,6 +45,10 @@ class Allocation(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
+    def state_bytes(self, n_features: int) -> int:
+        """Bytes of the tensors of `state_dict` at the most."""
+        ...
+
 
 class _Stateless(Allocation):
     """For methods that use one rule in every step."""
@@ -62,6 +66,9 @@ class _Stateless(Allocation):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         return None
+
+    def state_bytes(self, n_features: int) -> int:
+        return 0
 
 
 class TokenAllocation(_Stateless):
@@ -152,6 +159,9 @@ class FeatureAllocation(Allocation):
             self.curve, self.densities = tuple(state["curve"]), state["densities"]
             self._by_rank, self._rank, self._carry = state["by_rank"], state["rank"], state["carry"]
             self._bands = Bands(torch.argsort(self._rank), _runs(self._by_rank))
+
+    def state_bytes(self, n_features: int) -> int:
+        return 3 * 8 * n_features + 8  # densities, by_rank and rank; the carry
 
     def _begin(self, tokens: int, densities: Tensor) -> None:
         options = self.settings.allocation

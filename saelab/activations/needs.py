@@ -1,0 +1,71 @@
+"""The memory that activations need on their way from the model or a cache to training."""
+
+from collections.abc import Sequence
+
+from saelab.activations.cache.reader import Cache
+from saelab.activations.settings import StreamSettings
+from saelab.activations.shuffle import group_tokens
+from saelab.activations.source import SAMPLE_TOKENS
+from saelab.lm.model import LanguageModel
+from saelab.lm.needs import pass_bytes, site_widths
+from saelab.memory import Need, Place
+
+_ORIGIN_BYTES = 24
+"""Of each token of an `ActivationBatch`: its id, row and position, int64."""
+
+
+def pass_need(
+    lm: LanguageModel, sites: Sequence[str], rows: int, context: int, where: Place, *, gradients: bool = False
+) -> Need:
+    """One `run_model` on `rows` rows of `context` tokens; `lm` may have no weights (`outlined_language_model`).
+
+    The results of a pass are joined, then its ordinary tokens are picked and cast to float32: twice two copies. Raises
+    Uncountable if the model does not run without weights.
+    """
+    width = sum(site_widths(lm, sites).values())
+    copies = 2 * rows * context * width * (lm.dtype.itemsize + 4)
+    how = f"{rows} rows x {context} tokens at {len(sites)} site{'s' * (len(sites) > 1)}"
+    if gradients:
+        how += f", logits and backward pass of {min(rows, lm.rows_at_once(context))} at a time"
+    counted = pass_bytes(lm, rows, context, sites, gradients=gradients)
+    return Need("pass of the model", counted + copies, where, f"{how}, counted")
+
+
+def stream_needs(
+    stream: StreamSettings, d_in: int, where: Place, *, batch_tokens: int, sample_tokens: int, gradients: bool
+) -> list[Need]:
+    """What `FromModel` buffers: a group, or the sample if that is larger, the group's order, and the sample itself."""
+    group = group_tokens(stream.buffer_tokens, batch_tokens)
+    tokens, each = max(group, sample_tokens), (8 if gradients else 4) * d_in + _ORIGIN_BYTES
+    return [
+        Need("shuffle buffer", tokens * each, where, f"{tokens:,} tokens x {each:,} bytes"),
+        Need("order of the buffer", 8 * group, "memory", f"{group:,} tokens x 8 bytes"),
+        _sample_need(sample_tokens, d_in, where),
+    ]
+
+
+def cached_needs(
+    cache: Cache, site: str, where: Place, *, batch_tokens: int, buffer_tokens: int, gradients: bool
+) -> list[Need]:
+    """What `FromCache` buffers: two groups, the sample's batches, which are trained on later, and the sample itself.
+
+    Raises SaelabError if the cache has no such site, or no gradients.
+    """
+    tokens, each = cache.group_capacity(buffer_tokens), cache.token_bytes(site, gradients=gradients)
+    sample_tokens = min(SAMPLE_TOKENS, cache.tokens)
+    ahead = sample_tokens + batch_tokens
+    return [
+        Need("shuffle buffers", 2 * tokens * each, "memory", f"2 x {tokens:,} tokens x {each:,} bytes"),
+        Need(
+            "first batches",
+            ahead * (each + _ORIGIN_BYTES),
+            "memory",
+            f"{ahead:,} tokens x {each + _ORIGIN_BYTES:,} bytes, kept from the sample",
+        ),
+        _sample_need(sample_tokens, cache.sites[site], where),
+    ]
+
+
+def _sample_need(tokens: int, d_in: int, where: Place) -> Need:
+    """The sample that training starts from, float32, as it is and scaled."""
+    return Need("sample", 2 * 4 * d_in * tokens, where, f"2 x {tokens:,} tokens x {d_in:,} x 4 bytes")

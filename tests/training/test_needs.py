@@ -1,0 +1,128 @@
+"""What training needs by its statement is what its steps leave, bounds what a step takes, and is what a state takes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saelab.memory import held_by
+from saelab.sae.model import Batch, new_autoencoder
+from saelab.sae.settings import (
+    AffinitySettings,
+    AllocationSettings,
+    AuxSettings,
+    EncoderSettings,
+    SaeSettings,
+    SparsitySettings,
+)
+from saelab.training import usage
+from saelab.training.needs import STATE_TEXT, training_needs
+from saelab.training.settings import CheckpointSettings, TrainingSettings
+from saelab.training.state import TENSORS, VALUES, save_state
+from saelab.training.trainer import Trainer
+
+D_IN, N, K, BATCH, STEPS, KEEP = 32, 512, 8, 512, 6, 3
+THRESHOLD = AllocationSettings("threshold")
+RELU = SaeSettings(N, K, allocation=THRESHOLD, sparsity=SparsitySettings("l1"))
+JUMPRELU = SaeSettings(
+    N, K, allocation=THRESHOLD, encoder=EncoderSettings("jumprelu"), sparsity=SparsitySettings("l0"), freeze="encoder"
+)
+METHODS = {
+    "topk": SaeSettings(N, K),
+    "mutual": SaeSettings(
+        N, K, allocation=AllocationSettings("mutual_choice"), aux=AuxSettings("aux_zipf"), selection="bfloat16"
+    ),
+    "feature": SaeSettings(N, K, allocation=AllocationSettings("feature_choice", refresh=2), multi_topk=True),
+    "gradient": SaeSettings(N, K, affinity=AffinitySettings("gradient"), freeze="decoder"),
+    "relu": RELU,
+    "jumprelu": JUMPRELU,
+}
+EVERY_METHOD = pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+
+
+def needs(settings: SaeSettings, resumed: bool = False) -> dict[str, int]:
+    training = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
+    found = training_needs(
+        settings, training, D_IN, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
+    )
+    return {need.what: need.bytes for need in found}
+
+
+def new_trainer(settings: SaeSettings) -> Trainer:
+    sae = new_autoencoder(settings, torch.randn(4096, D_IN), seed=0)
+    return Trainer(sae, TrainingSettings(STEPS * BATCH, BATCH), settings)
+
+
+def random_batch() -> Batch:
+    return Batch(torch.randn(BATCH, D_IN), gradients=torch.randn(BATCH, D_IN))
+
+
+@pytest.fixture
+def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are ranked for aux_zipf after two steps."""
+    monkeypatch.setattr(usage, "REFRESH", 2)
+
+
+@EVERY_METHOD
+def test_weights_gradients_and_moments_are_what_a_step_leaves(settings: SaeSettings) -> None:
+    trainer, found = new_trainer(settings), needs(settings)
+    trainer.step(random_batch())
+    parameters = list(trainer.sae.parameters())
+    assert found["autoencoder"] == sum(p.nbytes for p in parameters)
+    assert found["its gradients"] == sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    moments = trainer.optimiser.state_dict().values()
+    assert found["optimiser"] == sum(of[name].nbytes for of in moments for name in ("exp_avg", "exp_avg_sq"))
+    assert (found["its gradients"] < found["autoencoder"]) == (settings.freeze != "none")
+
+
+@EVERY_METHOD
+@pytest.mark.usefixtures("quick_ranks")
+def test_a_state_on_the_disk_is_what_save_state_writes(settings: SaeSettings, tmp_path: Path) -> None:
+    """One state more than is kept; tensors to the byte, and the rest within its limit."""
+    trainer = new_trainer(settings)
+    for _ in range(STEPS):
+        trainer.step(random_batch())
+    save_state(tmp_path, {"trainer": trainer.state_dict(), "rng": torch.get_rng_state()})
+    tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / TENSORS).values())
+    state = needs(settings)["states"] / (KEEP + 1)
+    assert state == tensors + STATE_TEXT
+    assert (tmp_path / TENSORS).stat().st_size + (tmp_path / VALUES).stat().st_size < tensors + STATE_TEXT / 4
+    statistics = [*trainer.usage.state_dict().values(), *trainer.allocation.state_dict().values()]
+    held = sum(each.nbytes for each in statistics if isinstance(each, torch.Tensor))
+    assert needs(settings)["statistics of features"] == held
+
+
+@pytest.mark.parametrize(
+    ("settings", "all_active"),
+    [*((settings, False) for settings in METHODS.values()), (RELU, True), (JUMPRELU, True)],
+    ids=[*METHODS, "relu, all active", "jumprelu, all active"],
+)
+def test_the_tensors_of_the_first_step_are_bounded(settings: SaeSettings, all_active: bool) -> None:
+    """Without a budget, even if every feature is active on every token; for a ReLU's start within a factor of 3."""
+    trainer, found = new_trainer(settings), needs(settings)
+    if all_active:
+        with torch.no_grad():
+            trainer.sae.b_enc += 1e3
+    batch = random_batch()
+    held = held_by(lambda: trainer.step(batch)) + 2 * batch.x.nbytes  # with x, and the activations it was scaled from
+    bound = sum(found[what] for what in ("pre-activations", "selection", "training step") if what in found)
+    assert held - found["optimiser"] <= bound
+    if settings is RELU or (settings is JUMPRELU and all_active):
+        assert bound <= 3 * held
+
+
+@EVERY_METHOD
+def test_after_the_last_step_only_weights_and_buffers_are_left(settings: SaeSettings) -> None:
+    """What calibration may use is free then."""
+    trainer = new_trainer(settings)
+    trainer.step(random_batch())
+    trainer.release()
+    assert all(parameter.grad is None for parameter in trainer.sae.parameters())
+    assert not any(trainer.optimiser.state_dict().values())
+
+
+def test_a_resumed_training_reads_a_state_and_initialises_nothing() -> None:
+    fresh, resumed = needs(RELU), needs(RELU, resumed=True)
+    assert "state, while it is read" not in fresh and "initialisation" not in resumed
+    assert resumed["state, while it is read"] == fresh["autoencoder"]
