@@ -180,16 +180,16 @@ def test_states_of_something_else_are_refused(tmp_path: Path) -> None:
         (state | {"offset": 1}, "no batch of 40 tokens begins at 1"),
         (state | {"offset": 3 * BATCH}, f"no batch of 40 tokens begins at {3 * BATCH}"),
         (state | {"used": 10**6}, "after 1000000 activations of a forward pass that gives"),
-        (state | {"epoch": 1}, "is of other rows"),
+        (state | {"epoch": 1}, "belongs to other rows"),
         (state | {"rows": state["rows"] | {"window": 7}}, "is damaged"),
     ]:
         with pytest.raises(SaelabError, match=message):
             from_model(corpus, wrong)
-    with pytest.raises(SaelabError, match="is of other rows"):
+    with pytest.raises(SaelabError, match="belongs to other rows"):
         from_model(corpus, state, seed=4)
     with pytest.raises(SaelabError, match="no batch of 60 tokens begins at 40"):
         from_model(corpus, state, batch_tokens=60)
-    with pytest.raises(SaelabError, match="is of other rows"):
+    with pytest.raises(SaelabError, match="belongs to other rows"):
         from_model(corpus_of(write(tmp_path / "other.jsonl", TEXTS[:61])), state)
 
 

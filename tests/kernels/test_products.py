@@ -67,6 +67,7 @@ def test_numbers_of_features_and_their_gradient_equal_the_dense_formula(
     torch.testing.assert_close(gradient, codes.to_dense().sum(0))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="about threads of a CPU")
 def test_the_gradient_of_numbers_of_features_has_the_same_bits_every_time() -> None:
     """An index's gradient has not, from some million entries on, in two threads."""
     generator = torch.Generator().manual_seed(0)
