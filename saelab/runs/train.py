@@ -120,7 +120,6 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
     left = settings.training.tokens - trainer.tokens
 
     def save() -> Path:
-        metrics.flush()
         state = {"trainer": trainer.state_dict(), "source": source.state(), "provenance": _provenance(job)}
         state |= {"input_scale": scale, "seconds": time.monotonic() - began}
         return checkpoints.save(trainer.steps, trainer.tokens, state)
@@ -143,6 +142,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
                 if line is not None:
                     line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
                     metrics.write(json.dumps(folder.jsonable(line)) + "\n")
+                    metrics.flush()
                 if trainer.finished or interrupted():
                     break
                 if checkpoints.due(trainer.tokens):
