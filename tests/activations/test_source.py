@@ -1,4 +1,4 @@
-"""A source opened anew with a state gives what the uninterrupted one gives from there on, bit for bit."""
+"""A source opened with a state gives the batches of an uninterrupted one from there on, bit for bit."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def test_a_group_is_what_is_read_next_and_every_ordinary_token_comes_once_an_epo
         assert torch.equal(batch.values, values[batch.rows, batch.positions])
 
 
-def test_the_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_the_order_depends_only_on_the_seed(tmp_path: Path) -> None:
     corpus = corpus_of(CORPORA["jsonl"](tmp_path))
     first = places(walk(from_model(corpus), 30)[1])
     assert places(walk(from_model(corpus), 30)[1]) == first
