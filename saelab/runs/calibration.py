@@ -60,5 +60,5 @@ def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) ->
 
 
 def calibration_tokens(context: int) -> int:
-    """Tokens, BOS included, of the whole rows that contain `CALIBRATION_TOKENS` others."""
+    """Tokens, BOS included, of the rows that `calibration_rows` returns if there is enough text."""
     return math.ceil(CALIBRATION_TOKENS / (context - 1)) * context

@@ -31,7 +31,7 @@ def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) 
             settings.site,
             batch_tokens=settings.training.batch,
             seed=settings.seed,
-            buffer_tokens=shuffled_together(settings, source),
+            buffer_tokens=cache_group_tokens(settings, source),
             gradients=gradients,
             device=job.lm.device,
             start=start,
@@ -75,7 +75,7 @@ def _check_batches(job: Job, cache: Cache, source: CacheSource) -> None:
     if cache.tokens < tokens:
         job.say(f"note: {tokens:,} tokens are trained on and the cache holds {cache.tokens:,}, so they repeat")
 
-    group = cache.tokens / math.ceil(cache.tokens / shuffled_together(job.settings, source))
+    group = cache.tokens / math.ceil(cache.tokens / cache_group_tokens(job.settings, source))
     mean = group / math.ceil(group / batch_tokens)
     if mean < 0.95 * batch_tokens:
         job.say(
@@ -84,6 +84,6 @@ def _check_batches(job: Job, cache: Cache, source: CacheSource) -> None:
         )
 
 
-def shuffled_together(settings: RunSettings, source: CacheSource) -> int:
+def cache_group_tokens(settings: RunSettings, source: CacheSource) -> int:
     """Largest number of tokens of a group: 16 batches at least, so that equal batches are almost whole."""
     return max(source.buffer_tokens, 16 * settings.training.batch)

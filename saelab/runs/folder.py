@@ -145,7 +145,7 @@ def weights(run: Path) -> Path:
 
 
 def bytes_of_states(run: Path) -> int:
-    """Bytes on the disk of all states of a training."""
+    """Bytes on disk of all states of a training."""
     return sum(path.stat().st_size for path in (run / STATE).glob("*/*"))
 
 

@@ -75,7 +75,7 @@ def go_on(job: Job, track: Track) -> Path:
     """Train `job` from the last state in its run folder."""
     settings, run = job.settings, Path(job.settings.out)
     if not states(run):
-        # what a script, or an earlier version, has trained is not thrown away
+        # the weights of a script, or of an earlier version, are not replaced
         if folder.has_checkpoint(run) or folder.training_record(run).get("inputs") is None:
             raise SaelabError(
                 f"{run}: has no state to go on from; `saelab train {run / folder.SETTINGS} --force` trains it again"
@@ -90,7 +90,7 @@ def go_on(job: Job, track: Track) -> Path:
     trainer = Trainer(
         bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(job.lm.device), settings.training, settings.sae
     )
-    trainer.load_state_dict(state.pop("trainer"))  # its copy of the weights is free then
+    trainer.load_state_dict(state.pop("trainer"))  # frees its copy of the weights
     if trainer.finished:
         if folder.training_record(run).get("complete"):
             job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N trains on more")

@@ -112,7 +112,7 @@ class _Largest:
         self.dtype = like.dtype
         self.bounds = like.new_zeros(len(position))
         """Bound that an entry of each group must exceed to be among the largest."""
-        capacity = keys_held(int(self.sizes.sum()), like.shape[1], entries)
+        capacity = key_capacity(int(self.sizes.sum()), like.shape[1], entries)
         kind = torch.complex128 if like.dtype == torch.float64 else torch.int64
         self._keys = torch.empty(capacity, dtype=kind, device=like.device)
         self._filled = self._kept = 0
@@ -172,7 +172,7 @@ class _Largest:
             to += len(part)
 
 
-def keys_held(largest: int, n_features: int, entries: int) -> int:
+def key_capacity(largest: int, n_features: int, entries: int) -> int:
     """Number of keys that the buffer has room for, if the `largest` of `entries` pre-activations are kept.
 
     It has as much room again as for the kept ones, so that all sorting takes about as long as reading, but no more

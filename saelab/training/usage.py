@@ -67,7 +67,7 @@ class Usage:
         }
 
     def state_bytes(self) -> int:
-        """Bytes of the tensors of `state_dict` at the most: `expected` is there only after a ranking."""
+        """Most bytes that the tensors of `state_dict` take: `expected` exists only after a ranking."""
         ranks_features = _TARGETS[self.settings.aux.name] is Usage.under_used_or_dead
         return self.densities.nbytes + self.silent_for.nbytes + (self.densities.nbytes if ranks_features else 0)
 

@@ -46,7 +46,7 @@ class Allocation(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
     def state_bytes(self, n_features: int) -> int:
-        """Bytes of the tensors of `state_dict` at the most."""
+        """Most bytes that the tensors of `state_dict` take."""
         ...
 
 
