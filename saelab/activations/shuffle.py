@@ -41,7 +41,7 @@ def group_tokens(buffer_tokens: int, batch_tokens: int) -> int:
 class Group:
     """Memory for `capacity` tokens: filled in reading order, then read in any order, then filled again.
 
-    ``capacity * (4 * d_in + 24)`` bytes, ``capacity * (8 * d_in + 24)`` with gradients, where the batches are.
+    ``capacity * (4 * d_in + 24)`` bytes, ``capacity * (8 * d_in + 24)`` with gradients, on the device of the batches.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -1,11 +1,11 @@
-"""How much of the activations, and of what the model does with them, an autoencoder keeps.
+"""How well an autoencoder preserves activations and the predictions that the model makes from them.
 
 Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
 
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
-CE             mean loss in nats of the next token, where the token and the next one are both ordinary; clean, with the
+CE             mean loss in nats of the next token, if the token and the next one are both ordinary; clean, with the
                reconstruction spliced in at the site, with zeros, and with the mean activation
 loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
 delta CE       CE_spliced - CE_clean

@@ -177,7 +177,7 @@ def _dense_pre(W_enc: Tensor, b_enc: Tensor, centred: Tensor, tile: Tile, scratc
 class _JumpReLU(torch.autograd.Function):
     """``pre * (pre > threshold)``.
 
-    Straight-through gradient: 1 to pre where it exceeds the threshold, -(threshold / bandwidth) K to the threshold.
+    Straight-through gradient: 1 to pre if it exceeds the threshold, -(threshold / bandwidth) K to the threshold.
     """
 
     @staticmethod

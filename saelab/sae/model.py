@@ -1,6 +1,6 @@
 """The sparse autoencoder: x -> sparse codes -> reconstruction.
 
-    z = (x - b_dec) W_enc^T + b_enc        codes = z where it is selected        xhat = codes W_dec + b_dec
+    z = (x - b_dec) W_enc^T + b_enc        codes = z if selected, else 0        xhat = codes W_dec + b_dec
 
 affinity.py and allocation/ decide which entries are selected, encoder.py their values. With a width d_out the
 autoencoder is a transcoder: it reconstructs something else than x, and b_dec is not subtracted from x. The encoder is
@@ -64,7 +64,7 @@ class SparseAutoencoder(nn.Module):
         self.beta = 0.0
         """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
         self.metadata = metadata or {}
-        """Where the autoencoder comes from: model, site, context and our own facts (the checkpoint's metadata)."""
+        """Origin of the autoencoder: model, site, context and our own facts (the checkpoint's metadata)."""
         self.figures: dict[str, Any] = {}
         """Evaluation of the run that it was loaded from (`eval.json`), by name; not part of the checkpoint."""
         self.W_enc = nn.Parameter(torch.empty(n_features, d_in))

@@ -1,4 +1,4 @@
-"""How many tokens of a batch each feature may have in feature choice: capacities that follow a Zipf-Mandelbrot curve.
+"""Capacities for feature choice, the tokens of a batch that each feature may have: they follow a Zipf-Mandelbrot curve.
 
     m_r  in proportion to  (r + shift) ** -exponent,  r = 1 for the densest feature;  m_r <= tokens;  sum m_r = budget
 
