@@ -21,7 +21,7 @@ from saelab.progress import Track, silent
 
 
 class Autoencoder(Protocol):
-    """What a pass over text and an evaluation need from an autoencoder."""
+    """The part of an autoencoder that a pass over text and an evaluation use."""
 
     n_features: int
 
@@ -30,7 +30,7 @@ class Autoencoder(Protocol):
 
 
 class GradientAware(Autoencoder, Protocol):
-    """An autoencoder whose selection can take the loss's gradients, in the shape of x."""
+    """An autoencoder whose selection can use the gradients of the loss, of the shape of x."""
 
     def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes: ...
 

@@ -85,7 +85,7 @@ def _read(path: Path) -> str:
         return ""
 
 
-def held_by(run: Callable[[], Any]) -> int:
+def peak_bytes(run: Callable[[], Any]) -> int:
     """Peak bytes of the tensors made during `run()`, which may use fake tensors, without numbers."""
     with _Count() as count:
         run()

@@ -1,7 +1,7 @@
 """Tensors written as safetensors files, with the writer of all other files (`saelab.files`).
 
-The library's `save_file` opens a file of its own: its errors are no OSError, a kill leaves a file under a random name,
-and the result may be read by its owner only. The bytes are the same.
+The library's `save_file` opens its own file: its errors are not OSErrors, a kill leaves a file with a random name, and
+only its owner may read the result. The bytes are the same.
 """
 
 import json
@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write `tensors`, of any device and layout, as the safetensors file `path`, whole or not at all.
 
     Host memory: a copy of one tensor at a time, if it is on another device or not contiguous. Raises SaelabError if
-    the file cannot be written; what `path` held before is then unchanged.
+    the file cannot be written; an earlier file at `path` is then unchanged.
     """
     order = list(DTYPES)
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))

@@ -1,6 +1,6 @@
 """Caches the activations of two sites in one pass of the model, then trains an autoencoder on each. To copy and change.
 
-Stop it at any time and start it again: the cache and the trainings go on where they were.
+Stop it at any time and start it again: the cache and the trainings continue where they stopped.
 
     python scripts/cache.py
     saelab app runs/script_cache

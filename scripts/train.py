@@ -1,4 +1,4 @@
-"""Every step of `saelab run` in sight, as a script to copy and change. It replaces the run in runs/script.
+"""Every step of `saelab run`, written out as a script to copy and change. It replaces the run in runs/script.
 
 python scripts/train.py
 saelab app runs
@@ -67,10 +67,10 @@ def main(settings: RunSettings = SETTINGS) -> None:
     source.close()
 
     facts, densities = {}, trainer.trained().densities
-    if densities is not None:  # the batch shared a budget; with thresholds, a token's features depend on no other token
+    if densities is not None:  # the tokens of a batch shared a budget: inference needs thresholds
         rows = calibration_rows(corpus, settings.eval.tokens, print)
         facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
-    save_run(settings, lm, trainer, scale, facts)  # scaled back: it takes activations as the model gives them
+    save_run(settings, lm, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
 
     print(evaluate(run, track=bar).to_frame().to_string())
     index(run, track=bar)

@@ -3,7 +3,7 @@
 Needs torch >= 2.9, transformers, tokenizers and safetensors; the text comes from the interpreter that runs it, or from
 `--corpus DIR`, another copy of the library. Rows are packed exactly as SAEs will see them (saelab.corpus.packing). Muon
 for the hidden matrices, AdamW for embeddings and norms; the learning rate rises, stays, and falls linearly to zero over
-the last `--decay` of the tokens. Run it again with the same `--work` folder and it goes on from its last checkpoint.
+the last `--decay` of the tokens. Run it again with the same `--work` folder to continue from its last checkpoint.
 
     python scripts/train_demo_lm.py --work runs/demo_lm --out saelab/demo/model --tokens 30e6
 """
@@ -59,7 +59,7 @@ def make_model() -> LlamaForCausalLM:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    with torch.no_grad():  # residual-writing matrices start small, so that depth does not add up the variance
+    with torch.no_grad():  # residual-writing matrices start small, so that depth does not increase the variance
         for layer in model.model.layers:
             for matrix in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 matrix.mul_(1 / math.sqrt(2 * config.num_hidden_layers))
@@ -67,7 +67,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def rows_of(documents: list[list[int]], seed: int) -> np.ndarray:
-    """All rows of the documents in an order drawn from `seed`; each epoch has another, so that the cuts differ too."""
+    """Rows of the documents, ``[rows, context]``, in an order drawn from `seed`; another seed also cuts other rows."""
     rng = random.Random(seed)
     order = documents.copy()
     rng.shuffle(order)
@@ -76,7 +76,7 @@ def rows_of(documents: list[list[int]], seed: int) -> np.ndarray:
 
 
 def repeat_segments(rows: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
-    """`share` of the rows become BOS + a segment twice, which is where a model learns induction soonest."""
+    """The rows, a `share` of them replaced by BOS + a segment twice, from which a model learns induction soonest."""
     n = round(share * len(rows))
     if n:
         half = (CONTEXT - 1) // 2
@@ -94,7 +94,7 @@ def token_losses(model: LlamaForCausalLM, rows: torch.Tensor, dtype: torch.dtype
 
 @torch.no_grad()
 def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int = 32) -> float:
-    """Nats per predicted token, in fp32, over the positions whose input and target are both ordinary tokens."""
+    """Nats per predicted token, in fp32, over positions whose input and target are both ordinary tokens."""
     total = count = 0.0
     for piece in rows.split(batch):
         keep = (piece[:, 1:] != 0) & (piece[:, :-1] != 0)
@@ -107,7 +107,7 @@ def mean_loss(model: LlamaForCausalLM, rows: torch.Tensor, batch: int = 32) -> f
 def induction(model: LlamaForCausalLM, held_out: torch.Tensor) -> dict[str, float]:
     """Loss on the first and on the second copy of a repeated segment of 100 tokens, random and natural.
 
-    The first token of either copy is left out: nothing says that the segment begins again.
+    The first token of either copy is left out: nothing predicts that the segment begins again.
     """
     n, length = 64, 100
     generator = torch.Generator().manual_seed(0)
@@ -134,8 +134,8 @@ def make_optimisers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and log; resumes from what is there")
-    parser.add_argument("--out", type=Path, required=True, help="where the finished Hugging Face folder goes")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints and log; continues from the last")
+    parser.add_argument("--out", type=Path, required=True, help="the finished Hugging Face folder")
     parser.add_argument("--corpus", type=Path, help="a Python library folder (default: the running interpreter's)")
     parser.add_argument("--tokens", type=float, default=30e6)
     parser.add_argument("--rows", type=int, default=32, help="rows of 256 tokens per step")
@@ -249,7 +249,7 @@ def finish(
     tokens: int,
     seconds: float,
 ) -> None:
-    """Write the model in 16 bits, the frozen sample, and what was measured on the weights as written."""
+    """Write the model in 16 bits, the held-out sample, and figures measured on the written weights."""
     args.out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

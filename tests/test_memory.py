@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab.memory import free_memory, free_on_disk, held_by, size
+from saelab.memory import free_memory, free_on_disk, peak_bytes, size
 
 
 def test_sizes_have_three_digits() -> None:
@@ -91,8 +91,8 @@ def test_a_tensor_is_counted_while_it_lives() -> None:
         del y
         torch.cat([z, z])  # 8,000 beside z
 
-    assert held_by(run) == 12_000
-    assert held_by(lambda: x.view(10, 100).t().add_(1)) == 0  # views of existing tensors count as 0 bytes
+    assert peak_bytes(run) == 12_000
+    assert peak_bytes(lambda: x.view(10, 100).t().add_(1)) == 0  # views of existing tensors count as 0 bytes
 
 
 def test_a_graph_is_counted_until_its_backward_pass() -> None:
@@ -104,4 +104,4 @@ def test_a_graph_is_counted_until_its_backward_pass() -> None:
             y = y.exp()  # each result is kept for its own gradient
         torch.autograd.grad(y.sum(), x)
 
-    assert held_by(run) >= 5 * 4000 and held_by(run) < 9 * 4000
+    assert peak_bytes(run) >= 5 * 4000 and peak_bytes(run) < 9 * 4000

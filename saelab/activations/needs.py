@@ -11,7 +11,7 @@ from saelab.lm.needs import pass_bytes, site_widths
 from saelab.memory import Need, Place
 
 _ORIGIN_BYTES = 24
-"""Of each token of an `ActivationBatch`: its id, row and position, int64."""
+"""Bytes per token of an `ActivationBatch` for its id, row and position, int64."""
 
 
 def pass_need(
@@ -34,7 +34,7 @@ def pass_need(
 def stream_needs(
     stream: StreamSettings, d_in: int, where: Place, *, batch_tokens: int, sample_tokens: int, gradients: bool
 ) -> list[Need]:
-    """What `FromModel` buffers: a group, or the sample if that is larger, the group's order, and the sample itself."""
+    """Needs of `FromModel`: a group, or the sample if that is larger, the order of the group, and the sample itself."""
     group = group_tokens(stream.buffer_tokens, batch_tokens)
     tokens, each = max(group, sample_tokens), (8 if gradients else 4) * d_in + _ORIGIN_BYTES
     return [
@@ -47,7 +47,7 @@ def stream_needs(
 def cached_needs(
     cache: Cache, site: str, where: Place, *, batch_tokens: int, buffer_tokens: int, gradients: bool
 ) -> list[Need]:
-    """What `FromCache` buffers: two groups, the sample's batches, which are trained on later, and the sample itself.
+    """Needs of `FromCache`: two groups, the sample's batches, which are trained on later, and the sample itself.
 
     Raises SaelabError if the cache has no such site, or no gradients.
     """
@@ -67,5 +67,5 @@ def cached_needs(
 
 
 def _sample_need(tokens: int, d_in: int, where: Place) -> Need:
-    """The sample that training starts from, float32, as it is and scaled."""
+    """The sample that training starts from, float32, unscaled and scaled."""
     return Need("sample", 2 * 4 * d_in * tokens, where, f"2 x {tokens:,} tokens x {d_in:,} x 4 bytes")

@@ -1,21 +1,18 @@
-"""The one way of shuffling activations, used for those from the model and those from a cache.
+"""The one way of shuffling activations, for the model and for a cache.
 
 Tokens come in groups. A group is collected in memory, permuted as a whole, cut into batches and handed out; nothing is
-carried to the next group. The permutation depends on the seed and on which group it is, and on nothing else, so that
-the group and the number of its tokens handed out are all it takes to go on from any batch.
+carried to the next group. The permutation depends only on the seed and on the number of the group, so this number and
+the tokens handed out from the group are enough to continue from any batch.
 """
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
-import torch
 
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
 
 
 def generator(seed: int, *identity: int) -> np.random.Generator:
-    """A random generator for one epoch, or one group: independent of those with another seed or identity."""
+    """A random generator for one epoch or group, independent of generators with another seed or identity."""
     return np.random.default_rng(np.random.SeedSequence(seed % 2**64, spawn_key=identity))
 
 
@@ -23,15 +20,15 @@ def cut_group(tokens: int, batch_tokens: int, seed: int, *group: int, offset: in
     """The batches of a group of `tokens` tokens: the indices of each batch's tokens, int64 ``[batch]``.
 
     They are the fewest batches of at most `batch_tokens` tokens, equal to within one token. `group` identifies the
-    group. The batches that make up the first `offset` tokens handed out are left out. Raises SaelabError if no batch
-    begins at `offset`.
+    group. The batches of the first `offset` tokens handed out are left out. Raises SaelabError if no batch begins at
+    `offset`.
     """
     batches = np.array_split(generator(seed, *group).permutation(tokens), -(-tokens // batch_tokens))
     begins = np.cumsum([0, *map(len, batches)])[:-1].tolist()
     if offset not in begins:
         raise SaelabError(
-            f"activations: no batch of {batch_tokens} tokens begins at {offset} of a group of {tokens} tokens; go on "
-            "with the `training.batch` and `buffer_tokens` of before, or begin again"
+            f"activations: no batch of {batch_tokens} tokens begins at {offset} of a group of {tokens} tokens; use "
+            "the earlier `training.batch` and `buffer_tokens`, or start again"
         )
     return batches[begins.index(offset) :]
 
@@ -44,7 +41,7 @@ def group_tokens(buffer_tokens: int, batch_tokens: int) -> int:
 class Group:
     """Memory for `capacity` tokens: filled in reading order, then read in any order, then filled again.
 
-    ``capacity * (4 * d_in + 24)`` bytes, ``capacity * (8 * d_in + 24)`` with gradients, where the batches are.
+    ``capacity * (4 * d_in + 24)`` bytes, ``capacity * (8 * d_in + 24)`` with gradients, on the device of the batches.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -61,7 +58,7 @@ class Group:
         return self._memory[: self.tokens]
 
     def add(self, batch: ActivationBatch) -> ActivationBatch:
-        """Copies as many tokens of `batch` as there is room for; returns those that are left."""
+        """Copies as many tokens of `batch` as there is room for; returns the others."""
         if self._memory is None:
             empty = (field.new_empty(self.capacity, *field.shape[1:]) for field in batch.fields)
             self._memory = ActivationBatch(*empty)
@@ -72,31 +69,5 @@ class Group:
         return batch[n:]
 
     def clear(self) -> None:
-        """Makes room again; the memory is kept."""
+        """Empties the group; its memory stays allocated."""
         self.tokens = 0
-
-
-def shuffled(
-    batches: Iterable[ActivationBatch], batch_tokens: int, buffer_tokens: int, seed: int
-) -> Iterator[ActivationBatch]:
-    """The same tokens in batches of `batch_tokens`, shuffled in groups of `group_tokens`.
-
-    Every token comes once. The last group may be smaller, and so may its batches. To go on from some batch later, use a
-    `Source` (source.py).
-    """
-    group, number = Group(group_tokens(buffer_tokens, batch_tokens)), 0
-    for batch in batches:
-        while len(batch):
-            batch = group.add(batch)
-            if group.tokens == group.capacity:
-                yield from _shuffled(group, batch_tokens, seed, number)
-                group.clear()
-                number += 1
-        del batch  # the next pass of the model needs the room
-    if group.tokens:
-        yield from _shuffled(group, batch_tokens, seed, number)
-
-
-def _shuffled(group: Group, batch_tokens: int, seed: int, number: int) -> Iterator[ActivationBatch]:
-    for index in cut_group(group.tokens, batch_tokens, seed, number):
-        yield group.content[torch.from_numpy(index)]

@@ -1,4 +1,4 @@
-"""Where training gets its batches from: the model or a cache. Either can say where it is, and go on from there."""
+"""The sources of training batches: the model or a cache. A source can report its position and continue from it."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -31,8 +31,8 @@ class Source(Protocol):
     def sample(self) -> Tensor:
         """The first activations, about `SAMPLE_TOKENS`, ``[tokens, d_in]`` float32 on the model's device.
 
-        A run needs it when it begins, not when it goes on: call it before the first batch, on a source opened without a
-        state. The batches are the same with and without it.
+        A run needs it when it begins, not when it resumes: call it before the first batch, on a source opened without
+        a state. The batches are the same with and without it.
         """
         ...
 
@@ -41,9 +41,9 @@ class Source(Protocol):
     def __next__(self) -> ActivationBatch: ...
 
     def state(self) -> dict[str, Any]:
-        """Where the batch that `next` will give begins, JSON-able.
+        """Position of the batch that `next` gives, JSON-able.
 
-        A source that starts there gives the same batches; on a CPU, with as many threads as before, bit for bit.
+        A source that starts there gives the same batches; on a CPU with the same number of threads, bit for bit.
         """
         ...
 
@@ -55,11 +55,11 @@ class Source(Protocol):
 class FromModel:
     """A `Source` that runs the model over the training rows of a corpus, epoch after epoch.
 
-    A group is the next `group_tokens` activations in reading order. What a pass of the model gives beyond the end of
-    the group begins the next one. All batches have `batch_tokens` tokens. To go on within a group, the model reads the
-    group again, in the same passes over the same rows.
+    A group is the next `group_tokens` activations in reading order. The activations of a pass past the end of a group
+    begin the next one. All batches have `batch_tokens` tokens. To continue within a group, the model reads the group
+    again, in the same passes over the same rows.
 
-    Memory beside one pass of the model and one batch: on the model's device ``tokens * (4 * d_in + 24)`` bytes, with
+    Memory besides one pass of the model and one batch: on the model's device ``tokens * (4 * d_in + 24)`` bytes, with
     gradients ``tokens * (8 * d_in + 24)``, for the tokens of a group or, once `sample` is called, of the sample if that
     is larger; in main memory 8 bytes for each token of a group, its permutation.
     """
@@ -80,7 +80,7 @@ class FromModel:
         track: Track = silent,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """Reads the first group; with `start`, a `state`, the group in which the next batch lies.
+        """Reads the first group; with `start`, a `state`, the group of the next batch.
 
         Raises SaelabError, with site, row and position, if the model gives NaN or infinity; if a whole epoch gives no
         activation; and if `start` is damaged or comes from another corpus, seed or size of batch.
@@ -102,20 +102,20 @@ class FromModel:
         self._number, self._offset = (start["group"], start["offset"]) if start else (0, 0)
         self._rows = _EndlessRows(corpus, seed, say, start)
         self._begin = _ReadPosition(self._rows.state(), used)
-        """Where the group begins."""
+        """Position at which the group begins."""
         self._passes = self._run(fresh=start is None)
         self._ahead: deque[tuple[_ReadPosition, ActivationBatch]] = deque()
-        """Activations that have been read and belong to later groups, each part with where it begins."""
+        """Activations that have been read for later groups, each part with the position at which it begins."""
         self._cuts: list[np.ndarray] = []
         if used:
             position, batch = next(self._passes)
             if used >= len(batch):
                 raise SaelabError(
-                    f"activations: the state to go on from begins after {used} activations of a forward pass that "
-                    f"gives {len(batch)}; go on with the settings of before, or begin again without it"
+                    f"activations: the state to resume from begins after {used} activations of a forward pass that "
+                    f"gives {len(batch)}; use the earlier settings, or start again without the state"
                 )
             self._ahead.append((position._replace(used=used), batch[used:]))
-        self._turn(track)
+        self._next_group(track)
 
     def sample(self) -> Tensor:
         for _ in self._collect(self._sample_tokens):
@@ -128,7 +128,7 @@ class FromModel:
 
     def __next__(self) -> ActivationBatch:
         if not self._cuts:
-            self._turn()
+            self._next_group()
         batch = self._group.content[torch.from_numpy(self._cuts.pop())]
         self._offset += len(batch)
         if not self._cuts:
@@ -146,8 +146,8 @@ class FromModel:
         self._ahead.clear()
         self._cuts.clear()
 
-    def _turn(self, track: Track = silent) -> None:
-        """Read a group, and cut it."""
+    def _next_group(self, track: Track = silent) -> None:
+        """Read a group, and cut it into batches."""
         self._group.clear()
         for _ in track(self._collect(self._group.capacity), "first buffer", self._group.capacity, int):
             pass
@@ -155,7 +155,7 @@ class FromModel:
         self._cuts = cuts[::-1]
 
     def _collect(self, tokens: int) -> Iterator[int]:
-        """Read until the group and what has been read ahead are `tokens`; yields how many each pass adds."""
+        """Read until the group and what is read ahead have `tokens`; yields the tokens that each pass adds."""
         self._fill()
         while self._group.tokens + sum(len(batch) for _, batch in self._ahead) < tokens:
             self._ahead.append(next(self._passes))
@@ -164,7 +164,7 @@ class FromModel:
             yield added
 
     def _fill(self) -> None:
-        """Move what has been read ahead into the group while there is room."""
+        """Move activations that were read ahead into the group while there is room."""
         while self._ahead and self._group.tokens < self._group.capacity:
             position, batch = self._ahead.popleft()
             rest = self._group.add(batch)
@@ -172,15 +172,15 @@ class FromModel:
                 self._ahead.appendleft((position._replace(used=position.used + len(batch) - len(rest)), rest))
 
     def _run(self, *, fresh: bool) -> Generator[tuple["_ReadPosition", ActivationBatch], None, None]:
-        """The activations of each pass of the model that gives any, and where it begins."""
-        useful = self._rows.epoch - fresh  # the last epoch of which an activation was, or may have been, seen
+        """The activations of each pass of the model that gives any, with the position at which it begins."""
+        useful = self._rows.epoch - fresh  # the last epoch that gave an activation, or may have
         while True:
             position = _ReadPosition(self._rows.state(), 0)
             block = islice(self._rows, self._rows_per_forward)
             for batch in self._read(rows=block, first_row=position.rows["row"]):
                 useful = self._rows.epoch
                 yield position, batch
-                del batch  # the next pass needs the room
+                del batch  # the next pass needs the memory
             if self._rows.epoch > useful + 1:
                 last = ", or the last that the loss of their row depends on" if self._gradients else ""
                 raise SaelabError(
@@ -191,7 +191,7 @@ class FromModel:
 class FromCache:
     """A `Source` that reads a cache (cache/reader.py), epoch after epoch.
 
-    Memory: that of `Cache.batches`, and once the sample has been read, the batches of it that are still to come.
+    Memory: as for `Cache.batches`; after `sample`, also the batches of the sample that were not yet given.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class FromCache:
         device: torch.device | str = "cpu",
         start: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begins, or with `start`, a `state`, goes on there.
+        """Opens the cache at its beginning, or at `start`, a `state`.
 
         Raises SaelabError as `Cache.batches` does, and if `start` does not come from a cache.
         """
@@ -222,7 +222,7 @@ class FromCache:
         )
         self._sample_tokens, self._device = min(SAMPLE_TOKENS, cache.tokens), device
         self._ahead: deque[tuple[Cursor, ActivationBatch]] = deque()
-        """Batches that have been read, each with where it begins."""
+        """Batches that have been read, each with its position."""
 
     def sample(self) -> Tensor:
         while sum(len(batch) for _, batch in self._ahead) < self._sample_tokens:
@@ -247,9 +247,9 @@ class _ReadPosition(NamedTuple):
     """A position between two activations of the model, in reading order."""
 
     rows: dict[str, Any]
-    """`_EndlessRows.state` at the beginning of the pass of the model that gives the second one."""
+    """`_EndlessRows.state` before the pass of the model that gives the second one."""
     used: int
-    """Activations of that pass before the second one."""
+    """Number of activations of that pass before the second one."""
 
 
 class _EndlessRows(Iterator[np.ndarray]):
@@ -272,13 +272,13 @@ class _EndlessRows(Iterator[np.ndarray]):
         return row
 
     def state(self) -> dict[str, Any]:
-        """JSON-able: the rows that come next, with this as `start`, are the same."""
+        """JSON-able state: with it as `start`, the same rows come next."""
         return {"epoch": self.epoch, "row": self._number, "rows": self._rows.state()}
 
 
 def _check_names(state: Mapping[str, Any], names: Iterable[str]) -> None:
     if state.keys() != set(names):
         raise SaelabError(
-            f"activations: the state to go on from has {', '.join(sorted(state)) or 'nothing'} instead of "
-            f"{', '.join(sorted(names))}; go on with the settings of before, or begin again without it"
+            f"activations: the state to resume from has {', '.join(sorted(state)) or 'nothing'} instead of "
+            f"{', '.join(sorted(names))}; use the earlier settings, or start again without the state"
         )

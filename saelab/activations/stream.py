@@ -1,4 +1,4 @@
-"""Activations straight from the model, in reading order; nothing touches the disk."""
+"""Activations straight from the model, in reading order; nothing is written to disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from saelab.lm.model import LanguageModel
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Activations of ordinary tokens and where each comes from."""
+    """Activations of some tokens, with the row and position of each."""
 
     values: Tensor
     """``[tokens, d_in]``: float32 from the model, in the cache's dtype from a cache."""
     tokens: Tensor
     """Token ids, ``[tokens]`` int64."""
     rows: Tensor
-    """Number of the row in the order read, ``[tokens]`` int64."""
+    """Number of the row, in reading order, ``[tokens]`` int64."""
     positions: Tensor
     """Position in the row, BOS being 0, ``[tokens]`` int64."""
     gradients: Tensor | None = None
-    """Of the model's loss at the site (`LanguageModel.activations_and_gradients`), ``[tokens, d_in]``: float32, from a
-    cache as it holds them."""
+    """Gradients of the model's loss at the site (`LanguageModel.activations_and_gradients`), ``[tokens, d_in]``:
+    float32 from the model, in the cache's dtype from a cache."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,24 +45,24 @@ class ActivationBatch:
 
 
 class Pass(NamedTuple):
-    """What one pass of the model over some rows gives."""
+    """Result of one pass of the model over some rows."""
 
     kept: Tensor
-    """The positions whose activations these are, bool ``[rows, context]``."""
+    """Positions whose activations are kept, bool ``[rows, context]``."""
     activations: dict[str, Tensor]
-    """By site, ``[tokens kept, d_in]`` in the model's dtype, rows first."""
+    """Activations by site, ``[tokens kept, d_in]`` in the model's dtype, row by row."""
     gradients: dict[str, Tensor]
-    """Of the model's loss, by site, ``[tokens kept, d_in]`` float32; empty where they were not asked for."""
+    """Gradients of the model's loss by site, ``[tokens kept, d_in]`` float32; empty if not requested."""
 
 
 def run_model(
     lm: LanguageModel, ids: Tensor, sites: Sequence[str], *, gradients: bool = False, special_tokens: bool = False
 ) -> Pass:
-    """One pass over `ids` ``[rows, context]``: its activations at the ordinary tokens, or at all with `special_tokens`.
+    """One pass over `ids` ``[rows, context]``: the activations at ordinary tokens, or at all with `special_tokens`.
 
-    With `gradients`, also those of the model's loss. Positions behind a row's last scored one (its last token, and the
-    one before a special token that ends it) are then left out: no loss depends on them at any site, so their gradient
-    would say "worthless" where it only does not know.
+    With `gradients`, also the gradients of the model's loss. Positions after a row's last scored one (its last token,
+    and the one before a special token that ends it) are then left out: no loss depends on them at any site, so a
+    gradient of 0 says nothing about them.
     """
     ids = ids.to(lm.device).long()
     kept = torch.ones_like(ids, dtype=torch.bool) if special_tokens else lm.ordinary(ids)
@@ -76,7 +76,7 @@ def run_model(
 
 
 def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = False) -> dict[str, Any]:
-    """What decides which activations a corpus gives, apart from sites, order and the size of a pass."""
+    """The facts that decide the activations of a corpus, apart from sites, order and the size of a pass."""
     return {
         "weights": lm.fingerprint,
         "model_dtype": str(lm.dtype).removeprefix("torch."),
@@ -98,7 +98,7 @@ def read_activations(
     gradients: bool = False,
     special_tokens: bool = False,
 ) -> Iterator[ActivationBatch]:
-    """What `run_model` keeps of all `rows`, in reading order, one batch per forward pass that gives any.
+    """The activations that `run_model` keeps of all `rows`, in reading order, one batch per pass that gives any.
 
     `first_row` is the number of the first row. Raises SaelabError, with site, row and position, if the model gives NaN
     or infinity.

@@ -1,4 +1,4 @@
-"""Measures of a decoder that need no text."""
+"""Measures of a decoder, which need no text."""
 
 import torch
 import torch.nn.functional as F

@@ -1,11 +1,11 @@
-"""How much of the activations, and of what the model does with them, an autoencoder keeps.
+"""How well an autoencoder preserves activations and the predictions that the model makes from them.
 
 Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
 
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
-CE             mean loss in nats of the next token, where the token and the next one are both ordinary; clean, with the
+CE             mean loss in nats of the next token, if the token and the next one are both ordinary; clean, with the
                reconstruction spliced in at the site, with zeros, and with the mean activation
 loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
 delta CE       CE_spliced - CE_clean
@@ -17,11 +17,11 @@ c_dec          mean absolute cosine between the decoder rows of two different fe
                the right L0
 
 Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
-which sees the next token and is not to be compared with other autoencoders' figures. Its gradients are those of the
-clean run at the same positions, for the spliced loss too; they are 0 at a row's last position and wherever no loss
-follows, so selection there is plain.
-Gradients are normalised over the rows of one forward pass, as over the batch in training, so in this mode alone
-`rows_per_forward` touches the figures.
+which sees the next token, so its figures do not compare with those of other autoencoders. Its gradients are those of
+the clean run at the same positions, for the spliced loss too; they are 0 at a row's last position and at every position
+that no loss follows, so selection there is by activation.
+Gradients are normalised over the rows of one forward pass, as over the batch in training, so only in this mode
+`rows_per_forward` changes the figures by more than their last bits.
 """
 
 import inspect
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 INFERENCE = "inference"
 ORACLE = "oracle: sees the next token"
 MIN_DEAD_TOKENS = 300_000
-"""Fewer held-out tokens than this say little about rare features; results say so."""
+"""With fewer held-out tokens the figures say little about rare features; `saelab eval` then prints a note."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Fidelity:
     mode: str
     """`INFERENCE` or `ORACLE`."""
     tokens: int
+    """Evaluated tokens."""
     ce_tokens: int
+    """Positions that CE and KL are means over."""
     fvu: float
     l0: float
     cosine: float
@@ -72,7 +74,7 @@ class Fidelity:
     c_dec: float | None
     """None if the autoencoder has no `W_dec`."""
     counts: Tensor = field(repr=False, compare=False)
-    """On how many of the evaluated tokens each feature is active, ``[n_features]`` int64; not in `to_dict`."""
+    """Number of evaluated tokens on which each feature is active, ``[n_features]`` int64; not in `to_dict`."""
 
     @property
     def delta_ce(self) -> float:
@@ -99,7 +101,7 @@ class Fidelity:
         return self.share_below(1e-5)
 
     def share_below(self, density: float) -> float:
-        """Share of features active on less than `density` of the evaluated tokens, the never active ones included."""
+        """Share of features active on less than `density` of the evaluated tokens, including never active ones."""
         return (self.counts.double() / self.tokens < density).double().mean().item()
 
     def to_dict(self) -> dict[str, float | int | str | None]:
@@ -153,7 +155,7 @@ def fidelity(
 
     `site` defaults to the one the autoencoder was trained at. CE and KL are measured on the first rows that hold
     `ce_tokens` tokens. `oracle` selects by the gradient affinity, as the head of this file says. Raises SaelabError if
-    no site is known, if widths do not fit, if no ordinary token is there or if there is no such selection.
+    no site is known, if widths or devices differ, if there is no ordinary token, or if `encode` takes no gradients.
     """
     site = site or getattr(sae, "metadata", {}).get("hook_name")
     if site is None:
@@ -168,7 +170,7 @@ class Evaluation:
     """Sums over the blocks of one pass (`add`), and the figures that follow from them and from the losses (`result`).
 
     Memory: the reconstructions of the tokens for CE, ``ce_tokens * d_in`` float32 numbers on the model's device, kept
-    from the pass so that no token is encoded twice; and in `result` the runs of the model on one block.
+    so that no token is encoded twice; in `result`, the runs of the model on one block.
     Raises SaelabError if the widths or devices differ, or if `oracle` is asked of an `encode` that takes no gradients.
     """
 
@@ -176,12 +178,12 @@ class Evaluation:
         width, d_in = lm.width(site), getattr(sae, "d_in", None)
         if d_in is not None and d_in != width:
             raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
-        if isinstance(sae, torch.nn.Module) and (place := next(sae.parameters()).device) != lm.device:
+        if isinstance(sae, torch.nn.Module) and (device := next(sae.parameters()).device) != lm.device:
             raise SaelabError(
-                f"fidelity: the autoencoder is on {place}, the model on {lm.device}; move it with sae.to(...)"
+                f"fidelity: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)"
             )
         if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
-            raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so there is no oracle of it")
+            raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so it has no oracle mode")
         self._sae, self._lm, self._site, self._oracle = sae, lm, site, oracle
         self._ce_tokens = ce_tokens
         self._ce_blocks: list[tuple[Tensor, Tensor]] = []
@@ -223,7 +225,7 @@ class Evaluation:
             site=self._site,
             mode=ORACLE if self._oracle else INFERENCE,
             tokens=n,
-            fvu=self._errors / deviation if deviation else float("nan"),  # all activations the same: nothing to explain
+            fvu=self._errors / deviation if deviation else float("nan"),  # equal activations: nothing to explain
             l0=self._active / n,
             cosine=self._cosines / n,
             never_active=int((self._fired == 0).sum()),
@@ -235,5 +237,5 @@ class Evaluation:
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:
-    """NaN where the ablation does no harm: then there is no loss to recover."""
+    """Loss recovered; NaN if the ablation changes no loss, because then there is none to recover."""
     return (ablated - spliced) / (ablated - clean) if ablated != clean else float("nan")

@@ -1,4 +1,4 @@
-"""How an autoencoder is evaluated."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class EvalSettings:
     tokens: int = 300_000
     """Held-out tokens for FVU, L0, cosine and never-active features; at least 300 k for a figure to report."""
     ce_tokens: int = 65_536
-    """Of those, the tokens for CE and KL, which take four runs of the model that share the layers below the site."""
+    """The first of these tokens, for CE and KL: four runs of the model, which share the layers below the site."""
     rows_per_forward: int = 16
     """Rows in one forward pass."""
 

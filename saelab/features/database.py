@@ -1,7 +1,7 @@
-"""The read side of the feature database: what the explorer, notebooks and later analyses read about features.
+"""Reads the feature database, for the explorer, notebooks and analyses.
 
-Everything was computed when the database was written; reading takes only pyarrow and pandas, no torch and no language
-model, so that a page opens at once. A database is named by its folder, the one `features` of a run folder.
+Everything was computed when the database was written. Reading needs only pyarrow and pandas, no torch and no language
+model, so a page opens at once. A database is named by its folder, `features` in a run folder.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from saelab.errors import SaelabError
 from saelab.features.layout import CONTEXTS, FEATURES, SUMMARY
 from saelab.files import read_json, translate_read_errors
 
-# Between the tokens of one feature in a searched text: no search matches across two tokens.
+# Between the tokens of one feature in a searched text, so that no search matches across two tokens.
 _SEPARATOR = "\x1f"
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
 _SCALARS = ["feature", "density", "n_active", "mean_activation", "max_activation"]
@@ -25,13 +25,13 @@ _SCALARS = ["feature", "density", "n_active", "mean_activation", "max_activation
 
 @dataclass(frozen=True)
 class Summary:
-    """What the feature database as a whole says."""
+    """Facts about a whole feature database."""
 
     n_tokens: int
-    """N: the held-out tokens, in inference mode and without special tokens, that every density is a fraction of."""
+    """N: ordinary held-out tokens, encoded in inference mode. Densities are fractions of N."""
     n_features: int
     never_active: int
-    """Features that were active on none of the N tokens: dead, as reported."""
+    """Features that are active on none of the N tokens: dead, as reported."""
     site: str
     model: str
     d_in: int
@@ -46,7 +46,7 @@ class Feature:
     """Fraction of the N tokens on which the feature is active."""
     n_active: int
     mean_activation: float
-    """Over the tokens on which it is active; 0 if there is none."""
+    """Mean over the tokens on which the feature is active; 0 if there is none."""
     max_activation: float
     histogram: list[int]
     """Tokens in each of equal bins of activation from 0 to `max_activation`; zeros are not counted."""
@@ -74,18 +74,18 @@ class Context:
     """0 is the strongest."""
     row: int
     position: int
-    """Of the peak in its row."""
+    """Position of the peak in its row."""
     activation: float
-    """At the peak."""
+    """Activation at the peak."""
     peak: int
     """Index of the peak in `tokens`."""
     tokens: list[str]
     activations: list[float]
-    """Of this feature on each of `tokens`; 0 where it is inactive."""
+    """Activation of the feature on each of `tokens`; 0 if inactive."""
 
 
 def summary(folder: Path | str) -> Summary:
-    """What the feature database as a whole says (`summary.json`)."""
+    """Facts about the whole feature database (`summary.json`). Raises SaelabError if they are missing or damaged."""
     _require_features(folder)
     path = Path(folder) / SUMMARY
     found = read_json(path, _remake(folder))
@@ -146,19 +146,19 @@ def contexts(folder: Path | str, index: int) -> list[Context]:
 
 
 def search_tokens(table: pd.DataFrame, text: str) -> pd.Series:
-    """Which lines of a `feature_table` have `text`, in any case, in a token they promote or peak on: booleans."""
+    """Which lines of a `feature_table` contain `text`, in any case, in a token they promote or peak on: booleans."""
     tokens = table["top_logit_tokens"] + table["peak_tokens"]
     joined = [_SEPARATOR.join(of_one) for of_one in tokens]
-    hits = _holds(pa.array(joined, pa.large_string()), text).to_numpy(zero_copy_only=False)
+    hits = _contains(pa.array(joined, pa.large_string()), text).to_numpy(zero_copy_only=False)
     return pd.Series(hits, index=table.index, dtype=bool)
 
 
 def search_contexts(folder: Path | str, text: str) -> np.ndarray:
-    """Which features have `text`, in any case and over any number of tokens, in a top context: indices, sorted."""
+    """Indices of the features with `text`, in any case and over any number of tokens, in a top context; sorted."""
     table = _parquet(folder, CONTEXTS, ["feature", "tokens"])
     tokens = table["tokens"].cast(pa.large_list(pa.large_string()))
     windows = pc.call_function("binary_join", [tokens, pa.scalar("", pa.large_string())])
-    return np.unique(table["feature"].filter(_holds(windows, text)).to_numpy())
+    return np.unique(table["feature"].filter(_contains(windows, text)).to_numpy())
 
 
 def density_histogram(table: pd.DataFrame, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -169,8 +169,8 @@ def density_histogram(table: pd.DataFrame, bins: int = 60) -> tuple[np.ndarray, 
     return edges, counts
 
 
-def _holds(strings: pa.Array | pa.ChunkedArray, text: str) -> pa.Array | pa.ChunkedArray:
-    """Which of the strings have `text` in them, in any case."""
+def _contains(strings: pa.Array | pa.ChunkedArray, text: str) -> pa.Array | pa.ChunkedArray:
+    """Which of the strings contain `text`, in any case."""
     options = pc.MatchSubstringOptions(text, ignore_case=True)
     return pc.call_function("match_substring", [strings], options)
 
@@ -202,8 +202,8 @@ def _remake(folder: Path | str) -> str:
 def _parquet(folder: Path | str, name: str, columns: list[str], where: tuple | None = None) -> pa.Table:
     _require_features(folder)
     path = Path(folder) / name
-    # An open file, not a path: pyarrow would take a path such as "run=3/..." for a partitioned data set. And a file of
-    # its own kind: its threads may release a Python one after the interpreter's end, which aborts the process.
+    # An open file, not a path: pyarrow takes a path such as "run=3/..." for a partitioned data set. And a pyarrow file:
+    # its threads may release a Python file after the interpreter's end, which aborts the process.
     with (
         translate_read_errors(path, "a Parquet file of the feature database", _remake(folder), _UNREADABLE),
         pa.OSFile(str(path)) as file,

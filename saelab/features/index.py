@@ -1,4 +1,4 @@
-"""The feature database: everything a page shows, from one pass over held-out text, written once as Parquet."""
+"""Writes the feature database, from which every page reads: one pass over held-out text, stored as Parquet."""
 
 import re
 from pathlib import Path
@@ -62,9 +62,9 @@ def write_features(
 ) -> dict[str, Any]:
     """Write features.parquet, contexts.parquet and summary.json to `folder`; returns the summary.
 
-    `activity` is of the text of `rows` ``[rows, context]``. `inputs` is recorded in the summary: it names what the
-    tables were made from. An earlier database in `folder` is replaced once the new one is complete. Raises SaelabError
-    if `folder` holds anything else or cannot be written.
+    `activity` are the activations on `rows` ``[rows, context]``. `inputs` is recorded in the summary: a hash of what
+    the tables were made from. An earlier database in `folder` is replaced once the new one is complete. Raises
+    SaelabError if `folder` contains anything else or cannot be written.
     """
     check_replaceable(folder)
     vocabulary = _display(lm.tokenizer, len(lm.unembedding))
@@ -100,7 +100,7 @@ def check_replaceable(folder: Path) -> None:
 def statistics(activity: Activity) -> dict[str, Any]:
     """Density, counts, mean and maximum over active tokens, and the histogram of activations, per feature.
 
-    Conserved: a feature's histogram sums to n_active, and n_active sums to the number of activations.
+    A feature's histogram sums to n_active, and n_active sums to the number of activations.
     """
     n, index = activity.n_features, activity.features.long()
     n_active = activity.offsets.diff()
@@ -118,14 +118,14 @@ def statistics(activity: Activity) -> dict[str, Any]:
     }
 
 
-def strongest_places(activity: Activity, context: int, per_feature: int) -> tuple[Tensor, Tensor]:
-    """Entries of each feature's strongest places, one per row: (entry ``[m]``, rank within the feature ``[m]``).
+def strongest_entries(activity: Activity, context: int, per_feature: int) -> tuple[Tensor, Tensor]:
+    """Each feature's strongest activations, one per row: (entry ``[m]``, rank within the feature ``[m]``), int64.
 
     Sorted by feature, then by falling activation; ties go to the earlier row and position.
     """
     by_value = torch.argsort(activity.values, descending=True, stable=True)
-    n_rows = int(activity.places.max()) // context + 1 if len(activity.places) else 1
-    group = activity.features.long() * n_rows + activity.places // context
+    n_rows = int(activity.positions.max()) // context + 1 if len(activity.positions) else 1
+    group = activity.features.long() * n_rows + activity.positions // context
     by_group = by_value[torch.argsort(group[by_value], stable=True)]
     is_peak = torch.ones(len(by_group), dtype=torch.bool)
     is_peak[1:] = group[by_group][1:] != group[by_group][:-1]
@@ -141,19 +141,19 @@ def strongest_places(activity: Activity, context: int, per_feature: int) -> tupl
 def _contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings, vocabulary: list[str]) -> pa.Table:
     context = rows.shape[1]
     window = min(settings.window, context)
-    peaks, rank = strongest_places(activity, context, settings.contexts)
-    feature, place = activity.features[peaks].long(), activity.places[peaks]
-    row, position = place // context, place % context
-    start = (position - window * 2 // 3).clamp(0, context - window)  # what comes before explains more than what follows
-    places = (row * context + start)[:, None] + torch.arange(window)
+    peaks, rank = strongest_entries(activity, context, settings.contexts)
+    feature, in_text = activity.features[peaks].long(), activity.positions[peaks]
+    row, position = in_text // context, in_text % context
+    start = (position - window * 2 // 3).clamp(0, context - window)  # text before a peak explains more
+    shown = (row * context + start)[:, None] + torch.arange(window)
 
     size = rows.numel()
-    keys = activity.features.long() * size + activity.places  # sorted, as activity is
-    wanted = (feature[:, None] * size + places).flatten()
-    found = torch.searchsorted(keys, wanted).clamp_max(max(0, len(keys) - 1))
-    activations = torch.where(keys[found] == wanted, activity.values[found], 0.0) if len(keys) else torch.empty(0)
+    keys = activity.features.long() * size + activity.positions  # sorted, as activity is
+    shown_keys = (feature[:, None] * size + shown).flatten()
+    found = torch.searchsorted(keys, shown_keys).clamp_max(max(0, len(keys) - 1))
+    activations = torch.where(keys[found] == shown_keys, activity.values[found], 0.0) if len(keys) else torch.empty(0)
 
-    strings = pa.array(vocabulary, pa.string()).take(pa.array(rows.flatten()[places.flatten()].numpy()))
+    strings = pa.array(vocabulary, pa.string()).take(pa.array(rows.flatten()[shown.flatten()].numpy()))
     return pa.table(
         {
             "feature": pa.array(feature.numpy(), pa.int32()),
@@ -170,10 +170,10 @@ def _contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings,
 
 @torch.no_grad()
 def _top_logits(sae: SparseAutoencoder, lm: LanguageModel, site: str, vocabulary: list[str]) -> dict[str, pa.Array]:
-    """The tokens whose logit each decoder row moves most, either way: W_dec through the unembedding alone.
+    """The tokens whose logit each decoder row raises or lowers most: the product of W_dec and the unembedding.
 
-    The final norm is left out, as in a plain logit lens. Empty lists where the site is not the residual stream or
-    a sum into it, for then the product means nothing.
+    The final norm is left out, as in a plain logit lens. The lists are empty if the site is neither the residual
+    stream nor a part added to it, because then the product means nothing.
     """
     unembedding = lm.unembedding.float()
     columns: dict[str, pa.Array] = {}
@@ -196,7 +196,7 @@ def _top_logits(sae: SparseAutoencoder, lm: LanguageModel, site: str, vocabulary
 
 @torch.no_grad()
 def _neighbours(W_dec: Tensor) -> dict[str, pa.Array]:
-    """The features whose decoder rows have the largest cosine with each, itself left out."""
+    """For each feature, the other features whose decoder rows have the largest cosine with its own."""
     unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
     n = min(LIST_LENGTH, len(unit) - 1)
     found, cosines = [], []
@@ -214,11 +214,11 @@ def _neighbours(W_dec: Tensor) -> dict[str, pa.Array]:
 
 
 def _display(tokenizer: Any, size: int) -> list[str]:
-    """Every token id below `size` as text: bytes that are no UTF-8 alone as U+FFFD, ids without a token as <id>."""
+    """Every token id below `size` as text: bytes that alone are not UTF-8 as U+FFFD, ids without a token as <id>."""
     n = len(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(list(range(n)))
     decoded = tokenizer.batch_decode([[i] for i in range(n)], clean_up_tokenization_spaces=False)
-    # SentencePiece marks a leading space with U+2581, and decoding one token alone would lose it
+    # SentencePiece marks a leading space with U+2581, and decoding a single token loses it
     shown = [p.replace("\u2581", " ") if p and "\u2581" in p else d for p, d in zip(pieces, decoded, strict=True)]
     return shown + [f"<{i}>" for i in range(n, size)]
 

@@ -1,4 +1,4 @@
-"""The names of a feature database's files. Loads nothing, for code that only looks whether a database is there."""
+"""The names of a feature database's files. Imports nothing, for code that only checks whether there is one."""
 
 FEATURES = "features.parquet"
 CONTEXTS = "contexts.parquet"

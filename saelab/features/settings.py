@@ -1,4 +1,4 @@
-"""What the feature database is made from and keeps."""
+"""Settings of the feature database: how much text it is made from, and how much of it is kept."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from saelab.errors import SettingError
 @dataclass(frozen=True)
 class FeatureSettings:
     tokens: int = 300_000
-    """Held-out tokens the database is made from."""
+    """Held-out tokens that the database is made from."""
     contexts: int = 20
     """Strongest contexts kept per feature, at most one per row of text."""
     window: int = 32

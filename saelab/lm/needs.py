@@ -12,7 +12,7 @@ import torch
 from saelab.errors import SaelabError, brief
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings
-from saelab.memory import Need, Place, held_by
+from saelab.memory import Need, Place, peak_bytes
 
 
 class Uncountable(SaelabError):
@@ -43,7 +43,7 @@ def pass_bytes(lm: LanguageModel, rows: int, context: int, sites: Sequence[str],
     rows = min(rows, lm.rows_at_once(context)) if gradients else rows
     with _needs_no_numbers(lm):
         ids = torch.zeros(rows, context, dtype=torch.long, device=lm.device)
-        return held_by(lambda: lm.activations_and_gradients(ids, sites) if gradients else lm.activations(ids, sites))
+        return peak_bytes(lambda: lm.activations_and_gradients(ids, sites) if gradients else lm.activations(ids, sites))
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class SplicedRuns:
             with skipped(self._below, record[0]):
                 logits = self._lm.spliced_logits(rows, self._site, replace)
             yield logits
-            del logits  # the next run needs the room
+            del logits  # the next run needs the memory
 
     def _recorded(self, rows: Tensor, record: list[Any]) -> Tensor:
         """The clean run's logits; appends the output of the last block below the site to `record`."""
@@ -72,7 +72,7 @@ class SplicedRuns:
         full = self._recorded(rows, record)
         if len(record) != 1 or not _is_copied(record[0]):
             return False
-        self._lm.logits(torch.zeros_like(rows))  # so that state kept from the last run is of another text
+        self._lm.logits(torch.zeros_like(rows))  # so that any state the model keeps is of another text
         try:
             with skipped(self._below, record[0]):
                 return torch.equal(self._lm.logits(rows), full)

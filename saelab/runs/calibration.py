@@ -1,4 +1,4 @@
-"""Thresholds that take the place of a batch-wide allocation in inference, set on held-out text."""
+"""Thresholds that replace a batch-wide allocation in inference, set on held-out text."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def calibrate(
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
     `rows` ``[rows, context]`` are held-out token ids; `sae` was trained on `scale` times the activations at `site`. The
-    densities are those of `Trained`: a scalar, ``[n_features]``, or None, which needs no thresholds.
+    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds.
     """
     if densities is None:
         return {}
@@ -49,8 +49,8 @@ def calibrate(
 def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) -> Tensor:
     """Held-out rows of `corpus` for `calibrate`, int32 ``[rows, context]``, with about `CALIBRATION_TOKENS` tokens.
 
-    They come after those that an evaluation on `evaluated_tokens` reads; if there is too little text for that, the last
-    ones, and `say` reports it. Raises SaelabError if no text is held out.
+    They come after the rows that an evaluation on `evaluated_tokens` reads; if there is too little text, they are the
+    last rows, and `say` reports it. Raises SaelabError if no text is held out.
     """
     held_out = torch.from_numpy(corpus.held_out_rows(evaluated_tokens + CALIBRATION_TOKENS))
     context = held_out.shape[1]
@@ -60,5 +60,5 @@ def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) ->
 
 
 def calibration_tokens(context: int) -> int:
-    """Tokens, BOS included, of the whole rows that contain `CALIBRATION_TOKENS` others."""
+    """Tokens, BOS included, of the rows that `calibration_rows` returns if there is enough text."""
     return math.ceil(CALIBRATION_TOKENS / (context - 1)) * context

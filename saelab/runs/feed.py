@@ -1,4 +1,4 @@
-"""The batches that a run trains on, from wherever its settings say."""
+"""Opens the activations that a run trains on: from the language model or from a cache, as its settings say."""
 
 import math
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from saelab.runs.job import Job
 
 
 def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) -> Source:
-    """The activations of `job`, with gradients where its affinity needs them; with `start`, a `Source.state`, from
-    there on.
+    """The activations of `job`, with gradients if its affinity needs them.
 
-    Raises SaelabError where the cache is damaged, or was made for something else: the message names what differs.
+    With `start`, a `Source.state`, the source continues from that state. Raises SaelabError if the cache is damaged,
+    or if it was made for something else: the message names the difference.
     """
     settings, gradients = job.settings, job.settings.sae.needs_gradients
     source = settings.activations.cache
@@ -31,7 +31,7 @@ def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) 
             settings.site,
             batch_tokens=settings.training.batch,
             seed=settings.seed,
-            buffer_tokens=shuffled_together(settings, source),
+            buffer_tokens=cache_group_tokens(settings, source),
             gradients=gradients,
             device=job.lm.device,
             start=start,
@@ -53,7 +53,7 @@ def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) 
 
 
 def open_cache_for(job: Job, source: CacheSource) -> Cache:
-    """The cache at `source`, if it holds what `job` would make itself."""
+    """The cache at `source`. Raises SaelabError if its activations are not those that `job` itself would compute."""
     cache = open_cache(source.path)
     special = job.settings.activations.special_tokens
     differs = difference(cache.identity, provenance(job.lm, job.corpus, special_tokens=special))
@@ -65,26 +65,25 @@ def open_cache_for(job: Job, source: CacheSource) -> Cache:
 
 
 def _check_batches(job: Job, cache: Cache, source: CacheSource) -> None:
-    """Raises SaelabError if the cache does not fill a batch; says if its tokens come again, or batches are smaller."""
-    wanted, batch_tokens = job.settings.training.tokens, job.settings.training.batch
+    """Raises SaelabError if the cache does not fill a batch; notes if its tokens repeat or its batches are smaller."""
+    tokens, batch_tokens = job.settings.training.tokens, job.settings.training.batch
     if cache.tokens < batch_tokens:
         raise SaelabError(
             f"activations.cache: {source.path} holds {cache.tokens:,} tokens, fewer than one batch has; cache more, or "
             f"set `training.batch` (now {batch_tokens:,}) lower"
         )
-    if cache.tokens < wanted:
-        job.say(f"note: {wanted:,} tokens are trained on and the cache holds {cache.tokens:,}: they come again")
+    if cache.tokens < tokens:
+        job.say(f"note: {tokens:,} tokens are trained on and the cache holds {cache.tokens:,}, so they repeat")
 
-    together = shuffled_together(job.settings, source)
-    group = cache.tokens / math.ceil(cache.tokens / together)
+    group = cache.tokens / math.ceil(cache.tokens / cache_group_tokens(job.settings, source))
     mean = group / math.ceil(group / batch_tokens)
     if mean < 0.95 * batch_tokens:
         job.say(
             f"note: the cache's {cache.tokens:,} tokens are cut into batches of {mean:,.0f}, not {batch_tokens:,}, so "
-            "that fewer are trained on; cache more, or choose another `training.batch`"
+            "that training takes fewer; cache more, or choose another `training.batch`"
         )
 
 
-def shuffled_together(settings: RunSettings, source: CacheSource) -> int:
-    """Tokens of a group: no batch is larger, and none much smaller where a group has many."""
+def cache_group_tokens(settings: RunSettings, source: CacheSource) -> int:
+    """Largest number of tokens of a group: 16 batches at least, so that equal batches are almost whole."""
     return max(source.buffer_tokens, 16 * settings.training.batch)

@@ -1,7 +1,7 @@
-"""The names of everything in a run folder, and how it is read. Loads no torch, so that the explorer opens at once.
+"""Names and reads the files of a run folder. Imports no torch, so that the explorer opens at once.
 
-A run is a folder: its settings as they were resolved, the log and the record of its training, the checkpoint
-(`saelab.sae.checkpoint`), what continuing needs, the evaluation and the feature database (`saelab.features`).
+A run is a folder: its settings with all defaults, the log and the record of its training, the checkpoint
+(`saelab.sae.checkpoint`), the states to resume from, the evaluation and the feature database (`saelab.features`).
 """
 
 import json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SETTINGS = "config.yaml"
 METRICS = "metrics.jsonl"
 TRAINING = "train.json"
-"""What was trained: inputs, tokens, whether it is complete. A folder that holds it is taken for a run."""
+"""Record of the training: inputs, tokens, whether it is complete. A folder with this file is a run."""
 CHECKPOINT = sae.FOLDER
 STATE = "state"
 EVALUATION = sae.EVALUATION
@@ -32,17 +32,17 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run folder and how far it has come."""
+    """A run folder and its finished stages."""
 
     path: Path
     name: str
-    """Where the run lies below the folder that was searched; the folder's own name if it is the run."""
+    """Path of the run below the folder that was searched; the folder's own name if it is the run."""
     has_eval: bool
     has_features: bool
 
 
 def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
-    """The runs in a folder, sorted by name: the folder itself if it holds `train.json`, otherwise those below it.
+    """The runs in a folder, sorted by name: the folder itself if it has a `train.json`, otherwise the runs below it.
 
     A run is not searched for further runs, and nothing is searched deeper than `depth` levels. Raises SaelabError if
     there is no such folder.
@@ -56,7 +56,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
             if (path / TRAINING).is_file():
                 return [path]
             inside = [p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")] if levels else []
-        except PermissionError:  # a folder that may not be read is none of the user's runs
+        except PermissionError:  # a folder that the user may not read has no run of theirs
             return []
         return [run for p in inside for run in below(p, levels - 1)]
 
@@ -69,21 +69,21 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
 
 def shown_files(run: Path) -> list[Path]:
-    """The files of a run that the explorer reads; those that are missing are in the list too."""
+    """The files of a run that the explorer reads, including missing ones."""
     return [run / SETTINGS, run / METRICS, run / EVALUATION, *_database(run)]
 
 
 def settings_text(run: Path | str) -> str:
-    """The run's settings as they were resolved: `config.yaml`, as text."""
+    """The run's settings with all defaults: `config.yaml`, as text. Raises SaelabError if it cannot be read."""
     path = Path(run) / SETTINGS
     with translate_read_errors(path, "the run's settings", "Train the run again."):
         return path.read_text(encoding="utf-8")
 
 
 def metrics(run: Path | str) -> "pd.DataFrame":
-    """What training logged: one line per logged step of `metrics.jsonl`, numeric columns only; empty if nothing was.
+    """Metrics of the training: one line per logged step of `metrics.jsonl`, numeric columns only; empty if none.
 
-    A last line that was cut off, as a kill leaves it, is left out.
+    A last line that a kill cut off is left out. Raises SaelabError if another line is damaged.
     """
     import pandas as pd
 
@@ -116,22 +116,22 @@ def evaluation(run: Path | str) -> dict[str, Any] | None:
 
 
 def training_record(run: Path) -> dict[str, Any]:
-    """What `train.json` records: inputs, complete, tokens ...; empty if it is missing or damaged."""
+    """The record in `train.json`: inputs, complete, tokens ...; empty if it is missing or damaged."""
     return _found(run / TRAINING)
 
 
 def evaluation_inputs(run: Path) -> str | None:
-    """Hash of what the evaluation was made from; None if it is missing or damaged, and has to be made again."""
+    """Hash of what the evaluation was made from; None if it is missing or damaged."""
     return _found(run / EVALUATION).get("inputs")
 
 
 def features_inputs(run: Path) -> str | None:
-    """Hash of what the feature database was made from; None if it is missing or damaged, and has to be made again."""
+    """Hash of what the feature database was made from; None if it is missing or damaged."""
     return _found(features(run) / database.SUMMARY).get("inputs")
 
 
 def features(run: Path | str) -> Path:
-    """The folder of the feature database, which `saelab.features.database` reads; it need not be there."""
+    """The folder of the feature database, which `saelab.features.database` reads; it need not exist."""
     return current_folder(Path(run) / FEATURES)
 
 
@@ -140,12 +140,12 @@ def _database(run: Path) -> list[Path]:
 
 
 def weights(run: Path) -> Path:
-    """The file of the checkpoint's weights; it need not be there."""
+    """The file of the checkpoint's weights; it need not exist."""
     return current_folder(run / CHECKPOINT) / sae.WEIGHTS
 
 
 def bytes_of_states(run: Path) -> int:
-    """Bytes on the disk of all states of a training."""
+    """Bytes on disk of all states of a training."""
     return sum(path.stat().st_size for path in (run / STATE).glob("*/*"))
 
 
@@ -167,17 +167,17 @@ def check_free(run: Path, force: bool) -> None:
     if not run.exists() and not run.is_symlink():
         parent = next(folder for folder in run.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise SaelabError(f"out: {run} cannot be made, for {parent} is no folder one may write to")
+            raise SaelabError(f"out: {run} cannot be made: {parent} is not a folder that you may write to")
         return
     marks = (run / SETTINGS, run / TRAINING)
     if run.is_symlink() or not run.is_dir() or (any(run.iterdir()) and not all(mark.is_file() for mark in marks)):
-        raise SaelabError(f"out: {run} exists and is no run folder; choose another with out=FOLDER")
+        raise SaelabError(f"out: {run} exists and is not a run folder; choose another with out=FOLDER")
     if not force and any(run.iterdir()):
         raise SaelabError(f"out: {run} exists; choose another with out=FOLDER, or give --force to replace it")
 
 
 def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with None for NaN and infinite numbers, which JSON does not have."""
+    """`values` with None for NaN and infinite numbers, which JSON cannot represent."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }

@@ -23,7 +23,7 @@ from saelab.memory import Need, Place, free_memory, free_on_disk, size
 from saelab.runs import folder
 from saelab.runs.calibration import calibration_tokens
 from saelab.runs.config import RunSettings
-from saelab.runs.feed import shuffled_together
+from saelab.runs.feed import cache_group_tokens
 from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
 from saelab.training.needs import training_needs
@@ -118,11 +118,9 @@ def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool 
         sample = min(SAMPLE_TOKENS, settings.training.tokens)
         needs += stream_needs(stream, d_in, where, batch_tokens=batch, sample_tokens=sample, gradients=gradients)
     else:
-        cache, together = open_cache(source.path), shuffled_together(settings, source)
+        cache, group = open_cache(source.path), cache_group_tokens(settings, source)
         sample = min(SAMPLE_TOKENS, cache.tokens)
-        needs += cached_needs(
-            cache, settings.site, where, batch_tokens=batch, buffer_tokens=together, gradients=gradients
-        )
+        needs += cached_needs(cache, settings.site, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
     needs += training_needs(
         sae,
         settings.training,

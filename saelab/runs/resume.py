@@ -1,6 +1,6 @@
-"""What a training needs to go on exactly where it stopped: checkpoints of its state, and settings that still hold.
+"""Exact resume of a run: checkpoints of its state, and the settings that may differ.
 
-A run keeps the last few states in its folder `state/`, each in a folder named by the steps taken, whole or absent.
+The folder `state/` of a run has the last few states, each in a folder named by the steps taken, whole or absent.
 """
 
 import time
@@ -28,9 +28,9 @@ FREE = frozenset(
         "training.checkpoint.keep",
     }
 )
-"""Settings that may be others when a run is resumed: they change nothing that is trained."""
+"""Settings that may differ when a run is resumed: they do not change the training."""
 RAISED = frozenset({"training.tokens"})
-"""Settings that may be larger. The schedules of the run go by the new value from then on."""
+"""Settings that may be larger when a run is resumed. From then on the schedules use the new value."""
 _SAME = """
     site seed context
     model.name model.dtype model.device_map
@@ -49,11 +49,11 @@ _SAME = """
     features.tokens features.contexts features.window features.rows_per_forward
 """
 SAME = frozenset(_SAME.split())
-"""Settings that must be the run's. A new setting belongs into one of the three sets."""
+"""Settings that must not differ. A new setting belongs in one of the three sets."""
 
 
 def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
-    """`settings`, for the run in the folder `run`. Raises SaelabError, with both values, if they do not fit it."""
+    """`settings`, if the run in the folder `run` can continue with them. Raises SaelabError that names both values."""
     before, now = leaves(asdict(load_config(run / folder.SETTINGS))), leaves(asdict(settings))
     wrong = []
     for name in sorted(before.keys() | now.keys()):
@@ -67,7 +67,7 @@ def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The single settings of a nested mapping, by their names with dots. An empty section counts as None."""
+    """The single settings of a nested mapping, by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
@@ -75,20 +75,20 @@ def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 class Checkpoints:
-    """Writes the state of a run now and then, and keeps the last few."""
+    """Writes the state of a run at intervals, and keeps the last few."""
 
     def __init__(self, run: Path, settings: CheckpointSettings) -> None:
         self.folder, self.settings = run / folder.STATE, settings
         self._time, self._tokens = time.monotonic(), 0
 
     def due(self, tokens: int) -> bool:
-        """Whether so many minutes, or tokens of training, have passed since the last one."""
+        """Whether the interval in minutes, or in tokens of training, has passed since the last state."""
         minutes, every = self.settings.minutes, self.settings.tokens
         by_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
         return by_time or (every is not None and tokens // every > self._tokens // every)
 
     def save(self, steps: int, tokens: int, state: Mapping[str, Any]) -> Path:
-        """Write `state`. If that fails, as on a full disk, those before are still there."""
+        """Write `state` and return its folder. If that fails, as on a full disk, the earlier states stay."""
         path = self.folder / f"{steps:09d}"
         with translate_errors(self.folder, kept="the run's earlier states are kept"):
             make_folder(self.folder)
@@ -101,7 +101,7 @@ class Checkpoints:
 
 
 def states(run: Path) -> list[Path]:
-    """The complete states of a run, in order of their steps."""
+    """Folders of the complete states of a run, in order of their steps."""
     found = (run / folder.STATE).glob("[0-9]*")
     return sorted(path for path in found if path.name.isdecimal() and (path / VALUES).is_file())
 

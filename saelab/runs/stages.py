@@ -1,7 +1,7 @@
 """The stages of a run on its folder: train, evaluate and index; and `run`, which brings all three up to date.
 
 Every result in a run folder (`saelab.runs.folder`) records the hash of what it was made from, so that a stage can tell
-whether an earlier result still stands.
+whether an earlier result is still valid.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,13 +27,19 @@ from saelab.sae.model import SparseAutoencoder
 
 
 def evaluate(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> Fidelity:
-    """Evaluate the autoencoder of a run folder on held-out text; writes eval.json."""
+    """Evaluate the autoencoder of a run folder on held-out text; writes eval.json.
+
+    Raises SaelabError if `run` has no checkpoint, or if the text or the model cannot be read.
+    """
     run, job = _open_run(run, overrides, say)
     return _read_held_out(job, run, [_evaluation], track)[0]
 
 
 def index(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> dict[str, Any]:
-    """Write the feature database of a run folder from held-out text; returns its summary."""
+    """Write the feature database of a run folder from held-out text; returns its summary.
+
+    Raises SaelabError as `evaluate` does.
+    """
     run, job = _open_run(run, overrides, say)
     return _read_held_out(job, run, [_database], track)[0]
 
@@ -41,10 +47,10 @@ def index(run: str | Path, overrides: Iterable[str] = (), *, track: Track = sile
 def run(
     config: Config, overrides: Iterable[str] = (), *, force: bool = False, track: Track = silent, say: Say = quiet
 ) -> Path:
-    """Bring all stages of `config` up to date, each unless its result still stands; returns the run folder.
+    """Bring all stages of `config` up to date, each unless its result is still valid; returns the run folder.
 
     The stages are training, evaluation and the feature database; the last two share their pass over the held-out text.
-    A training that was stopped goes on. A run made from something else is replaced only with `force`.
+    A training that was stopped continues. A run made from something else is replaced only with `force`.
     """
     job = Job(settings_of(config, overrides), say)
     path = Path(job.settings.out)
@@ -58,7 +64,7 @@ def run(
         else:
             begin(job, force, track)
         if not folder.training_record(path).get("complete"):
-            raise SaelabError(f"{path}: training was stopped; run the same command again to go on")
+            raise SaelabError(f"{path}: training was stopped; run the same command again to continue")
     missing: list[_Stage] = []
     for name, stage, made_from, settings in (
         ("evaluation", _evaluation, folder.evaluation_inputs(path), job.settings.eval),
@@ -75,7 +81,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Result:
-    """A result in the making: its part of the pass over held-out text, and the function that then writes it."""
+    """A result being made: its part of the pass over held-out text, and the function that writes the result."""
 
     tokens: int
     rows_per_forward: int
@@ -91,7 +97,7 @@ def _read_held_out(job: Job, run: Path, stages: list[_Stage], track: Track) -> l
     """The results of `stages`, each written to the run folder, from one pass over the held-out text."""
     sae = load(run, job.lm.device)
     results = [stage(job, run, sae, track) for stage in stages]
-    # Held-out rows for fewer tokens are the first of those for more.
+    # The held-out rows for fewer tokens are the first of the rows for more.
     rows = {tokens: job.held_out(tokens) for tokens in {result.tokens for result in results}}
     readers = [Reader(result.add, len(rows[result.tokens]), result.rows_per_forward) for result in results]
     read_together(sae, job.lm, max(rows.values(), key=len), job.settings.site, readers, track=track)

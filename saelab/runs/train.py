@@ -1,4 +1,4 @@
-"""The training stage: from a config to a run folder with a checkpoint, or on from where a run stopped."""
+"""The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
 import math
@@ -33,8 +33,8 @@ def train(
 ) -> Path:
     """Train an autoencoder as `config` says; returns the run folder.
 
-    An existing run folder is never overwritten without `force`. Ctrl-C and SIGTERM finish the step and save the state;
-    `resume` goes on from there.
+    An existing run folder is never overwritten without `force`. Ctrl-C and SIGTERM finish the step and save the state,
+    from which `resume` continues. Raises SaelabError for bad settings, text, models and activations.
     """
     return begin(Job(settings_of(config, overrides), say), force, track)
 
@@ -47,11 +47,11 @@ def resume(
     track: Track = silent,
     say: Say = quiet,
 ) -> Path:
-    """Go on with the training in the folder `run` from its last state, or from the beginning if it has none.
+    """Continue the training in the folder `run` from its last state, or restart it if there is none; returns `run`.
 
-    It then is, to the bit on a CPU with as many threads, as if it had never stopped. `overrides` may raise
-    `training.tokens` and change the device, the log and the interval of states; any other difference, also in `config`,
-    is refused. Raises SaelabError then, and if model, text or cache are not those of the run.
+    On a CPU with as many threads the result equals an uninterrupted training to the bit. `overrides` may raise
+    `training.tokens` and change the device, the log and the interval of states. Raises SaelabError for any other
+    difference, also in `config`, and if model, text or cache are not those of the run.
     """
     run = Path(run)
     if not (run / folder.SETTINGS).is_file() or not (run / folder.TRAINING).is_file():
@@ -75,29 +75,29 @@ def go_on(job: Job, track: Track) -> Path:
     """Train `job` from the last state in its run folder."""
     settings, run = job.settings, Path(job.settings.out)
     if not states(run):
-        # what a script, or an earlier version, has trained is not thrown away
+        # the weights of a script, or of an earlier version, are not replaced
         if folder.has_checkpoint(run) or folder.training_record(run).get("inputs") is None:
             raise SaelabError(
-                f"{run}: has no state to go on from; `saelab train {run / folder.SETTINGS} --force` trains it anew"
+                f"{run}: has no state to go on from; `saelab train {run / folder.SETTINGS} --force` trains it again"
             )
-        job.say(f"{run}: no state was saved so far; training begins anew")
+        job.say(f"{run}: no state was saved so far; training starts again")
         return begin(job, True, track)
     checked_plan(lambda: plan_training(settings, loaded=job.loaded, resumed=True), job.say)
     state = last_state(run, job.lm.device)
     differs = difference(state["provenance"], _provenance(job))
     if differs:
-        raise SaelabError(f"{run}: was trained on something else than can be read now: its {differs}")
+        raise SaelabError(f"{run}: was trained on something else than its settings name now: its {differs}")
     trainer = Trainer(
         bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(job.lm.device), settings.training, settings.sae
     )
-    trainer.load_state_dict(state.pop("trainer"))  # its copy of the weights is free then
+    trainer.load_state_dict(state.pop("trainer"))  # frees its copy of the weights
     if trainer.finished:
         if folder.training_record(run).get("complete"):
-            job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N goes on to more")
+            job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N trains on more")
         else:  # it was stopped after the last step
             _finish(job, trainer, state["input_scale"], state["seconds"], track)
         return run
-    job.say(f"{run}: training goes on after {trainer.tokens:,} tokens")
+    job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
     with translate_errors(run):
         write_whole(run / folder.SETTINGS, settings.to_yaml())
         write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
@@ -150,7 +150,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
             path = save()
             if not trainer.finished:
                 say(f"stopped after {trainer.tokens:,} tokens; `saelab train --resume {run}` goes on (state: {path})")
-        except SaelabError:  # bad data: what was learnt so far is kept
+        except SaelabError:  # bad data: save the weights so far
             if between_steps and trainer.steps:
                 save()
             _save(job, trainer, scale, time.monotonic() - began, {})
@@ -162,7 +162,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
 
 
 def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, track: Track) -> None:
-    """Give inference what it needs, and write the checkpoint."""
+    """Set the thresholds that inference needs, and write the checkpoint."""
     trainer.release()
     _save(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
     if trainer.finished:
@@ -174,7 +174,7 @@ def _save(job: Job, trainer: Trainer, scale: float, seconds: float, facts: dict[
 
 
 def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
-    """Set the thresholds that inference needs, on held-out text after that of evaluation; the facts to record."""
+    """Set thresholds on held-out text after that of evaluation, if inference needs them; returns facts to record."""
     densities, settings = trainer.trained().densities, job.settings
     if densities is None:
         return {}
@@ -203,7 +203,7 @@ def _provenance(job: Job) -> dict[str, Any]:
 
 
 def _lines_before(metrics: Path, steps: int) -> str:
-    """The lines of the log of the first `steps` steps: what a killed training logged after its last state goes."""
+    """The log of the first `steps` steps, without lines that a killed training wrote after its last state."""
     if not metrics.is_file():
         return ""
     kept = []
@@ -219,7 +219,7 @@ def _lines_before(metrics: Path, steps: int) -> str:
 
 @contextmanager
 def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
-    """Within, a first Ctrl-C or SIGTERM only sets a flag, which the yielded function returns; a second interrupts."""
+    """Here the first Ctrl-C or SIGTERM sets a flag, which the yielded function returns; a second interrupts."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield asked.is_set

@@ -1,1 +1,1 @@
-"""The sparse autoencoder: selection (allocation.py), losses, the model itself, and its checkpoint on disk."""
+"""The sparse autoencoder: encoder, affinity, allocation, losses, the model itself, and its checkpoint on disk."""

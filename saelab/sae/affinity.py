@@ -1,13 +1,14 @@
 """Affinity: the score of a (token, feature) match. Allocations maximise the sum of scores.
 
-activation    z, the pre-activation (no allocation picks what is at or below zero)
+activation    z, the pre-activation (no allocation picks an entry at or below zero)
 gradient      z (1 + beta |d . g|), d the feature's decoder direction and g the gradient of the language model's loss at
               the token (gradient-aware TopK: Olmo et al. 2024, arXiv 2411.10397)
 
 z |d . g| is the first-order change of the loss if the feature were removed from the token. The paper's abstract gives
 the score; that plain z is added, that g comes from the clean run's cross-entropy summed over the row, and that g is
-divided by its root mean square over the batch, are our reconstruction. Neither d nor g receives a gradient through the
-score: it only decides what is selected. g has seen the next token, so evaluation selects by activation.
+divided by its root mean square over the batch, are our reconstruction. The score only decides which entries are
+selected: neither d nor g receives a gradient through it. g depends on the next token, so evaluation selects by
+activation.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 class Alignment(NamedTuple):
-    """What the gradient affinity adds to activations."""
+    """The gradient part of the affinity."""
 
     gradients: Tensor
     """g of each token with root mean square 1 over the batch, ``[tokens, d_in]``."""
@@ -25,7 +26,7 @@ class Alignment(NamedTuple):
 
 
 def alignment(gradients: Tensor | None, beta: float) -> Alignment | None:
-    """`gradients` ``[tokens, d_in]`` normalised over the batch; None, which is plain activation, if beta is 0."""
+    """`gradients` ``[tokens, d_in]`` normalised over the batch; None (plain activation) without gradients or beta."""
     if beta == 0 or gradients is None:
         return None
     g = gradients.detach().to(torch.promote_types(gradients.dtype, torch.float32))

@@ -1,8 +1,8 @@
 """A checkpoint is a SAELens folder: ``cfg.json`` and ``sae_weights.safetensors``, loadable by SAELens as it is.
 
-Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. What selects in
-inference decides the architecture: token choice is SAELens' ``topk``; thresholds are its ``jumprelu``, which has one
-for each feature and whose entries are active above it; if they are all 0 it is its ``standard`` (ReLU).
+Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. The rule of
+inference decides the architecture: token choice becomes SAELens' ``topk``; thresholds become its ``jumprelu``, with one
+for each feature, above which an entry is active; thresholds that are all 0 become its ``standard`` (ReLU).
 """
 
 import json
@@ -25,7 +25,7 @@ FORMAT = 1
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, each file whole or not at all; `replace_folder` of saelab.files replaces both at once.
 
-    Trained thresholds are written as fixed ones. Raises SaelabError if the files cannot be written, and for a
+    Trained thresholds are written as fixed ones. Raises SaelabError if the files cannot be written, or for a
     transcoder, which has no format yet.
     """
     if not sae.centred:
@@ -73,7 +73,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
 
     From a run folder it also takes the figures of the run's evaluation, if there is one, to show them in a notebook.
 
-    Raises SaelabError if there is none, or if it is no TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
+    Raises SaelabError if there is no checkpoint, if it is damaged, or if it is not a TopK, JumpReLU or ReLU autoencoder
+    that saelab computes exactly.
     """
     path = Path(path)
     inner = current_folder(path / FOLDER)
@@ -90,7 +91,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     metadata = config.get("metadata") or {}
     ours = metadata.get("saelab") or {}
     architecture = config.get("architecture")
-    # an autoencoder of another trainer may have no budget; it is not asked for one
+    # without a budget of its own, as from another trainer, nothing limits the active features
     k = config["k"] if architecture == "topk" else ours.get("k", n_features)
     sae = SparseAutoencoder(d_in, n_features, k, metadata)
     sae.beta = float(ours.get("beta", 0.0))
@@ -112,7 +113,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
 
 
 def _figures(evaluation: Path) -> dict[str, Any]:
-    """The figures in a run's evaluation; empty if it is missing or damaged, which keeps no one from loading weights."""
+    """The figures in a run's evaluation; empty if it is missing or damaged, so that the weights still load."""
     try:
         return read_json(evaluation, "")
     except SaelabError:
@@ -126,9 +127,9 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         "reshape_activations": "none",
         "rescale_acts_by_decoder_norm": False,
     }
-    for key, wanted in expected.items():
-        if config.get(key, wanted) != wanted:
-            raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {wanted!r} only")
+    for key, supported in expected.items():
+        if config.get(key, supported) != supported:
+            raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {supported!r} only")
     architecture, k = config.get("architecture"), config.get("k")
     if architecture not in ("topk", "jumprelu", "standard"):
         raise SaelabError(

@@ -4,7 +4,8 @@
 
     linear       value = relu(z)
     jumprelu     value = z if z > theta, else 0; theta of each feature is trained by straight-through estimators
-                 (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3)
+                 (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3), with a rectangle of width `bandwidth` and
+                 height 1 as the kernel K((z - theta) / bandwidth)
 
 `scores` is dense, one tile at a time, without gradients. `pre` and `values` are sparse, in float32 (or the parameters'
 wider dtype), and carry the gradients.
@@ -24,8 +25,9 @@ from saelab.kernels import per_entry, sddmm
 
 _TILE_ELEMENTS = {"cpu": {torch.bfloat16: 2**22, torch.float32: 3 * 2**22}}
 """Pre-activations per tile on a CPU: 8 MB in bfloat16, which stay in its cache; 50 MB in float32, where every product
-lays out the whole encoder anew: fewer, larger tiles are a few percent faster."""
+repacks the whole encoder, so fewer, larger tiles are a few percent faster."""
 _TILE_ELSEWHERE = 2**30
+"""Pre-activations per tile on a GPU."""
 
 
 class Scratch:
@@ -64,16 +66,16 @@ class Tile(NamedTuple):
 
 
 class Encoder(Protocol):
-    """How a `SparseAutoencoder` encodes. Holds the parameters themselves, so gradients reach them."""
+    """How a `SparseAutoencoder` encodes. It refers to the parameters themselves, so gradients reach them."""
 
     def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
         """z of one tile in the dtype of centred ``[tokens, d_in]``, in a buffer that the next tile overwrites."""
         ...
 
     def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
-        """z at the entries of `pattern`, ``[nnz]``; x ``[tokens, d_in]``, centre ``[d_in]`` is subtracted from it.
+        """z at the entries of `pattern`, ``[nnz]``, with gradients; centre ``[d_in]`` is subtracted from x.
 
-        `known` is the result if the caller has it already; only the gradients are computed then.
+        x is ``[tokens, d_in]``. `known`: the result, if the caller has it; then only its gradients are computed.
         """
         ...
 
@@ -86,7 +88,7 @@ class Encoder(Protocol):
         ...
 
     def cut(self) -> Tensor:
-        """What a score must exceed for a threshold rule to pick it in training, ``[1]`` or ``[n_features]``."""
+        """Bound that a score must exceed for a threshold rule to pick it in training, ``[1]`` or ``[n_features]``."""
         ...
 
 
@@ -115,7 +117,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class JumpReLU:
-    """The encoder of JumpReLU autoencoders while they are trained; `log_threshold` ``[n_features]`` is a parameter."""
+    """The encoder of JumpReLU autoencoders in training; `log_threshold` ``[n_features]`` is a parameter."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -136,7 +138,7 @@ class JumpReLU:
         return _Step.apply(pre, per_entry(pattern, self.log_threshold.exp()), self.bandwidth)
 
     def cut(self) -> Tensor:
-        """Below theta by half the bandwidth: entries in the window are not active, and move theta."""
+        """theta minus half the bandwidth: entries of the window that lie below theta are not active, but move it."""
         return self.log_threshold.detach().exp() - self.bandwidth / 2
 
 
@@ -173,7 +175,10 @@ def _dense_pre(W_enc: Tensor, b_enc: Tensor, centred: Tensor, tile: Tile, scratc
 
 
 class _JumpReLU(torch.autograd.Function):
-    """``pre * (pre > threshold)`` with the straight-through gradient of eq. 9 and 10."""
+    """``pre * (pre > threshold)``.
+
+    Straight-through gradient: 1 to pre if it exceeds the threshold, -(threshold / bandwidth) K to the threshold.
+    """
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -190,7 +195,7 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """``(pre > threshold)`` as 0 or 1, with the straight-through gradient of eq. 11 to the threshold alone."""
+    """``(pre > threshold)`` as 0 or 1. Straight-through gradient: none to pre, -(1 / bandwidth) K to the threshold."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files. Loads nothing, for code that only looks whether a checkpoint is there."""
+"""The names of a checkpoint's files. Imports nothing, for code that only checks whether there is one."""
 
 FOLDER = "sae"
 """The checkpoint's folder in a run folder."""

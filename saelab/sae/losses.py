@@ -1,19 +1,19 @@
 """The loss of a training step: a sum of terms. All terms are ratios, so the scale of the data does not matter.
 
 A `Term` has a name (also in the metrics), a weight that may depend on the step, a value, and a request: the entries
-beside the active ones that its value needs. `terms` is the one list of them.
+that its value needs besides the active ones. `terms` lists the terms of a training.
 
 fvu          squared error over squared deviation from the batch mean
-multi_topk   the same of a reconstruction with four times the budget, at an eighth of the weight (Gao et al. 2024, arXiv
-             2406.04093, appendix B)
-aux          how badly features that are not used enough explain the error that the others leave. Which features those
-             are (training/usage.py) is all that sets its two forms apart:
-             aux_k: dead ones (Gao et al. 2024, appendix A.2)
+multi_topk   the same for a reconstruction with four times the budget, at an eighth of the weight (Gao et al. 2024,
+             arXiv 2406.04093)
+aux          share of the error that features of little use leave unexplained. The two forms differ only in these
+             target features (training/usage.py):
+             aux_k: dead ones (Gao et al. 2024)
              aux_zipf: under-used ones (Ayonrinde 2024, arXiv 2411.02124, says that it generalises aux_k to under-used
              features; the formula is our reconstruction)
 l1           sum of activation times length of the decoder row, per token, over sqrt(d_in) (Bricken et al. 2023)
 l0           mean number of active features per token, or (L0 / target - 1)^2; trains JumpReLU's thresholds
-             (Rajamanoharan et al. 2024, arXiv 2407.14435, eq. 9)
+             (Rajamanoharan et al. 2024, arXiv 2407.14435)
 """
 
 from collections.abc import Callable
@@ -42,11 +42,11 @@ class Forward:
     W_dec: Tensor
     b_dec: Tensor
     centre: Tensor | None
-    """What is subtracted from x: b_dec, or None."""
+    """Vector that is subtracted from x: b_dec, or None."""
     x: Tensor
     """``[tokens, d_in]``"""
     target: Tensor
-    """What is reconstructed, ``[tokens, d_out]``."""
+    """The values to reconstruct, ``[tokens, d_out]``."""
     codes: Codes
     """The active entries, with gradients."""
     pre: Tensor
@@ -64,11 +64,11 @@ class Forward:
 class Term(NamedTuple):
     name: str
     weight: Callable[[int], float]
-    """Of a step, from 0."""
+    """Weight in a step; steps count from 0."""
     value: Callable[[Forward, Selection | None], Tensor]
     """A scalar with its gradient, from the forward pass and the entries that were requested."""
     request: Callable[[Rule, Tensor | None], Request | None] = lambda rule, targets: None
-    """The entries it needs, given the rule of the step and the features that an auxiliary loss is for."""
+    """The entries that the value needs, given the rule of the step and the features that an auxiliary loss targets."""
 
 
 def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
@@ -109,12 +109,12 @@ TERMS: dict[str, Callable[[SaeSettings, int, int], Term]] = {
     "l1": _l1,
     "l0": _l0,
 }
-"""What the settings `multi_topk`, `aux` and `sparsity` can name; none is not a term."""
+"""The terms that the settings `multi_topk`, `aux` and `sparsity` can name; the name none has no term."""
 
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar."""
-    deviation = _deviation(x)  # first, so that its temporary is gone when the error's is there
+    deviation = _deviation(x)  # first, so that its temporary is freed before that of the error is allocated
     return torch.linalg.vector_norm(x - reconstruction).square() / deviation
 
 
@@ -129,12 +129,12 @@ def _wider_fvu(forward: Forward, wider: Selection | None) -> Tensor:
 
 
 def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
-    """How badly chosen features explain the error: ``||e - ehat||^2 / ||e - mean e||^2``, a scalar.
+    """Share of the error that chosen features leave unexplained: ``||e - ehat||^2 / ||e - mean e||^2``, a scalar.
 
     e ``[tokens, d_out]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
-    -inf in empty slots; ehat decodes those above zero, without bias. The gradient reaches the encoder and decoder rows
-    of exactly these features. b_dec receives none: neither side of the ratio holds it, and it is detached in the
-    encoder's input. The ratio is 0 if nothing was chosen, and if it is not finite (no error left).
+    -inf in empty slots; ehat decodes those above zero, without bias. The gradient reaches exactly the encoder and
+    decoder rows that ehat uses. b_dec receives none: neither side of the ratio contains it, and it is detached in the
+    encoder's input. The value is 0 if nothing was chosen, or if the ratio is not finite (no error left).
     """
     assert strongest is not None
     pattern, error = strongest.pattern, (forward.target - forward.reconstruction).detach()
@@ -155,7 +155,7 @@ def l1(forward: Forward, _: Selection | None = None) -> Tensor:
 
 
 def l0(forward: Forward, target: float | None) -> Tensor:
-    """L0 of the batch, a scalar, or ``(L0 / target - 1)^2``; its gradient reaches the thresholds alone."""
+    """L0 of the batch, a scalar, or ``(L0 / target - 1)^2``; its gradient reaches only the thresholds."""
     found = forward.encoder.active(forward.pre, forward.codes).sum() / len(forward.x)
     return found if target is None else (found / target - 1).square()
 
@@ -163,8 +163,8 @@ def l0(forward: Forward, target: float | None) -> Tensor:
 def under_used(densities: Tensor, expected: Tensor, share: float, uniform: float) -> Tensor:
     """Features active on less than `share` of the tokens expected of their rank: bool ``[n_features]``.
 
-    densities ``[n_features]``, and expected, what the capped Zipf curve gives each feature's rank. Only features below
-    the `uniform` density k / n_features count: the densest ones may lie under a curve of another shape than theirs
-    without being in any danger.
+    densities and expected ``[n_features]``; expected is the capped Zipf curve at each feature's rank. Only features
+    below the `uniform` density k / n_features count: the densest ones may lie under a curve that does not fit their
+    shape, and still be used enough.
     """
     return (densities < share * expected) & (densities < uniform)

@@ -1,10 +1,10 @@
 """The sparse autoencoder: x -> sparse codes -> reconstruction.
 
-    z = (x - b_dec) W_enc^T + b_enc        codes = z where it is selected        xhat = codes W_dec + b_dec
+    z = (x - b_dec) W_enc^T + b_enc        codes = z if selected, else 0        xhat = codes W_dec + b_dec
 
-What is selected: affinity.py and allocation/. What an entry is worth: encoder.py. With a width d_out of its own it
-reconstructs something else than x (a transcoder); then b_dec is not subtracted from x. The encoder is kept as rows too,
-``W_enc [n_features, d_in]``: then both gradients are the same sparse product.
+affinity.py and allocation/ decide which entries are selected, encoder.py their values. With a width d_out the
+autoencoder is a transcoder: it reconstructs something else than x, and b_dec is not subtracted from x. The encoder is
+stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradients are the same sparse product.
 """
 
 import copy
@@ -27,21 +27,21 @@ from saelab.sae.losses import Forward
 from saelab.sae.settings import EncoderSettings, SaeSettings
 
 LIFT = 1e-3
-"""The pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
+"""Pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
 
 _MOST_ENTRIES = 2**24
-"""Active entries of the sample that the first scale of the encoder is fitted to, if no budget limits them."""
+"""Most pre-activations of the sample that the initial scale and thresholds are fitted to if no budget limits them."""
 
 
 class Batch(NamedTuple):
-    """What one training step sees."""
+    """Input of one training step."""
 
     x: Tensor
     """``[tokens, d_in]``"""
     target: Tensor | None = None
-    """What is reconstructed, ``[tokens, d_out]``; None: x itself."""
+    """The values to reconstruct, ``[tokens, d_out]``; None: x itself."""
     gradients: Tensor | None = None
-    """Of the language model's loss at x, ``[tokens, d_in]``, for the gradient affinity."""
+    """Gradients of the language model's loss at x, ``[tokens, d_in]``, for the gradient affinity."""
 
 
 class SparseAutoencoder(nn.Module):
@@ -51,8 +51,8 @@ class SparseAutoencoder(nn.Module):
     """
 
     threshold: Tensor | None
-    """What a pre-activation must exceed to be active in inference: ``[1]``, one for all, or ``[n_features]``. None:
-    every token keeps its k largest."""
+    """Bound that a pre-activation must exceed to be active in inference: ``[1]``, one for all, or ``[n_features]``.
+    None: every token keeps its k largest."""
 
     def __init__(
         self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None, d_out: int | None = None
@@ -62,9 +62,9 @@ class SparseAutoencoder(nn.Module):
         self.centred = d_out is None
         """Whether b_dec is subtracted from x."""
         self.beta = 0.0
-        """Weight of the gradient in the affinity it was trained with; evaluation does without, but for the oracle."""
+        """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
         self.metadata = metadata or {}
-        """Where the autoencoder comes from: model, site, context and our own facts (the checkpoint's metadata)."""
+        """Origin of the autoencoder: model, site, context and our own facts (the checkpoint's metadata)."""
         self.figures: dict[str, Any] = {}
         """Evaluation of the run that it was loaded from (`eval.json`), by name; not part of the checkpoint."""
         self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
@@ -100,8 +100,9 @@ class SparseAutoencoder(nn.Module):
     def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes:
         """Active features of each token: x ``[..., d_in]`` -> codes over the flattened tokens, values above 0 only.
 
-        A token's features do not depend on the other tokens given. With `gradients` of the language model's loss, in
-        the shape of x, selection is by the gradient affinity, as in training: an oracle, for they know the next token.
+        A token's features do not depend on the other tokens. With `gradients` of the language model's loss, of the
+        shape of x, selection is by the gradient affinity, as in training: an oracle, because the gradients depend on
+        the next token.
         """
         return self._encode(x, self.rule, gradients)
 
@@ -130,7 +131,7 @@ class SparseAutoencoder(nn.Module):
     def training_pass(
         self, batch: Batch, rule: Rule, requests: Sequence[Request | None] = (), *, bf16: bool = False
     ) -> tuple[Forward, list[Selection | None]]:
-        """The forward pass of a training step, differentiable; and the entries of each request, None for none.
+        """The forward pass of a training step, differentiable; and the entries of each request, None if it is None.
 
         `rule` selects the active entries; `bf16` lets bfloat16 propose the candidates. At most one request may have a
         mask.
@@ -158,41 +159,45 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None) -> None:
-        """Random unit decoder rows, encoder = decoder, b_dec at the centre of `sample` ``[tokens, d_in]``.
+        """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
 
-        The encoder is then scaled so that the first reconstruction of the sample has the least squared error a common
-        factor can give. With `target` ``[tokens, d_out]``, b_dec is at the centre of that, the encoder has random unit
-        rows of its own, and b_enc centres x.
+        `b_dec_init` names the centre: mean or geometric_median. The encoder is then scaled so that the first
+        reconstruction of the sample has the least squared error that a common factor can give. With `target`
+        ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc
+        centres x.
         """
         self.W_dec.normal_()
         self.renormalise_decoder()
         self.b_enc.zero_()
-        wanted = sample if target is None else target
-        self.b_dec.copy_(wanted.mean(0) if b_dec_init == "mean" else geometric_median(wanted))
+        output = sample if target is None else target
+        self.b_dec.copy_(output.mean(0) if b_dec_init == "mean" else geometric_median(output))
         if self.centred:
             self.W_enc.copy_(self.W_dec)
         else:
             self.W_enc.normal_()
             self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
             self.b_enc.copy_(-self.W_enc @ sample.mean(0))
-        # trained thresholds come afterwards, where k entries are active
+        # trained thresholds are set later, and from this scale
         rule = self.rule if self.log_threshold is None else TokenChoice(self.k)
         tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.n_features))
         first = spmm(self._encode(sample[:tokens], rule), self.W_dec)
-        factor = ((wanted[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
+        factor = ((output[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
         self.W_enc.mul_(factor)
         if not self.centred:
             self.b_enc.mul_(factor)
 
     @torch.no_grad()
     def train_thresholds(self, threshold: float, bandwidth: float) -> None:
-        """Make it a JumpReLU autoencoder with trained thresholds, float32, which all begin at `threshold`."""
+        """Make it a JumpReLU autoencoder with trained thresholds, float32.
+
+        All begin at `threshold`, or at half the bandwidth if that is larger.
+        """
         start = torch.full((self.n_features,), max(threshold, bandwidth / 2), device=self.W_enc.device)
         self.threshold, self.bandwidth, self.log_threshold = None, bandwidth, nn.Parameter(start.float().log())
 
     @torch.no_grad()
     def threshold_for(self, l0: float, sample: Tensor) -> float:
-        """The threshold above which `l0` entries of a token of `sample` ``[tokens, d_in]`` lie on average."""
+        """The threshold that `l0` pre-activations per token of `sample` ``[tokens, d_in]`` exceed on average."""
         tokens = max(1, min(1024, _MOST_ENTRIES // self.n_features))
         pre = self.pre_activations(sample[:: max(1, len(sample) // tokens)][:tokens])  # neighbours are alike
         return pre.flatten().topk(max(1, min(round(l0 * len(pre)), pre.numel()))).values[-1].item()
@@ -206,7 +211,7 @@ class SparseAutoencoder(nn.Module):
     def folded(self, scale: float) -> "SparseAutoencoder":
         """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
 
-        Biases and threshold are divided by the scale, the matrices untouched: relu and selection commute with a scale.
+        Biases and threshold are divided by the scale, the matrices stay: relu and selection commute with a scale.
         Trained thresholds become fixed ones.
         """
         folded = copy.deepcopy(self)
@@ -222,10 +227,10 @@ class SparseAutoencoder(nn.Module):
     def lift(self, x: Tensor, mask: Tensor) -> None:
         """Raise the bias of those features of `mask` that no token of x activates, until the nearest one just does.
 
-        No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss: this is the
-        remedy. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
+        No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss; it reaches
+        a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
         """
-        # the host may wait on a CPU, and look at these features alone; elsewhere it looks at all
+        # on a CPU only the features of the mask; elsewhere all, or the host would wait to know which they are
         which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
         for rows in which.split(4096):
             highest = torch.addmm(self.b_enc[rows], self._centre(x), self.W_enc[rows].T).amax(0)
@@ -236,7 +241,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def bare_autoencoder(settings: SaeSettings, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
-    """An autoencoder for a training by `settings`, whose weights have no values yet; with `d_out` a transcoder."""
+    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder."""
     sae = SparseAutoencoder(d_in, settings.n_features, settings.k, d_out=d_out)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
@@ -249,7 +254,7 @@ ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
     "linear": lambda sae, options: None,
     "jumprelu": lambda sae, options: sae.train_thresholds(1.0, options.bandwidth),
 }
-"""What each encoder adds to a bare autoencoder."""
+"""By the name of an encoder, the function that adds its parameters to a bare autoencoder."""
 
 
 def new_autoencoder(

@@ -1,4 +1,4 @@
-"""The memory that an autoencoder's training step needs, and what it needs before the first one and after the last.
+"""Memory of an autoencoder's training step, of its initialisation and of its calibration.
 
 The bytes per entry were measured on a CPU as tensors alive at once, and rounded up; the tests repeat the measurement.
 """
@@ -11,41 +11,41 @@ from saelab.sae.encoder import Linear, Scratch, tiles
 from saelab.sae.losses import MULTI_FACTOR
 from saelab.sae.model import _MOST_ENTRIES, bare_autoencoder
 from saelab.sae.settings import SaeSettings
-from saelab.sae.thresholds import BLOCK_ENTRIES, keys_held
+from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 
 _STEP_VECTORS = 10
-"""Vectors ``[tokens, d_in]`` in float32: x, the reconstruction, their difference, and the like."""
+"""Number of float32 tensors ``[tokens, d_in]`` alive during a step: x, the reconstruction, their difference ..."""
 _ENTRY_BYTES = 100
-"""Of an active entry, with its position among the tokens and among the features."""
+"""Bytes per active entry, with its position among the tokens and among the features."""
 _DENSE_ENTRY_BYTES = {"memory": 70, "gpu": _ENTRY_BYTES}
-"""Of an entry if all are active; a CPU then takes dense products, which need no positions among the features."""
+"""Bytes per entry if all are active; a CPU then uses dense products, which need no positions among the features."""
 _AUX_BYTES = 60
-"""Of an entry of the auxiliary loss."""
+"""Bytes per entry of the auxiliary loss."""
 _CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
-"""Of a pre-activation that may decide a threshold: its key, which a CPU sorts in place. The rest on a GPU is computed,
-not measured: a sort's result, indices before and after, and as much again as two of these for radix sort."""
+"""Bytes per pre-activation that may decide a threshold: its key, which a CPU sorts in place. The number for a GPU is
+computed, not measured: it adds a sort's result, indices before and after, and two more such arrays for radix sort."""
 _CALIBRATED_BYTES = 12
-"""Of a pre-activation of the block that calibration looks through: itself, and all that is made of it."""
+"""Bytes per pre-activation of the block that calibration searches: itself, and all tensors made from it."""
 _FIRST_TOKENS = 4096
-"""Of the sample: those whose reconstruction sets the first scale of the encoder (`initialise`)."""
+"""Tokens of the sample whose reconstruction sets the first scale of the encoder (`initialise`)."""
 _THRESHOLD_TOKENS = 1024
-"""Of the sample: those that set the first threshold (`threshold_for`)."""
+"""Tokens of the sample that set the first threshold (`threshold_for`)."""
 _LIFTED = 4096
 """Features that are lifted at a time (`lift`)."""
 
 
 def step_needs(settings: SaeSettings, d_in: int, batch: int, where: Place) -> list[Need]:
-    """What `training_pass`, its losses and their gradients need beside the parameters; batch: tokens of a step.
+    """Needs of `training_pass`, its losses and their gradients besides the parameters; batch: tokens of a step.
 
-    An allocation without a budget limits nothing, so all entries count as active: an upper bound. A ReLU autoencoder
-    starts with about half of them.
+    An allocation without a budget limits no entries, so all count as active: an upper bound. A ReLU autoencoder starts
+    with about half of them.
     """
     method, bf16 = allocation_of(settings), settings.selection == "bfloat16"
     tile = _tile_bytes(settings.n_features, d_in, batch, where, bf16, method.whole_columns)
     tile *= 2 if settings.needs_gradients else 1  # the gradient's part has the same shapes
     dense = f"{batch:,} x {settings.n_features:,} in {settings.selection}"
     if settings.needs_gradients:
-        dense += ", with the gradient's part beside it"
+        dense += ", and as much for the gradient's part"
     vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
     entries, entry = settings.k * (1 + MULTI_FACTOR if settings.multi_topk else 1), _ENTRY_BYTES
     if not _has_budget(settings):
@@ -62,17 +62,17 @@ def step_needs(settings: SaeSettings, d_in: int, batch: int, where: Place) -> li
             "selection",
             _selection_bytes(settings, d_in, batch, tile, where),
             where,
-            "copies of a tile in which features are looked for",
+            "copies of a tile that are searched for features",
         ),
         Need("training step", step, where, how),
     ]
 
 
 def initialisation_bytes(settings: SaeSettings, d_in: int, sample_tokens: int, where: Place) -> int:
-    """What `new_autoencoder` needs beside the parameters and the sample of `sample_tokens`.
+    """Bytes that `new_autoencoder` needs besides the parameters and the sample of `sample_tokens`.
 
-    A ReLU's first reconstruction has every positive entry of a part of the sample: half of them, for decoder rows
-    point anywhere. Those of other methods have k a token.
+    A ReLU's first reconstruction has every positive entry of a part of the sample, half of all, because decoder rows
+    are random directions. Other methods have k entries per token.
     """
     tokens, n_features = min(_FIRST_TOKENS, sample_tokens), settings.n_features
     dense = max(_MOST_ENTRIES, n_features)
@@ -90,11 +90,11 @@ def initialisation_bytes(settings: SaeSettings, d_in: int, sample_tokens: int, w
 
 
 def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:
-    """What `calibrate` needs on `tokens` tokens; 0 if inference needs no thresholds set on held-out text."""
+    """Bytes that `calibrate` needs on `tokens` tokens; 0 if inference needs no thresholds set on held-out text."""
     if not allocation_of(settings).calibrated:
         return 0
-    largest = settings.k * tokens + 2 * settings.n_features  # looked at: two of each feature beyond its density
-    candidates = keys_held(largest, settings.n_features, tokens * settings.n_features)
+    largest = settings.k * tokens + 2 * settings.n_features  # two per feature more than its density
+    candidates = key_capacity(largest, settings.n_features, tokens * settings.n_features)
     return _CANDIDATE_BYTES[where] * candidates + _CALIBRATED_BYTES * max(BLOCK_ENTRIES, settings.n_features)
 
 
@@ -105,7 +105,7 @@ def _has_budget(settings: SaeSettings) -> bool:
 def _tile_bytes(
     n_features: int, d_in: int, tokens: int, where: Place, bf16: bool = False, whole_columns: bool = False
 ) -> int:
-    """The buffers of the dense product: a tile of scores, and weights in low precision."""
+    """Bytes of the buffers of the dense product: a tile of scores, and weights in bfloat16."""
     scratch = Scratch()
     with no_numbers():
         device = torch.device("cuda" if where == "gpu" else "cpu")
@@ -117,7 +117,7 @@ def _tile_bytes(
 
 
 def _selection_bytes(settings: SaeSettings, d_in: int, batch: int, tile: int, where: Place) -> int:
-    """Copies of a tile: of the auxiliary loss's targets, of all columns on a GPU; or the products of `lift`."""
+    """Bytes of copies of a tile: the auxiliary loss's targets, all columns on a GPU; or of the products of `lift`."""
     aux = settings.aux.name != "none"
     copies = aux + (2 if allocation_of(settings).whole_columns and where == "gpu" else 0)
     lifted = 4 * min(_LIFTED, settings.n_features) * (batch + d_in) if aux and settings.aux.lift else 0

@@ -12,7 +12,7 @@ def _one_of(field_name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _curve(exponent: float | None, shift: float | None) -> None:
-    """Both or neither of a Zipf curve's parameters are given, and give a falling curve."""
+    """Raises SettingError unless both parameters of a Zipf curve or neither are given, and the curve falls."""
     if (exponent is None) != (shift is None):
         raise SettingError("exponent: a Zipf curve takes both exponent and shift, or neither (then it is fitted)")
     if exponent is not None and not 0 <= exponent < math.inf:
@@ -24,11 +24,11 @@ def _curve(exponent: float | None, shift: float | None) -> None:
 @dataclass(frozen=True)
 class EncoderSettings:
     name: str = "linear"
-    """What an active entry is worth: linear (its pre-activation), or jumprelu (that, above a trained threshold)."""
+    """Value of an active entry: linear (its pre-activation), or jumprelu (the same, above a trained threshold)."""
     bandwidth: float = 0.5
     """jumprelu: width of the window around a threshold whose entries move it; inputs have E||x||^2 = d_in."""
     threshold: float | None = None
-    """jumprelu: what thresholds begin at. Default: where as many entries are active as the L0 term aims at."""
+    """jumprelu: initial value of all thresholds. Default: L0 then equals `sparsity.target_l0`, or k without one."""
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("linear", "jumprelu"))
@@ -41,7 +41,7 @@ class EncoderSettings:
 @dataclass(frozen=True)
 class AffinitySettings:
     name: str = "activation"
-    """What decides the selection: activation, or gradient (the activation weighted by its effect on the LM's loss)."""
+    """Score of an entry: activation, or gradient (the activation weighted by its effect on the LM's loss)."""
     beta: float = 1.0
     """Weight of the gradient's part; 0 is activation."""
 
@@ -54,8 +54,9 @@ class AffinitySettings:
 @dataclass(frozen=True)
 class AllocationSettings:
     name: str = "token_choice"
-    """Who holds the budget of k per token: token_choice (TopK), mutual_choice (the batch) or feature_choice. Or no
-    budget: threshold, every entry above the encoder's threshold (ReLU, JumpReLU), with a sparsity loss."""
+    """How the budget of k per token is divided: token_choice (k for each token, TopK), mutual_choice (over the whole
+    batch) or feature_choice (a capacity for each feature). threshold has no budget: every entry above the encoder's
+    threshold is active (ReLU, JumpReLU), and a sparsity loss is needed."""
     capacity: str = "zipf"
     """Feature choice: how capacities fall with a feature's rank by density, zipf or uniform."""
     exponent: float | None = None
@@ -80,7 +81,7 @@ class AllocationSettings:
 @dataclass(frozen=True)
 class AuxSettings:
     name: str = "aux_k"
-    """Auxiliary loss: none, aux_k (for dead features) or aux_zipf (for under-used ones too)."""
+    """Auxiliary loss: none, aux_k (targets dead features) or aux_zipf (targets under-used ones too)."""
     coefficient: float = 1 / 32
     """Weight of the auxiliary loss."""
     features: int | None = None
@@ -92,7 +93,7 @@ class AuxSettings:
     share: float = 0.5
     """aux_zipf: a feature is under-used below this share of its expected density."""
     lift: bool = False
-    """Raise the bias of target features that no token of a batch activates: no gradient reaches those otherwise."""
+    """Raise the bias of target features that no token of a batch activates; otherwise no gradient reaches them."""
 
     def __post_init__(self) -> None:
         _one_of("name", self.name, ("none", "aux_k", "aux_zipf"))
@@ -131,7 +132,8 @@ class SaeSettings:
     n_features: int = 4096
     """Number of features (latents)."""
     k: int = 32
-    """Features active on a token, on average over a batch at most. Without a budget: what training starts from."""
+    """Most features active on a token, on average over a batch. Without a budget: L0 that jumprelu's thresholds begin
+    with, unless `sparsity.target_l0` is given."""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     """linear, or jumprelu."""
     affinity: AffinitySettings = field(default_factory=AffinitySettings)
@@ -145,14 +147,14 @@ class SaeSettings:
     multi_topk: bool = False
     """Also reconstruct with four times the budget, at an eighth of the weight."""
     selection: str = "float32"
-    """Precision of the scores that propose what is selected: float32 or bfloat16. The choice itself is float32."""
+    """Precision of the scores that propose candidates: float32 or bfloat16. The final choice is in float32."""
     b_dec_init: str = "mean"
-    """What b_dec starts from: mean or geometric_median of the first activations."""
+    """Initial value of b_dec: mean or geometric_median of the first activations."""
     unit_norm: bool = True
     """Whether decoder rows keep length 1."""
     freeze: str = "none"
-    """Which weights stay as they start: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is
-    never trained is the control that a trained one must beat."""
+    """Weights that are not trained: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is never
+    trained is the control that a trained one must beat."""
 
     def __post_init__(self) -> None:
         if self.n_features < 1:
@@ -162,10 +164,10 @@ class SaeSettings:
         _one_of("selection", self.selection, ("float32", "bfloat16"))
         _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
         _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))
-        self._check_together()
+        self._check_combination()
 
-    def _check_together(self) -> None:
-        """Refuses methods that do not go together."""
+    def _check_combination(self) -> None:
+        """Raises SettingError if the encoder, allocation and losses do not fit each other."""
         has_budget, trains_threshold = self.allocation.name != "threshold", self.encoder.name == "jumprelu"
         if trains_threshold and has_budget:
             raise SettingError("encoder: jumprelu decides what is active; it goes with allocation: threshold")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saelab.sae.model import SparseAutoencoder
 
 _LONGEST = 100
-"""Characters of a piece of text from the metadata."""
+"""Most characters that are shown of a text from the metadata."""
 
 
 def text(sae: "SparseAutoencoder") -> str:
@@ -38,7 +38,7 @@ def html(sae: "SparseAutoencoder") -> str:
 
 
 def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
-    """Sizes, origin, method and inference of `sae`, as pairs of a name and text; what is not known is left out."""
+    """Sizes, origin, method and inference of `sae`, as pairs of a name and text; unknown ones are left out."""
     metadata = sae.metadata
     ours = metadata.get("saelab")
     ours = ours if isinstance(ours, Mapping) else {}
@@ -75,7 +75,7 @@ def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
 
 
 def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
-    """The settings that chose what was active in training."""
+    """The settings that decided which entries were active in training."""
     parts = []
     for name in ("encoder", "affinity", "allocation", "aux", "sparsity"):
         section = ours.get(name)

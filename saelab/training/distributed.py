@@ -46,7 +46,7 @@ def process_barrier(world: int) -> Iterator[Callable[[], object]]:
         return
     import torch.distributed as distributed
 
-    # The processes exchange nothing but barriers, and one may have to wait while another writes a whole lane.
+    # The processes exchange only barriers, and one may have to wait while another writes a whole lane.
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
     def barrier() -> None:

@@ -1,4 +1,4 @@
-"""The memory and disk that training an autoencoder needs, apart from where its activations come from."""
+"""The memory and disk that training an autoencoder needs, apart from the source of its activations."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
 
 STATE_TEXT = 65_536
-"""The most bytes of a state that are no tensor's: names, counters, where the text goes on (`saelab.corpus.rows`)."""
+"""Most bytes of a state besides its tensors: names, counters, the position in the text (`saelab.corpus.rows`)."""
 
 
 def training_needs(
@@ -27,10 +27,10 @@ def training_needs(
     calibration_tokens: int,
     resumed: bool = False,
 ) -> list[Need]:
-    """What a `Trainer` needs on its device, `where`, from initialisation to calibration, and for what it leaves.
+    """Needs of a `Trainer` on its device, `where`, from initialisation to calibration, and of its files.
 
-    `resumed`: it starts from a state instead of from a sample of `sample_tokens`. No setting makes a transcoder, so
-    d_out is d_in.
+    `resumed`: it starts from a state instead of a sample of `sample_tokens`. No setting makes a transcoder, so d_out is
+    d_in.
     """
     with no_numbers():
         trainer = Trainer(bare_autoencoder(sae, d_in), settings, sae)
@@ -50,8 +50,8 @@ def training_needs(
         *step,
     ]
 
-    # Before the first step there is none of these but the autoencoder; after the last one `release` has freed the
-    # gradients and the optimiser. The buffers of the step stay with the autoencoder.
+    # Before the first step only the autoencoder exists; after the last step `release` has freed the gradients and the
+    # optimiser. The buffers of the step stay with the autoencoder.
     freed = 3 * gradients + sum(need.bytes for need in step if need.what != "pre-activations")
     kept = sum(need.bytes for need in step if need.what == "pre-activations")
     if resumed:
@@ -75,7 +75,7 @@ def training_needs(
 
 
 def _reading_needs(weights: int, gradients: int, where: Place) -> list[Need]:
-    """The state while it is read: weights, which are then copied, and what the optimiser takes as it is."""
+    """The state while it is read: the weights, which are then copied; the optimiser keeps its tensors."""
     needs = [Need("state, while it is read", weights, where, "as the autoencoder")]
     if where == "gpu":
         how = "the weights and the optimiser"

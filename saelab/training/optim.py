@@ -1,7 +1,7 @@
-"""One optimiser step: the decoder-parallel gradient out, clip, Adam, unit decoder rows. The host is not waited for.
+"""One optimiser step: remove the decoder-parallel gradient, clip, Adam, normalise decoder rows. The host never waits.
 
-What bounds it is memory: parameters, gradients and two moments are read, all but the gradients written. So gradients
-are clipped inside Adam's own pass, and gradient memory is kept from step to step.
+Memory bandwidth bounds it: a step reads parameters, gradients and two moments, and writes all but the gradients. So
+gradients are clipped inside Adam's own pass, and gradient memory is kept from step to step.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ from saelab.kernels.products import accumulate_in_place, return_gradients
 from saelab.sae.model import SparseAutoencoder
 
 _BLOCK_ROWS = 2048
-"""Decoder rows at a time, whose products then stay in the cache: 6 MB at d_in 768."""
+"""Decoder rows at a time: their products stay in the cache, 6 MB at d_in 768."""
 THRESHOLD_RATE = 10.0
-"""Trained thresholds learn so many times faster. At the rate of the weights, which sparsify the pre-activations as they
-learn, thresholds lag behind and L0 stays a fifth below its target on the demo model (docs/training.md)."""
+"""Learning rate of trained thresholds, in units of that of the weights. At the same rate thresholds lag behind the
+pre-activations, which get sparser, and L0 stays a fifth below its target on the demo model (docs/training.md)."""
 _FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
 
 
 class Optimiser:
-    """Adam for `sae`, whose large gradients are from now on kept and added to in place, until `release`.
+    """Adam for `sae`. Until `release`, the large gradients stay allocated and are added to in place.
 
     `freeze` names weights that are not trained: none, decoder (W_dec) or encoder (W_enc, b_enc). Decoder rows keep
     length 1 if `unit_norm` and the decoder is trained.
@@ -45,9 +45,9 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> Tensor:
-        """Update the weights from their gradients, which are zero afterwards; returns the norm before clipping.
+        """Update the weights and zero their gradients; returns the norm before clipping, a scalar.
 
-        If the norm, a scalar, is not finite nothing is updated.
+        If the norm is not finite nothing is updated.
         """
         for group in self._adam.param_groups:
             group["lr"] = group["times"] * lr
@@ -56,7 +56,7 @@ class Optimiser:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         # Adam's fused pass divides gradients by `grad_scale` and skips everything if `found_inf` is 1
         scale = (norm / clip).clamp_min(1.0)
-        nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing means writing, too; a GPU is not asked
+        nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing writes gradients; asking a GPU waits
         self._adam.grad_scale = None if nothing_to_clip else scale  # type: ignore[attr-defined]
         self._adam.found_inf = torch.isfinite(norm).logical_not().float()  # type: ignore[attr-defined]
         self._adam.step()
@@ -66,13 +66,13 @@ class Optimiser:
         return norm
 
     def release(self) -> None:
-        """Undo what it did to the autoencoder: gradients are none, and will be returned again. Frees the moments."""
+        """Make the autoencoder an ordinary module again, without gradients or in-place addition. Frees the moments."""
         for parameter in self.sae.parameters():
             return_gradients(parameter)
-        self._adam.state.clear()  # three times the autoencoder is free then; calibration counts on it
+        self._adam.state.clear()  # calibration needs this memory, and that of the gradients
 
     def state_dict(self) -> dict[str, Any]:
-        """Of each trained parameter, by name: Adam's moments and count of steps."""
+        """Adam's moments and count of steps for each trained parameter, by name; not copies."""
         names = {id(parameter): name for name, parameter in self.sae.named_parameters()}
         return {names[id(parameter)]: dict(self._adam.state[parameter]) for parameter in self.trained}
 
@@ -85,7 +85,7 @@ class Optimiser:
 
 @torch.no_grad()
 def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
-    """Take out the part of the decoder's gradient that would change the length of its (unit) rows."""
+    """Remove the part of the decoder's gradient that would change the length of its (unit) rows."""
     assert sae.W_dec.grad is not None
     for gradient, rows in zip(sae.W_dec.grad.split(_BLOCK_ROWS), sae.W_dec.split(_BLOCK_ROWS), strict=True):
         gradient.addcmul_((gradient * rows).sum(1, keepdim=True), rows, value=-1)

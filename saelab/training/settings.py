@@ -1,4 +1,4 @@
-"""How long and how fast an autoencoder is trained."""
+"""Settings of a training: length, learning rate, checkpoints."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ DEAD_SHARE = 0.10
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When the state of a training is written, from which `saelab train --resume` goes on."""
+    """How often the state is written from which `saelab train --resume` continues."""
 
     minutes: float | None = 10.0
-    """Minutes of training between two; null: not by time."""
+    """Minutes of training between two states; null: not by time."""
     tokens: int | None = None
-    """Tokens between two; null: not by tokens."""
+    """Tokens between two states; null: not by tokens."""
     keep: int = 2
-    """How many are kept, the last ones. Each takes three times the autoencoder, in float32."""
+    """Number of the last states that are kept. Each takes three times the autoencoder, in float32."""
 
     def __post_init__(self) -> None:
         for name in ("minutes", "tokens", "keep"):
@@ -38,9 +38,9 @@ class TrainingSettings:
     warmup: float = 0.05
     """Share of the steps over which the rate rises from zero."""
     decay: float = 0.5
-    """Share of the steps, the last ones, over which the rate falls to zero."""
+    """Share of the last steps over which the rate falls to zero."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Norm that larger gradients are scaled down to."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -62,9 +62,10 @@ class TrainingSettings:
 
     @property
     def steps(self) -> int:
+        """Number of training steps of whole batches."""
         return self.tokens // self.batch
 
     @property
     def dead_after(self) -> int:
-        """A feature is dead, while training, when it was not active for this many tokens."""
+        """Tokens without an activation after which training counts a feature as dead."""
         return min(MAX_DEAD_AFTER, round(DEAD_SHARE * self.tokens))

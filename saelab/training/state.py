@@ -1,6 +1,6 @@
-"""State of a training on the disk, for exact resume: nested dictionaries as one safetensors and one JSON file.
+"""State of a training on disk, for exact resume: nested dictionaries as one safetensors and one JSON file.
 
-Tensors keep their bits, and so do numbers: JSON writes a float with as many digits as tell it from every other.
+Tensors keep their bits, and so do numbers: JSON writes enough digits of a float to read the same float back.
 """
 
 import json
@@ -19,7 +19,7 @@ from saelab.tensors import write_tensors
 TENSORS, VALUES = "state.safetensors", "state.json"
 FORMAT = 1
 _TENSOR = "$tensor"
-"""In the JSON file, an object with this key alone stands for the tensor of that name."""
+"""In the JSON file, an object with only this key stands for the tensor that it names."""
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The state that `save_state` wrote, its tensors on `device`, except those of names that begin with rng.
+    """The state that `save_state` wrote, its tensors on `device`; those whose names begin with rng stay on the CPU.
 
     Raises SaelabError if it is missing, damaged, or of another version.
     """
@@ -49,7 +49,7 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise SaelabError(f"{folder}: the state of the training cannot be read: {error!r}") from error
     raise SaelabError(
-        f"{folder}: is of version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
+        f"{folder}: has version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
     )
 
 

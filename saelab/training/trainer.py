@@ -1,4 +1,4 @@
-"""The training loop. A step: who is active, forward, the terms of the loss, backward, the optimiser, who was active."""
+"""The training loop. A step: selection, forward, the terms of the loss, backward, the optimiser, usage of features."""
 
 import math
 import time
@@ -22,17 +22,17 @@ from saelab.training.usage import Usage
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves behind beside the weights."""
+    """Results of a training, besides the weights."""
 
     tokens: int
     """Tokens seen."""
     steps: int
     """Steps taken."""
     densities: Tensor | None
-    """The densities that inference must reproduce with a threshold (thresholds.py): a scalar, the mean, or one of each
+    """The densities that inference must reproduce with thresholds (thresholds.py): the mean, a scalar, or one for each
     feature, ``[n_features]``; None if inference needs no calibration."""
     facts: dict[str, Any]
-    """What the allocation records of itself in the checkpoint."""
+    """Facts about the allocation that the checkpoint records."""
 
 
 class Trainer:
@@ -53,10 +53,10 @@ class Trainer:
         return self.steps >= self.settings.steps
 
     def step(self, batch: Batch) -> dict[str, Any] | None:
-        """One step on a batch scaled so that E||x||^2 = d_in; the metrics of a step that is logged, else None.
+        """Train one step on a batch scaled so that E||x||^2 = d_in; returns metrics if the step is logged, else None.
 
-        Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, which is not waited for,
-        at the next logged step; the weights do not change in between).
+        Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, where the
+        host does not wait, at the next logged step; the weights do not change in between).
         """
         step, tokens, sae = self.steps, len(batch.x), self.sae
         if batch.gradients is None and self.sae_settings.needs_gradients:
@@ -70,7 +70,7 @@ class Trainer:
         forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        reach = _reach(requests, found) if logged else {}
+        coverage = _target_coverage(requests, found) if logged else {}
         codes = forward.codes
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
@@ -94,18 +94,19 @@ class Trainer:
             "l0": counts.sum().item() / tokens,
             "gradient_norm": norm.item(),
             "dead": int(self.usage.dead().sum()),
-            **reach,
+            **coverage,
         }
 
     def trained(self) -> Trained:
+        """Results of the training so far."""
         return Trained(self.tokens, self.steps, self.allocation.target(), self.allocation.facts())
 
     def release(self) -> None:
-        """Give the autoencoder back as an ordinary module: gradients are none, and will be returned again."""
+        """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them."""
         self.optimiser.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a trainer needs, made anew from the same settings, to go on exactly here; tensors are not copied."""
+        """State from which a new trainer with the same settings continues exactly here; tensors are not copied."""
         return {
             "sae": dict(self.sae.named_parameters()),
             "optimiser": self.optimiser.state_dict(),
@@ -133,7 +134,7 @@ def train(
     log: Callable[[dict[str, Any]], None] = lambda metrics: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train `sae` in place on batches scaled so that E||x||^2 = d_in.
+    """Train `sae` in place on batches scaled so that E||x||^2 = d_in; returns the results besides the weights.
 
     Ends after ``settings.steps`` steps, when the batches do, or after the step in which `should_stop` becomes true.
     Raises SaelabError if a gradient is not finite (`Trainer.step`).
@@ -156,11 +157,11 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     return settings.lr * min(1.0, rise, fall)
 
 
-def _reach(requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
-    """How many features the auxiliary loss is for, and the share of them that it sends a gradient to."""
+def _target_coverage(requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
+    """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
     for request, entries in zip(requests, found, strict=True):
         if request is not None and request.mask is not None and entries is not None:
-            reached = int((entries.pattern.firing_counts() > 0).sum())
+            selected = int((entries.pattern.firing_counts() > 0).sum())
             targets = int(request.mask.sum())
-            return {"targets": targets, "share_reached": reached / max(1, targets)}
+            return {"targets": targets, "share_reached": selected / max(1, targets)}
     return {}

@@ -1,7 +1,6 @@
-"""How often features are active while an autoencoder is trained: densities, dead ones, targets of auxiliary losses.
+"""How often features are active in training: densities, dead features, targets of auxiliary losses.
 
-All of it stays on the device, and nothing in a step waits for it; only when a curve is fitted does the host read the
-densities.
+The numbers stay on the device and no step waits for them; the host reads the densities only to fit a curve.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +13,10 @@ from saelab.sae.allocation.capacity import expected_densities, fit_zipf, ranks
 from saelab.sae.losses import under_used
 from saelab.sae.settings import SaeSettings
 
-MEMORY = 500
-"""Densities are means over all steps so far, and over about this many once there are more."""
+AVERAGED_STEPS = 500
+"""Densities are means over all steps so far, or over about this many once there are more."""
 REFRESH = 100
-"""Steps between two rankings of the features for aux_zipf, which begins after as many."""
+"""Steps between two rankings of the features for aux_zipf, and before the first."""
 
 
 class Usage:
@@ -32,9 +31,9 @@ class Usage:
         self._expected: Tensor | None = None
 
     def observe(self, counts: Tensor, tokens: int) -> None:
-        """Take in how often each feature was active ``[n_features]`` in a batch of `tokens`."""
+        """Add a batch of `tokens`, on `counts` ``[n_features]`` of which each feature was active."""
         self.steps += 1
-        self.densities.lerp_(counts.double() / tokens, 1 / min(self.steps, MEMORY))
+        self.densities.lerp_(counts.double() / tokens, 1 / min(self.steps, AVERAGED_STEPS))
         self.silent_for.add_(tokens).masked_fill_(counts > 0, 0)
 
     def dead(self) -> Tensor:
@@ -42,11 +41,11 @@ class Usage:
         return self.silent_for >= self.dead_after
 
     def targets(self, tokens: int) -> Tensor | None:
-        """The features that the auxiliary loss is for, bool ``[n_features]``; None if there is no such loss."""
+        """The features that the auxiliary loss targets, bool ``[n_features]``; None if there is no such loss."""
         return _TARGETS[self.settings.aux.name](self, tokens)
 
     def under_used_or_dead(self, tokens: int) -> Tensor:
-        """The targets of aux_zipf. It begins when there are densities to rank; until then they are those of aux_k."""
+        """The targets of aux_zipf. Until there are densities to rank, the dead features, as in aux_k."""
         if self.steps < REFRESH:
             return self.dead()
         aux, n_features, k = self.settings.aux, self.settings.n_features, self.settings.k
@@ -68,7 +67,7 @@ class Usage:
         }
 
     def state_bytes(self) -> int:
-        """Bytes of the tensors of `state_dict` at the most: `expected` is there only after a ranking."""
+        """Most bytes that the tensors of `state_dict` take: `expected` exists only after a ranking."""
         ranks_features = _TARGETS[self.settings.aux.name] is Usage.under_used_or_dead
         return self.densities.nbytes + self.silent_for.nbytes + (self.densities.nbytes if ranks_features else 0)
 

@@ -1,11 +1,11 @@
-"""Writing and reading activation caches against the disk and a bare model, with --peers sae-lens' cache too; on a CPU.
+"""Speed of writing and reading activation caches beside the disk, a bare model and, with --peers, sae-lens; on a CPU.
 
     python scripts/bench/cache.py --json cache.json
     python scripts/bench/cache.py --peers .venv-peers/bin/python
 
-Every figure comes from a process of its own (ours_cache.py, peer_cache.py). What is compared runs one right after the
-other, first the one and then the other in turn from round to round; a ratio is taken between such neighbours, and the
-median of the rounds is reported. Above 1, ours is the faster one.
+Every figure comes from its own process (ours_cache.py, peer_cache.py). The two measurements of a comparison run one
+right after the other, in an order that alternates between rounds; the ratio of each pair is taken, and the median of
+the rounds is reported. Above 1, ours is faster.
 """
 
 import json
@@ -30,29 +30,29 @@ from saelab.errors import SaelabError
 
 PEER_NOTE = (
     "sae-lens: writing is its runner's _create_shard, save_to_disk and _consolidate_shards from a buffer in memory, in "
-    "float32 and without fsync; ours includes collecting passes in memory, checksums and fsync, of activations that "
-    "come in float32. End to end is its runner with HookedTransformer and the demo's weights, and `saelab cache` with "
-    "cache.dtype=float32, on the same texts, loading left out."
+    "float32 and without fsync; ours includes collecting passes in memory, checksums and fsync, and its "
+    "activations come in float32. End to end is its runner with HookedTransformer and the demo's weights, and `saelab "
+    "cache` with cache.dtype=float32, on the same texts, loading left out."
 )
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is written and read."""
+    """Amounts written and read."""
 
     tokens: int = 655_360
     """Tokens of the cache that is written and read, in whole shards; at d_in 768 in bfloat16, 1 GB."""
     few_tokens: int = 262_144
-    """Tokens of the smaller one, whose reading should take no less memory, and of what is written against sae-lens."""
+    """Tokens of the smaller cache, which should take as much memory to read, and of the caches beside sae-lens."""
     d_in: int = 768
     passes: int = 44
     """Passes of the demo model that are timed."""
     warmup: int = 4
-    """Passes before them."""
+    """Passes before the timed ones."""
     end_to_end_tokens: int = 65_536
 
     def room(self, rounds: int) -> int:
-        """Bytes of disk that all of it takes."""
+        """Bytes of disk that all rounds take."""
         half, full = 2 * self.d_in + 12, 4 * self.d_in + 12
         demo = (self.passes + self.warmup) * ours_cache.PASS_TOKENS * (2 * 256 + 12)
         return (rounds + 1) * (2 * self.tokens * half + self.few_tokens * (3 * full + half) + demo)
@@ -65,11 +65,11 @@ PAIRS = {
     "sae_lens_float32": ("writing float32, bytes/s / sae-lens'", 3.0),
     "sae_lens_bfloat16": ("writing bfloat16, bytes/s / sae-lens' of float32", 3.0),
 }
-"""The comparisons of a record: what is compared, and the target of the ratio."""
+"""The comparisons of a record: a label, and the target of the ratio."""
 WARM_TARGET = 2_000_000
 """Tokens per second read from the page cache."""
 GROWTH_TARGET = 100_000_000
-"""Bytes of memory beside the two buffers."""
+"""Bytes of memory besides the two buffers."""
 
 
 def measure(
@@ -108,8 +108,8 @@ def measure(
 def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, Any]:
     pairs: dict[str, list[dict[str, float]]] = {}
     warm: list[float] = []
-    # Nothing is removed before the end: a disk that is told of freed blocks (`discard`) is busy with them at some later
-    # time, and faster, or slower, with blocks that it had before. Either would fall to whoever comes next.
+    # Nothing is removed before the end: with `discard` a disk handles freed blocks at some later time, and reused
+    # blocks may be faster or slower. Either would distort the next measurement.
     new = (work / f"{number}" for number in count())
     made = {"tokens": size.tokens, "d_in": size.d_in}
     few = {"tokens": size.few_tokens, "d_in": size.d_in}
@@ -121,12 +121,12 @@ def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, 
         result = run.ours(function, **arguments)
         return result[what] / result["seconds"]
 
-    def theirs() -> float:
+    def peers_writing() -> float:
         result = run.peer(peer_cache.write, folder=next(new), buffer_tokens=min(size.few_tokens, buffer), **few)
         return result["values"] / result["seconds"]
 
     def compare(name: str, first: bool, mine: Callable[[], float], other: Callable[[], float]) -> None:
-        """One round of a pair: what each of the two does per second."""
+        """One round of a comparison: amounts per second of both."""
         if first:
             row = {"ours": mine(), "other": other()}
         else:
@@ -155,13 +155,13 @@ def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, 
             lambda: ours("tokens", ours_cache.caching, folder=next(new), **passes),
             lambda: ours("tokens", ours_cache.model, **passes),
         )
-        for dtype in ("float32", "bfloat16") if run.peers else ():  # the peer has one dtype, and writes anew each time
+        for dtype in ("float32", "bfloat16") if run.peers else ():  # the peer has only float32, and writes it each time
             kinds = {"dtype": dtype, "activations": "float32"}
             compare(
                 f"sae_lens_{dtype}",
                 first,
                 lambda kinds=kinds: ours("values", ours_cache.write, folder=next(new), **few, **kinds),
-                theirs,
+                peers_writing,
             )
 
     run.label = "once"
@@ -201,7 +201,7 @@ def report(record: dict[str, Any]) -> str:
     rows.append(["reading from the page cache, tokens/s", speed, "", speed, f">= {_short(WARM_TARGET)}", each])
     for row in record["memory"]:
         over = f"{(row['growth'] - row['buffers']) / 1e6:.0f}"
-        what = f"memory beside the buffers ({row['buffers'] / 1e6:.0f} MB), {row['tokens']:,.0f} tokens, MB"
+        what = f"memory besides the buffers ({row['buffers'] / 1e6:.0f} MB), {row['tokens']:,.0f} tokens, MB"
         rows.append([what, over, "", over, f"<= {GROWTH_TARGET / 1e6:.0f}", ""])
     if "end_to_end" in record:
         ours, theirs = (record["end_to_end"][name]["tokens_per_s"] for name in ("ours", "sae_lens"))
@@ -221,7 +221,7 @@ def _ratios(row: dict[str, Any]) -> str:
 
 
 def _short(number: float) -> str:
-    """Four digits or so: 12.3 k, 1.23 M, 1.23 G."""
+    """Three digits: 12.3 k, 1.23 M, 1.23 G."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}" if number < 100 * unit else f"{number / unit:.0f}{name}"
@@ -229,7 +229,7 @@ def _short(number: float) -> str:
 
 
 def _file_system(folder: Path) -> str | None:
-    """The type of the file system that `folder` is in, if /proc/mounts says it."""
+    """The type of the file system of `folder`; None if /proc/mounts does not list it."""
     mounts = Path("/proc/mounts")
     if not mounts.exists():
         return None
@@ -240,8 +240,8 @@ def _file_system(folder: Path) -> str | None:
 
 def main() -> None:
     parser = command.parser(__doc__)
-    parser.add_argument("--rounds", type=command.whole(1), default=3, help="how often all is measured, in turns (3)")
-    parser.add_argument("--folder", type=Path, help="where some GB are written (default: a temporary folder)")
+    parser.add_argument("--rounds", type=command.whole(1), default=3, help="number of rounds (3)")
+    parser.add_argument("--folder", type=Path, help="folder to write some GB to (default: a temporary folder)")
     add_options(parser)
     options = vars(parser.parse_args())
     json_file = options.pop("json")

@@ -2,7 +2,7 @@
 
     python scripts/bench/child.py scripts/bench/ours_step.py step '{"case": "fp32", "shape": [2048, 768, 24576, 32]}'
 
-prints what the function returns, as JSON, on the last line. OMP_NUM_THREADS is the number of threads. Standard library
+prints the result of the function, as JSON, on the last line. OMP_NUM_THREADS is the number of threads. Standard library
 only: the peers' interpreter has no saelab.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def versions(distributions: Sequence[str]) -> dict[str, str]:
-    """The version of each distribution that this interpreter has."""
+    """Versions by name, of the `distributions` that this interpreter has."""
     found = {}
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -27,7 +27,7 @@ def versions(distributions: Sequence[str]) -> dict[str, str]:
 
 
 def call(file: str, name: str, arguments: dict[str, Any]) -> Any:
-    """What ``name(**arguments)`` of `file` returns."""
+    """The result of ``name(**arguments)``, a function of `file`."""
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -40,6 +40,6 @@ def call(file: str, name: str, arguments: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    with contextlib.redirect_stdout(sys.stderr):  # peers print
+    with contextlib.redirect_stdout(sys.stderr):  # peers print to stdout
         result = call(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     print(json.dumps(result))

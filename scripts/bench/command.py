@@ -1,6 +1,6 @@
-"""What the commands here share: one message for what is missing, the option --json, exit codes.
+"""Shared by the commands here: one message for missing packages, the option --json, exit codes.
 
-Imported before anything else, so that an interpreter without saelab gets the message and no traceback.
+Import it first, so that an interpreter without saelab gives the message and no traceback.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from saelab.errors import SaelabError
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the option that every command here has, --json."""
+    """A parser with the option --json, which every command here has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=_new_file, metavar="FILE", help="also write every figure there")
+    made.add_argument("--json", type=_new_file, metavar="FILE", help="also write every figure to this file")
     return made
 
 
@@ -39,7 +39,7 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def device(name: str) -> str:
-    """`name`; SaelabError if it is no CPU and torch finds no GPU."""
+    """`name`. Raises SaelabError if it is not the CPU and torch finds no GPU."""
     import torch
 
     if name != "cpu" and not torch.cuda.is_available():
@@ -54,13 +54,13 @@ def _new_file(text: str) -> Path:
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:
-    """Write `record` to the file that --json named, if it was given."""
+    """Write `record` to `path`, the file of --json, if it was given."""
     if path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; an error meant for the user is one message and exit code 2."""
+    """Call `main`; print an error for the user as one message and exit with code 2."""
     try:
         main()
     except SaelabError as error:

@@ -3,8 +3,8 @@
     python scripts/bench/crossover.py                # minutes
     python scripts/bench/crossover.py --threads 2 --shape 2048,256,4096
 
-It is `saelab.kernels.products.CROSSOVER`. What is timed is a training step's products, forward and backward, on codes
-whose entries are drawn at random; the two ways take turns, and ratios are taken between neighbours.
+The result is `saelab.kernels.products.CROSSOVER`. It times a training step's products, forward and backward, on codes
+whose entries are drawn at random; sparse and dense alternate, and each ratio is of two consecutive runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DENSITIES = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 
 
 def products(shape: Iterable[int], density: float, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each repetition by either way, ``sparse`` and ``dense``."""
+    """Milliseconds of each repetition, by ``sparse`` and ``dense``."""
     tokens, d, n_features = shape
     torch.manual_seed(0)
     mask = torch.rand(tokens, n_features) < density
@@ -45,7 +45,7 @@ def products(shape: Iterable[int], density: float, repeats: int) -> dict[str, li
 
     def step() -> float:
         began = time.perf_counter()
-        codes = Codes(drawn.values, drawn.features, drawn.offsets, n_features)  # nothing is known of it yet
+        codes = Codes(drawn.values, drawn.features, drawn.offsets, n_features)  # without cached facts
         pre = sddmm(codes, x, W_enc, bias, centre=centre, known=codes.values)
         spmm(codes.with_values(pre), W_dec).backward(grad)
         return 1000 * (time.perf_counter() - began)
@@ -61,7 +61,7 @@ def products(shape: Iterable[int], density: float, repeats: int) -> dict[str, li
 
 
 def crossover(points: Sequence[tuple[float, float]]) -> float | None:
-    """Where the ratio sparse / dense passes 1, between two of the (density, ratio) points; None if it does not."""
+    """Density at which the ratio sparse / dense passes 1, between two (density, ratio) points; None if it does not."""
     for (low, below), (high, above) in pairwise(points):
         if below < 1 <= above:
             share = math.log(below) / (math.log(below) - math.log(above))

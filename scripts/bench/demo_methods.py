@@ -6,7 +6,7 @@ affinity by plain activations. Rows labelled "oracle" select by the gradient, wh
 
 under half the curve   share of ranks whose density is below half of one reference curve, the Zipf fit of the first
                        seed's TopK, the same for all
-median density         of all features, the never active included
+median density         over all features, including never active ones
 
     python scripts/bench/demo_methods.py --json results.json          # some half an hour on two cores
 """
@@ -63,7 +63,7 @@ def methods(n_features: int, k: int) -> dict[str, SaeSettings]:
 
 
 class Remembering(LanguageModel):
-    """The same model, which reads the activations of held-out rows and their clean logits only once."""
+    """The same model, which computes activations and clean logits of held-out rows only once."""
 
     def __init__(self, lm: LanguageModel) -> None:
         self.__dict__ = dict(lm.__dict__)
@@ -87,12 +87,12 @@ class Data:
     """Training activations with gradients, held-out rows to calibrate on and others to evaluate on."""
 
     def __init__(self, lm: LanguageModel, corpus: Corpus, tokens: int) -> None:
-        batches, held = [], 0
+        batches, n = [], 0
         read = read_activations(lm, corpus.train_rows(seed=0), SITE, rows_per_forward=32, gradients=True)
         for batch in bar(read, "activations and gradients", tokens, len):
             batches.append(batch)
-            held += len(batch)
-            if held >= tokens:
+            n += len(batch)
+            if n >= tokens:
                 break
         self.x = torch.cat([batch.values for batch in batches])[:tokens]
         self.gradients = torch.cat([batch.gradients for batch in batches if batch.gradients is not None])[:tokens]
@@ -165,7 +165,7 @@ def summary(rows: dict[str, list[dict[str, float]]]) -> str:
 
 
 def paired(rows: dict[str, list[dict[str, float]]], better: str, worse: str, key: str) -> str:
-    """Whether `better` is below `worse` in `key` for every seed."""
+    """A line that says whether `better` is below `worse` in `key` for every seed."""
     differences = [a[key] - b[key] for a, b in zip(rows[better], rows[worse], strict=True)]
     verdict = "shown" if max(differences) < 0 else "refuted" if min(differences) > 0 else "not shown"
     title, digits, factor = COLUMNS[key]

@@ -1,16 +1,16 @@
-"""Our activation cache and the plain thing that it is compared with, measured in this process.
+"""Our activation cache and the plain operations that it is compared with, measured in this process.
 
-child.py calls these functions, cache.py reports them. Each returns seconds and what was done in them.
+child.py calls these functions, cache.py reports them. Each returns seconds and the amount of work done.
 
 caching       `saelab.cache` on the demo model and text, bfloat16 on disk; loading and the first passes left out
 model         a bare Hugging Face model on the same rows: sdpa, no_grad, a forward hook that raises at the same layer
-end_to_end    as caching, but for float32 on disk, and from the first row to the finished cache
-write         the writer on activations that are there already; the cache stays in the folder
+end_to_end    as caching, but with float32 on disk, and from the first row to the finished cache
+write         the writer on activations in memory; the cache stays in the folder
 raw_write     files of the same lengths by os.write, fsync after each
 read          an epoch of shuffled batches of the cache in the folder, from files that are not in the page cache
 raw_read      the same files, read one after the other into one buffer, not from the page cache either
 warm          as read, after an epoch that is not timed
-memory        growth of anonymous resident memory (RssAnon) from before the cache is opened to the most while it is read
+memory        growth of anonymous resident memory (RssAnon), from before the cache is opened to the peak of reading
 """
 
 import contextlib
@@ -39,7 +39,7 @@ CONTEXT, ROWS, PASSES = 256, 32, 16
 PASS_TOKENS = CONTEXT * ROWS
 SITE = "made.up"
 BATCH, BUFFER = 2048, 131_072
-"""Tokens of a batch, and tokens that are shuffled together."""
+"""Tokens of a batch, and tokens of a group that is shuffled."""
 AT_ONCE = 1 << 23
 """Bytes given to one raw write or read."""
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def identity(tokens: int, d_in: int, dtype: str, **changed: Any) -> dict[str, An
 
 
 class SameRow:
-    """A row that comes again and again, and costs nothing."""
+    """The same row again and again, at no cost."""
 
     def __init__(self, row: np.ndarray) -> None:
         self.row = row
@@ -88,7 +88,7 @@ class SameRow:
 def write_made_up(
     folder: Path, facts: dict[str, Any], row: np.ndarray, forward: Callable[[np.ndarray], Pass]
 ) -> Manifest:
-    """Write a cache of `facts` from a corpus of one row and what `forward` makes of each pass."""
+    """Write a cache of `facts` from a corpus of one row and the activations that `forward` returns for each pass."""
     begin(folder, facts)
     for _ in write_lane(folder, facts, 0, lambda lane, start: SameRow(row), forward):
         pass
@@ -98,12 +98,12 @@ def write_made_up(
 def write(
     folder: str, tokens: int, d_in: int, dtype: str = "bfloat16", activations: str | None = None
 ) -> dict[str, float]:
-    """Seconds and bytes of writing a cache in `dtype` of activations that come in the dtype `activations`."""
+    """Seconds and bytes of writing a cache in `dtype`, of activations that have the dtype `activations`."""
     facts = identity(tokens, d_in, dtype)
     passes = [torch.randn(PASS_TOKENS, d_in).to(getattr(torch, activations or dtype)) for _ in range(4)]
     kept = torch.ones(ROWS, CONTEXT, dtype=torch.bool)
     turns = cycle(passes)
-    os.sync()  # else what others have not written yet would be waited for later
+    os.sync()  # or a later fsync would wait for writes of other programs
     began = time.perf_counter()
     row = np.zeros(CONTEXT, dtype=np.int32)
     manifest = write_made_up(Path(folder), facts, row, lambda ids: Pass(kept, {SITE: next(turns)}, {}))
@@ -113,7 +113,7 @@ def write(
 
 
 def raw_write(folder: str, tokens: int, d_in: int, dtype: str = "bfloat16") -> dict[str, float]:
-    """Seconds and bytes of writing, one after the other, files as long as those of `write`."""
+    """Seconds and bytes of writing files of the same lengths as `write` does, one after the other."""
     tokens = -(-tokens // PASS_TOKENS) * PASS_TOKENS
     shards = [min(PASSES * PASS_TOKENS, tokens - at) for at in range(0, tokens, PASSES * PASS_TOKENS)]
     lengths = [file.size(n) for n in shards for file in files_of(identity(tokens, d_in, dtype))]
@@ -127,7 +127,7 @@ def raw_write(folder: str, tokens: int, d_in: int, dtype: str = "bfloat16") -> d
 
 
 def read(folder: str, cold: bool = True) -> dict[str, float]:
-    """Seconds, bytes and tokens of an epoch: the first, from opening the cache on, if `cold`, else the second."""
+    """Seconds, bytes and tokens of an epoch: if `cold` the first, including opening the cache, else the second."""
     paths = _files(folder)
     if cold:
         _drop(paths)
@@ -167,7 +167,7 @@ def raw_read(folder: str) -> dict[str, float]:
 def memory(folder: str) -> dict[str, float]:
     """`growth` and `buffers`, in bytes, and the cache's `tokens`. An epoch is read, and a group of the next.
 
-    RssAnon is read after every batch, and every millisecond beside.
+    RssAnon is read after every batch, and every millisecond besides.
     """
     before = most = _anonymous()
     over = threading.Event()
@@ -199,7 +199,7 @@ def memory(folder: str) -> dict[str, float]:
 def caching(folder: str, passes: int, warmup: int) -> dict[str, float]:
     """Positions of the text per second, special tokens counted, while `passes` after `warmup` others are cached.
 
-    What comes after the last pass and overlaps nothing, the last shard's writing above all, is in it: `tail` seconds.
+    This includes the work after the last pass, above all writing the last shard: `tail` seconds.
     """
     times = _times_of_caching(folder, (passes + warmup) * PASS_TOKENS, "bfloat16")
     timed = len(times) - 2 - warmup  # the first time is before all passes, the last after them
@@ -209,15 +209,15 @@ def caching(folder: str, passes: int, warmup: int) -> dict[str, float]:
 
 
 def end_to_end(folder: str, tokens: int) -> dict[str, float]:
-    """Positions of the text per second, from the first row to the finished cache in float32, as sae-lens has it."""
+    """Positions of the text per second, from the first row to the finished cache in float32, as sae-lens writes it."""
     times = _times_of_caching(folder, tokens, "float32")
     done = (len(times) - 2) * PASS_TOKENS
     return {"seconds": times[-1] - times[0], "tokens": done, "tokens_per_s": done / (times[-1] - times[0])}
 
 
 def _times_of_caching(folder: str, tokens: int, dtype: str) -> list[float]:
-    """When caching began, when each pass was taken, and when the cache was whole."""
-    from saelab.runs.cache import cache  # transformers comes with it: seconds that the other measurements do without
+    """Times at which caching began, each pass was taken, and the cache was complete."""
+    from saelab.runs.cache import cache  # imports transformers, which takes seconds
 
     times: list[float] = []
 
@@ -263,7 +263,7 @@ def model(passes: int, warmup: int) -> dict[str, float]:
 
 
 def _epoch(batches: Shuffled) -> int:
-    """Number of tokens to the end of the epoch; reads them."""
+    """Read to the end of the epoch; returns the number of tokens."""
     epoch, tokens = batches.cursor.epoch, 0
     while batches.cursor.epoch == epoch:
         tokens += len(next(batches))

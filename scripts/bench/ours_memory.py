@@ -17,13 +17,13 @@ from saelab.sae.model import Batch
 
 
 def memory(case: str, shape: Iterable[int], device: str = "cpu") -> dict[str, int]:
-    """`peak_bytes`: the most that is allocated at one time in the third step, beyond parameters and their Adam moments
-    and the gradients that exist as the step begins.
+    """`peak_bytes`: peak of the allocated memory in the third step, beyond parameters, their Adam moments and the
+    gradients that exist when the step begins.
 
-    On a CPU it is counted from torch's own allocations and releases (the profiler's memory events), which see every
-    tensor and nothing else, the batch and buffers kept from step to step included. `peak_bytes_within_step` is what
-    of it comes and goes within a step. `peak_bytes_resident` is the peak of resident memory (VmHWM) in a step above
-    what is resident as it begins, without the profiler: scratch memory of the BLAS library is in it, and so are pages
+    On a CPU it is counted from torch's own allocations and releases (the profiler's memory events): every tensor,
+    including the batch and buffers kept from step to step, and nothing else. `peak_bytes_within_step` is the part that
+    the step allocates and frees. `peak_bytes_resident` is the peak of resident memory (VmHWM) in a step above the
+    resident memory at its beginning, without the profiler: it includes scratch memory of the BLAS library and pages
     that the C allocator keeps. 0 if /proc cannot be read.
     """
     shape = Shape(*shape)
@@ -61,7 +61,7 @@ def memory(case: str, shape: Iterable[int], device: str = "cpu") -> dict[str, in
 
 
 def _trace(profiler: profile) -> list[dict[str, Any]]:
-    """The profiler's events in time, from its exported trace: the one public place that has single allocations."""
+    """The profiler's events in time, from its exported trace: the only public source of single allocations."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -83,7 +83,7 @@ def _resident_peak(case: str, shape: Shape) -> int:
 
     def batches() -> Iterator[Batch]:
         for _ in range(4):
-            with contextlib.suppress(OSError, AttributeError):  # glibc only: give back what is free but resident
+            with contextlib.suppress(OSError, AttributeError):  # glibc only: return freed memory that is still resident
                 ctypes.CDLL(None).malloc_trim(0)
             clear.write_text("5")
             before = kilobytes("VmRSS")

@@ -1,7 +1,7 @@
 """Our training step, measured in this process (child.py calls these functions; step.py reports them).
 
 It is `saelab.training.trainer.train` on a random batch, the peers' batch, timed by the peers' clock: a step lasts from
-one request for a batch to the next. `settings_of`, `made` and `run` are all that knows how saelab trains.
+one request for a batch to the next. Only `settings_of`, `made` and `run` depend on how saelab trains.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STAGES = ("encoder matmul", "selection", "decode", "backward", "optimiser")
 PRECISIONS = {"fp32": "float32", "bf16_selection": "bfloat16"}
 ALLOCATIONS = ("token_choice", "mutual_choice", "feature_choice", "gradient")
 STEPS_OF_A_RUN = 100_000
-"""Length of the run that the timed steps begin: it decides when features count as dead."""
+"""Steps of the run whose first steps are timed; this decides when features count as dead."""
 
 
 class Shape(NamedTuple):
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """The shape that ``batch,d_in,n_features,k`` names; argparse.ArgumentTypeError if they are no such integers."""
+        """The shape in ``batch,d_in,n_features,k``; argparse.ArgumentTypeError unless these are positive integers."""
         numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
         if len(numbers) != 4 or min(numbers) < 1:
             raise argparse.ArgumentTypeError(f"{text!r} is not four positive integers, batch,d_in,n_features,k")
@@ -49,8 +49,8 @@ class Shape(NamedTuple):
 def settings_of(case: str, shape: Shape) -> SaeSettings:
     """The settings of a case: a precision of token choice, or one of ALLOCATIONS (all with bf16 selection).
 
-    Feature choice has a given curve from the first step on, which is its steady state; the mutual choice that a run
-    begins with is a case of its own. The curve's densest feature is active on about a tenth of the tokens.
+    Feature choice has a given curve from the first step on, which is its steady state; the mutual choice of its first
+    steps is a separate case. The curve's densest feature is active on about a tenth of the tokens.
     """
     name = case if case.endswith("_choice") else "token_choice"
     return SaeSettings(
@@ -64,7 +64,7 @@ def settings_of(case: str, shape: Shape) -> SaeSettings:
 
 
 def made(case: str, shape: Shape, device: str) -> tuple[SparseAutoencoder, Batch]:
-    """An autoencoder, and the batch that every step gets."""
+    """An autoencoder, and the batch of every step."""
     torch.set_float32_matmul_precision("high" if case.endswith("_tf32") else "highest")
     x, gradients = (torch.randn(shape[:2], generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def run(sae: SparseAutoencoder, case: str, shape: Shape, batches: Iterable[Batch
 def step(
     case: str, shape: Iterable[int], steps: int, warmup: int = 2, seconds: float = 8.0, device: str = "cpu"
 ) -> dict[str, Any]:
-    """``step_ms``, the median, and ``all_ms`` of the timed steps, which end after `seconds` (but three are taken)."""
+    """``step_ms``, the median, and ``all_ms`` of the timed steps, at least three, no new one after `seconds`."""
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
     source = Source(batch.x, warmup, steps, seconds)
@@ -102,7 +102,7 @@ def matmul(
 ) -> dict[str, float]:
     """Medians of ``step_ms``, of ``matmul_ms``, one encoder matmul right before each step, and of their ``ratio``.
 
-    The matmul, ``[batch, d_in] @ [d_in, n_features]`` in `dtype`, writes into memory that is there already.
+    The matmul, ``[batch, d_in] @ [d_in, n_features]`` in `dtype`, writes into allocated memory.
     """
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
@@ -130,7 +130,7 @@ def matmul(
 
 
 def stages(case: str, shape: Iterable[int], steps: int, warmup: int = 2, device: str = "cpu") -> dict[str, float]:
-    """Median milliseconds per step in each scope of the loop; "rest" is what no scope covers."""
+    """Median milliseconds per step in each scope of the loop; "rest" is the time outside all scopes."""
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
     rows: list[dict[str, float]] = []
@@ -154,7 +154,7 @@ def stages(case: str, shape: Iterable[int], steps: int, warmup: int = 2, device:
 
 @contextlib.contextmanager
 def _timed_scopes(device: str) -> Iterator[list[tuple[str, Any, Any]]]:
-    """Name, begin and end of each `record_function` scope: seconds, or on a GPU events in its stream."""
+    """Yields a list of (name, begin, end) of `record_function` scopes: seconds, or events on a GPU."""
     found: list[tuple[str, Any, Any]] = []
 
     def now() -> Any:
@@ -171,12 +171,12 @@ def _timed_scopes(device: str) -> Iterator[list[tuple[str, Any, Any]]]:
     def leave(scope: Any, *exception: object) -> None:
         found.append((scope.name, scope.began, now()))
 
-    with mock.patch.multiple(record_function, __enter__=enter, __exit__=leave):  # wherever it was imported to
+    with mock.patch.multiple(record_function, __enter__=enter, __exit__=leave):  # a patch of the class
         yield found
 
 
 def waits(case: str, shape: Iterable[int], device: str) -> str | None:
-    """None if steps four to six of a run never wait for the GPU; else what torch says about the one that did."""
+    """None if steps four to six of a run never wait for the GPU; else torch's message about the wait."""
     shape = Shape(*shape)
     sae, batch = made(case, shape, device)
 
@@ -197,8 +197,8 @@ def waits(case: str, shape: Iterable[int], device: str) -> str | None:
 def decoder(shape: Iterable[int], device: str = "cpu") -> dict[str, dict[str, float]]:
     """Median milliseconds of the decoder's product in each dtype, its bytes per second, and those of a copy.
 
-    It must move each entry's row of the table, its value and feature, and the output. Rows that the cache still has
-    make it faster than memory; at the shapes of a large run the table fits into no cache.
+    It must move each entry's row of the table, its value and feature, and the output. Rows that are still in the cache
+    make it faster than memory; at the shapes of a large run the table fits no cache.
     """
     shape, found = Shape(*shape), {}
     source = torch.empty(2**22 if device == "cpu" else 2**28, device=device)
@@ -237,7 +237,7 @@ def _milliseconds(scope: tuple[str, Any, Any], device: str) -> float:
 
 
 def _now(device: str) -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Time in seconds, after the device has finished its work."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()

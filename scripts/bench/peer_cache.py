@@ -1,14 +1,14 @@
-"""sae-lens' activation cache: its own functions, on the activations, or the text and the model, that ours gets.
+"""sae-lens' activation cache: its own functions, on the same activations, or text and model, as ours.
 
-Called by child.py with the interpreter that has it: sae-lens and what it brings, nothing of saelab or of this folder.
+child.py calls it with the peers' interpreter. It imports sae-lens, and nothing of saelab or of this folder.
 
 write         sae_lens/cache_activations_runner.py, `_create_shard`, `save_to_disk` and `_consolidate_shards`: from a
               buffer of activations in memory to the dataset on disk, in float32 (it cannot write bfloat16). Left out:
               the concatenation of passes into the buffer
-end_to_end    `CacheActivationsRunner.run`, whole, with its defaults but for the sizes, on the texts in a file (one JSON
+end_to_end    `CacheActivationsRunner.run`, whole, with its defaults except the sizes, on the texts in a file (one JSON
               string per line) and the Llama model in a folder, the model being TransformerLens' HookedTransformer
 
-It calls fsync nowhere, so what it wrote may not be on the disk when the clock stops.
+It never calls fsync, so its files may not be on the disk when the clock stops.
 """
 
 # sae-lens lives in an environment of its own, with an older TransformerLens.
@@ -59,7 +59,7 @@ def end_to_end(folder: str, tokens: int, buffer_tokens: int, model: str, texts: 
 
 
 def _runner(folder: str, tokens: int, d_in: int, buffer_tokens: int, hook_name: str, model=None, documents=None):
-    """Its runner, made as it makes itself, without the model and the store if `model` is None."""
+    """Its runner with its own constructor, without the model and the store if `model` is None."""
     import sae_lens.cache_activations_runner as room
     from sae_lens.config import CacheActivationsRunnerConfig
 
@@ -85,7 +85,7 @@ def _runner(folder: str, tokens: int, d_in: int, buffer_tokens: int, hook_name: 
 
 
 def _hooked(folder: str):
-    """The Llama model in `folder` as HookedTransformer, which by itself loads only models that it knows by name."""
+    """The Llama model in `folder` as HookedTransformer, which otherwise loads only models that it knows by name."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,10 +113,10 @@ def _hooked(folder: str):
         device="cpu",
     )
     hooked = HookedTransformer(config, AutoTokenizer.from_pretrained(folder))
-    hooked.load_state_dict(convert_llama_weights(llama, config), strict=False)  # buffers such as masks are not in it
+    hooked.load_state_dict(convert_llama_weights(llama, config), strict=False)  # buffers such as masks are missing
     ids = torch.arange(its.vocab_size).reshape(-1, 64)[:2]
     with torch.no_grad():
-        assert torch.allclose(hooked(ids), llama(ids).logits, rtol=1e-3, atol=1e-3), "not the model that it should be"
+        assert torch.allclose(hooked(ids), llama(ids).logits, rtol=1e-3, atol=1e-3), "the converted model differs"
     return hooked
 
 

@@ -1,13 +1,13 @@
-"""Another library's training step: its own TopK autoencoder in its own training loop, on the batch that ours gets.
+"""Another library's training step: its own TopK autoencoder in its own training loop, on the same batch as ours.
 
-Called by child.py with the interpreter that has the peer: torch and the peer, nothing of saelab or of this folder. A
-step lasts from one request for a batch to the next, so all that the peer's loop does counts: loss, backward, clipping,
+child.py calls it with the peers' interpreter: imports torch and the peer, nothing of saelab or of this folder. A step
+lasts from one request for a batch to the next, so everything in the peer's loop counts: loss, backward, clipping,
 optimiser, decoder norms, bookkeeping of dead features. The batch is the same at every step and in every process:
-``randn [batch, d_in]`` of a fixed seed; no step's time depends on more of it than its shape. No feature can die in so
-few steps, so no auxiliary loss is computed.
+``randn [batch, d_in]`` of a fixed seed; the time of a step depends only on its shape. No feature can die in so few
+steps, so no auxiliary loss is computed.
 
 Variants: `as_shipped`, fp32 and the library's own call of torch.optim.Adam (never fused); `fp32_fused`, the same with
-``fused=True``; `bf16_fused`, fused and under bf16 autocast, where the library itself would place it.
+``fused=True``; `bf16_fused`, fused and under bf16 autocast, placed where the library places it.
 """
 
 # The peers live in an environment of their own.
@@ -31,7 +31,7 @@ DISTRIBUTIONS = {
 }
 VARIANTS = ("as_shipped", "fp32_fused", "bf16_fused")
 VARIANTS_OF = dict.fromkeys(DISTRIBUTIONS, VARIANTS) | {"sparsify_signum": VARIANTS[:1]}
-"""What is measured of each; signum has no fused form."""
+"""Variants of each peer; signum has no fused form."""
 
 LEAVES_OUT = {
     "sparsify": (
@@ -39,7 +39,7 @@ LEAVES_OUT = {
         "Its optimizer='adam' (without bitsandbytes: torch.optim.Adam), not its default. Its trainer clips no gradient."
     ),
     "sparsify_signum": (
-        "The same with its default optimiser, schedule-free SignSGD: it is no Adam, but what `python -m sparsify` runs."
+        "The same with its default optimiser, schedule-free SignSGD, not Adam: this is what `python -m sparsify` runs."
     ),
     "dictionary_learning": (
         "dictionary_learning's trainSAE with TopKTrainer. Left out: its activation buffer, wandb, and the running "
@@ -50,7 +50,7 @@ LEAVES_OUT = {
         "evaluations and wandb. It does not renormalise the decoder: it scales activations by the decoder's norms."
     ),
 }
-"""What each peer's figures contain, and what they do not."""
+"""What each peer's figures include and leave out."""
 
 
 LONG_STEP = 2.0
@@ -62,7 +62,7 @@ class Enough(Exception):
 
 
 class Source:
-    """Hands out the batch and notes when. Raises Enough after `steps` timed steps, or `seconds` but at least three."""
+    """Yields the batch and records times. Raises Enough after `steps` timed steps, or `seconds` and at least three."""
 
     def __init__(self, x: Tensor, warmup: int, steps: int, seconds: float) -> None:
         self.x, self.warmup, self.steps, self.seconds = x, warmup, steps, seconds
@@ -89,7 +89,7 @@ class Source:
 
 
 class StandIn(nn.Module):
-    """What sparsify's Trainer asks of a language model; the "activations" of its module `source` are the batch."""
+    """The parts of a language model that sparsify's Trainer uses; its module `source` gives the batch."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()
@@ -180,11 +180,11 @@ def dictionary_learning(source: Source, variant: str, n_features: int, k: int) -
         "lm_name": "",
         "device": device,
     }
-    low = variant == "bf16_fused"
-    # trainSAE puts each `update` under autocast, but on a CPU under nothing: there the same is put around it here.
-    with torch.autocast("cpu", torch.bfloat16) if low and device == "cpu" else contextlib.nullcontext():
+    bf16 = variant == "bf16_fused"
+    # trainSAE runs each `update` under autocast, but not on a CPU: there this adds the same.
+    with torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext():
         trainSAE(
-            source, [settings], steps=100_000, device=device, autocast_dtype=torch.bfloat16 if low else torch.float32
+            source, [settings], steps=100_000, device=device, autocast_dtype=torch.bfloat16 if bf16 else torch.float32
         )
 
 

@@ -1,12 +1,12 @@
-"""Which way of training finds features that are known to be there: every method on the same planted dictionaries.
+"""Which way of training finds planted features: every method on the same planted dictionaries.
 
     python scripts/bench/planted.py [--crowded] [--seeds N] [--tokens N] [--json FILE]
 
-What is planted and how it is scored: planted_truth.py. Per seed a new dictionary, new tokens and new random starts, the
-same for every method; all train on the same tokens in the same order. k is the mean number of planted features of a
+planted_truth.py defines the data and the scores. Each seed gives a new dictionary, new tokens and a new random start,
+the same for every method; all train on the same tokens in the same order. k is the mean number of planted features of a
 token, and inference is set so that as many are active (within 2%, checked). The tables and the verdicts are printed as
-Markdown; a verdict is computed from the differences between two methods of one seed. Verdicts hold for the setting they
-were found in: `--crowded` plants as many features in half as many dimensions.
+Markdown; a verdict is computed from the differences between two methods of one seed. A verdict is valid for its setting
+only: `--crowded` plants as many features in half as many dimensions.
 """
 
 import platform
@@ -108,7 +108,7 @@ def run_seed(setting: Setting, seed: int, tokens: int, say: Callable[[str], None
 
 
 def comparisons(table: Table) -> list[Comparison]:
-    """The four claims, each for every pair of methods that differ in nothing else."""
+    """The four claims, each for every pair of methods that differ only in the claim's part."""
 
     def pair(claim: str, lower: str, higher: str, figure: Callable[[Scores], float]) -> Comparison:
         both = zip(table[lower], table[higher], strict=True)
@@ -192,7 +192,7 @@ def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--crowded", action="store_true", help="64 dimensions for the 512 features instead of 128")
     parser.add_argument("--seeds", type=command.whole(1), default=3, help="dictionaries to average over (3)")
-    parser.add_argument("--tokens", type=command.whole(1), default=1_000_000, help="of each method (1,000,000)")
+    parser.add_argument("--tokens", type=command.whole(1), default=1_000_000, help="training tokens (1,000,000)")
     options = parser.parse_args()
     setting = CROWDED if options.crowded else USUAL
     table: Table = {}

@@ -1,4 +1,4 @@
-"""Activations made from a planted dictionary, and scores for how much of it an autoencoder finds (planted.py asks).
+"""Activations made from a planted dictionary, and scores of how much of it an autoencoder finds, for planted.py.
 
     x = sum of active features (Zipf-distributed, independent) of magnitude * direction + noise
 
@@ -36,17 +36,17 @@ _BLOCK = 4096
 """Tokens drawn or encoded at a time."""
 
 _SHARE = 0.5
-"""Below this share of its rank's planted density a feature counts as under-used."""
+"""Share of its rank's planted density below which a feature is under-used."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A dictionary, and everything else that a distribution of activations needs."""
+    """A dictionary and the other parameters of a distribution of activations."""
 
     directions: Tensor
     """Unit vectors ``[n_true, d_in]``, the most frequent first."""
     probabilities: Tensor
-    """``[n_true]`` float64."""
+    """Probability that each feature is active on a token, ``[n_true]`` float64."""
     readout: Tensor
     """``[d_in, classes]``."""
     noise: float
@@ -54,12 +54,12 @@ class Planted:
     exponent: float
     shift: float
     scale: float
-    """What activations are multiplied by, so that E||x||^2 = d_in."""
+    """Factor of the activations, so that E||x||^2 = d_in."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Activations and the gradients of the readout's loss there, both ``[tokens, d_in]``, and its labels."""
+    """Activations, gradients of the readout's loss at them, both ``[tokens, d_in]``, and labels ``[tokens]`` int64."""
 
     x: Tensor
     gradients: Tensor
@@ -71,7 +71,7 @@ class Scores:
     """The figures defined at the head of this file."""
 
     k: float
-    """The budget that inference was set to, so that L0 comes out as asked."""
+    """The budget of inference that gives the target L0."""
     l0: float
     recovered: float
     mean_cosine: float
@@ -85,7 +85,7 @@ class Scores:
 def plant(
     d_in: int, n_true: int, l0: float, *, exponent: float, shift: float, noise: float, seed: int, classes: int = 32
 ) -> Planted:
-    """A dictionary of `n_true` random directions, of which `l0` are active on a token on average."""
+    """A dictionary of `n_true` random directions, `l0` of them active on a token on average."""
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(n_true, d_in, generator=generator), dim=1)
     probabilities = expected_densities(n_true, l0, 1, exponent, shift)
@@ -99,7 +99,7 @@ def plant(
 
 @torch.no_grad()
 def draw(planted: Planted, tokens: int, seed: int) -> Sample:
-    """`tokens` independent activations; the same ones for the same seed."""
+    """`tokens` independent activations; the same seed gives the same ones."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.empty(tokens, planted.directions.shape[1])
     sample = Sample(x, torch.empty_like(x), torch.empty(tokens, dtype=torch.long))
@@ -136,38 +136,38 @@ def learn(
 
 
 def random_dictionary(settings: SaeSettings, data: Sample, seed: int) -> SparseAutoencoder:
-    """Where training starts: random directions, scaled as well as one factor can."""
-    torch.manual_seed(seed + 500_009)  # not the planted seed: equal seeds would draw the very directions to be found
+    """The start of a training: random directions, with the best common scale."""
+    torch.manual_seed(seed + 500_009)  # another seed than the planted one, which would draw the planted directions
     sae = SparseAutoencoder(data.x.shape[1], settings.n_features, settings.k)
     sae.initialise(data.x[:16_384], settings.b_dec_init)
     return sae
 
 
 def set_l0(sae: SparseAutoencoder, densities: Tensor | None, l0: float, x: Tensor) -> float:
-    """Set inference so that `l0` features are active on the tokens x ``[tokens, d_in]``; returns the budget it takes.
+    """Set inference so that `l0` features are active on the tokens x ``[tokens, d_in]``; returns the budget for it.
 
-    Token choice (`densities` None) takes the whole k that comes nearest. Thresholds reproduce the densities times a
-    common factor: more than 1 where some features have too few positive pre-activations for theirs.
+    Token choice (`densities` None) uses the integer k that comes nearest. Thresholds reproduce the densities times a
+    common factor, more than 1 if some features have too few positive pre-activations for their densities.
     """
     if densities is None:
         realised: dict[int, float] = {}
         for k in range(max(1, int(l0)), sae.n_features + 1):
             sae.k = k
             realised[k] = _mean_l0(sae, x)
-            if realised[k] >= l0 or realised[k] == realised.get(k - 1):  # there, or out of positive pre-activations
+            if realised[k] >= l0 or realised[k] == realised.get(k - 1):  # enough, or no positive pre-activations left
                 break
         sae.k = min(realised, key=lambda k: abs(realised[k] - l0))
         return sae.k
-    asked = (densities.sum() if densities.ndim else densities * sae.n_features).item()
-    factor = l0 / asked
+    budget = (densities.sum() if densities.ndim else densities * sae.n_features).item()
+    factor = l0 / budget
     for _ in range(6):
-        wanted = (factor * densities).clamp_max(1)
-        sae.threshold = calibrate(sae.pre_activations, x.split(_BLOCK), wanted, len(x)).threshold.reshape(-1)
+        targets = (factor * densities).clamp_max(1)
+        sae.threshold = calibrate(sae.pre_activations, x.split(_BLOCK), targets, len(x)).threshold.reshape(-1)
         active = _mean_l0(sae, x)
         if abs(active / l0 - 1) < 0.005:
             break
         factor *= l0 / max(active, 1e-9)
-    return factor * asked
+    return factor * budget
 
 
 def _mean_l0(sae: SparseAutoencoder, x: Tensor) -> float:
@@ -176,7 +176,7 @@ def _mean_l0(sae: SparseAutoencoder, x: Tensor) -> float:
 
 @torch.no_grad()
 def score(sae: SparseAutoencoder, planted: Planted, held_out: Sample, k: float) -> Scores:
-    """How well `sae`, in inference mode, knows the planted dictionary; `k` is the budget that `set_l0` returned."""
+    """Scores of `sae` in inference mode against the planted dictionary; `k` is the budget that `set_l0` returned."""
     n, x = len(held_out.x), held_out.x
     mean = x.double().mean(0)
     error = deviation = clean = spliced = 0.0
@@ -213,10 +213,10 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
 
 
 def largest_matching(allowed: Tensor) -> dict[int, int]:
-    """The most pairs (row, column) that are allowed and share none: allowed bool ``[n, m]`` -> column of each row.
+    """The largest set of allowed pairs (row, column) without a common row or column, as a map from row to column.
 
-    The Hungarian method for weights that are 0 or 1: every row looks for a path of swaps that makes room for it. Only
-    whether a cosine exceeds the bound matters here, so this is exactly the count that the assignment maximises.
+    `allowed` is bool ``[n, m]``. The Hungarian method for weights 0 and 1: each row searches a path of swaps that frees
+    a column for it. Only whether a cosine exceeds the bound matters, so this is the largest possible count.
     """
     reachable: list[list[int]] = [[] for _ in range(len(allowed))]
     for row, column in allowed.nonzero().tolist():

@@ -1,7 +1,7 @@
-"""Measurements, each in a process of its own, and the facts about the machine that they run on.
+"""Runs each measurement in its own process, and describes the machine.
 
-No library's threads, caches or settings reach another's. How much of the processors other programs took meanwhile is
-measured with every figure.
+So no library's threads, caches or settings affect another. The share of the processors that other programs used
+meanwhile is measured with every figure.
 """
 
 import inspect
@@ -25,8 +25,8 @@ import saelab
 from saelab.errors import SaelabError, brief
 
 BUSY = 0.1
-"""Share of the processors above which other programs are reported: a step of many short parallel regions suffers most,
-for every region waits for the thread that was put off."""
+"""Share of the processors above which other programs are reported. A step of many short parallel regions suffers most,
+because each region waits for its slowest thread."""
 Function = Callable[..., Any]
 OFFLINE = {
     "WANDB_MODE": "disabled",
@@ -45,20 +45,20 @@ def add_options(parser: Any) -> None:
 class Processes:
     """Runs measurements one at a time.
 
-    `peers` is the interpreter of an environment with any of `distributions`. Raises SaelabError if it is none or has
-    none of them.
+    `peers` is the interpreter of an environment with any of `distributions`. Raises SaelabError if it is not an
+    interpreter or has none of them.
     """
 
     def __init__(self, threads: int | None, peers: Path | None, distributions: Sequence[str]) -> None:
         self.threads, self.peers = threads or os.cpu_count() or 1, peers
         self.label = "once"
         self.others: list[float] = []
-        """Share of the machine's processors that other programs took, for each measurement."""
+        """Share of the machine's processors that other programs used, for each measurement."""
         self.peer_versions: dict[str, str] = {}
         if peers:
             if not peers.is_file():
                 raise SaelabError(
-                    f"{peers}: no such interpreter; `make bench-peers` makes an environment and says where its own is"
+                    f"{peers}: no such interpreter; `make bench-peers` makes an environment and prints its interpreter"
                 )
             names = ("torch", *distributions)
             self.peer_versions, _ = self._measured(child.versions, {"distributions": names}, isolated=True)
@@ -69,7 +69,7 @@ class Processes:
                 )
 
     def ours(self, function: Function, **arguments: Any) -> Any:
-        """What ``function(**arguments)`` returns, as JSON carries it, from a process of our interpreter."""
+        """The result of ``function(**arguments)`` in a process of our interpreter, through JSON."""
         return self._reported(function, arguments, isolated=False)
 
     def peer(self, function: Function, **arguments: Any) -> Any:
@@ -77,7 +77,7 @@ class Processes:
         return self._reported(function, arguments, isolated=True)
 
     def facts(self, *distributions: str) -> dict[str, Any]:
-        """What a record says of the machine, of these distributions' versions and of the peers'."""
+        """Facts for a record: the machine, the versions of these distributions, and those of the peers."""
         own = {"saelab": saelab.__version__, "python": platform.python_version()}
         own |= {name: version(name) for name in distributions}
         peers = {name: found for name, found in self.peer_versions.items() if name != "torch"}
@@ -95,7 +95,7 @@ class Processes:
         result, others = self._measured(function, arguments, isolated)
         self.others.append(others)
         if others > BUSY:
-            _say(f"other programs took {others:.0%} of this machine's processors: do not trust the next figure")
+            _say(f"other programs used {others:.0%} of this machine's processors: do not trust the next figure")
         given = " ".join(str(value) for value in arguments.values() if isinstance(value, str))
         figures = result if isinstance(result, dict) else {}
         took = [f"{figures[key]:.4g} {unit}" for key, unit in (("step_ms", "ms"), ("seconds", "s")) if key in figures]
@@ -103,7 +103,7 @@ class Processes:
         return result
 
     def _measured(self, function: Function, arguments: dict[str, Any], isolated: bool) -> tuple[Any, float]:
-        """The function's result and the share of the processors that other programs took."""
+        """The function's result and the share of the processors that other programs used."""
         # -I: neither this environment's PYTHONPATH nor this folder is on the path of the peers' interpreter
         python = [str(self.peers), "-I"] if isolated else [sys.executable]
         call = [inspect.getfile(function), function.__name__, json.dumps(arguments, default=str)]
@@ -132,7 +132,7 @@ def heading(record: dict[str, Any], *more: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, and memory in GB if the system says it."""
+    """Processor, cores that this process may use, and memory in GB (None if unknown)."""
     processor = platform.processor() or platform.machine()
     info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     if info.exists():
@@ -148,7 +148,7 @@ def _say(message: str) -> None:
 
 
 def _busy_seconds() -> float:
-    """Processor seconds that this machine has spent on anything since it started; 0 if the system does not say it."""
+    """Processor seconds that this machine has used since it started; 0 if the system does not report them."""
     system_statistics = Path("/proc/stat")
     if not system_statistics.exists():
         return 0.0

@@ -2,8 +2,8 @@
 
     python scripts/bench/shuffle.py
 
-prints, for each seed, how often two neighbours of a row share a batch, the rank correlation between where a token was
-written and when it is read, and from how many rows the tokens of a batch come. Takes some 20 seconds and 80 MB of disk.
+prints, for each seed, how often two neighbours of a row share a batch, the rank correlation between the order written
+and the order read, and the number of rows in a batch. Takes some 20 seconds and 80 MB of disk.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ TOKENS, SEEDS = 5_000_000, 5
 
 
 def forward(ids: np.ndarray) -> Pass:
-    """Of a row of BOS and ordinary tokens, those that are no BOS."""
+    """A pass that keeps all tokens of the rows but BOS, with activations 0."""
     kept = torch.from_numpy(ids) != 0
     return Pass(kept, {SITE: torch.zeros(int(kept.sum()), 1)}, {})
 
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="saelab-") as name:
         write_made_up(Path(name) / "cache", facts, np.arange(CONTEXT, dtype=np.int32), forward)
         cache = open_cache(Path(name) / "cache")
-        print(f"{cache.tokens:,} tokens in {cache.n_blocks:,} blocks; sd of a chance correlation: 1 / sqrt(blocks)\n")
+        print(f"{cache.tokens:,} tokens in {cache.n_blocks:,} blocks; a chance correlation has sd 1 / sqrt(blocks)\n")
         found = [measure(cache, seed) for seed in range(SEEDS)]
     rows = [[str(seed), f"{a:.2%}", f"{b:+.4f}", f"{c:.0f}"] for seed, (a, b, c) in enumerate(found)]
     print(table(["seed", f"neighbours in one batch of {BATCH:,}", "rank correlation", "rows per batch"], rows))

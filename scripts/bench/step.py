@@ -4,9 +4,9 @@
     python scripts/bench/step.py --peers .venv-peers/bin/python --json bench.json
     python scripts/bench/step.py --device cuda --shape 8192,2048,65536,64
 
-Every figure comes from a process of its own (ours_step.py, peer_step.py), and processes alternate, so that a machine
-that drifts drifts for all: each round measures, for each peer, ours in every precision and then the peer's variants. A
-ratio is taken between neighbours, and the median of the rounds is reported. Has not yet run on a GPU.
+Every figure comes from its own process (ours_step.py, peer_step.py), and processes alternate, so that a drift of the
+machine affects all: each round measures, for each peer, ours in every precision and then the peer's variants. A ratio
+is of two measurements of one round, and the median of the rounds is reported. Has not yet run on a GPU.
 """
 
 import statistics
@@ -39,8 +39,8 @@ def measure(
 ) -> dict[str, Any]:
     """The record that --json writes.
 
-    `peers` is the interpreter of the environment with the other libraries. Raises SaelabError if it is none or has
-    none of them, if there is no such device, or if a measurement fails.
+    `peers` is the interpreter of the environment with the other libraries. Raises SaelabError if it is not an
+    interpreter or has none of them, if there is no such device, or if a measurement fails.
     """
     cuda = command.device(device) != "cpu"
     run = Processes(threads, peers, tuple(dict.fromkeys(peer_step.DISTRIBUTIONS.values())))
@@ -181,7 +181,7 @@ def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--shape", type=Shape.parse, default="2048,768,24576,32", metavar="BATCH,D_IN,N_FEATURES,K")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
-    parser.add_argument("--rounds", type=command.whole(1), default=2, help="how often all is measured, in turns (2)")
+    parser.add_argument("--rounds", type=command.whole(1), default=2, help="number of rounds (2)")
     parser.add_argument("--steps", type=command.whole(3), default=8, help="steps timed in each process (8)")
     parser.add_argument("--growth", action="store_true", help="also a table over n_features and k (minutes)")
     add_options(parser)

@@ -1,4 +1,4 @@
-"""The one writer of tables: Markdown, for the terminal and for docs/ alike."""
+"""Writes tables as Markdown, for the terminal and for docs/."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What sources are asked in several tests: to go on from any batch as if they had never stopped."""
+"""Checks that a source continues from any batch as if it had never stopped."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def same(a: ActivationBatch, b: ActivationBatch) -> bool:
 
 
 def check_going_on(open_source: Callable[..., Source], n: int) -> None:
-    """From every one of `n` batches on, all that follow come again, with the same states."""
+    """A source opened at any of `n` batches gives the same later batches and states."""
     states, batches = walk(open_source(), n)
     assert len(set(states)) == n
     for at in range(n):

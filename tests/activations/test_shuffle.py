@@ -1,4 +1,4 @@
-"""A group is permuted as a whole and cut into equal batches; nothing is carried over; the seed alone sets the order."""
+"""A group is permuted as a whole and cut into equal batches; nothing is carried over; only the seed sets the order."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab.activations.shuffle import Group, cut_group, generator, group_tokens, shuffled
+from saelab.activations.shuffle import Group, cut_group, generator, group_tokens
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
+from tests.activations.shuffled import shuffled
 
 
 def tokens(n: int, gradients: bool = False) -> ActivationBatch:
@@ -53,7 +54,7 @@ def test_a_groups_order_depends_on_seed_and_group_and_not_on_the_batch() -> None
     assert len({tuple(other) for other in [order(20, 1, 5), *others]}) == 6
     first = generator(1, 5).random()
     generator(1, 6).random(10)
-    assert generator(1, 5).random() == first, "not on what others have drawn"
+    assert generator(1, 5).random() == first, "not on the draws of other generators"
 
 
 @settings(deadline=None)
@@ -71,7 +72,7 @@ def test_a_group_is_whole_batches_and_no_more_than_the_buffer_but_for_two(buffer
     buffer=st.integers(1, 200),
     gradients=st.booleans(),
 )
-def test_every_token_comes_once_with_all_that_belongs_to_it_and_in_its_own_group(
+def test_every_token_comes_once_with_its_fields_and_in_its_own_group(
     sizes: list[int], batch: int, buffer: int, gradients: bool
 ) -> None:
     whole = tokens(sum(sizes), gradients)
@@ -106,19 +107,19 @@ def test_batches_stay_as_they_are_when_the_group_is_filled_again() -> None:
     assert all(torch.equal(b.values, values) for b, values in zip(kept, now, strict=True))
 
 
-def test_neighbours_share_a_batch_as_often_as_chance_says_and_order_tells_nothing() -> None:
+def test_neighbours_share_a_batch_as_often_as_by_chance_and_order_is_uncorrelated() -> None:
     """Batches of 64 in groups of 2048: two neighbours of a group share one in 63 of 2047 cases. Rank correlations
     within a group are of size 1 / sqrt(2048); their mean over 80 groups is of size 0.0025."""
     batches = list(shuffled([tokens(2048 * 80)], 64, 2048, 0))
     batch_of = torch.empty(2048 * 80, dtype=torch.long)
     for number, batch in enumerate(batches):
         batch_of[batch.tokens] = number
-    together = (batch_of[1:] == batch_of[:-1]).double().mean().item()
-    assert together == pytest.approx(63 / 2047, rel=0.1)
+    shared = (batch_of[1:] == batch_of[:-1]).double().mean().item()
+    assert shared == pytest.approx(63 / 2047, rel=0.1)
     order = torch.cat([batch.tokens for batch in batches]).double().view(80, 2048)
     centred = order - order.mean(1, keepdim=True)
-    place = torch.arange(2048.0, dtype=torch.double) - 1023.5
-    correlations = centred @ place / (centred.norm(dim=1) * place.norm())
+    position = torch.arange(2048.0, dtype=torch.double) - 1023.5
+    correlations = centred @ position / (centred.norm(dim=1) * position.norm())
     assert correlations.abs().max() < 5 / 2048**0.5 and correlations.mean().abs() < 5 / (80 * 2048) ** 0.5
 
 

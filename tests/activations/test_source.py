@@ -1,4 +1,4 @@
-"""A source opened anew with a state gives what the uninterrupted one gives from there on, bit for bit."""
+"""A source opened with a state gives the batches of an uninterrupted one from there on, bit for bit."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from saelab.activations.stream import ActivationBatch, read_activations
 from saelab.corpus import Corpus, CorpusSettings, encoder, files, open_corpus
 from saelab.corpus import rows as corpus_rows
 from saelab.errors import SaelabError
-from saelab.memory import held_by
+from saelab.memory import peak_bytes
 from saelab.progress import T
 from tests.activations.cache import made
 from tests.activations.going_on import check_going_on, same, walk
@@ -126,7 +126,7 @@ def test_a_group_is_what_is_read_next_and_every_ordinary_token_comes_once_an_epo
         assert torch.equal(batch.values, values[batch.rows, batch.positions])
 
 
-def test_the_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_the_order_depends_only_on_the_seed(tmp_path: Path) -> None:
     corpus = corpus_of(CORPORA["jsonl"](tmp_path))
     first = places(walk(from_model(corpus), 30)[1])
     assert places(walk(from_model(corpus), 30)[1]) == first
@@ -257,7 +257,7 @@ def test_memory_is_a_group_a_pass_and_a_batch(tmp_path: Path, gradients: bool) -
         for _ in read_activations(lm, rows, SITE, n_rows, gradients=gradients):
             pass
 
-    largest = max(held_by(lambda at=at: one_pass(rows[at : at + n_rows])) for at in range(0, len(rows), n_rows))
+    largest = max(peak_bytes(lambda at=at: one_pass(rows[at : at + n_rows])) for at in range(0, len(rows), n_rows))
     each = (8 if gradients else 4) * d_in + 24
     sampled = 500 * 4 * d_in
 
@@ -268,7 +268,7 @@ def test_memory_is_a_group_a_pass_and_a_batch(tmp_path: Path, gradients: bool) -
             next(source)
 
     assert sampled < largest
-    assert group * each < held_by(run) <= group * each + largest
+    assert group * each < peak_bytes(run) <= group * each + largest
 
 
 def test_progress_counts_the_first_group_only(tmp_path: Path) -> None:

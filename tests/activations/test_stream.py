@@ -1,14 +1,14 @@
-"""Every ordinary token comes out once, with its own activation, in an order that depends on the seed alone."""
+"""Every ordinary token comes out once, with its own activation, in an order that depends only on the seed."""
 
 import numpy as np
 import pytest
 import torch
 
 from saelab.activations.settings import StreamSettings
-from saelab.activations.shuffle import shuffled
 from saelab.activations.stream import ActivationBatch, read_activations
 from saelab.errors import SaelabError, SettingError
 from saelab.lm.model import LanguageModel
+from tests.activations.shuffled import shuffled
 from tests.tiny import CONTEXT, KINDS, language_model, random_rows
 
 SITE = "blocks.1.hook_resid_post"
@@ -35,7 +35,7 @@ def test_every_ordinary_token_comes_out_once_with_its_own_activation(kind: str) 
     assert batches[0].values.dtype == torch.float32
 
 
-def test_the_order_depends_on_the_seed_alone_and_mixes_rows() -> None:
+def test_the_order_depends_only_on_the_seed_and_mixes_rows() -> None:
     lm = language_model("gpt2")
     rows = random_rows(lm, 21).numpy()
 

@@ -122,7 +122,7 @@ def test_c_dec_is_the_mean_over_all_pairs_whatever_the_norms() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_below_the_site_runs_twice_for_a_row_with_ce_and_once_for_another(kind: str) -> None:
+def test_layers_below_the_site_run_twice_for_a_row_with_ce_and_once_for_another(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 12)
     fidelity(Fixed(lambda x: x), lm, rows[:4])
@@ -176,7 +176,7 @@ def test_a_mean_far_from_zero_costs_no_digits() -> None:
         bias.data.copy_(kept)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_input_that_does_not_fit_is_an_error() -> None:
     lm = language_model("gpt2")
     rows = random_rows(lm, 2)
     with pytest.raises(SaelabError, match="width 32, the autoencoder has d_in 8"):
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_said() -> None:
         fidelity(sae, lm, no_pair, SITE)
 
 
-def test_an_ablation_that_does_no_harm_leaves_loss_recovered_undefined() -> None:
+def test_an_ablation_that_changes_no_loss_leaves_loss_recovered_undefined() -> None:
     lm = language_model("gpt2")
     result = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 2))
     harmless = dataclasses.replace(result, ce_zero_ablated=result.ce_clean)
@@ -201,7 +201,7 @@ def test_an_ablation_that_does_no_harm_leaves_loss_recovered_undefined() -> None
 
 
 class Selective(Fixed):
-    """Keeps each token's 8 largest dimensions by |x| (1 + beta |g|), g as given; remembers what it was given."""
+    """Keeps each token's 8 largest dimensions by |x| (1 + beta |g|) and records the x and g that it gets."""
 
     def __init__(self, beta: float) -> None:
         super().__init__(lambda x: x)
@@ -219,7 +219,7 @@ class Selective(Fixed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str) -> None:
+def test_the_oracle_selects_with_the_clean_runs_gradients_and_is_labelled(kind: str) -> None:
     lm = language_model(kind)
     rows = random_rows(lm, 8)
     sae = Selective(1e3)
@@ -245,7 +245,7 @@ def test_the_oracle_selects_with_the_clean_runs_gradients_and_says_so(kind: str)
     assert found.ce_spliced == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_oracle_touches_selection_and_nothing_else() -> None:
+def test_the_oracle_changes_only_the_selection() -> None:
     lm = language_model("gpt2")
     rows = random_rows(lm, 8)
     plain_sae = Selective(1e3)
@@ -255,7 +255,7 @@ def test_the_oracle_touches_selection_and_nothing_else() -> None:
     before, after = plain.to_dict(), oracle.to_dict()
     assert set(before) == set(after)
     assert {name: before[name] for name in same} == {name: after[name] for name in same}
-    assert oracle.fvu > plain.fvu  # for the largest |x| leave the least
+    assert oracle.fvu > plain.fvu  # because the largest |x| leave the smallest error
     assert oracle.ce_spliced != plain.ce_spliced
     for found in (plain, oracle):
         assert found.counts.sum().item() == pytest.approx(found.l0 * found.tokens)
@@ -280,7 +280,7 @@ def test_our_autoencoder_with_beta_0_is_its_own_oracle() -> None:
     assert oracle.fvu != plain.fvu and oracle.delta_ce != plain.delta_ce
 
 
-def test_what_is_written_is_figures_and_words_alone() -> None:
+def test_the_written_result_has_only_numbers_and_text() -> None:
     lm = language_model("gpt2")
     written = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 3)).to_dict()
     assert json.loads(json.dumps(written)) == written

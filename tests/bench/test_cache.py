@@ -35,7 +35,7 @@ def test_what_is_read_is_a_real_cache(written: Path) -> None:
     assert values.shape[1] == 4 and values.float().std() > 0.5
 
 
-def test_both_of_a_pair_write_and_read_the_same_bytes(written: Path, tmp_path: Path) -> None:
+def test_both_sides_of_a_comparison_write_and_read_the_same_bytes(written: Path, tmp_path: Path) -> None:
     raw = ours_cache.raw_write(str(tmp_path / "raw"), TOKENS, d_in=4, dtype="bfloat16")
     lengths = [
         sorted(path.stat().st_size for path in files if path.is_file())
@@ -53,7 +53,7 @@ def test_memory_counts_the_two_buffers(written: Path) -> None:
 
 
 def canned(self: Processes, function: Function, arguments: dict[str, Any], isolated: bool) -> tuple[Any, float]:
-    """What a measurement of each kind returns, made up."""
+    """Made-up results for each kind of measurement."""
     if function is child.versions:
         return {"torch": "2.0", "sae-lens": "6.0"}, 0.0
     if function is ours_cache.memory:
@@ -86,7 +86,7 @@ def test_the_record_and_its_ratios(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "1.50" in shown and "end to end" in shown
 
 
-def test_what_is_compared_takes_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compared_measurements_alternate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[str] = []
 
     def noted(self: Processes, function: Function, arguments: dict[str, Any], isolated: bool) -> tuple[Any, float]:
@@ -110,7 +110,7 @@ def test_what_is_compared_takes_turns(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_every_round_has_its_own_figure_of_the_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A ratio is of neighbours: no figure of the peer stands in two of them."""
+    """A ratio is of consecutive measurements: no figure of the peer is in two ratios."""
     seconds = iter(range(1, 100))
 
     def slower_and_slower(
@@ -126,7 +126,7 @@ def test_every_round_has_its_own_figure_of_the_peer(monkeypatch: pytest.MonkeyPa
     assert all(row["ratio"] == row["ours"] / row["other"] for row in rounds)
 
 
-def test_an_interpreter_that_is_none_or_has_no_peer_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_interpreter_or_one_without_peers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match="no such interpreter; `make bench-peers`"):
         cache.measure(peers=tmp_path / "python", folder=tmp_path, size=TINY)
     with pytest.raises(SaelabError, match="it has none of sae-lens"):
@@ -141,7 +141,7 @@ def test_a_folder_without_room_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_measure_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_every_measure_runs_in_its_own_process(tmp_path: Path) -> None:
     record = cache.measure(rounds=1, folder=tmp_path, size=TINY, threads=1)
     assert set(record["pairs"]) == {"writing", "reading", "caching"}
     assert all(min(row["ours"], row["other"], row["ratio"]) > 0 for row in record["pairs"].values())
@@ -151,7 +151,7 @@ def test_every_measure_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_peers_file_needs_nothing_of_saelab(tmp_path: Path) -> None:
-    """It is called as with --peers: isolated, up to the import of sae-lens."""
+    """The call is that of --peers: isolated, up to the import of sae-lens."""
     arguments = {"folder": str(tmp_path), "tokens": 8192, "d_in": 4, "buffer_tokens": 8192}
     command = [sys.executable, "-I", child.__file__, peer_cache.__file__, "write", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -99,7 +99,7 @@ def test_training_finds_most_of_what_is_planted_at_the_l0_asked_for(
 
 
 def test_the_random_start_is_not_the_planted_dictionary() -> None:
-    """One seed for both must not hand the answer to the autoencoder."""
+    """Equal seeds must not give the autoencoder the planted directions."""
     for seed in range(3):
         planted = plant(D, N_TRUE, K, exponent=1.0, shift=5.0, noise=0.1, seed=seed)
         start = random_dictionary(SaeSettings(N_TRUE, K), draw(planted, 500, seed), seed)

@@ -53,7 +53,7 @@ def test_a_source_ends_after_its_steps_or_its_seconds() -> None:
 
 
 def canned(self: Processes, function: Function, arguments: dict[str, Any], isolated: bool) -> tuple[Any, float]:
-    """What a measurement of each kind returns, made up."""
+    """Made-up results for each kind of measurement."""
     if function.__name__ == "versions":
         return {"torch": "2.0", "eai-sparsify": "1.0", "sae-lens": "6.0"}, 0.0
     if isolated:
@@ -95,7 +95,7 @@ def test_the_record_and_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "6.00x" in shown
 
 
-def test_an_interpreter_that_is_none_or_has_no_peer_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_interpreter_or_one_without_peers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match="no such interpreter; `make bench-peers`"):
         step.measure(TINY, peers=tmp_path / "python")
     not_executable = tmp_path / "file"
@@ -124,7 +124,7 @@ def test_a_measurement_that_fails_names_its_command() -> None:
 
 
 def test_the_peers_files_need_nothing_of_saelab(tmp_path: Path) -> None:
-    """They are called as with --peers: isolated, from another folder, up to the import of the peer itself."""
+    """The call is that of --peers: isolated, from another folder, up to the import of the peer."""
     peers = {"sparsify": "sparsify", "sae_lens": "sae_lens", "dictionary_learning": "dictionary_learning"}
     for peer, package in peers.items():
         arguments = {"peer": peer, "variant": "as_shipped", "shape": TINY, "steps": 3}
@@ -132,7 +132,7 @@ def test_the_peers_files_need_nothing_of_saelab(tmp_path: Path) -> None:
         assert done.returncode == 1 and f"No module named '{package}'" in done.stderr
 
 
-def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_packages_are_reported_in_one_line(tmp_path: Path) -> None:
     done = run("-E", "-S", str(SCRIPT))  # neither PYTHONPATH nor site-packages
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "has no saelab, torch, numpy; run `make install`" in done.stderr

@@ -1,4 +1,4 @@
-"""A process that writes caches of made-up activations, and is killed in the middle of it where it is told to.
+"""A process that writes caches of made-up activations and is killed at a given call.
 
 Started once, it forks for every writing, so that torch is imported once. Lines of JSON on stdin say what to write:
 ``{"folder": PATH, "facts": identity, "calls": how many it lives to see, or null}``; each is answered on stdout with
@@ -22,7 +22,7 @@ CALLS = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 
 @contextmanager
 def counted(before: Callable[[int, str, tuple[Any, ...]], None]) -> Iterator[Callable[[], int]]:
-    """Call `before` with number, name and arguments before every call of CALLS; yields how many there were so far."""
+    """Call `before` with number, name and arguments before every call of CALLS; yields the count so far."""
     numbers, seen = count(1), [0]  # the calls come from several threads
     originals = {name: getattr(os, name) for name in CALLS}
 
@@ -44,7 +44,7 @@ def counted(before: Callable[[int, str, tuple[Any, ...]], None]) -> Iterator[Cal
 
 
 def kill_at(last: int | None) -> Callable[[int, str, tuple[Any, ...]], None]:
-    """Send SIGKILL to this process in place of its `last` call; of a write, half is done first."""
+    """Send SIGKILL to this process instead of its `last` call; half of a write is done first."""
     really_write = os.write
 
     def before(number: int, name: str, arguments: tuple[Any, ...]) -> None:
@@ -62,10 +62,10 @@ def kill_at(last: int | None) -> Callable[[int, str, tuple[Any, ...]], None]:
 
 
 def write(folder: str, facts: dict[str, Any], calls: int | None) -> int:
-    """Write or continue the cache; how many calls that took."""
+    """Write or continue the cache; returns the number of calls."""
     from tests.activations.cache import made
 
-    os.fsync = lambda handle: None  # what a killed process leaves does not depend on it, and it takes most of the time
+    os.fsync = lambda handle: None  # a kill does not need it, and it takes most of the time
     with counted(kill_at(calls)) as seen:
         made.write(Path(folder), facts)
     assert "transformer_lens" not in sys.modules, "the child would be slow to start"
@@ -93,9 +93,9 @@ def main() -> None:
                 os._exit(failed)
         os.close(writing)
         with os.fdopen(reading, "rb") as answer:
-            said = json.loads(answer.read() or "{}")
+            reply = json.loads(answer.read() or "{}")
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps(said if code == 0 else {"signal": -code}), flush=True)
+        print(json.dumps(reply if code == 0 else {"signal": -code}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ STAGES = pytest.mark.parametrize("stage", ["train", "cache"])
 
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
-    """Runs a stage on a corpus, in an empty folder; its message, once seen to be the only one, with exit code 2."""
+    """Runs a stage on a corpus, in an empty folder; returns its only message, after checking for exit code 2."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -34,9 +34,9 @@ def fails(tmp_path, monkeypatch, capsys):
         }
         (tmp_path / "config.yaml").write_text(json.dumps(config))
         out = ["--out", "cache"] if stage == "cache" else []
-        code, said, error = command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)
+        code, out_text, error = command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)
         message = the_one_error(error)
-        assert code == 2 and said == "" and message.startswith("error: corpus: ")
+        assert code == 2 and out_text == "" and message.startswith("error: corpus: ")
         return message
 
     return run
@@ -72,7 +72,7 @@ def test_an_empty_file(stage, fails, tmp_path, name, content):
 
 @STAGES
 def test_a_row_that_is_not_text_at_the_beginning(stage, fails, tmp_path):
-    """The line and what it holds are named, before anything is written."""
+    """The message names the line and its content, before anything is written."""
     path = write(tmp_path / "a.jsonl", [7, *TEXTS])
     message = fails(stage, path)
     assert all(word in message for word in (f"{path}, line 1:", "int", "not text", "repair or remove that row"))
@@ -81,7 +81,7 @@ def test_a_row_that_is_not_text_at_the_beginning(stage, fails, tmp_path):
 
 @STAGES
 def test_invalid_utf8_at_the_beginning(stage, fails, tmp_path):
-    """The byte and where it is are named, with what converts a file, before anything is written."""
+    """The message names the byte, its position and a way to convert the file, before anything is written."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xe9\n" + "\n\n".join(TEXTS).encode())
     message = fails(stage, path)
@@ -92,8 +92,8 @@ def test_invalid_utf8_at_the_beginning(stage, fails, tmp_path):
 @STAGES
 @pytest.mark.parametrize("fault", ["a row that is not text", "invalid UTF-8"])
 def test_trouble_far_into_the_text(stage, fault, fails, tmp_path):
-    """What is not met on opening is met where it is read: named as well, and no result is made of the text before it,
-    neither a checkpoint nor a shard nor a manifest."""
+    """A fault past the beginning is found when it is read. It is named too, and the text before it gives no result:
+    no checkpoint, no shard, no manifest."""
     path = write(tmp_path / "a.jsonl", [*TEXTS, None if fault == "a row that is not text" else "text", *TEXTS])
     if fault == "invalid UTF-8":
         path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9"}\n')
@@ -108,7 +108,7 @@ def test_a_hub_that_cannot_be_reached(stage, fails, monkeypatch, no_network):
     """The message says so, and what can be read without a network: the demo, local files, a copy made elsewhere."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     message = fails(stage, "someone/texts")
-    no_network.unlink()  # it did try, as it should
+    no_network.unlink()  # it tried to connect, as it should
     assert "someone/texts cannot be reached" in message
     assert all(word in message for word in ("`corpus: demo`", "local file", "hf download someone/texts"))
     assert not written()
@@ -116,7 +116,7 @@ def test_a_hub_that_cannot_be_reached(stage, fails, monkeypatch, no_network):
 
 @STAGES
 def test_offline_mode_is_named_as_the_reason(stage, fails, monkeypatch):
-    """Where the libraries are told to stay offline, the message says by what, and no connection is tried."""
+    """If a variable keeps the libraries offline, the message names it, and no connection is tried."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = fails(stage, "someone/texts")
     assert "HF_HUB_OFFLINE is set" in message and "hf download someone/texts" in message

@@ -38,7 +38,7 @@ TOKENS = "tokens/01-00001.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of two sites, gradients, two lanes of two shards. Tests that damage it put it back."""
+    """A cache of two sites, gradients, two lanes of two shards. Tests that damage it restore it."""
     folder = tmp_path_factory.mktemp("damage") / "cache"
     assert len(made.write(folder, FACTS).shards) == 4
     return folder
@@ -63,7 +63,7 @@ def flip(path: Path, at: int, mask: int = 0x01) -> None:
 
 
 def faults(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """What verifying finds: by shard, the message."""
+    """Messages of a verification, by shard."""
     return {shard["name"]: fault for shard, fault in check(folder, manifest, contents=True) if fault}
 
 
@@ -77,7 +77,7 @@ def assert_found(folder: Path, path: str) -> None:
 
 
 def assert_repaired(folder: Path, path: str, whole: Path) -> None:
-    """Writing again gives the original bytes, and touches no file but those of the shard that `path` belongs to."""
+    """Writing again gives the original bytes, and changes only files of the shard of `path`."""
     before = stamps(folder)
     made.write(folder, FACTS)
     assert tree(folder) == tree(whole)
@@ -89,18 +89,18 @@ def assert_repaired(folder: Path, path: str, whole: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(file=st.integers(0, 19), place=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([0x01, 0x80, 0xFF]))
-@example(file=0, place=0.0, mask=0x01)
-@example(file=1, place=0.0, mask=0x80)
-@example(file=7, place=0.9999999, mask=0x01)
-@example(file=19, place=0.9999999, mask=0x80)
-def test_a_flipped_byte_anywhere_is_found(whole: Path, file: int, place: float, mask: int) -> None:
+@given(file=st.integers(0, 19), fraction=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([0x01, 0x80, 0xFF]))
+@example(file=0, fraction=0.0, mask=0x01)
+@example(file=1, fraction=0.0, mask=0x80)
+@example(file=7, fraction=0.9999999, mask=0x01)
+@example(file=19, fraction=0.9999999, mask=0x80)
+def test_a_flipped_byte_anywhere_is_found(whole: Path, file: int, fraction: float, mask: int) -> None:
     """Guaranteed: whichever bit of whichever file of a shard changes, reading an epoch is an error that names the file,
     and so is verifying; nothing is handed out as if it were the activations."""
     paths = files(whole)
     assert len(paths) == 20
     path = whole / paths[file]
-    at = int(place * path.stat().st_size)
+    at = int(fraction * path.stat().st_size)
     content = path.read_bytes()
     flip(path, at, mask)
     try:
@@ -171,19 +171,19 @@ DAMAGES = [
 
 @pytest.mark.parametrize("path", [TOKENS, ACTIVATIONS, GRADIENTS])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_named_and_writing_again_repairs_it_alone(
+def test_a_damaged_shard_is_named_and_writing_again_repairs_only_it(
     damage: Callable[[Path], None], path: str, cache: Path, whole: Path
 ) -> None:
     """Guaranteed: a shard with a byte flipped, bytes cut off, bytes added or a file missing is an error that names the
     file, when the cache is read and when it is verified; writing again writes this shard and nothing else, and the
-    cache then has the bytes that it had."""
+    cache then has the original bytes."""
     damage(cache / path)
     assert_found(cache, path)
     assert_repaired(cache, path, whole)
 
 
 def test_several_damaged_shards_are_all_repaired(cache: Path, whole: Path) -> None:
-    """Guaranteed: writing again repairs all that is damaged, in files of the same shard or of several."""
+    """Guaranteed: writing again repairs all damaged files, of one shard or of several."""
     last_byte(cache / TOKENS)
     missing(cache / ACTIVATIONS)
     cut_to_half(cache / GRADIENTS)
@@ -194,7 +194,7 @@ def test_several_damaged_shards_are_all_repaired(cache: Path, whole: Path) -> No
 
 
 def test_a_missing_folder_is_repaired(cache: Path, whole: Path) -> None:
-    """Guaranteed: where all files of a site are gone, with their folder, reading is an error, and writing again writes
+    """Guaranteed: if all files of a site are missing, with their folder, reading is an error, and writing again writes
     the shards again."""
     shutil.rmtree(cache / made.SITE)
     with pytest.raises(SaelabError, match=f"{made.SITE}/00-00000"):
@@ -204,7 +204,7 @@ def test_a_missing_folder_is_repaired(cache: Path, whole: Path) -> None:
 
 
 def test_a_shard_cut_off_before_the_cache_is_finished_is_repaired(tmp_path: Path, whole: Path) -> None:
-    """Guaranteed: where writing was interrupted and a finished shard was damaged then, going on writes it again."""
+    """Guaranteed: if writing was interrupted and a finished shard is damaged, continuing writes it again."""
     interrupt_after(4, tmp_path / "cache", FACTS)
     cut_to_half(tmp_path / "cache" / made.SITE / "00-00000.safetensors")
     (tmp_path / "cache" / "tokens" / "00-00000.safetensors").unlink()
@@ -214,8 +214,8 @@ def test_a_shard_cut_off_before_the_cache_is_finished_is_repaired(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["identity.json", "00-00000.json", "00-00001.json", "00-ended.json", "01-00000.json"])
 def test_a_damaged_record_of_an_unfinished_cache_is_an_error(name: str, tmp_path: Path) -> None:
-    """Guaranteed: a flipped byte anywhere in what an unfinished cache says of itself, or a part cut off, is an error
-    that names the file and says what to do. Where that is to delete it, nothing is lost or doubled by it."""
+    """Guaranteed: a flipped byte anywhere in a record of an unfinished cache, or a part cut off, is an error that names
+    the file and what to do. If that is to delete it, nothing is lost or doubled."""
     stop, folder = 13, tmp_path / "cache"
     whole = made.write(tmp_path / "whole", FACTS, stop=stop)
     assert [shard["name"] for shard in whole.shards] == ["00-00000", "00-00001", "01-00000", "01-00001"]
@@ -237,8 +237,8 @@ def test_a_damaged_record_of_an_unfinished_cache_is_an_error(name: str, tmp_path
 
 
 def test_repair_from_another_text_changes_nothing(tmp_path: Path, cache: Path) -> None:
-    """Guaranteed: where the text is another by now, in a way that its fingerprint does not show, a damaged shard is not
-    written again from it, and what is there stays."""
+    """Guaranteed: if the text has changed in a way that its fingerprint does not show, a damaged shard is not written
+    again from it, and the cache stays as it is."""
     facts, name = read_manifest(cache).identity, "00-00001"
     (cache / ACTIVATIONS).unlink()
     before = tree(cache)
@@ -285,15 +285,15 @@ def test_a_manifest_of_another_version_is_refused(version: object, cache: Path) 
 @settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(place=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([0x01, 0x80, 0xFF]), cut=st.booleans())
-@example(place=0.0, mask=0x01, cut=True)
-@example(place=0.9999999, mask=0x01, cut=True)
-def test_a_damaged_manifest_is_refused(whole: Path, place: float, mask: int, cut: bool) -> None:
-    """Guaranteed: a manifest with any byte flipped, or cut off anywhere, is an error that names it, unless it says the
-    same as before (a blank between its fields); nothing is read or written by it."""
+@given(fraction=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([0x01, 0x80, 0xFF]), cut=st.booleans())
+@example(fraction=0.0, mask=0x01, cut=True)
+@example(fraction=0.9999999, mask=0x01, cut=True)
+def test_a_damaged_manifest_is_refused(whole: Path, fraction: float, mask: int, cut: bool) -> None:
+    """Guaranteed: a manifest with any byte flipped, or cut off anywhere, is an error that names it, unless its
+    content is the same (a blank between its fields); nothing is read or written with it."""
     path = whole / MANIFEST
     content, manifest = path.read_bytes(), read_manifest(whole)
-    at = int(place * len(content))
+    at = int(fraction * len(content))
     if cut:
         path.write_bytes(content[:at])
     else:
@@ -301,7 +301,7 @@ def test_a_damaged_manifest_is_refused(whole: Path, place: float, mask: int, cut
     try:
         with suppress(SaelabError):
             assert read_manifest(whole) == manifest
-            return  # it says the same
+            return  # its content is the same
         for use in (read_manifest, open_cache, lambda folder: made.write(folder, FACTS)):
             with pytest.raises(SaelabError, match=f"^{re.escape(str(path))}: "):
                 use(whole)
@@ -311,7 +311,7 @@ def test_a_damaged_manifest_is_refused(whole: Path, place: float, mask: int, cut
 
 @pytest.fixture(scope="module")
 def from_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config and the cache that the stage wrote by it."""
+    """A folder with a config and the cache that the stage wrote from it."""
     folder = tmp_path_factory.mktemp("command")
     write_cache(made_by_command(folder), folder / "cache")
     return folder

@@ -35,7 +35,7 @@ FULL = re.compile(r"the disk is full: what was to be written next has ([\d,]+) b
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A tmpfs: its function gives it a size, and returns where it is."""
+    """A function that makes a tmpfs of a given size and returns its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = False
@@ -68,8 +68,8 @@ def numbers(error: SaelabError) -> tuple[int, int]:
     return needed, free
 
 
-def test_a_full_disk_costs_only_the_shard_in_the_making(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
-    """Guaranteed: where the disk fills up while a cache is written, the error says how many bytes the next shard needs
+def test_a_full_disk_costs_only_the_unfinished_shard(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """Guaranteed: if the disk fills up while a cache is written, the error says how many bytes the next shard needs
     and how many are free; every shard finished before is whole, nothing half-written is left; as long as there is no
     room, writing again says the same; once there is, it goes on without touching what is finished, and ends with the
     bytes of a cache that was never interrupted."""
@@ -94,8 +94,8 @@ def test_a_full_disk_costs_only_the_shard_in_the_making(small_disk: Callable[[st
     assert {path: stamps(cache)[path] for path in kept} == kept
 
 
-def test_a_disk_without_any_room_is_said_before_the_model_runs(small_disk: Callable[[str], Path]) -> None:
-    """Guaranteed: where not even the folder can be begun, the error says so before anything is computed."""
+def test_a_disk_without_any_room_is_an_error_before_the_model_runs(small_disk: Callable[[str], Path]) -> None:
+    """Guaranteed: if not even the folder can be created, the error says so before anything is computed."""
     disk = small_disk("64k")
     (disk / "ballast").write_bytes(bytes(64 << 10))
 
@@ -109,7 +109,7 @@ def test_a_disk_without_any_room_is_said_before_the_model_runs(small_disk: Calla
 
 
 def test_repair_on_a_full_disk_leaves_the_cache_as_it_was(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
-    """Guaranteed: where a damaged shard cannot be written again for want of room, the error has the numbers and the
+    """Guaranteed: if there is no room to write a damaged shard again, the error has the numbers and the
     cache is left as it was; with room, it is repaired."""
     cache = small_disk("2m") / "cache"
     shard = made.write(cache, LARGER).shards[1]
@@ -134,10 +134,8 @@ def test_repair_on_a_full_disk_leaves_the_cache_as_it_was(small_disk: Callable[[
         (errno.EIO, "cannot be written: Input/"),
     ],
 )
-def test_a_call_that_fails_anywhere_costs_only_the_shard_in_the_making(
-    number: int, message: str, tmp_path: Path
-) -> None:
-    """Guaranteed: whichever call of the system fails while a cache is written, for want of room or because the disk is
+def test_a_call_that_fails_anywhere_costs_only_the_unfinished_shard(number: int, message: str, tmp_path: Path) -> None:
+    """Guaranteed: whichever call of the system fails while a cache is written, because the disk is full or
     broken, is an error for the user; finished shards are whole, and writing again ends with the bytes of a cache that
     was never interrupted."""
     with counted(lambda *call: None) as seen:
@@ -166,7 +164,7 @@ def test_a_call_that_fails_anywhere_costs_only_the_shard_in_the_making(
 
 
 def test_writes_that_take_only_a_part_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guaranteed: where the system takes fewer bytes at once than it is given, as it may, the rest follows."""
+    """Guaranteed: if the system writes only a part of the bytes at once, the rest follows."""
     made.write(tmp_path / "whole", FACTS)
     whole = os.write
     monkeypatch.setattr(os, "write", lambda handle, content: whole(handle, content[: 1 + len(content) // 3]))

@@ -32,7 +32,7 @@ Write = Callable[..., dict[str, int]]
 
 @pytest.fixture(scope="module")
 def write() -> Iterator[Write]:
-    """Writes a cache in a process of its own, which is killed instead of its `calls`-th call."""
+    """Writes a cache in another process, which is killed instead of its `calls`-th call."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with subprocess.Popen(
         [sys.executable, "-m", "tests.faults.child"],
@@ -54,7 +54,7 @@ def write() -> Iterator[Write]:
         asked.close()
 
 
-def test_a_kill_at_any_instant_costs_only_the_shards_in_the_making(write: Write, tmp_path: Path) -> None:
+def test_a_kill_at_any_instant_costs_only_the_unfinished_shards(write: Write, tmp_path: Path) -> None:
     """Guaranteed: whichever call of the system a writer is killed in, from its first to its last, what it left is
     refused as unfinished or is whole; shards with a record have the bytes recorded, and the next run does not touch
     them; after it the cache has the bytes of one that was never interrupted, and no file or folder more."""

@@ -31,7 +31,7 @@ FACTS = made.identity(gradients=True, lanes=2, tokens=10**6)
 SKIP = FACTS | {"nonfinite": "skip"}
 
 Bad = dict[tuple[int, int, int], tuple[str, str, float]]
-"""By lane, row within the lane and position: the site, activations or gradients, and the value that comes up there."""
+"""By lane, row within the lane and position: the site, activations or gradients, and the bad value."""
 BAD: Bad = {
     (0, 2, 3): (made.SITE, "activations", float("nan")),
     (0, 2, 4): (OTHER, "activations", float("inf")),
@@ -69,9 +69,9 @@ def written(cache: Cache, site: str) -> ActivationBatch:
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: "lane{}-row{}-position{}".format(*case))
-def test_a_value_that_is_not_finite_is_an_error_that_says_where(case: tuple[int, int, int], tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_is_an_error_with_its_position(case: tuple[int, int, int], tmp_path: Path) -> None:
     """Guaranteed: a NaN or infinite activation or gradient, at any site, is an error that says which it is, the site,
-    the row (as the cache numbers rows) and the position; finished shards are kept, and nothing behind them."""
+    the row (as the cache numbers rows) and the position; finished shards are kept, and nothing after them."""
     site, what, _ = BAD[case]
     lane, row, position = case
     with pytest.raises(SaelabError) as error:
@@ -84,9 +84,9 @@ def test_a_value_that_is_not_finite_is_an_error_that_says_where(case: tuple[int,
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_after_such_an_error_writing_goes_on_once_the_model_is_mended(tmp_path: Path) -> None:
-    """Guaranteed: the error costs the shard in the making alone: written again with finite values, the cache has the
-    bytes of one without the error."""
+def test_after_such_an_error_writing_continues_with_a_repaired_model(tmp_path: Path) -> None:
+    """Guaranteed: the error costs only the unfinished shard: written again with finite values, the cache has the bytes
+    of one without the error."""
     made.write(tmp_path / "whole", FACTS, stop=ROWS)
     with pytest.raises(SaelabError, match="NaN or infinite"):
         made.write(tmp_path / "cache", FACTS, forward(FACTS, BAD), ROWS)
@@ -105,12 +105,12 @@ def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
     assert b'"skipped": 5,' in (tmp_path / "cache" / "manifest.json").read_bytes()
     assert cache.tokens == clean.tokens - len(BAD) == read_an_epoch(tmp_path / "cache")
     for site in made.SITES:
-        found, wanted = written(cache, site), written(clean, site)
+        found, expected = written(cache, site), written(clean, site)
         bad = [(lane + 2 * row, position) for lane, row, position in BAD]
-        at = zip(wanted.rows.tolist(), wanted.positions.tolist(), strict=True)
+        at = zip(expected.rows.tolist(), expected.positions.tolist(), strict=True)
         kept = torch.tensor([place not in bad for place in at])
         for name in ("values", "tokens", "rows", "positions", "gradients"):
-            assert torch.equal(getattr(found, name), getattr(wanted, name)[kept]), (site, name)
+            assert torch.equal(getattr(found, name), getattr(expected, name)[kept]), (site, name)
             assert torch.isfinite(getattr(found, name).float()).all()
     before = tree(tmp_path / "cache")
     (tmp_path / "cache" / OTHER / "00-00000.gradients.safetensors").unlink()
@@ -119,7 +119,7 @@ def test_skipped_tokens_are_in_no_file_and_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_any_finite_token_is_empty(tmp_path: Path) -> None:
-    """Guaranteed: where a model gives nothing but NaN for a while, skipping leaves shards without tokens, which are
+    """Guaranteed: if a model gives only NaN for a while, skipping leaves shards without tokens, which are
     read like others."""
     everywhere: Bad = {}
     for row in range(12):
@@ -132,7 +132,7 @@ def test_a_shard_without_any_finite_token_is_empty(tmp_path: Path) -> None:
     assert sum(len(batch) for batch in open_cache(tmp_path / "cache").in_order(OTHER)) == manifest.tokens
 
 
-def test_a_model_of_which_nothing_is_finite_is_an_error_even_where_such_tokens_are_skipped(tmp_path: Path) -> None:
+def test_a_model_without_finite_values_is_an_error_even_if_such_tokens_are_skipped(tmp_path: Path) -> None:
     """Guaranteed: a cache without any token is not made; the error says that all of them were left out, and why."""
     run = made.forward(SKIP)
 
@@ -146,7 +146,7 @@ def test_a_model_of_which_nothing_is_finite_is_an_error_even_where_such_tokens_a
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 70_000.0), ("bfloat16", 3.4e38)])
-def test_what_the_stored_dtype_cannot_hold_counts_as_infinite(dtype: str, value: float, tmp_path: Path) -> None:
+def test_a_value_beyond_the_stored_dtype_counts_as_infinite(dtype: str, value: float, tmp_path: Path) -> None:
     """Guaranteed: a value that is finite in the model and infinite in the cache's dtype is found like others, and the
     error names the dtype."""
     facts = FACTS | {"dtype": dtype}
@@ -162,7 +162,7 @@ def test_large_values_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
     """Guaranteed: no token is refused or left out because values are large; only NaN and infinite ones are."""
     bad: Bad = {
         (0, 1, position): (made.SITE, "activations", 3e38) for position in (1, 2, 3, 4)
-    }  # their sum is more than float32 holds
+    }  # their sum overflows float32
     assert made.write(tmp_path / "error", FACTS, forward(FACTS, bad), ROWS).tokens > 0
     manifest = made.write(tmp_path / "skip", SKIP, forward(SKIP, bad), ROWS)
     assert [shard["skipped"] for shard in manifest.shards] == [0, 0, 0, 0]
@@ -182,7 +182,7 @@ def test_the_command_on_a_model_with_a_weight_that_is_nan(
 ) -> None:
     """Guaranteed: `saelab cache` of a broken model ends with exit code 2 and one message with site, row and position;
     with `cache.nonfinite=skip` it writes what is finite and says how many tokens it left out."""
-    site = "blocks.0.hook_resid_pre"  # behind it, attention spreads the NaN to other positions
+    site = "blocks.0.hook_resid_pre"  # after it, attention spreads the NaN to other positions
     config = made_by_command(tmp_path, sites=[site], gradients=False)
     out, model = ("--out", tmp_path / "cache"), f"model={nan_at_position(17, tmp_path)}"
     code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", *out)
@@ -196,6 +196,6 @@ def test_the_command_on_a_model_with_a_weight_that_is_nan(
     rows = sum(shard["rows"] for shard in cache.manifest.shards)
     skipped = sum(shard["skipped"] for shard in cache.manifest.shards)
     assert code == 0 and f"{skipped:,} tokens with NaN or infinite values were left out" in stderr
-    assert rows - 5 < skipped <= rows  # one each, but where a special token is there
+    assert rows - 5 < skipped <= rows  # one each, unless it is a special token
     for batch in cache.in_order(site):
         assert 17 not in batch.positions.tolist() and torch.isfinite(batch.values.float()).all()

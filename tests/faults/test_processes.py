@@ -1,4 +1,4 @@
-"""The real command: killed while it writes, and several of it under torchrun."""
+"""The real command: killed while it writes, and in several processes under torchrun."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def start(arguments: list[object]) -> subprocess.Popen[str]:
-    """A process group of its own, so that it can be killed with all that it starts."""
+    """Start a process group, so that a kill reaches all its processes."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         env=ENVIRONMENT,
@@ -38,7 +38,7 @@ def start(arguments: list[object]) -> subprocess.Popen[str]:
 
 
 def run(arguments: list[object], code: int = 0) -> str:
-    """What it says on stderr; it must end with `code`."""
+    """The text on stderr; the command must end with `code`."""
     process = start(arguments)
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == code, stderr
@@ -64,8 +64,8 @@ def records(folder: Path) -> int:
 
 
 def test_the_command_killed_three_times_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """Guaranteed: `saelab cache`, killed as it begins, behind its first shard and in the midst of the rest, keeps every
-    finished shard, says so by going on, and ends with the bytes of a cache that was never interrupted."""
+    """Guaranteed: `saelab cache`, killed at its beginning, after its first shard and later, keeps every finished shard,
+    continues, and ends with the bytes of a cache that was never interrupted."""
     config = made_by_command(tmp_path, lanes=2)
     arguments: list[object] = [*COMMAND, config, "--tokens", "30e3", "--out"]
     run([*arguments, tmp_path / "whole"])
@@ -84,8 +84,8 @@ def test_the_command_killed_three_times_ends_in_the_same_bytes(tmp_path: Path) -
 
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
-    """Guaranteed: with the same `cache.lanes`, two processes of torchrun write the same cache as one, byte by byte; so
-    they do where they are killed in the midst of it and one process alone goes on. Every token is there once."""
+    """Guaranteed: with the same `cache.lanes`, two processes of torchrun write the same cache as one, byte by byte,
+    also if they are killed while they write and a single process continues. Every token is there once."""
     config = made_by_command(tmp_path, lanes=2)
     arguments: list[object] = [config, "--tokens", "20e3", "--out"]
     run([*COMMAND, *arguments, tmp_path / "one"])
@@ -114,19 +114,19 @@ def test_more_processes_than_lanes_is_a_clear_error(tmp_path: Path) -> None:
     assert "set cache.lanes=2" in stderr and not (tmp_path / "cache").exists()
 
 
-def test_what_ends_one_process_of_several_is_told_by_it_alone(tmp_path: Path) -> None:
-    """Guaranteed: where one of two processes ends with an error, the other ends too, without a traceback."""
+def test_an_error_in_one_process_ends_the_others_without_a_traceback(tmp_path: Path) -> None:
+    """Guaranteed: if one of two processes ends with an error, the other ends too, without a traceback."""
     config = made_by_command(tmp_path, lanes=2)
     run([*COMMAND, config, "--tokens", "2000", "--out", tmp_path / "cache"])
     stderr = run([*TORCHRUN, config, "--tokens", "3000", "--out", tmp_path / "cache"], code=1)
     assert "holds a cache of something else: its tokens 2000, not 3000" in stderr
-    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 2 and any("another process ended early" in line for line in said), stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and any("another process ended early" in line for line in errors), stderr
     assert "gloo" not in stderr
 
 
 def test_two_commands_at_once_on_one_cache(tmp_path: Path) -> None:
-    """Guaranteed: while one process writes a cache, another that is told to write it ends with exit code 2 and says
+    """Guaranteed: while one process writes a cache, another that should write it ends with exit code 2 and says
     why; the first is not disturbed."""
     config = made_by_command(tmp_path)
     arguments: list[object] = [*COMMAND, config, "--tokens", "20e3", "--out", tmp_path / "cache"]

@@ -1,4 +1,4 @@
-"""Everything that writes files, killed or failing at each of its calls of the system."""
+"""Every writer of files, killed or failing at each of its system calls."""
 
 import errno
 import os
@@ -27,11 +27,11 @@ Write = Callable[[Path, int], None]
 
 
 class Killed(BaseException):
-    """The process is dead: every later call of the system raises it too, so that nothing is cleaned up."""
+    """The process is dead: every later system call raises it too, so that nothing is cleaned up."""
 
 
 def dead_from(last: int) -> Callable[[int, str, tuple[Any, ...]], None]:
-    """No call from the `last` on is carried out; of a write, the first half is."""
+    """No call from the `last` on is made; half of a write is."""
     really_write = os.write
 
     def before(number: int, name: str, arguments: tuple[Any, ...]) -> None:
@@ -93,7 +93,7 @@ WRITERS: dict[str, Write] = {
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # what a killed process leaves does not depend on it
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a kill does not need it
 
 
 @pytest.fixture(params=WRITERS)
@@ -112,7 +112,7 @@ def versions(write: Write, root: Path) -> list[dict[str, bytes | None]]:
 
 
 def start(write: Write, folder: Path, version: int) -> Path:
-    """A new folder in `folder` that holds a version of `thing`; 0: nothing."""
+    """A new folder in `folder` with a version of `thing`; 0: none."""
     folder.mkdir(exist_ok=True)
     made = folder / f"{len(list(folder.iterdir()))}"
     made.mkdir()
@@ -122,7 +122,7 @@ def start(write: Write, folder: Path, version: int) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """What a reader finds of `thing`, file or folder, as `tree` shows it."""
+    """`thing` as a reader finds it, file or folder, in the form of `tree`."""
     thing = current_folder(folder / "thing")
     if thing.is_dir():
         return {"thing": None} | {f"thing/{name}": data for name, data in tree(thing).items()}
@@ -154,7 +154,7 @@ def test_a_kill_at_any_call_leaves_the_earlier_or_the_new_content(write: Write, 
 
 @pytest.mark.parametrize("name", ["bytes", "nested"])
 def test_kill_after_kill(name: str, tmp_path: Path) -> None:
-    """Guaranteed: also where the write that follows a kill is killed, at any call, a complete version is found."""
+    """Guaranteed: even if the write after a kill is killed too, at any call, a complete version is found."""
     write = WRITERS[name]
     known = versions(write, tmp_path / "known")
     total = 40
@@ -180,8 +180,8 @@ def test_kill_after_kill(name: str, tmp_path: Path) -> None:
 def test_a_call_that_fails_leaves_the_earlier_content_and_no_temporary_file(
     write: Write, number: int, tmp_path: Path
 ) -> None:
-    """Guaranteed: where the disk is full or broken while content is written, an error says so, and the folder is as it
-    was, without temporary files; where only the last steps fail, the new content is there, complete."""
+    """Guaranteed: if the disk is full or broken while content is written, an error says so, and the folder is as it
+    was, without temporary files; if only the last steps fail, the new content is there, complete."""
     known = versions(write, tmp_path / "known")
     named = set()
     for k in calls(write, start(write, tmp_path / "runs", 1)):

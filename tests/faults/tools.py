@@ -1,4 +1,4 @@
-"""What the tests of faults share: all of a cache, all that its records promise, and the command in this process."""
+"""Shared by the fault tests: the files of a cache, the checksums in its records, and the command in this process."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file's last change: equal where a file was not touched."""
+    """Inode and time of every file's last change: equal if a file was not touched."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def finished_files(folder: Path) -> dict[str, str]:
-    """sha256 of each file of an unfinished cache, as the records of its finished shards promise it."""
+    """sha256 of each file of an unfinished cache, from the records of its finished shards."""
     found: dict[str, str] = {}
     for record in (folder / UNFINISHED).glob("??-[0-9]*.json"):
         files: dict[str, Any] = json.loads(record.read_bytes())["files"]
@@ -40,7 +40,7 @@ def finished_files(folder: Path) -> dict[str, str]:
 
 
 def finished_shards_are_whole(folder: Path) -> int:
-    """Check that every shard with a record has the bytes that were recorded; how many files these are."""
+    """Check that every shard with a record has the recorded bytes; returns the number of files."""
     promised = finished_files(folder)
     for path, digest in promised.items():
         assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == digest, path
@@ -48,7 +48,7 @@ def finished_shards_are_whole(folder: Path) -> int:
 
 
 def read_an_epoch(folder: Path) -> int:
-    """Read all of a cache as training does; how many tokens. Raises what the reader raises."""
+    """Read all of a cache as training does; returns the number of tokens. Raises the errors of the reader."""
     cache = open_cache(folder)
     for site in cache.sites:
         tokens = 0
@@ -60,7 +60,7 @@ def read_an_epoch(folder: Path) -> int:
 
 
 def interrupt_after(passes: int, folder: Path, facts: dict[str, Any], stop: int = 10**9) -> None:
-    """Begin to write a cache of made-up activations; the model fails behind so many passes."""
+    """Begin to write a cache of made-up activations; the model fails after `passes` passes."""
     run = made.forward(facts)
     left = [passes]
 
@@ -108,16 +108,16 @@ def command(
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
 
 
 QUIET = ("model: ", "corpus: ", "verifying: ", "memory: ", "disk: ")
-"""What lines begin with that tell what is going on."""
+"""Beginnings of the lines that report progress."""
 
 
 def the_one_error(stderr: str) -> str:
-    """The message of a fault: one line, and nothing beside it but what is being loaded or verified."""
+    """The message of a fault: one line, and besides it only lines about loading or verifying."""
     lines = [line for line in stderr.splitlines() if not line.startswith(QUIET)]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]

@@ -80,7 +80,7 @@ def test_the_density_histogram_counts_every_active_feature(folder):
     assert database.density_histogram(nothing)[1].sum() == 0
 
 
-def test_a_run_without_features_says_what_makes_them(tmp_path):
+def test_a_run_without_features_is_an_error_that_names_the_command(tmp_path):
     run = write_run(tmp_path / "run", features=False)
     for read in (
         database.summary,
@@ -92,7 +92,7 @@ def test_a_run_without_features_says_what_makes_them(tmp_path):
             read(run / "features")
 
 
-def test_an_index_out_of_range_says_the_range(folder):
+def test_an_index_out_of_range_is_an_error_with_the_range(folder):
     for index in (40, -1, 10**12):
         with pytest.raises(SaelabError, match="0 to 39"):
             database.feature(folder, index)

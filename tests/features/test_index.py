@@ -1,4 +1,4 @@
-"""The feature database says of every feature what a brute-force pass over dense activations says."""
+"""The feature database equals a brute-force pass over dense activations."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from saelab.encoded import encoded
 from saelab.errors import SaelabError
 from saelab.features.activity import Activity, ActivityBuilder
-from saelab.features.index import BINS, build_features, strongest_places
+from saelab.features.index import BINS, build_features, strongest_entries
 from saelab.features.settings import FeatureSettings
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, language_model, random_rows
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_the_dense_activations(made: tuple) -> None:
         assert np.abs(histogram[f] - expected).sum() <= 2  # a value on an edge may round into the next bin
 
 
-def test_contexts_are_the_strongest_places_one_per_row(made: tuple) -> None:
+def test_contexts_are_the_strongest_activations_one_per_row(made: tuple) -> None:
     sae, rows, folder, _ = made
     z = dense(sae, rows)
     tokenizer = language_model("llama").tokenizer
@@ -133,16 +133,16 @@ def test_no_activity_at_all_still_makes_whole_tables(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "contexts.parquet").num_rows == 0
 
 
-def test_ties_go_to_the_earlier_place_and_order_is_kept() -> None:
+def test_ties_go_to_the_earlier_position_and_order_is_kept() -> None:
     features, places = torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([2, 5, 4])
     activity = Activity(torch.tensor([1.0, 1.0, 3.0]), features, places, torch.tensor([0, 2, 3]), 8)
-    entries, ranks = strongest_places(activity, context=4, per_feature=5)
+    entries, ranks = strongest_entries(activity, context=4, per_feature=5)
     assert entries.tolist() == [0, 1, 2] and ranks.tolist() == [0, 1, 0]
-    one_row, _ = strongest_places(activity, context=8, per_feature=5)
+    one_row, _ = strongest_entries(activity, context=8, per_feature=5)
     assert one_row.tolist() == [0, 2]
 
 
-def test_activity_is_sorted_by_feature_and_place() -> None:
+def test_activity_is_sorted_by_feature_and_position() -> None:
     torch.manual_seed(0)
     lm = language_model("gpt2")
     rows = random_rows(lm, 9)
@@ -152,6 +152,6 @@ def test_activity_is_sorted_by_feature_and_place() -> None:
     for block in encoded(sae, lm, rows, SITE, 4):
         builder.add(block)
     activity = builder.build()
-    key = activity.features.long() * rows.numel() + activity.places
+    key = activity.features.long() * rows.numel() + activity.positions
     assert bool((key.diff() > 0).all())
     assert activity.offsets[-1] == len(activity.values)

@@ -8,7 +8,7 @@ from saelab.lm.load import outlined_language_model
 from saelab.lm.model import LanguageModel
 from saelab.lm.needs import Uncountable, pass_bytes, site_widths, weights_needs
 from saelab.lm.settings import ModelSettings
-from saelab.memory import held_by
+from saelab.memory import peak_bytes
 from tests.tiny import CONTEXT, KINDS, NEEDS_NUMBERS, language_model, model_folder, random_rows
 
 SITES = ["blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"]
@@ -18,7 +18,9 @@ SITES = ["blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"]
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_pass_counted_without_numbers_holds_what_the_real_one_holds(kind: str, gradients: bool) -> None:
     def held(lm: LanguageModel, rows: torch.Tensor) -> int:
-        return held_by(lambda: lm.activations_and_gradients(rows, SITES) if gradients else lm.activations(rows, SITES))
+        return peak_bytes(
+            lambda: lm.activations_and_gradients(rows, SITES) if gradients else lm.activations(rows, SITES)
+        )
 
     real = language_model(kind)
     measured, widths = held(real, random_rows(real, 6)), {site: real.width(site) for site in SITES}

@@ -1,8 +1,8 @@
-"""A process that trains runs, and is stopped where a line of JSON on stdin says.
+"""A process that trains runs and stops each at the step that a line of JSON on stdin names.
 
 Started once, it forks for every training, so that the libraries are imported once. ``{"call": "train" or "resume",
 "run": ..., "config": {...}, "overrides": [...], "step": 7, "signal": 9}``: the signal is sent after that many steps
-(null: never). Answers ``{"code": exit code or minus the signal, "said": what was said, "error": ...}``.
+(null: never). Answers ``{"code": exit code or minus the signal, "messages": messages of the training, "error": ...}``.
 """
 
 import json
@@ -19,7 +19,7 @@ def run(call: str, run: str, config: Any, overrides: list[str], step: int | None
     from saelab.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    said: list[str] = []
+    messages: list[str] = []
     one_step = Trainer.step
 
     def stopped(self: Trainer, batch: Any) -> Any:
@@ -31,12 +31,12 @@ def run(call: str, run: str, config: Any, overrides: list[str], step: int | None
     Trainer.step = stopped  # type: ignore[method-assign]
     try:
         if call == "train":
-            saelab.train(config, overrides, say=said.append)
+            saelab.train(config, overrides, say=messages.append)
         else:
-            saelab.resume(Path(run), overrides, say=said.append)
+            saelab.resume(Path(run), overrides, say=messages.append)
     except saelab.SaelabError as error:
-        return {"said": said, "error": str(error)}
-    return {"said": said, "error": None}
+        return {"messages": messages, "error": str(error)}
+    return {"messages": messages, "error": None}
 
 
 def main() -> None:
@@ -60,8 +60,8 @@ def main() -> None:
                 os._exit(failed)
         os.close(writing)
         with os.fdopen(reading, "rb") as answer:
-            said = json.loads(answer.read() or "{}")
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), **said}), flush=True)
+            reply = json.loads(answer.read() or "{}")
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), **reply}), flush=True)
 
 
 if __name__ == "__main__":

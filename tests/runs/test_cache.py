@@ -1,4 +1,4 @@
-"""The stage that writes a cache from a model and a text, and training on what it wrote."""
+"""The stage that writes a cache from a model and a text, and training on this cache."""
 
 import json
 from itertools import chain, islice
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import saelab
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.shuffle import shuffled
 from saelab.activations.stream import ActivationBatch, read_activations, run_model
 from saelab.errors import SaelabError
 from saelab.runs.cache import cache, verify
@@ -19,6 +18,7 @@ from saelab.runs.job import Job, settings_of
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.training.trainer import train
 from tests.activations.cache.made import contents
+from tests.activations.shuffled import shuffled
 from tests.runs.test_stages import small
 from tests.tiny import CONTEXT
 
@@ -38,7 +38,7 @@ def batches_in_order(folder: Path, site: str, gradients: bool = False) -> Activa
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_the_cache_holds_what_the_model_gives(gradients: bool, tmp_path: Path) -> None:
+def test_the_cache_equals_the_activations_of_the_model(gradients: bool, tmp_path: Path) -> None:
     settings = config(tmp_path, gradients=gradients)
     folder = cache(settings, tmp_path / "cache", tokens=2000)
     job = Job(settings_of(settings))
@@ -136,7 +136,7 @@ def test_the_inputs_of_a_run_depend_on_the_caches_content_and_not_on_its_folder(
         ("sae.affinity=gradient", "holds no gradients"),
     ],
 )
-def test_a_cache_of_something_else_is_refused_and_what_differs_is_named(
+def test_a_cache_of_something_else_is_refused_and_the_difference_is_named(
     change: str, message: str, tmp_path: Path
 ) -> None:
     settings = config(tmp_path)

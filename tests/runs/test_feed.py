@@ -34,7 +34,7 @@ def config(tmp_path: Path, kind: str, *, cached: bool, gradients: bool) -> dict[
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])
-def test_a_source_opened_anew_goes_on_from_every_batch(
+def test_a_source_opened_again_continues_from_every_batch(
     tmp_path: Path, kind: str, cached: bool, gradients: bool
 ) -> None:
     chosen = config(tmp_path, kind, cached=cached, gradients=gradients)
@@ -52,7 +52,7 @@ def test_a_source_opened_anew_goes_on_from_every_batch(
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
-def test_a_run_goes_on_without_the_sample_that_it_began_with(tmp_path: Path, cached: bool) -> None:
+def test_a_run_continues_without_the_sample_that_it_began_with(tmp_path: Path, cached: bool) -> None:
     job = Job(settings_of(config(tmp_path, "gpt2", cached=cached, gradients=False)))
     source = open_source(job, silent)
     sample = source.sample()
@@ -63,22 +63,22 @@ def test_a_run_goes_on_without_the_sample_that_it_began_with(tmp_path: Path, cac
     assert all(map(same, walk(again, 33)[1], batches[7:]))
 
 
-def test_a_sample_is_no_larger_than_is_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_no_larger_than_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(settings_of(config(tmp_path, "gpt2", cached=False, gradients=False)))
     monkeypatch.setattr(feed, "SAMPLE_TOKENS", 1234)
     assert len(open_source(job, silent).sample()) == 1234
 
 
-def test_a_state_of_the_model_does_not_go_on_from_a_cache(tmp_path: Path) -> None:
+def test_a_state_of_the_model_is_refused_by_a_cache(tmp_path: Path) -> None:
     live, stored = (
         Job(settings_of(config(tmp_path, "gpt2", cached=cached, gradients=False))) for cached in (False, True)
     )
     for one, other in ((live, stored), (stored, live)):
-        with pytest.raises(SaelabError, match="go on with the settings of before"):
+        with pytest.raises(SaelabError, match="use the earlier settings"):
             open_source(one, silent, open_source(other, silent).state())
 
 
-def test_the_end_of_the_corpus_is_said(tmp_path: Path) -> None:
+def test_the_end_of_the_corpus_is_reported(tmp_path: Path) -> None:
     said: list[str] = []
     source = open_source(
         Job(settings_of(config(tmp_path, "gpt_neox", cached=False, gradients=False)), said.append), silent

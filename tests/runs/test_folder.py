@@ -1,4 +1,4 @@
-"""What a run folder is: its names, what is read from it, and what may be replaced."""
+"""A run folder: its names, reading it, and what may be replaced."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "a=1[x]*")
 
 
-def test_finds_runs_at_any_level_and_says_how_far_each_came(tmp_path, run):
+def test_finds_runs_at_any_level_with_their_finished_stages(tmp_path, run):
     write_run(tmp_path / "sweep" / "k32", features=False, evaluation=False)
     write_run(tmp_path / "first")
     (tmp_path / "not-a-run").mkdir()
@@ -52,7 +52,7 @@ def test_a_line_of_metrics_cut_off_by_a_kill_is_left_out_but_not_one_in_the_midd
 
 
 @pytest.mark.parametrize("content", [b"", b"not what it says", b"\xff\xfe\x00PAR1", b"[1, 2]"])
-def test_a_corrupt_evaluation_is_named_and_taken_for_missing_by_the_stage_that_makes_it(tmp_path, content):
+def test_a_corrupt_evaluation_is_named_and_the_stage_that_makes_it_treats_it_as_missing(tmp_path, content):
     run = write_run(tmp_path / "run")
     (run / "eval.json").write_bytes(content)
     with pytest.raises(SaelabError, match=rf"{run / 'eval.json'} .*`saelab eval {run}` makes it again"):
@@ -69,7 +69,7 @@ def test_records_that_are_there_are_read(run):
     assert folder.features_inputs(run) == "0" * 64
 
 
-def test_folders_that_a_kill_left_under_their_second_name_are_found(tmp_path):
+def test_folders_that_a_kill_left_under_their_old_name_are_found(tmp_path):
     run = write_run(tmp_path / "run")
     with pytest.raises(SaelabError, match="not a run folder with a checkpoint"):
         folder.check_run(run)

@@ -17,7 +17,7 @@ from saelab.memory import Need
 from saelab.runs import job, plan
 from saelab.runs.cache import cache
 from saelab.runs.config import RunSettings, settings_from
-from saelab.runs.feed import shuffled_together
+from saelab.runs.feed import cache_group_tokens
 from saelab.runs.plan import Plan, plan_cache, plan_training
 from saelab.runs.train import resume, train
 from saelab.sae.thresholds import CALIBRATION_TOKENS
@@ -87,8 +87,8 @@ def test_a_cache_takes_the_disk_and_its_reader_the_buffers_that_were_planned(
     )
     needed = needs(plan_training(trained))
     assert trained.activations.cache
-    together = shuffled_together(trained, trained.activations.cache)
-    with open_cache(folder).batches(SITE, 256, seed=0, buffer_tokens=together) as read:
+    group = cache_group_tokens(trained, trained.activations.cache)
+    with open_cache(folder).batches(SITE, 256, seed=0, buffer_tokens=group) as read:
         assert needed["shuffle buffers"] == nbytes(tensor for buffer in read._buffers for tensor in buffer)
     assert "pass of the model" not in needed  # nothing but the cache is read
 

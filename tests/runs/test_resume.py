@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is, to the bit, the run that never stopped; what does not fit is refused."""
+"""A run that is stopped and resumed equals, to the bit, the run that never stopped; other settings are refused."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    """Trains in a process of its own, which a signal may end."""
+    """Trains in another process, which a signal may end."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "runs" / "resume_child.py")],
@@ -77,7 +77,7 @@ def config_of(tmp_path: Path, cached: bool = False) -> dict:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    """All of a run that must be equal: weights, facts, log without the speed, the last state, evaluation."""
+    """The parts of a run that must be equal: weights, facts, log without the speed, last state, evaluation."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("tokens_per_second")
@@ -111,7 +111,7 @@ def test_stopped_and_resumed_in_other_processes_equals_never_stopped(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ask("train", whole, config, [*METHODS[method], f"out={whole}"])["code"] == 0
     stop = {"number": signal.SIGTERM}
-    said = ask("train", parts, config, [*METHODS[method], f"out={parts}"], step=7, **stop)["said"]
+    said = ask("train", parts, config, [*METHODS[method], f"out={parts}"], step=7, **stop)["messages"]
     assert any(f"`saelab train --resume {parts}` goes on" in line for line in said)
     assert not json.loads((parts / "train.json").read_text())["complete"]
     for step in (15, 23, None):
@@ -134,7 +134,7 @@ def test_killed_at_ten_random_steps_and_resumed_equals_never_killed(tmp_path: Pa
     assert_same(contents(killed), contents(whole))
 
 
-def test_a_run_goes_on_to_more_tokens_and_a_complete_one_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_run_continues_to_more_tokens_and_a_complete_one_does_not_change(tmp_path: Path) -> None:
     config, said = config_of(tmp_path), []
     run = saelab.train(config, ["training.tokens=2000"])
     before = (run / "sae" / "sae_weights.safetensors").read_bytes()
@@ -223,7 +223,7 @@ def test_a_full_disk_while_a_state_is_written_keeps_the_one_before(
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the state of the first one is being written: what was there before stays."""
+    """It comes while the state of the first one is being written: the earlier files stay."""
     config, saved = config_of(tmp_path), resuming.save_state
     calls = []
 
@@ -255,7 +255,7 @@ def test_the_state_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(tmp_path: Path) -> None:
-    """As when it is killed while thresholds are calibrated; `saelab run` goes on with it too."""
+    """A kill during calibration leaves such a run; `saelab run` continues it too."""
     config = config_of(tmp_path)
     run = saelab.train(config, METHODS["mutual"])
     expected = contents(run)

@@ -1,4 +1,4 @@
-"""What a run folder holds when a training begins, and when it has ended."""
+"""The files of a run folder when a training begins, and when it has ended."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from saelab.runs import folder
 from tests.runs.test_stages import small
 
 
-def test_a_new_run_has_settings_and_the_record_of_a_training_to_come(tmp_path: Path) -> None:
+def test_a_new_run_has_settings_and_an_incomplete_record(tmp_path: Path) -> None:
     settings = saelab.settings_of(small(tmp_path))
     run = saelab.create_run(settings)
     assert {path.name for path in run.iterdir()} == {folder.SETTINGS, folder.TRAINING}
@@ -24,7 +24,7 @@ def test_a_new_run_has_settings_and_the_record_of_a_training_to_come(tmp_path: P
     assert not (run / "mine.txt").exists()
 
 
-def test_a_new_checkpoint_removes_what_was_measured_on_the_earlier_one(tmp_path: Path) -> None:
+def test_a_new_checkpoint_removes_the_results_of_the_earlier_one(tmp_path: Path) -> None:
     run, more = saelab.run(small(tmp_path)), ["training.tokens=6600"]
     (found,) = folder.find_runs(run)
     assert found.has_eval and found.has_features and saelab.load(run).figures["fvu"] < 1

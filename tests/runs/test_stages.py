@@ -1,4 +1,4 @@
-"""train, eval and features on models and corpora of other kinds than the demo's, so that nothing works on it alone."""
+"""Training, evaluation and features on models and corpora of other kinds than the demo's."""
 
 import errno
 import json
@@ -135,18 +135,18 @@ def test_an_existing_run_is_replaced_only_with_force_and_another_folder_never(tm
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
-    with pytest.raises(SaelabError, match="is no run folder"):
+    with pytest.raises(SaelabError, match="is not a run folder"):
         saelab.train(config, [f"out={mine}"], force=True)
     (mine / "config.yaml").write_text("a: 1")  # a common name: it does not make a run folder
-    with pytest.raises(SaelabError, match="is no run folder"):
+    with pytest.raises(SaelabError, match="is not a run folder"):
         saelab.train(config, [f"out={mine}"], force=True)
     (tmp_path / "link").symlink_to(run)
-    with pytest.raises(SaelabError, match="is no run folder"):
+    with pytest.raises(SaelabError, match="is not a run folder"):
         saelab.train(config, [f"out={tmp_path / 'link'}"], force=True)
     assert (mine / "thesis.txt").read_text() == "precious"
 
 
-def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_mistake_leaves_no_files(tmp_path: Path) -> None:
     config = small(tmp_path)
     for override, message in [
         ("site=blocks.1.hook_residpost", "Nearest: .*blocks.1.hook_resid_post"),
@@ -180,7 +180,7 @@ def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None
     said.clear()
     stages.run(config, ["features.window=8"], say=said.append)
     assert len([line for line in said if "up to date" in line]) == 2
-    with pytest.raises(SaelabError, match="--force"):  # trained for other settings: not this command's to replace
+    with pytest.raises(SaelabError, match="--force"):  # trained with other settings: must not be replaced
         stages.run(config, ["sae.k=5"])
     said.clear()
     stages.run(config, ["sae.k=5"], force=True, say=said.append)
@@ -207,7 +207,7 @@ def results(run: Path) -> dict[str, bytes]:
         ["features.rows_per_forward=32"],
     ],
 )
-def test_results_of_a_shared_pass_are_those_of_passes_of_their_own(tmp_path: Path, overrides: list[str]) -> None:
+def test_results_of_a_shared_pass_equal_those_of_separate_passes(tmp_path: Path, overrides: list[str]) -> None:
     run = saelab.run(small(tmp_path), overrides)
     together = results(run)
     (run / "eval.json").unlink()
@@ -271,7 +271,7 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
     assert sae.metadata["saelab"]["tokens"] == record["tokens"]
 
 
-def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_activations_in_the_middle_keep_the_weights_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "SAMPLE_TOKENS", 1000)
     read = source.read_activations
 
@@ -288,7 +288,7 @@ def test_bad_activations_in_the_middle_keep_what_was_learnt(tmp_path: Path, monk
     assert torch.isfinite(saelab.load(tmp_path / "run").W_dec).all()
 
 
-def test_a_full_disk_while_a_checkpoint_is_written_says_what_to_do(
+def test_a_full_disk_while_a_checkpoint_is_written_is_an_error_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     really_write = os.write

@@ -1,4 +1,4 @@
-"""The gradient affinity: its formula, its limits, and that nothing learns through it."""
+"""The gradient affinity: its formula and limits; no parameter learns through it."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_sign_and_the_scale_of_the_gradient_do_not_matter(case: tuple) -> No
 
 
 def test_nothing_learns_through_the_score(case: tuple) -> None:
-    """The gradients are those of the chosen entries under plain TopK: the score only chose them."""
+    """The gradients are those of plain TopK with the same entries: the score only chooses the entries."""
     sae, x, g = case
     g.requires_grad_(True)
     sae.beta = 2.0

@@ -78,7 +78,7 @@ def test_a_checkpoint_written_by_saelens_computes_what_saelens_computed(architec
     torch.testing.assert_close(sae(expected["x"]), expected["recon"])
 
 
-def test_what_cannot_be_loaded_is_an_error_that_says_why(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_is_an_error_with_the_reason(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match=r"no checkpoint here"):
         saelab.load(tmp_path)
 

@@ -1,4 +1,4 @@
-"""JumpReLU: its straight-through gradients are those of the smoothed loss, and reach what they should."""
+"""JumpReLU: its straight-through gradients are those of the smoothed loss, and reach the right parameters."""
 
 import copy
 
@@ -29,7 +29,7 @@ def make() -> tuple[SparseAutoencoder, Tensor]:
 def smoothed(z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """The step and the JumpReLU convolved over theta with the rectangle kernel; exact outside the window."""
     inside = ((z - theta) / BANDWIDTH + 0.5).clamp(0, 1)
-    upper = z + BANDWIDTH / 2  # where theta ends the window
+    upper = z + BANDWIDTH / 2  # the theta at which the window ends
     integral = (upper.square() - theta.clamp(z - BANDWIDTH / 2, upper).square()) / (2 * BANDWIDTH)
     return inside, integral
 
@@ -72,13 +72,13 @@ def test_the_forward_and_the_other_gradients_are_those_of_the_dense_formula() ->
     torch.testing.assert_close(sae.encode(x).to_dense(), codes)
 
 
-def test_entries_in_the_window_below_a_threshold_are_there_and_count_for_nothing() -> None:
+def test_entries_in_the_window_below_a_threshold_are_selected_with_value_zero() -> None:
     sae, x = make()
     forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
     assert forward.codes.nnz > int(forward.codes.l0().sum()) == sae.encode(x).nnz
 
 
-def test_l0_counts_active_entries_and_moves_thresholds_alone() -> None:
+def test_l0_counts_active_entries_and_moves_only_thresholds() -> None:
     sae, x = make()
     forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
     mean = sae.encode(x).nnz / N

@@ -12,7 +12,7 @@ from saelab.sae.allocation.selection import Request
 from saelab.sae.losses import Forward, auxiliary, batch_fvu, terms
 from saelab.sae.model import Batch, SparseAutoencoder, geometric_median
 from saelab.sae.settings import SaeSettings
-from saelab.training.trainer import _reach
+from saelab.training.trainer import _target_coverage
 
 D, F, K, N = 6, 20, 4, 30
 TOKEN = TokenChoice(K)
@@ -45,7 +45,7 @@ def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
 
 
 def dense_pass(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, reconstruction) as one writes them down, through a mask of tokens x features."""
+    """(codes, reconstruction) by the dense formula, through a mask of tokens x features."""
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     mask = torch.zeros_like(pre).scatter(1, pre.topk(sae.k).indices, 1.0)
     z = pre.relu() * mask
@@ -67,7 +67,7 @@ def test_a_training_pass_has_the_values_and_gradients_of_the_dense_formula() -> 
         torch.testing.assert_close(ours.grad, dense.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_encode_is_what_training_selects_and_does_not_depend_on_batch_mates() -> None:
+def test_encode_is_what_training_selects_and_does_not_depend_on_other_tokens() -> None:
     sae, x = make_sae()
     z, reconstruction = dense_pass(sae, x)
     codes = sae.encode(x)
@@ -93,16 +93,16 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> No
     for rule, before in zip(rules, whole, strict=True):
         after = aux_loss(sae, x, mask, 7, bf16, rule)
         torch.testing.assert_close(after[0].codes.to_dense(), before[0].codes.to_dense())
-        if not bf16:  # bfloat16 alone picks the auxiliary loss's features, and rounds as the tile's shape has it
+        if not bf16:  # rounded scores pick the auxiliary loss's features, and rounding depends on the tile's shape
             torch.testing.assert_close(after[1], before[1])
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_auxiliary_loss_reaches_exactly_those_it_selected_with_a_positive_pre_activation(bf16: bool) -> None:
+def test_the_auxiliary_loss_trains_exactly_the_selected_features_with_a_positive_pre_activation(bf16: bool) -> None:
     sae, x = make_sae()
     dead = torch.tensor([1, 4, 7, 11, 13])
     with torch.no_grad():
-        sae.b_enc[7] = -100  # all its pre-activations are negative: it may be selected, and receives nothing
+        sae.b_enc[7] = -100  # all its pre-activations are negative: it may be selected, but gets no gradient
     k_aux = 3
     aux_loss(sae, x, mask_of(dead), k_aux, bf16)[1].backward()
 
@@ -111,7 +111,10 @@ def test_the_auxiliary_loss_reaches_exactly_those_it_selected_with_a_positive_pr
     expected = set(dead[chosen.any(0)].tolist())
     requested = Request(TokenChoice(k_aux), mask_of(dead))
     _, (entries,) = sae.training_pass(Batch(x), TOKEN, [requested], bf16=bf16)
-    assert _reach([requested], [entries]) == {"targets": len(dead), "share_reached": len(expected) / len(dead)}
+    assert _target_coverage([requested], [entries]) == {
+        "targets": len(dead),
+        "share_reached": len(expected) / len(dead),
+    }
     assert 7 not in expected and expected
     for gradient in (sae.W_enc.grad, sae.W_dec.grad, sae.b_enc.grad):
         assert gradient is not None
@@ -215,7 +218,7 @@ def test_multi_topk_adds_the_reconstruction_with_four_times_the_budget() -> None
 
 
 def test_bfloat16_proposes_and_float32_decides() -> None:
-    """The same entries as in float32, whose cut the margin surrounds, with the same values."""
+    """The same entries and values as in float32: the margin covers the error of the proposal."""
     torch.manual_seed(0)
     sae = SparseAutoencoder(64, 2048, 16)
     x = torch.randn(256, 64) * torch.logspace(1, -1, 64)  # some dimensions weigh more than others, as in a model
@@ -231,7 +234,7 @@ def test_bfloat16_proposes_and_float32_decides() -> None:
         torch.testing.assert_close(only_low.sort().values, only_exact.sort().values, rtol=1e-6, atol=0.0)
 
 
-def test_lifting_gives_silent_features_a_token_and_leaves_the_others_alone() -> None:
+def test_lifting_gives_silent_features_a_token_and_does_not_change_the_others() -> None:
     sae, x = make_sae()
     with torch.no_grad():
         sae.b_enc[3] = sae.b_enc[5] = -100
@@ -244,7 +247,7 @@ def test_lifting_gives_silent_features_a_token_and_leaves_the_others_alone() -> 
 
 
 @pytest.mark.parametrize("threshold", [torch.tensor([0.4]), torch.linspace(-1, 1, F)])
-def test_a_threshold_makes_a_feature_depend_on_its_token_alone(threshold: Tensor) -> None:
+def test_with_a_threshold_an_activation_depends_only_on_its_token(threshold: Tensor) -> None:
     sae, x = make_sae()
     sae.threshold = threshold.double()
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc

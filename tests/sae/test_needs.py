@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saelab.memory import held_by
+from saelab.memory import peak_bytes
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import FeatureChoice, TokenChoice
 from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
@@ -81,7 +81,7 @@ def test_without_a_budget_every_entry_counts_and_the_plan_says_so() -> None:
 def test_what_the_initialisation_needs_is_bounded(settings: SaeSettings) -> None:
     """By no more than three times what is there."""
     x = torch.randn(20_000, D_IN)
-    made = held_by(lambda: new_autoencoder(settings, x, seed=0))
+    made = peak_bytes(lambda: new_autoencoder(settings, x, seed=0))
     parameters = 4 * (2 * settings.n_features * D_IN + settings.n_features + D_IN)
     bound = initialisation_bytes(settings, D_IN, len(x), "memory")
     assert made - parameters <= bound <= 3 * made
@@ -97,7 +97,7 @@ def test_what_calibration_needs_is_bounded(allocation: str) -> None:
     density = torch.tensor(k / n_features, dtype=torch.float64)
     densities = density if allocation == "mutual_choice" else density.expand(n_features)
     batches = (torch.randn(2000, D_IN) for _ in range(math.ceil(CALIBRATION_TOKENS / 2000)))
-    held = held_by(lambda: calibrate(sae.pre_activations, batches, densities, CALIBRATION_TOKENS))
+    held = peak_bytes(lambda: calibrate(sae.pre_activations, batches, densities, CALIBRATION_TOKENS))
     assert held <= calibration_bytes(settings, CALIBRATION_TOKENS, "memory") <= 2 * held
 
 

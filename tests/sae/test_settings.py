@@ -1,4 +1,4 @@
-"""Settings of an autoencoder that cannot be are refused, by name."""
+"""Impossible settings of an autoencoder are refused by name."""
 
 import pytest
 
@@ -53,13 +53,13 @@ def test_impossible_settings_name_their_field(cls: type, setting: dict, message:
         ({"selection": "bfloat16"}, "selection: .*float32"),
     ],
 )
-def test_methods_that_do_not_go_together_are_refused(setting: dict, message: str) -> None:
+def test_methods_that_do_not_combine_are_refused(setting: dict, message: str) -> None:
     allocation = "token_choice" if "encoder" in setting else "threshold"
     given = {"allocation": AllocationSettings(allocation), "sparsity": SparsitySettings("l1")} | setting
     with pytest.raises(SettingError, match=message):
         SaeSettings(**given)
 
 
-def test_the_gradient_weighs_only_where_the_affinity_asks_for_it() -> None:
+def test_beta_is_zero_unless_the_affinity_is_gradient() -> None:
     assert SaeSettings(affinity=AffinitySettings("activation", 3.0)).beta == 0
     assert SaeSettings(affinity=AffinitySettings("gradient", 3.0)).beta == 3

@@ -1,4 +1,4 @@
-"""What an autoencoder shows of itself in a terminal and in a notebook."""
+"""The text and HTML of an autoencoder in a terminal and in a notebook."""
 
 import json
 from html.parser import HTMLParser

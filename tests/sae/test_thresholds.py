@@ -1,4 +1,4 @@
-"""Thresholds give fresh tokens the density asked for, exactly as a full sort would set them, whatever the batches."""
+"""Thresholds equal those of a full sort, whatever the batches, and give fresh tokens the target density."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ D, F, K = 32, 200, 8
 
 
 def encoder(seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """Pre-activations of features that differ in scale and bias, so that no common rule can be right for all."""
+    """Pre-activations of features that differ in scale and bias, so that no common threshold fits all."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(D, F, generator=generator) * torch.linspace(0.3, 2, F)
     b = torch.randn(F, generator=generator)
@@ -39,15 +39,15 @@ def of_features(tokens: int = 1000) -> Tensor:
 
 
 def by_full_sort(pre: Tensor, densities: Tensor) -> Tensor:
-    """The quantile of each column of relu(pre) (of the whole, for a scalar), as one writes it down."""
+    """The quantile of each column of relu(pre) (of the whole, for a scalar density), by its definition."""
     columns = pre.relu().double().reshape(-1, 1) if densities.ndim == 0 else pre.relu().double()
     found = []
     for column, density in zip(columns.T, densities.reshape(-1).tolist(), strict=True):
         falling = [*column.sort(descending=True).values.tolist(), 0.0]
-        place = density * (len(column) + 1)
-        low = max(1, int(place))
-        here, after = falling[low - 1], falling[min(low, len(falling) - 1)]
-        found.append(here + max(0.0, math.log(place / low) / math.log1p(1 / low)) * (after - here))
+        position = density * (len(column) + 1)
+        first = max(1, int(position))
+        here, after = falling[first - 1], falling[min(first, len(falling) - 1)]
+        found.append(here + max(0.0, math.log(position / first) / math.log1p(1 / first)) * (after - here))
     return torch.tensor(found).reshape(densities.shape)
 
 
@@ -69,7 +69,7 @@ def test_equals_a_full_sort_of_all_pre_activations(
     densities = torch.tensor(0.2, dtype=torch.float64) if densities is None else densities
     most = None if announced is None else tokens + announced
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "BLOCK_ENTRIES", 20)  # blocks of two tokens, and it forgets often
+        patch.setattr(thresholds, "BLOCK_ENTRIES", 20)  # blocks of two tokens, and frequent pruning
         found = calibrate(lambda x: x, iter(pre.split(batch)), densities, most)
     torch.testing.assert_close(found.threshold, by_full_sort(pre, densities))
     assert found.threshold.dtype == pre.dtype and (found.threshold >= 0).all()
@@ -80,22 +80,22 @@ def test_equals_a_full_sort_of_all_pre_activations(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("per_feature", [False, True])
-@pytest.mark.parametrize("place", [1, 12])
-def test_every_precision_is_exact_to_its_last_bit(dtype: torch.dtype, per_feature: bool, place: int) -> None:
-    """A threshold on a sample is that very sample, subnormal or as large as there are; while much is forgotten."""
+@pytest.mark.parametrize("position", [1, 12])
+def test_every_precision_is_exact_to_its_last_bit(dtype: torch.dtype, per_feature: bool, position: int) -> None:
+    """A threshold at a sample is exactly that sample, from subnormal to the largest, with frequent pruning."""
     generator, info = torch.Generator().manual_seed(0), torch.finfo(dtype)
     tokens = 63 if per_feature else 73  # so that samples + 1 is a power of two, and no density is rounded
     for scale in (16 * info.tiny * info.eps, 1.0, info.max / 64):
         whole, bits = (torch.randint(low, 16, (tokens, 7), generator=generator).double() for low in (-15, 0))
         pre = (whole * (1 + info.eps * bits) * scale).to(dtype)
         columns = pre if per_feature else pre.reshape(-1, 1)
-        density = torch.tensor(place / (len(columns) + 1), dtype=torch.float64)
+        density = torch.tensor(position / (len(columns) + 1), dtype=torch.float64)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(thresholds, "BLOCK_ENTRIES", 20)
             patch.setattr(thresholds, "_PART", 7)
             found = calibrate(lambda x: x, pre.split(9), density.expand(7) if per_feature else density).threshold
         assert found.dtype == dtype
-        exact = columns.sort(dim=0, descending=True).values[place - 1]
+        exact = columns.sort(dim=0, descending=True).values[position - 1]
         assert (exact > 0).all() and torch.equal(found.reshape(-1), exact)
 
 
@@ -106,13 +106,13 @@ def test_an_infinite_entry_is_the_largest_and_nan_is_no_entry(dtype: torch.dtype
     pre = torch.stack([column, torch.full_like(column, math.nan), column.clamp_max(9.0)], 1)
     if not per_feature:
         pre = column[:, None]
-    for place in (1, 2, 3, 5, 7):  # inf, 4, 3, 1 of the first column; none is left at 7
-        density = torch.tensor(place / 8, dtype=torch.float64)
+    for position in (1, 2, 3, 5, 7):  # inf, 4, 3, 1 of the first column; none is left at 7
+        density = torch.tensor(position / 8, dtype=torch.float64)
         found = calibrate(lambda x: x, pre.split(2), density.expand(pre.shape[1]) if per_feature else density).threshold
-        wanted = {1: math.nan, 2: 4.0, 3: 3.0, 5: 1.0, 7: 0.0}[place]  # inf + 0 x -inf
+        expected = {1: math.nan, 2: 4.0, 3: 3.0, 5: 1.0, 7: 0.0}[position]  # inf + 0 x -inf
         if per_feature:
-            wanted = [wanted, 0.0, {1: 9.0}.get(place, wanted)]
-        torch.testing.assert_close(found, torch.tensor(wanted, dtype=dtype), rtol=0, atol=0, equal_nan=True)
+            expected = [expected, 0.0, {1: 9.0}.get(position, expected)]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_how_the_tokens_are_batched_does_not_matter_nor_does_their_order() -> None:
@@ -145,7 +145,7 @@ def test_held_out_l0_and_density_follow_thresholds_of_features() -> None:
 
 @pytest.mark.parametrize(("capacity", "lowest", "highest"), [(1, 0.5, 0.7), (2, 0.68, 0.82), (32, 0.95, 1.02)])
 def test_the_mean_of_batch_minima_would_be_biased(capacity: int, lowest: float, highest: float) -> None:
-    """The usual estimate, over batches in which each feature has `capacity` tokens: why quantiles are used here."""
+    """The usual estimate, over batches in which each feature has `capacity` tokens, is why saelab uses quantiles."""
     size, batches = 64 * capacity, 2000 // capacity
     pre = encoder()
     minima = torch.stack([pre(data(size, s)).topk(capacity, dim=0).values[-1] for s in range(batches)]).mean(0)
@@ -158,7 +158,7 @@ def test_the_mean_of_batch_minima_would_be_biased(capacity: int, lowest: float, 
 
 
 def test_a_fractional_number_of_hits_is_not_biased() -> None:
-    """Densities that ask for 2.4 of 100 samples get 0.024 of fresh ones, on average over many features."""
+    """Thresholds for 2.4 of 100 samples let 0.024 of fresh ones through, on average over many features."""
     many = 4000
     generator = torch.Generator().manual_seed(5)
     densities = torch.full((many,), 0.024, dtype=torch.float64)
@@ -176,12 +176,12 @@ def test_features_of_few_expected_hits_are_flagged() -> None:
 
 
 def test_memory_follows_the_budget() -> None:
-    """While 20,000 tokens of 200 features pass, entries held stay near k * tokens, of 25 times as many."""
-    held = []
+    """From 20,000 tokens of 200 features it keeps about k * tokens entries, a 25th of all."""
+    kept = []
     original = thresholds._Largest._prune
 
     def prune(self: thresholds._Largest) -> None:
-        held.append(self._filled)
+        kept.append(self._filled)
         original(self)
 
     def batches() -> Iterator[Tensor]:
@@ -192,7 +192,7 @@ def test_memory_follows_the_budget() -> None:
         patch.setattr(thresholds, "BLOCK_ENTRIES", 500 * F)
         patch.setattr(thresholds._Largest, "_prune", prune)
         calibrate(encoder(), batches(), of_features(), 20_000)
-    assert max(held) < 3 * K * 20_000
+    assert max(kept) < 3 * K * 20_000
 
 
 def test_more_tokens_than_announced_and_none_at_all_are_refused() -> None:
@@ -209,18 +209,18 @@ def test_an_autoencoder_with_thresholds_encodes_every_token_by_itself() -> None:
     found = calibrate(sae.pre_activations, [data(4000, 2)], of_features())
     sae.threshold = found.threshold
     x = data(50, 3)
-    together = sae.encode(x).to_dense()
-    alone = torch.cat([sae.encode(token[None]).to_dense() for token in x])
+    batched = sae.encode(x).to_dense()
+    single = torch.cat([sae.encode(token[None]).to_dense() for token in x])
     near = ((sae.pre_activations(x) - found.threshold).abs() < 1e-5 * found.threshold).float()
-    torch.testing.assert_close(together * (1 - near), alone * (1 - near), rtol=1e-5, atol=1e-5)
-    assert (together > 0).any()
+    torch.testing.assert_close(batched * (1 - near), single * (1 - near), rtol=1e-5, atol=1e-5)
+    assert (batched > 0).any()
 
 
-def test_cutting_as_many_as_are_kept_forgets_none_that_counts() -> None:
-    """Where just as many entries are held as may be needed, the bound is the least of them, not the last to come."""
+def test_pruning_a_full_group_sets_the_bound_to_its_smallest_entry() -> None:
+    """The bound is not the entry that came last, or later entries would be lost."""
     largest = thresholds._Largest(torch.tensor([2.0]), torch.empty(1, 1), 100)
     largest.see(torch.tensor([[1.0], [2.0], [9.0]]))
     largest._prune()
     assert largest.bounds.item() == 1
     largest.see(torch.tensor([[5.0]]))
-    assert [largest.at(torch.tensor([place])).item() for place in (1, 2, 3)] == [9, 5, 2]
+    assert [largest.at(torch.tensor([position])).item() for position in (1, 2, 3)] == [9, 5, 2]

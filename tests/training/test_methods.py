@@ -63,12 +63,12 @@ def test_jumprelu_reaches_its_target_l0_and_learns(target: float, seed: int, ste
     assert metrics[-1]["l0"] == pytest.approx(target, rel=0.1)
 
 
-def test_without_a_target_a_higher_price_of_l0_leaves_fewer_active() -> None:
+def test_without_a_target_a_larger_l0_coefficient_leaves_fewer_active() -> None:
     found = [trained(jumprelu(None, price))[2][-1]["l0"] for price in (0.002, 0.2)]
     assert found[1] < 0.8 * found[0]
 
 
-def test_relu_with_a_higher_price_of_l1_leaves_fewer_active() -> None:
+def test_relu_with_a_larger_l1_coefficient_leaves_fewer_active() -> None:
     found = []
     for price in (0.02, 0.2):
         settings = SaeSettings(F, 3, allocation=THRESHOLD, sparsity=SparsitySettings("l1", price))
@@ -127,8 +127,8 @@ RESUMED = {
 
 @pytest.mark.parametrize("at", [0, 1, 99, 130])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_trainer_made_anew_with_the_state_goes_on_to_the_bit(name: str, at: int) -> None:
-    """Also through the middle of feature choice's first phase and aux_zipf's, and with a state that is only a copy."""
+def test_a_new_trainer_with_the_state_continues_to_the_bit(name: str, at: int) -> None:
+    """Also within the first phases of feature choice and aux_zipf, and from a copy of the state."""
     settings, sample = RESUMED[name], next(planted(1, 99))
     training = TrainingSettings(tokens=200 * BATCH, batch=BATCH, lr=3e-3, log_every=1)
     batches = [Batch(x, gradients=torch.cos(x)) for x in planted(140)]

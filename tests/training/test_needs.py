@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saelab.memory import held_by
+from saelab.memory import peak_bytes
 from saelab.sae.model import Batch, new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
@@ -105,7 +105,9 @@ def test_the_tensors_of_the_first_step_are_bounded(settings: SaeSettings, all_ac
         with torch.no_grad():
             trainer.sae.b_enc += 1e3
     batch = random_batch()
-    held = held_by(lambda: trainer.step(batch)) + 2 * batch.x.nbytes  # with x, and the activations it was scaled from
+    held = (
+        peak_bytes(lambda: trainer.step(batch)) + 2 * batch.x.nbytes
+    )  # with x, and the activations it was scaled from
     bound = sum(found[what] for what in ("pre-activations", "selection", "training step") if what in found)
     assert held - found["optimiser"] <= bound
     if settings is RELU or (settings is JUMPRELU and all_active):

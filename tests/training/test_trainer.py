@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_aux_k_revives_features_that_nothing_else_reaches(seed: int) -> None:
+def test_aux_k_revives_features_without_other_gradients(seed: int) -> None:
     """Features that start too weak to be selected get no gradient from the reconstruction; aux_k gives them one."""
     left = {}
     for aux in ("none", "aux_k"):
@@ -141,7 +141,7 @@ def test_the_gradient_affinity_without_gradients_is_an_error() -> None:
         train(sae, planted(2, 256), SETTINGS, SaeSettings(64, 3, affinity=AffinitySettings("gradient")))
 
 
-def test_training_ends_when_asked_after_the_step_it_is_in() -> None:
+def test_a_request_to_stop_ends_training_after_the_current_step() -> None:
     sae = SparseAutoencoder(D, 32, 3)
     sae.initialise(sample())
     calls = iter([False, False, True])
@@ -166,7 +166,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert learning_rate(0, dataclasses.replace(settings, warmup=0.0, decay=0.0)) == 1.0
 
 
-def test_the_parallel_gradient_goes_and_the_rest_stays() -> None:
+def test_only_the_parallel_part_of_the_gradient_is_removed() -> None:
     sae = SparseAutoencoder(D, 8, 2)
     sae.initialise(torch.randn(100, D))
     gradient = torch.randn(8, D)

@@ -1,4 +1,4 @@
-"""Who is dead or under-used, and what each step's allocation may spend."""
+"""Which features are dead or under-used, and the budget of each step's allocation."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_densities_are_means_and_silence_is_counted_in_tokens() -> None:
     assert usage.dead().tolist() == [False, True, False]
 
 
-def test_aux_k_is_for_the_dead_and_none_for_nobody() -> None:
+def test_aux_k_targets_dead_features_and_none_targets_nothing() -> None:
     counts = torch.ones(F).long()
     counts[:7] = 0
     for name, expected in (("aux_k", 7), ("none", None)):
@@ -38,7 +38,7 @@ def test_aux_k_is_for_the_dead_and_none_for_nobody() -> None:
         assert (None if targets is None else int(targets.sum())) == expected
 
 
-def test_aux_zipf_is_also_for_features_far_below_the_curve_but_never_for_the_densest() -> None:
+def test_aux_zipf_also_targets_features_far_below_the_curve_but_never_the_densest() -> None:
     settings = SaeSettings(F, K, aux=AuxSettings("aux_zipf", exponent=1.0, shift=5.0))
     expected = expected_densities(F, K, TOKENS, 1.0, 5.0)
     counts = (expected * 10 * TOKENS).round().long()  # ten times as large, in steps of a tenth of a token
@@ -48,7 +48,7 @@ def test_aux_zipf_is_also_for_features_far_below_the_curve_but_never_for_the_den
     usage.densities /= 10
     targets = usage.targets(TOKENS)
     assert targets is not None
-    # having sunk, they rank last, where the curve expects less: still more than twice what they have
+    # now they rank last, and the curve at the last ranks is still more than twice their density
     assert set(low.tolist()) <= set(targets.nonzero().squeeze(1).tolist()) and int(targets.sum()) < 10
 
     uniform = K / F
@@ -56,7 +56,7 @@ def test_aux_zipf_is_also_for_features_far_below_the_curve_but_never_for_the_den
     assert not under_used(dense, torch.full((F,), 1.0, dtype=torch.float64), 0.5, uniform).any()
 
 
-def test_where_the_under_used_are_the_dead_aux_zipf_is_aux_k() -> None:
+def test_if_only_dead_features_are_under_used_aux_zipf_is_aux_k() -> None:
     counts = torch.full((F,), 2).long()
     counts[30:40] = 0
     masks = [
@@ -105,7 +105,7 @@ def test_feature_choice_begins_after_its_share_and_spends_the_budget_exactly(cap
     torch.testing.assert_close(total / 70 / TOKENS, densities.float(), atol=0.002, rtol=0)
     if capacity == "zipf":  # fitted to densities of exponent 1.2 and shift 3, the densest features being the last
         assert allocation.curve is not None and allocation.curve[0] == pytest.approx(1.2, abs=0.1)
-        assert bool((densities[-12:].diff() > 0).all())  # those without ties
+        assert bool((densities[-12:].diff() > 0).all())  # the features without ties
     else:
         torch.testing.assert_close(densities, torch.full((F,), K / F, dtype=torch.float64))
 

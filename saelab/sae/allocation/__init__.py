@@ -1,1 +1,1 @@
-"""Which (token, feature) entries stay active: rules.py states each paper's rule, the other files find the same fast."""
+"""Which (token, feature) entries stay active: rules.py states each paper's rule; the other files apply it fast."""

@@ -2,12 +2,13 @@
 
 A budget belongs to a token (rows), to the whole batch, or to a feature (columns); a threshold needs none. Scores arrive
 in tiles ``[tokens, features]``. Every entry that the exact choice would take is among the candidates if its score is
-within ``margin`` (relative) of exact, ties included. Entries at or below zero (or the smallest normal number) are not.
+within ``margin`` (relative) of exact, ties included. Entries at or below zero (or the smallest normal number) are no
+candidates.
 
 On a CPU the bound is read off block maxima: if the K-th largest of them is c, at least K entries reach c, so an entry
 below c cannot be among the K largest. One pass takes the maxima (memory speed), a top-k over 1/32 of the row finds c,
-and only blocks that reach c are looked into. Elsewhere nothing may wait for the host, so the number of candidates is
-fixed beforehand: a margin becomes spare places, filled by the next largest.
+and only blocks that reach c are searched. On a GPU the host must not wait, so the number of candidates is fixed
+beforehand: a margin becomes spare slots, filled by the next largest.
 """
 
 from typing import NamedTuple, Protocol
@@ -21,7 +22,7 @@ _BLOCK = 32
 
 
 class Entries(NamedTuple):
-    """Places in a dense ``[tokens, features]`` matrix and the scores there, in no particular order; all ``[n]``."""
+    """Entries of a dense ``[tokens, features]`` matrix: positions and scores, in no particular order; all ``[n]``."""
 
     tokens: Tensor
     features: Tensor
@@ -35,7 +36,7 @@ class Entries(NamedTuple):
 
 
 class Bands(NamedTuple):
-    """Features grouped by capacity, for devices whose host may not wait to know how many candidates there are."""
+    """Features grouped by capacity, for GPUs: the host must not wait for the number of candidates."""
 
     order: Tensor
     """Features in order of falling capacity, ``[n_features]`` int64."""
@@ -47,7 +48,7 @@ class Bands(NamedTuple):
 
 
 class Bounds(Protocol):
-    """Finds candidates in tiles. One object serves one batch: bounds rise as tiles are seen."""
+    """Finds candidates in tiles. One object serves one batch: bounds rise with each tile."""
 
     whole_columns: bool
     """Whether a tile must hold all tokens of the batch."""
@@ -55,16 +56,16 @@ class Bounds(Protocol):
     """Whether the candidates of a tile come sorted by token, then feature."""
 
     def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
-        """Candidates of one tile ``[tokens, features]``, at their places in the whole matrix."""
+        """Candidates of one tile ``[tokens, features]``, with their positions in the whole matrix."""
         ...
 
     def final(self, entries: Entries) -> Entries:
-        """Those of `entries`, gathered from all tiles, that the last bounds still admit."""
+        """The `entries`, gathered from all tiles, that the last bounds still admit."""
         ...
 
 
 class RowBounds:
-    """Per token, a lower bound of its k-th largest score, which rises as tiles of its features are seen."""
+    """Per token, a lower bound of its k-th largest score, which rises with each tile of its features."""
 
     whole_columns, row_major = False, False
 
@@ -87,7 +88,7 @@ class RowBounds:
         return Entries(token + first_token, slot * maxima.shape[1] + block + first_feature, found)
 
     def fixed(self, scores: Tensor) -> Entries:
-        """Candidates of a tile, as many as k and the margin say: for devices that may not wait for the host."""
+        """Candidates of a tile, a number set by k and the margin: on a GPU, where the host must not wait."""
         spare = max(8, self.k // 4) if self.margin else 0
         values, features = topk(scores, min(self.k + spare, scores.shape[1]))
         tokens = torch.arange(len(scores), device=scores.device)[:, None].expand_as(features)
@@ -127,8 +128,8 @@ class TotalBound:
     def fixed(self, scores: Tensor) -> Entries:
         """As in RowBounds."""
         spare = self.total // 8 if self.margin else 0
-        values, places = scores.flatten().topk(min(self.total + spare, scores.numel()), sorted=False)
-        return Entries(places // scores.shape[1], places % scores.shape[1], _at_least_float32(values))
+        values, index = scores.flatten().topk(min(self.total + spare, scores.numel()), sorted=False)
+        return Entries(index // scores.shape[1], index % scores.shape[1], _at_least_float32(values))
 
     def final(self, entries: Entries) -> Entries:
         if entries.scores.device.type != "cpu":
@@ -137,7 +138,7 @@ class TotalBound:
 
 
 class ColumnBounds:
-    """Per feature, a lower bound of its m-th largest score: capacities ``[n_features]`` int64, m of each feature."""
+    """Per feature, a lower bound of its m-th largest score: `capacities` ``[n_features]`` int64 are the m."""
 
     whole_columns, row_major = True, False
 
@@ -173,7 +174,7 @@ class ColumnBounds:
 
 
 class FixedBounds:
-    """A threshold that is known beforehand: cut ``[n_features]``, 0 at least."""
+    """A known threshold: cut ``[n_features]``, at least 0."""
 
     whole_columns, row_major = False, True
 
@@ -193,7 +194,7 @@ class FixedBounds:
 def _row_maxima(scores: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Scores as blocks ``[tokens, size, n_blocks]``, a block being every n_blocks-th feature, and their maxima.
 
-    Strided blocks are reduced at memory speed, contiguous ones eight times slower in bfloat16.
+    Strided blocks reduce at memory speed, contiguous ones eight times slower in bfloat16.
     """
     size = _divisor(scores.shape[1], min(_BLOCK, max(1, largest)))
     blocks = scores.view(len(scores), size, scores.shape[1] // size)
@@ -209,7 +210,7 @@ def _divisor(n: int, largest: int) -> int:
 
 
 def _lowered(cut: Tensor, margin: float) -> Tensor:
-    """The bound with room for the error of the scores; a bound at or below zero admits every positive entry."""
+    """The bound, lowered by the error of the scores; a bound at or below zero admits every positive entry."""
     return (cut * (1 - margin)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -220,14 +221,14 @@ def _members(blocks: Tensor, maxima: Tensor, cut: Tensor) -> tuple[Tensor, Tenso
     """
     row, column = (maxima >= cut).nonzero(as_tuple=True)
     inside = blocks[row, :, column]
-    # compared in their own dtype: rounding the bound to it takes a part of the margin, which is many times larger
+    # compared in their own dtype: the margin is many times larger than the rounding of the bound
     limit = cut.expand_as(maxima)[row, column].to(inside.dtype)
     hit, slot = (inside >= limit[:, None]).nonzero(as_tuple=True)
     return row[hit], slot, column[hit], _at_least_float32(inside[hit, slot])
 
 
 def _column_cuts(maxima: Tensor, capacities: Tensor) -> Tensor:
-    """The m-th largest of each column of `maxima` ``[n, features]``; infinite for m = 0, zero where m > n."""
+    """The m-th largest of each column of `maxima` ``[n, features]``; infinite for m = 0, zero for m > n."""
     cuts = maxima.new_zeros(len(capacities))
     cuts[capacities == 0] = torch.inf
     low = 0

@@ -1,10 +1,10 @@
-"""How many tokens of a batch each feature may have in feature choice: capacities that follow a Zipf-Mandelbrot curve.
+"""Capacities for feature choice, the tokens of a batch that each feature may have: they follow a Zipf-Mandelbrot curve.
 
     m_r  in proportion to  (r + shift) ** -exponent,  r = 1 for the densest feature;  m_r <= tokens;  sum m_r = budget
 
 Feature choice (Ayonrinde 2024, arXiv 2411.02124) gives features Zipf-shaped capacities. How the paper fits, caps and
-rounds them is not known to us: that is our reconstruction here. Everything is by rank; `ranks` says which feature has
-which. The same curve over the batch is the density that aux_zipf expects of a rank.
+rounds them is not known to us: these steps are our reconstruction. Capacities are by rank; `ranks` gives the rank of
+each feature. Divided by the tokens of the batch, the curve is the density that aux_zipf expects at a rank.
 """
 
 import math
@@ -17,11 +17,11 @@ _UNIT = 2**40
 """`draw_capacities` counts in fractions of a match of this size, in integers: sums are exact in any order, so a GPU
 gives the same in every run. 2^22 features still fit an int64."""
 _STEP = round(_UNIT * (math.sqrt(5) - 1) / 2)
-"""The golden section of a unit: its multiples cover the unit more evenly than those of any other number."""
+"""The golden section of a unit: its multiples cover the unit more evenly than the multiples of any other number."""
 
 _LOWEST_DENSITY = 1e-7
 _TAIL = 0.15
-"""Share of the ranks, the last ones, that a fit leaves out: dying features lie below any curve through the others."""
+"""Share of the last ranks that a fit leaves out: dying features lie below any curve through the others."""
 _BINS = 256
 
 
@@ -30,14 +30,14 @@ class ZipfFit:
     exponent: float
     shift: float
     r2: float
-    """Share of the variance of log density that the curve explains; NaN where there was too little to fit."""
+    """Share of the variance of log density that the curve explains; NaN if there were too few densities to fit."""
 
 
 def zipf_capacities(n_features: int, total: float, tokens: int, exponent: float, shift: float) -> Tensor:
     """Real capacities by rank, ``[n_features]`` float64, which sum to `total` and do not exceed `tokens`.
 
-    What the curve would give a rank beyond `tokens` goes to the ranks below in proportion to the curve, until it fits.
-    Exponent 0 is uniform. Where `total` is more than ``tokens * n_features`` every rank has `tokens`.
+    What the curve gives a rank beyond `tokens` goes to the later ranks in proportion to the curve, until all fit.
+    Exponent 0 is uniform. If `total` is more than ``tokens * n_features`` every rank has `tokens`.
     """
     rank = torch.arange(1, n_features + 1, dtype=torch.float64)
     curve = ((rank + shift) / (1 + shift)).pow(-exponent).clamp_min(1e-280)
@@ -54,12 +54,12 @@ def zipf_capacities(n_features: int, total: float, tokens: int, exponent: float,
 
 
 def expected_densities(n_features: int, k: float, tokens: int, exponent: float, shift: float) -> Tensor:
-    """The share of a batch's tokens that each rank would have by the capped curve, ``[n_features]`` float64."""
+    """Share of a batch's tokens that the capped curve gives each rank, ``[n_features]`` float64."""
     return zipf_capacities(n_features, k * tokens, tokens, exponent, shift) / tokens
 
 
 def draw_capacities(real: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer capacities of one step, ``[n_features]`` int64, and the carry for the next; the host is not waited for.
+    """Integer capacities of one step, ``[n_features]`` int64, and the carry for the next; the host does not wait.
 
     `real` ``[n_features]`` float64 sums to a whole budget. Every step the capacities sum to that budget, and each is
     the real one rounded down or up. `carry` is a scalar float64 in [0, 1), 0 at first.
@@ -73,7 +73,7 @@ def draw_capacities(real: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
     floor = real.floor()
     parts = ((real - floor) * _UNIT).round().long()
     ends = parts.cumsum(0)
-    whole = (ends[-1:] + _UNIT // 2) // _UNIT * _UNIT  # what rounding has left of the sum's being whole goes away here
+    whole = (ends[-1:] + _UNIT // 2) // _UNIT * _UNIT  # the parts sum to a whole number but for rounding
     ends = torch.cat([ends[:-1].minimum(whole), whole])
     offset = (carry * _UNIT).long()
     hit = torch.div(ends + offset, _UNIT, rounding_mode="floor")
@@ -90,10 +90,10 @@ def ranks(densities: Tensor) -> Tensor:
 def fit_zipf(densities: Tensor) -> ZipfFit:
     """The curve ``c * (rank + shift) ** -exponent`` nearest to `densities` ``[n_features]``, in any order.
 
-    Least squares of log density; every factor of rank weighs the same (each rank by 1 / rank), or the tail would
-    decide alone. For each shift on a grid (0, and 1 to 10^5, then finer about the best) the exponent is a linear
-    regression. Left out are densities below 1e-7 and the last 15% of the rest. Exponent 1 and shift 0 where fewer
-    than three densities are left.
+    Least squares of log density. Each rank has weight 1 / rank, so that every factor of rank weighs the same;
+    otherwise the tail would dominate. For each shift on a grid (0, and 1 to 10^5, then finer about the best) the
+    exponent is a linear regression. Densities below 1e-7 and the last 15% of the others are left out. Exponent 1 and
+    shift 0 if fewer than three densities are left.
     """
     sorted_densities = densities.detach().double().cpu().sort(descending=True).values
     usable = int((sorted_densities >= _LOWEST_DENSITY).sum())
@@ -114,7 +114,7 @@ def fit_zipf(densities: Tensor) -> ZipfFit:
 def _bins(densities: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Falling densities in bins of about equal log width: mean rank, mean log density and weight, ``[bins]`` each."""
     rank = torch.arange(1, len(densities) + 1, dtype=torch.float64)
-    # as many bins as there are ranks where ranks are far apart: in the head every rank is a bin of its own
+    # at the head, where log ranks are far apart, every rank is a bin of its own
     bin_of = (rank.log() / math.log(len(densities) + 1) * _BINS).long().unique_consecutive(return_inverse=True)[1]
     n = int(bin_of[-1]) + 1
 

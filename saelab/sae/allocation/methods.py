@@ -1,6 +1,6 @@
-"""The ways to allocate: which rule each training step uses, and what inference needs in its place. One table.
+"""The ways to allocate: the rule of each training step, and the density that inference must reproduce. One table.
 
-A method may have a schedule of its own, and state that a resumed run takes up again.
+A method may have a schedule of its own, and state that a resumed run continues from.
 """
 
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from saelab.sae.settings import SaeSettings
 
 
 class Allocation(Protocol):
-    """Made once for a training of `steps` steps."""
+    """A way to allocate in one training of `steps` steps."""
 
     saelens: ClassVar[str]
-    """SAELens' name for what is trained with a linear encoder."""
+    """Name of the architecture in training with a linear encoder; SAELens' name if it has one."""
     calibrated: ClassVar[bool]
-    """Whether inference needs thresholds that are set on held-out text, because the rule looks at batch mates."""
+    """Whether inference needs thresholds that are set on held-out text, because the rule compares tokens of a batch."""
     whole_columns: ClassVar[bool]
-    """Whether the rule looks at all tokens of a batch for one feature, so that no tile may split the tokens."""
+    """Whether the rule compares all tokens of a batch at one feature, so that no tile may split the tokens."""
     initial_threshold: ClassVar[float | None]
-    """The threshold that the autoencoder begins with; None: none, it begins with the k best of each token."""
+    """Initial threshold of the autoencoder; None: it has no threshold and keeps the k best of each token."""
 
     def __init__(self, settings: SaeSettings, steps: int) -> None: ...
 
@@ -39,14 +39,14 @@ class Allocation(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What the checkpoint records of it."""
+        """Facts about the allocation that the checkpoint records."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
     def state_bytes(self, n_features: int) -> int:
-        """Bytes of the tensors of `state_dict` at the most."""
+        """Most bytes that the tensors of `state_dict` take."""
         ...
 
 
@@ -108,7 +108,7 @@ class ThresholdAllocation(_Stateless):
 
 
 class FeatureAllocation(Allocation):
-    """Feature choice after a share of the steps, in which mutual choice is used and densities are measured.
+    """Mutual choice for a share of the steps, in which densities are measured; then feature choice.
 
     That first phase, and capacities by the rank of a feature's density, are our reconstruction (capacity.py). Inference
     uses one threshold for each feature that gives it the density of its capacity.
@@ -119,7 +119,7 @@ class FeatureAllocation(Allocation):
     def __init__(self, settings: SaeSettings, steps: int) -> None:
         self.settings, self.steps = settings, steps
         self.curve: tuple[float, float] | None = None
-        """Exponent and shift of the capacities, once they are known."""
+        """Exponent and shift of the capacities, set when feature choice begins."""
         self.densities: Tensor | None = None
         """Share of a batch's tokens that each feature may have, ``[n_features]`` float64."""
         self._by_rank = self._rank = self._carry = torch.empty(0)
@@ -196,7 +196,7 @@ def allocation_of(settings: SaeSettings) -> type[Allocation]:
 
 
 def _runs(by_rank: Tensor) -> list[tuple[int, int, int]]:
-    """Runs of ranks (start, stop, largest capacity) within which no capacity is more than twice another."""
+    """Runs of ranks (start, stop, largest capacity) whose capacities differ by about a factor of two at most."""
     largest = by_rank.ceil().long().tolist()
     runs, start = [], 0
     for i in range(1, len(largest) + 1):

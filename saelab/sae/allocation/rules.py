@@ -1,8 +1,9 @@
 """Which (token, feature) entries stay active, given the score of each. One class per paper's rule.
 
-`mask` is the rule as its paper states it: dense, a few lines, and what the tests hold everything else to. The other
-methods find the same entries fast (selection.py): `bounds` proposes candidates tile by tile (candidates.py) and `keep`
-chooses among them exactly. No rule picks an entry at or below zero. Ties go to the lower token, then the lower feature.
+`mask` is the rule as its paper states it: dense and a few lines long; the tests compare everything else with it. The
+other methods find the same entries fast (selection.py): `bounds` proposes candidates tile by tile (candidates.py) and
+`keep` chooses among them exactly. No rule picks an entry at or below zero. Ties go to the lower token, then
+the lower feature.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Rule(Protocol):
         ...
 
     def keep(self, entries: Entries, tokens: int) -> Tensor:
-        """True for the active ones among candidates in order, bool ``[n]``; ties go to the earlier entry."""
+        """Which candidates are active, bool ``[n]``; `entries` are in order, and ties go to the earlier one."""
         ...
 
 
@@ -108,7 +109,7 @@ class FeatureChoice:
     capacities: Tensor
     """m, ``[n_features]`` int64."""
     total: int
-    """The sum of m, known to the host."""
+    """The sum of m, as a number that the host knows without waiting for a GPU."""
     bands: Bands | None = field(default=None, repr=False)
     """Needed on GPUs only: see candidates.Bands."""
 
@@ -132,8 +133,8 @@ class FeatureChoice:
 class Threshold:
     """An entry is active if its score exceeds the threshold of its feature (0 at least): no budget, no batch mates.
 
-    JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435); ReLU if all thresholds are 0. It also takes the place of
-    batch-wide rules in inference (thresholds.py).
+    JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435); ReLU if all thresholds are 0. It also replaces batch-wide
+    rules in inference (thresholds.py).
     """
 
     cut: Tensor
@@ -157,7 +158,7 @@ class Threshold:
 
 
 def _rank(scores: Tensor, dim: int) -> Tensor:
-    """The place of each score in the falling order along `dim`, from 0; ties to the lower index."""
+    """Rank of each score in the falling order along `dim`, from 0; ties to the lower index."""
     return scores.clamp_min(0).argsort(stable=True, dim=dim, descending=True).argsort(dim)
 
 

@@ -20,14 +20,14 @@ from saelab.sae.allocation.rules import Rule
 from saelab.sae.encoder import Encoder, Scratch, Tile, tiles
 
 BF16_MARGIN = 2.0**-6
-"""Relative error of a bfloat16 score that is allowed for: four times the half unit in its last place, 2^-9, for the
-product's own rounding on either side of the cut, and as much again for that of its inputs."""
+"""Relative error allowed in a bfloat16 score. Half a unit in its last digit is 2^-9: four of them for the rounding of
+products on both sides of the cut, four more for the rounding of the inputs."""
 EXACT_MARGIN = 1e-5
-"""The same for two float32 computations of one score in different orders of summation."""
+"""Relative error allowed between two float32 computations of one score in different orders of summation."""
 
 
 class Request(NamedTuple):
-    """Entries that a term of the loss asks for beside the active ones."""
+    """Entries that a term of the loss needs besides the active ones."""
 
     rule: Rule
     mask: Tensor | None = None
@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     pattern: Codes
     """The selected entries; the values are their scores, 0 (with a mask: -inf) in an unfilled slot."""
     pre: Tensor | None
-    """Pre-activations there, float32 ``[nnz]``; None if only bfloat16 is known."""
+    """Pre-activations of these entries, float32 ``[nnz]``; None if only bfloat16 ones are known."""
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def select(
     """The selection by each of `rules`, and that of a request with a mask.
 
     centred = x - b_dec ``[tokens, d_in]``, at least float32. `alignment` adds the gradient to the scores, which needs
-    W_dec ``[n_features, d_in]``. One pass over the tiles serves all: the rule with the most slots finds the candidates,
+    W_dec ``[n_features, d_in]``. All share one pass over the tiles: the rule with the most slots finds the candidates,
     and the others choose among them.
     """
     tokens, n_features = len(centred), len(W_dec)
@@ -98,17 +98,8 @@ def select(
         return selections, None if strongest is None else strongest.selection(exact=not bf16)
 
 
-@torch.no_grad()
-def allocate(scores: Tensor, rule: Rule) -> Codes:
-    """Apply `rule` to dense scores ``[tokens, n_features]``; the codes' values are the scores."""
-    tokens, n_features = scores.shape
-    bounds = rule.bounds(tokens, n_features, 0.0, scores.device)
-    entries = in_order(bounds.final(bounds.candidates(scores, 0, 0)), n_features)
-    return as_codes(entries, rule.keep(entries, tokens), rule.slots(tokens), tokens, n_features)[0]
-
-
 def in_order(entries: Entries, n_features: int) -> Entries:
-    """Sorted by token, then feature."""
+    """`entries` sorted by token, then feature."""
     order = torch.argsort(entries.tokens * n_features + entries.features)
     return Entries(*(part[order] for part in entries))
 
@@ -116,13 +107,13 @@ def in_order(entries: Entries, n_features: int) -> Entries:
 def as_codes(
     entries: Entries, keep: Tensor, slots: int | None, tokens: int, n_features: int
 ) -> tuple[Codes, Tensor | slice]:
-    """The kept ones of `entries`, which are in order, as codes; and their indices into `entries`.
+    """The entries to keep as codes, and their indices into `entries`, which are in order.
 
-    On a CPU, and if `slots` is None, the codes hold what was kept. Elsewhere, so that the host need not wait to know
-    how many, they hold `slots` entries (or all there are); those that were not kept fill up with value 0.
+    On a CPU, or if `slots` is None, the codes are exactly these entries. Otherwise they have `slots` entries (or all
+    there are), the last of them not kept and of value 0, so that the host need not wait for the number of kept ones.
     """
     keep = keep & (entries.scores > 0)
-    if keep.device.type == "cpu" and bool(keep.all()):  # all that a threshold in float32 proposes
+    if keep.device.type == "cpu" and bool(keep.all()):  # so it is with a threshold in float32
         return _pattern(entries, tokens, n_features), slice(None)
     if slots is None or keep.device.type == "cpu":
         return _gathered(entries, keep, keep.nonzero().squeeze(1), tokens, n_features)
@@ -179,13 +170,13 @@ class _Strongest:
             pre = pre.masked_fill(~mask, -torch.inf)
         if not k or not len(which):
             return
-        values, places = pre.topk(min(k, len(which)), dim=1, sorted=False)
+        values, index = pre.topk(min(k, len(which)), dim=1, sorted=False)
         values = torch.cat([self.values[tile.tokens], values.to(self.values.dtype)], 1)
-        features = torch.cat([self.features[tile.tokens], which[places] + tile.features.start], 1)
+        features = torch.cat([self.features[tile.tokens], which[index] + tile.features.start], 1)
         self.values[tile.tokens], best = values.topk(k, dim=1, sorted=False)
         self.features[tile.tokens] = features.gather(1, best)
 
     def selection(self, exact: bool) -> Selection:
-        """-inf in slots that no feature fills."""
+        """The entries found; slots that no feature fills have value -inf."""
         pattern = Codes.from_topk(self.values, self.features, len(self.mask))
         return Selection(pattern, pattern.values if exact else None)

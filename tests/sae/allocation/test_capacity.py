@@ -18,7 +18,7 @@ from saelab.sae.allocation.capacity import (
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[int, int, int, float, float]:
-    """(n_features, k, tokens, exponent, shift), k * tokens never more than tokens * n_features."""
+    """(n_features, k, tokens, exponent, shift), where k * tokens is at most tokens * n_features."""
     n_features = draw(st.integers(1, 400))
     k = draw(st.integers(1, n_features))
     tokens = draw(st.integers(1, 300))
@@ -49,7 +49,7 @@ def test_real_capacities_spend_the_budget_fall_with_rank_and_fit_the_batch(
 
 
 @given(problems())
-def test_ranks_below_the_cap_keep_the_shape_of_the_curve(problem: tuple[int, int, int, float, float]) -> None:
+def test_ranks_below_the_cap_follow_the_curve(problem: tuple[int, int, int, float, float]) -> None:
     n_features, k, tokens, exponent, shift = problem
     real = zipf_capacities(n_features, k * tokens, tokens, exponent, shift)
     free = real < tokens * (1 - 1e-9)
@@ -62,7 +62,7 @@ def test_ranks_below_the_cap_keep_the_shape_of_the_curve(problem: tuple[int, int
 def test_overflow_reaches_ranks_that_then_overflow_themselves() -> None:
     real = zipf_capacities(4, 25, 10, 1.0, 0.0)  # 12, 6, 4, 3 at first; 10, 15 * 6/13 ... once the first is full
     torch.testing.assert_close(real, torch.tensor([10.0, 15 * 6 / 13, 15 * 4 / 13, 15 * 3 / 13], dtype=torch.float64))
-    twice = zipf_capacities(4, 32, 10, 1.0, 0.0)  # what the first cannot take fills the second, too
+    twice = zipf_capacities(4, 32, 10, 1.0, 0.0)  # the overflow of the first fills the second, too
     torch.testing.assert_close(twice, torch.tensor([10.0, 10.0, 12 * 4 / 7, 12 * 3 / 7], dtype=torch.float64))
 
 
@@ -89,7 +89,7 @@ def test_every_draw_spends_the_budget_and_each_feature_gets_its_capacity_in_the_
     assert float(off.max()) < 3
 
 
-def test_a_feature_of_a_small_capacity_waits_no_longer_than_said() -> None:
+def test_a_feature_of_a_small_capacity_waits_no_longer_than_promised() -> None:
     real = zipf_capacities(5000, 1000, 100, 1.0, 5.0)  # the tail gets 0.03 of a match per step
     drawn = steps(real, 600)
     rare = real < 1
@@ -107,7 +107,7 @@ def test_drawing_is_the_same_each_time() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same_and_is_not_waited_for() -> None:
+def test_a_gpu_draws_the_same_and_the_host_does_not_wait() -> None:
     real = zipf_capacities(30_000, 4096, 512, 1.1, 2.0)
     on_gpu, carry = real.cuda(), torch.zeros((), dtype=torch.float64, device="cuda")
     torch.cuda.synchronize()
@@ -151,7 +151,7 @@ def test_a_fit_survives_counts_of_a_finite_sample() -> None:
     assert found.exponent == pytest.approx(1.0, rel=0.05) and found.shift == pytest.approx(10, rel=0.1)
 
 
-def test_a_fit_of_equal_densities_is_flat_and_one_of_nothing_says_so() -> None:
+def test_a_fit_of_equal_densities_is_flat_and_a_fit_of_nothing_has_no_r2() -> None:
     assert fit_zipf(torch.full((100,), 0.01)).exponent == pytest.approx(0, abs=1e-9)
     nothing = fit_zipf(torch.zeros(100))
     assert (nothing.exponent, nothing.shift) == (1.0, 0.0) and math.isnan(nothing.r2)

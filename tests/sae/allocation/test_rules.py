@@ -12,7 +12,15 @@ from saelab.codes import Codes
 from saelab.sae import encoder
 from saelab.sae.allocation.candidates import Bands, Entries
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
-from saelab.sae.allocation.selection import _fixed, allocate, as_codes, in_order, select
+from saelab.sae.allocation.selection import _fixed, as_codes, in_order, select
+
+
+def allocate(scores: Tensor, rule: Rule) -> Codes:
+    """The fast way on dense scores, as one tile; the codes' values are the scores."""
+    tokens, n_features = scores.shape
+    bounds = rule.bounds(tokens, n_features, 0.0, scores.device)
+    entries = in_order(bounds.final(bounds.candidates(scores, 0, 0)), n_features)
+    return as_codes(entries, rule.keep(entries, tokens), rule.slots(tokens), tokens, n_features)[0]
 
 
 def token_choice(scores: Tensor, k: int) -> Codes:
@@ -59,7 +67,7 @@ def test_the_fast_way_equals_every_rules_own_statement(problem: tuple[Tensor, li
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_tiles_of_rounded_scores_propose_all_that_the_exact_choice_takes(dtype: torch.dtype) -> None:
+def test_tiles_of_rounded_scores_propose_every_entry_of_the_exact_choice(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     scores = torch.randn(96, 256, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     capacities = torch.randint(0, 9, (256,))
@@ -106,7 +114,7 @@ def test_each_mask_is_the_best_under_its_constraint() -> None:
     scores = torch.randn(3, 4) + 0.3
     capacities = torch.tensor([2, 1, 0, 3])
     masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12))).view(-1, 3, 4)
-    worth = (masks * scores).sum((1, 2))
+    sums = (masks * scores).sum((1, 2))
     allowed = {
         "token": (masks.sum(2) <= 2).all(1),
         "mutual": masks.sum((1, 2)) <= 6,
@@ -118,11 +126,11 @@ def test_each_mask_is_the_best_under_its_constraint() -> None:
         "feature": feature_choice(scores, capacities),
     }
     for name, codes in found.items():
-        torch.testing.assert_close(codes.values.sum(), worth[allowed[name]].max())
+        torch.testing.assert_close(codes.values.sum(), sums[allowed[name]].max())
     assert found["mutual"].values.sum() >= max(found["token"].values.sum(), found["feature"].values.sum())
 
 
-def test_each_rules_statement_is_that_best_mask_too() -> None:
+def test_each_rules_own_statement_is_that_best_mask_too() -> None:
     torch.manual_seed(1)
     scores = torch.randn(3, 4) + 0.3
     capacities = torch.tensor([2, 1, 0, 3])
@@ -156,8 +164,8 @@ def test_a_feature_that_may_have_nothing_gets_nothing_and_zeros_are_never_picked
     assert allocate(scores, Threshold(torch.tensor([-1.0]))).nnz == 0
 
 
-def test_where_the_host_may_not_wait_unfilled_slots_hold_zero() -> None:
-    """What a GPU runs: as many slots as the budget has, whatever was kept."""
+def test_on_a_gpu_unfilled_slots_are_zero() -> None:
+    """The code that a GPU runs: as many slots as the budget has, whatever was kept."""
     entries = Entries(torch.tensor([0, 0, 1, 2]), torch.tensor([1, 3, 0, 2]), torch.tensor([2.0, -1.0, 3.0, 1.0]))
     keep = torch.tensor([True, True, True, False])
     codes, slots = _fixed(entries, keep & (entries.scores > 0), 3, 3, 5)
@@ -168,8 +176,8 @@ def test_where_the_host_may_not_wait_unfilled_slots_hold_zero() -> None:
     assert torch.equal(codes.l0(), torch.tensor([1, 1, 0]))
 
 
-def test_candidates_of_fixed_number_hold_what_the_exact_choice_takes() -> None:
-    """What a GPU runs, on tiles of rounded scores; feature choice there needs its bands."""
+def test_a_fixed_number_of_candidates_contains_the_exact_choice() -> None:
+    """The code that a GPU runs, on tiles of rounded scores; feature choice needs its bands."""
     torch.manual_seed(3)
     scores = torch.randn(64, 128)
     capacities = torch.randint(0, 9, (128,))
