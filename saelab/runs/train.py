@@ -124,6 +124,10 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
         state |= {"input_scale": scale, "seconds": time.monotonic() - began}
         return checkpoints.save(trainer.steps, trainer.tokens, state)
 
+    def batches() -> Iterator[ActivationBatch]:
+        while not (trainer.finished or interrupted()):
+            yield next(source)
+
     def scaled(batch: ActivationBatch) -> Batch:
         gradients = None if batch.gradients is None else batch.gradients.to(device).float()
         return Batch(batch.values.to(device).float() * scale, gradients=gradients)
@@ -135,7 +139,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
     ):
         between_steps = True
         try:
-            for batch in track(source, "training", left, len):
+            for batch in track(batches(), "training", left, len):
                 between_steps = False
                 line = trainer.step(scaled(batch))
                 between_steps = True
@@ -143,9 +147,7 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
                     line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
                     metrics.write(json.dumps(folder.jsonable(line)) + "\n")
                     metrics.flush()
-                if trainer.finished or interrupted():
-                    break
-                if checkpoints.due(trainer.tokens):
+                if checkpoints.due(trainer.tokens) and not trainer.finished:
                     save()
             path = save()
             if not trainer.finished:

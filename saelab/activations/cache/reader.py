@@ -37,7 +37,7 @@ from saelab.errors import SaelabError, did_you_mean
 from saelab.tensors import raw
 
 _AHEAD = 4
-"""Blocks that the system is told of before they are read: a disk answers several requests sooner than one by one."""
+"""Blocks announced to the system before they are read: a disk answers several requests sooner than one by one."""
 _BITS = {2: torch.int16, 4: torch.int32}
 """Integers of the width of a dtype, for numpy, which has no bfloat16."""
 
@@ -72,7 +72,7 @@ class Cache:
         self._block_tokens: int = self.identity["block_tokens"]
         counts = [-(-shard["tokens"] // self._block_tokens) for shard in manifest.shards]
         self._first_blocks = np.cumsum([0, *counts])
-        """Of each shard, the number of its first block in the cache; at the end, how many blocks there are."""
+        """The number of the first block of each shard in the cache; the last entry is the number of blocks."""
         self._checked: set[str] = set()
 
     @property
@@ -159,7 +159,7 @@ class Cache:
                 raise self._damaged(path, f"block {block.number} ({tokens}) does not match its checksum")
 
     def _announce(self, block: _Block, files: list[File]) -> None:
-        """Have the system begin to read `block`, where it can be told; what is wrong with it is found in `_read`."""
+        """Ask the system to read `block` ahead, if it can; `_read` finds out what is wrong with the block."""
         shard = block.shard
         for file in files:
             with suppress(OSError, AttributeError):
