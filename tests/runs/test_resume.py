@@ -274,7 +274,7 @@ def test_a_checkpoint_without_a_state_is_not_replaced(tmp_path: Path) -> None:
     shutil.rmtree(run / "state")
     before = (run / "sae" / "sae_weights.safetensors").read_bytes()
     with pytest.raises(
-        SaelabError, match=r"has no state to go on from; `saelab train .*config.yaml --force` trains it anew"
+        SaelabError, match=r"has no state to go on from; `saelab train .*config.yaml --force` trains it again"
     ):
         saelab.resume(run, ["training.tokens=2000"])
     assert (run / "sae" / "sae_weights.safetensors").read_bytes() == before
