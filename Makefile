@@ -6,6 +6,7 @@ PEERS_VENV ?= .venv-peers
 TORCH_INDEX ?=
 APP ?= 1
 FORCE ?=
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -37,6 +38,7 @@ help:
 	@echo "PYTHON=...       the interpreter that $(VENV) is made from, 3.11 or newer (python3)"
 	@echo "TORCH_INDEX=...  where torch, and torch alone, comes from: https://download.pytorch.org/whl/cpu has builds without"
 	@echo "                 CUDA, which are much smaller; without it, torch comes from the index that pip uses for the rest"
+	@echo "WORKERS=...      processes that run tests side by side, each with its share of two threads (2)"
 	@echo "PYTEST_ARGS=...  more arguments for pytest, such as PYTEST_ARGS='-k codes -x'"
 
 $(MADE):
@@ -71,10 +73,10 @@ demo: $(INSTALLED)
 	@$(BIN)/saelab demo $(if $(filter 0,$(APP)),--no-app) $(if $(FORCE),--force)
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(DEV)
-	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -79,6 +79,7 @@ def select(
         with record_function("selection"):
             found.append(bounds.candidates(scores, tile.tokens.start, tile.features.start))
         ordered = ordered and tile.features == slice(0, n_features)
+    del proposing
     with record_function("selection"):
         entries = Entries(*(torch.cat(parts) for parts in zip(*found, strict=True))) if len(found) > 1 else found[0]
         entries = bounds.final(entries)
