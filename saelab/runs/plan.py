@@ -31,7 +31,10 @@ from saelab.training.needs import training_needs
 if TYPE_CHECKING:
     from rich.table import Table
 
-_LIBRARIES = Need("libraries", 250_000_000, "memory", "loaded when they are first used; measured")
+
+def _libraries(measured: int) -> Need:
+    """What libraries add once they are used: measured as the growth of a process, and rounded up."""
+    return Need("libraries", measured, "memory", "loaded when they are first used; measured")
 
 
 @dataclass(frozen=True)
@@ -121,19 +124,22 @@ def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool 
         cache, group = open_cache(source.path), cache_group_tokens(settings, source)
         sample = min(SAMPLE_TOKENS, cache.tokens)
         needs += cached_needs(cache, settings.site, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
+    sample_bytes = sum(need.bytes for need in needs if need.what == "sample")
+    needs = [need for need in needs if need.what != "sample"]
     needs += training_needs(
         sae,
         settings.training,
         d_in,
         where,
         sample_tokens=sample,
+        sample_bytes=sample_bytes,
         calibration_tokens=calibration_tokens(settings.context),
         resumed=resumed,
     )
     out = Path(settings.out)
     states = folder.bytes_of_states(out)
     needs = [need.less(states) if need.what == "states" else need for need in needs]
-    needs += [text_need(), _LIBRARIES]
+    needs += [text_need(), _libraries(200_000_000)]
     return Plan(tuple(needs), _free(settings, needs, out))
 
 
@@ -151,7 +157,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1
         needs += weights_needs(lm, settings.model, where)
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))
     needs += writer_needs(write, widths, gradients, settings.context, tokens, out.expanduser())
-    needs += [text_need(), _LIBRARIES]
+    needs += [text_need(), _libraries(250_000_000)]
     needs = [replace(need, bytes=processes * need.bytes) if need.where == "memory" else need for need in needs]
     return Plan(tuple(needs), _free(settings, needs, out))
 

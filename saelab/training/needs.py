@@ -25,12 +25,14 @@ def training_needs(
     *,
     sample_tokens: int,
     calibration_tokens: int,
+    sample_bytes: int = 0,
     resumed: bool = False,
 ) -> list[Need]:
     """Needs of a `Trainer` on its device, `where`, from initialisation to calibration, and of its files.
 
-    `resumed`: it starts from a state instead of a sample of `sample_tokens`. No setting makes a transcoder, so d_out is
-    d_in.
+    `resumed`: it starts from a state instead of a sample of `sample_tokens`, which takes `sample_bytes` until the first
+    step and is counted here, since most of a step's memory is not in use by then. No setting makes a transcoder, so
+    d_out is d_in.
     """
     with no_numbers():
         trainer = Trainer(bare_autoencoder(sae, d_in), settings, sae)
@@ -57,7 +59,7 @@ def training_needs(
     if resumed:
         needs += _reading_needs(weights, gradients, where)
     else:
-        beginning = initialisation_bytes(sae, d_in, sample_tokens, where)
+        beginning = initialisation_bytes(sae, d_in, sample_tokens, where) + sample_bytes
         needs.append(_more("initialisation", beginning, freed + kept, where))
     needs.append(_more("thresholds", calibration_bytes(sae, calibration_tokens, where), freed, where))
     if where == "gpu":
