@@ -35,7 +35,7 @@ HEADER = memoryview(bytes(range(256)) * (PAGE // 256))
 
 
 def content(size: int, shift: int = 0) -> memoryview:
-    """`size` bytes that begin `shift` behind the beginning of a page."""
+    """`size` bytes that begin `shift` bytes after the start of a page."""
     held = _empty(Column("values", torch.uint8, None), size + shift)
     assert held.data_ptr() % PAGE == 0
     held.copy_(torch.randint(0, 256, held.shape, dtype=torch.uint8))
@@ -49,7 +49,7 @@ def written(path: Path, parts: list[memoryview]) -> bytes:
 
 @pytest.fixture
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
-    """Of every write: whether it goes past the system's cache, and its bytes."""
+    """For every write, whether it bypasses the page cache, and its bytes."""
     found: list[tuple[bool, int]] = []
     really: Callable[[int, memoryview], int] = os.write
 
