@@ -1,6 +1,5 @@
 """Writes the feature database, from which every page reads: one pass over held-out text, stored as Parquet."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,13 @@ from saelab.features.layout import CONTEXTS, FEATURES, SUMMARY
 from saelab.features.settings import FeatureSettings
 from saelab.files import replace_folder, translate_errors, write_json
 from saelab.lm.model import LanguageModel
+from saelab.lm.selfcheck import in_residual_stream
 from saelab.progress import Track, silent
 from saelab.sae.model import SparseAutoencoder
 
 BINS = 50
 LIST_LENGTH = 10
 """Top and bottom logits, and neighbours, per feature."""
-
-_RESIDUAL = re.compile(
-    r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_(mlp|attn)_out|hook_in|hook_out|(mlp|attn)\.hook_out)"
-)
 
 
 def build_features(
@@ -172,12 +168,12 @@ def _contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings,
 def _top_logits(sae: SparseAutoencoder, lm: LanguageModel, site: str, vocabulary: list[str]) -> dict[str, pa.Array]:
     """The tokens whose logit each decoder row raises or lowers most: the product of W_dec and the unembedding.
 
-    The final norm is left out, as in a plain logit lens. The lists are empty if the site is neither the residual
-    stream nor a part added to it, because then the product means nothing.
+    The final norm is left out, as in a plain logit lens. The lists are empty if the site is not `in_residual_stream`,
+    because then the product means nothing.
     """
     unembedding = lm.unembedding.float()
     columns: dict[str, pa.Array] = {}
-    fits = _RESIDUAL.fullmatch(site) is not None and unembedding.shape[1] == sae.d_in
+    fits = unembedding.shape[1] == sae.d_in and in_residual_stream(lm, site)
     n = min(LIST_LENGTH, len(unembedding)) if fits else 0
     tops: dict[str, list[Tensor]] = {"top": [], "bottom": []}
     ids: dict[str, list[Tensor]] = {"top": [], "bottom": []}

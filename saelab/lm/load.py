@@ -12,6 +12,7 @@ from saelab.errors import SaelabError, brief
 from saelab.lm.model import LanguageModel, ModelShape
 from saelab.lm.outline import one_text_a_row, outline
 from saelab.lm.pretrained import fingerprint, model_folder
+from saelab.lm.selfcheck import site_meanings
 from saelab.lm.settings import ModelSettings
 from saelab.lm.sites import Site, resolve_sites
 from saelab.memory import no_numbers
@@ -43,9 +44,18 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
             "in every pass, which is too slow to be useful; `model.dtype=bf16` may help"
         )
     sites = _sites(settings, folder)
+    disputed = site_meanings(model).disputed if settings.self_check else None
     if settings.device_map is None:
         model = nn.Module.to(model, target)
-    return LanguageModel(settings.name, model, tokenizer, sites, fingerprint(folder))
+    return LanguageModel(
+        settings.name,
+        model,
+        tokenizer,
+        sites,
+        fingerprint(folder),
+        disputed=disputed,
+        self_check=settings.self_check,
+    )
 
 
 @contextmanager
@@ -60,7 +70,7 @@ def outlined_language_model(settings: ModelSettings) -> Iterator[LanguageModel]:
     with no_numbers(), one_text_a_row():
         with _translate_errors(f"model: {settings.name} in {folder} cannot be loaded"):
             model, tokenizer = outline(folder, getattr(torch, settings.dtype)), _tokenizer(folder)
-        yield LanguageModel(settings.name, model, tokenizer, sites, "")
+        yield LanguageModel(settings.name, model, tokenizer, sites, "", self_check=False)
 
 
 def model_shape(settings: ModelSettings, sites: Iterable[str] = ()) -> ModelShape:

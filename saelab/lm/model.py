@@ -12,19 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import EinopsError
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError, did_you_mean
-from saelab.lm.sites import Site, hook
-
-# How a module lays out its value, by the number of axes, and the same with one vector per token. Two axes: the module
-# takes the tokens of all rows as one list, as the routers of mixtures of experts do.
-_AXES = {
-    2: ("(rows positions) d_in", "rows positions d_in"),
-    3: ("rows positions d_in", "rows positions d_in"),
-    4: ("rows positions heads d_head", "rows positions (heads d_head)"),
-}
+from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, with_changed_tokens
+from saelab.lm.sites import Site, general_name, hook, read_values
 
 LOGITS_AT_ONCE = 2**26
 """Most logits in one pass of `activations_and_gradients` (268 MB in float32), unless a single row has more."""
@@ -44,10 +37,6 @@ class ModelShape:
     """d_in of each requested site."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass after the last requested site."""
-
-
 class LanguageModel:
     """A frozen Hugging Face model with the site names of TransformerLens.
 
@@ -55,8 +44,20 @@ class LanguageModel:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer: Any, sites: Mapping[str, Site], fingerprint: str
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: Any,
+        sites: Mapping[str, Site],
+        fingerprint: str,
+        *,
+        disputed: Mapping[str, str] | None = None,
+        self_check: bool = True,
     ) -> None:
+        """`disputed` is that of the `SiteMeanings`; these sites cannot be read.
+
+        Without `self_check`, shapes decide how a site's value is laid out; necessary for a model without weights.
+        """
         self.name = name
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
@@ -64,6 +65,8 @@ class LanguageModel:
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
         self.max_context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self._disputed, self._self_check = disputed or {}, self_check
+        self._layouts: dict[str, Layout] = {}
         self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long, device=self.device)
 
     @property
@@ -85,6 +88,8 @@ class LanguageModel:
         """The module and side of the site `name`. Raises SaelabError, with the nearest names, if there is none."""
         if name not in self.sites:
             raise SaelabError(f"site: {self.name} has no {name!r}.{did_you_mean(name, self.sites)}")
+        if problem := self._disputed.get(general_name(name)):
+            raise SaelabError(f"site: {name} of {self.name} is not what its name says: {problem}; choose another site")
         return self.sites[name]
 
     def width(self, site: str) -> int:
@@ -124,27 +129,14 @@ class LanguageModel:
         Raises SaelabError if there is no such site, if a pass does not run it, or if it holds no activations.
         """
         names = list(dict.fromkeys(sites))
-        found: dict[str, Tensor] = {}
+        self._measure(names)
+        found = self._values(rows, names)
+        if len(found) < len(names):
+            raise self._never_runs(*(name for name in names if name not in found))
+        return {name: self._flatten(name, value, rows).to(self.device) for name, value in found.items()}
 
-        def keep(name: str) -> Callable[[Tensor], None]:
-            def read(value: Tensor) -> None:
-                flat = self._flatten_heads(name, value, rows)
-                more = len(found.keys() | {name}) < len(names)
-                # A copy, because the model may add to `value` in place on its way to the next site.
-                found[name] = flat.to(self.device, copy=more)
-                if not more:
-                    raise _Stop
-
-            return read
-
-        with ExitStack() as hooks:
-            for name in names:
-                hooks.enter_context(hook(self.model, self.site(name), keep(name)))
-            try:
-                self._forward(rows)
-            except _Stop:
-                return found
-        raise self._never_runs(*(name for name in names if name not in found))
+    def _values(self, rows: Tensor, sites: list[str]) -> dict[str, Any]:
+        return read_values(self.model, {name: self.site(name) for name in sites}, lambda: self._forward(rows))
 
     def activations_and_gradients(
         self, rows: Tensor, sites: Iterable[str]
@@ -163,6 +155,7 @@ class LanguageModel:
         a site holds no activations or if the loss does not depend on it.
         """
         names = list(dict.fromkeys(sites))
+        self._measure(names)
         parts = [self._values_and_gradients(block, names) for block in rows.split(self.rows_at_once(rows.shape[1]))]
         values, gradients = ({name: torch.cat([part[i][name] for part in parts]) for name in names} for i in (0, 1))
         return values, gradients
@@ -179,7 +172,7 @@ class LanguageModel:
             """Give the modules that read the site's value, and nothing else, a tensor of their own to read."""
 
             def replace(value: Tensor) -> Tensor:
-                self._flatten_heads(name, value, rows)  # raises if it cannot be done, before the rest of the pass
+                self._flatten(name, value, rows)  # raises if it cannot be done, before the rest of the pass
                 # Parameters are frozen, so the graph begins at the lowest sites; sites above them must not end it.
                 # Copies on both sides: a model may change both its outputs and its inputs in place.
                 found[name] = value.clone() if value.requires_grad else value.clone().requires_grad_()
@@ -206,8 +199,8 @@ class LanguageModel:
         for name, gradient in zip(sites, slopes, strict=True):
             if gradient is None:
                 raise SaelabError(f"site: the loss of {self.name} does not depend on {name}; choose another site")
-            gradients[name] = self._flatten_heads(name, gradient, rows).to(self.device).float()
-        values = {name: self._flatten_heads(name, found[name].detach(), rows).to(self.device) for name in sites}
+            gradients[name] = self._flatten(name, gradient, rows).to(self.device).float()
+        values = {name: self._flatten(name, found[name].detach(), rows).to(self.device) for name in sites}
         return values, gradients
 
     @torch.no_grad()
@@ -223,31 +216,55 @@ class LanguageModel:
         replacements. BOS and other special positions stay clean.
         """
 
+        self._measure([site])
+
         def splice(value: Tensor) -> Tensor:
-            flat = self._flatten_heads(site, value, rows).clone()
+            flat = self._flatten(site, value, rows).clone()
             ordinary = self.ordinary(rows).to(flat.device)
             flat[ordinary] = replace(flat[ordinary].to(self.device)).to(flat)
-            return _split_heads(flat, value)
+            return self._layouts[site].restore(flat, value)
 
         with hook(self.model, self.site(site), splice):
             return self._forward(rows)
 
-    def _flatten_heads(self, site: str, value: Tensor, rows: Tensor) -> Tensor:
-        """The value of the module at `site` as ``[rows, positions, d_in]``: one vector per token, no copy if possible.
+    @torch.no_grad()
+    def _measure(self, sites: Iterable[str]) -> None:
+        """Measure the layout of each site at its first use. Raises SaelabError if a site has no vector per token."""
+        new = [site for site in sites if site not in self._layouts]
+        if not new:
+            return
+        rows, changed = self._measuring_rows()
+        before = self._values(rows, new)
+        after = self._values(changed, new) if self._self_check else {}
+        for site in new:
+            if site not in before:
+                raise self._never_runs(site)
+            layout = layout_of(before[site], after.get(site))
+            if isinstance(layout, str):
+                raise SaelabError(f"site: {site} of {self.name} {layout}; choose another site")
+            self._layouts[site] = layout
 
-        Raises SaelabError if the value is not floating-point or not laid out in one of the ways of `_AXES`.
-        """
-        if not value.is_floating_point():
-            raise SaelabError(f"site: {site} of {self.name} holds token ids, not activations; choose another site")
-        per_row = value.ndim in (3, 4) and value.shape[:2] == rows.shape
-        one_list = value.ndim == 2 and len(value) == rows.numel()
-        if not (per_row or one_list):
+    def _measuring_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows ``[ROWS, POSITIONS]`` of different ordinary tokens, if there are enough, and these with changed ones."""
+        if not self._self_check:
+            rows = torch.zeros(ROWS, POSITIONS, dtype=torch.long, device=self.device)
+            return rows, rows
+        ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)  # type: ignore[operator]
+        ids = ids[self.ordinary(ids)]
+        needed = ROWS * POSITIONS
+        ids = ids[torch.linspace(0, len(ids) - 1, 2 * needed, device=self.device).long()]
+        rows = ids[:needed].view(ROWS, POSITIONS)
+        return rows, with_changed_tokens(rows, ids[needed:])
+
+    def _flatten(self, site: str, value: Tensor, rows: Tensor) -> Tensor:
+        """The value at `site` as ``[rows, positions, d_in]``: one vector per token, no copy if possible."""
+        try:
+            return self._layouts[site].flatten(value, *rows.shape)
+        except EinopsError as error:
             raise SaelabError(
                 f"site: {site} of {self.name} has shape {list(value.shape)} for rows of shape {list(rows.shape)}, not "
                 "one vector per token; choose another site"
-            )
-        axes, flat = _AXES[value.ndim]
-        return rearrange(value, f"{axes} -> {flat}", rows=rows.shape[0], positions=rows.shape[1])
+            ) from error
 
     def _never_runs(self, *sites: str) -> SaelabError:
         return SaelabError(f"site: a forward pass of {self.name} does not run {', '.join(sites)}; choose another site")
@@ -258,10 +275,3 @@ class LanguageModel:
                 f"context: {self.name} takes at most {self.max_context} tokens, the rows have {rows.shape[1]}"
             )
         return self.model(input_ids=rows.to(self.device).long(), use_cache=False).logits.to(self.device)
-
-
-def _split_heads(flat: Tensor, value: Tensor) -> Tensor:
-    """``[rows, positions, d_in]`` in the shape of a module's `value`: undoes `LanguageModel._flatten_heads`."""
-    axes, flat_axes = _AXES[value.ndim]
-    heads = {"heads": value.shape[2]} if value.ndim == 4 else {}
-    return rearrange(flat, f"{flat_axes} -> {axes}", **heads)

@@ -25,6 +25,10 @@ class ModelSettings:
     """How accelerate spreads the layers of a model that is larger than one GPU over all GPUs: auto, balanced or
     sequential. The autoencoder is on the first GPU. Needs ``device: auto``; cpu and cuda:N are refused."""
 
+    self_check: bool = True
+    """Whether the names and values of sites are checked when a model is loaded and when a site is first read
+    (selfcheck.py, layout.py); takes a second or two. Without it a site may hold something else than its name says."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.device_map is not None and self.device_map not in _DEVICE_MAPS:

@@ -22,6 +22,7 @@ FREE = frozenset(
     {
         "out",
         "device",
+        "model.self_check",
         "training.log_every",
         "training.checkpoint.minutes",
         "training.checkpoint.tokens",

@@ -12,6 +12,8 @@ from saelab.errors import SaelabError
 from saelab.features.activity import Activity, ActivityBuilder
 from saelab.features.index import BINS, build_features, strongest_entries
 from saelab.features.settings import FeatureSettings
+from saelab.lm.model import LanguageModel
+from saelab.lm.sites import resolve_sites
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, language_model, random_rows
 
@@ -155,3 +157,31 @@ def test_activity_is_sorted_by_feature_and_position() -> None:
     key = activity.features.long() * rows.numel() + activity.positions
     assert bool((key.diff() > 0).all())
     assert activity.offsets[-1] == len(activity.values)
+
+
+def test_an_output_that_is_normalised_before_it_is_added_has_no_logits(tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    tokenizer = language_model("llama").tokenizer
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads
+    )
+    model = Gemma3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    lm = LanguageModel("gemma3", model, tokenizer, resolve_sites(tmp_path / "model"), "")
+    sae = SparseAutoencoder(32, 16, 2)
+    sae.initialise(torch.randn(100, 32))
+    lengths = {}
+    for site in ("mlp.hook_out", "hook_mlp_out", "attn.hook_out", "hook_attn_out", "hook_resid_mid"):
+        build_features(sae, lm, random_rows(lm, 6), f"blocks.1.{site}", tmp_path / site, SETTINGS, "inputs")
+        table = pq.read_table(tmp_path / site / "features.parquet").to_pandas()
+        lengths[site] = set(map(len, table.top_logit_tokens))
+    assert lengths == {
+        "mlp.hook_out": {0},
+        "hook_mlp_out": {10},
+        "attn.hook_out": {0},
+        "hook_attn_out": {10},
+        "hook_resid_mid": {10},
+    }

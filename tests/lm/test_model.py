@@ -99,7 +99,10 @@ class Layouts(nn.Module):
         torch.manual_seed(0)
         self.config = SimpleNamespace(max_position_embeddings=CONTEXT)
         self.embed, self.unembed = nn.Embedding(vocabulary, 12), nn.Linear(12, vocabulary, bias=False)
-        self.plain, self.heads, self.one_list, self.turned = (nn.Identity() for _ in range(4))
+        self.plain, self.heads, self.heads_first, self.one_list, self.turned = (nn.Identity() for _ in range(5))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
 
     def get_output_embeddings(self) -> nn.Module:
         return self.unembed
@@ -108,36 +111,41 @@ class Layouts(nn.Module):
         n, positions = input_ids.shape
         x = self.plain(self.embed(input_ids))
         x = self.heads(x.view(n, positions, 3, 4))
+        x = self.heads_first(x.transpose(1, 2)).transpose(1, 2)
         x = self.one_list(x.reshape(n * positions, 12))
         x = self.turned(x.view(n, positions, 12).transpose(0, 1)).transpose(0, 1)
         return SimpleNamespace(logits=self.unembed(x))
 
 
-def test_heads_and_lists_of_tokens_are_one_vector_per_token_and_are_put_back() -> None:
+@pytest.mark.parametrize("site", ["plain", "heads", "heads_first", "one_list", "turned"])
+@pytest.mark.parametrize("context", [3, 4, CONTEXT])  # 3 and 4 are also the number of heads and their width
+def test_every_layout_is_one_vector_per_token_and_is_put_back(site: str, context: int) -> None:
     tokenizer = language_model("gpt2").tokenizer
-    names = ("plain", "heads", "one_list", "turned")
-    lm = LanguageModel(
-        "layouts", Layouts(len(tokenizer)), tokenizer, {name: Site(name, "hook_out") for name in names}, ""
-    )
-    rows = random_rows(lm, 3)
-    ordinary = lm.ordinary(rows)
+    model = Layouts(len(tokenizer))
+    lm = LanguageModel("layouts", model, tokenizer, {name: Site(name, "hook_out") for name in ("plain", site)}, "")
+    rows = random_rows(lm, 3, context)
     x = lm.model.embed(rows)
-    changed = torch.where(ordinary[..., None], x * torch.arange(12.0), x)
-    values, gradients = lm.activations_and_gradients(rows, names[:3])
-    for site in names[:3]:
-        assert torch.equal(lm.activations(rows, [site])[site], x) and torch.equal(values[site], x)
-        assert gradients[site].norm() > 0
-        torch.testing.assert_close(gradients[site], gradients["plain"])
-        spliced = lm.spliced_logits(rows, site, lambda flat: flat * torch.arange(12.0))
-        torch.testing.assert_close(spliced, lm.model.unembed(changed))
-        assert lm.width(site) == 12
-    for read in (
-        lambda: lm.activations(rows, ["turned"]),
-        lambda: lm.activations_and_gradients(rows, ["turned"]),
-        lambda: lm.spliced_logits(rows, "turned", lambda flat: flat),
-    ):
-        with pytest.raises(SaelabError, match=r"turned of layouts has shape \[32, 3, 12\] for rows of shape \[3, 32\]"):
-            read()
+    assert torch.equal(lm.activations(rows, [site])[site], x) and lm.width(site) == 12
+    values, gradients = lm.activations_and_gradients(rows, ["plain", site])
+    assert torch.equal(values[site], x) and gradients[site].norm() > 0
+    torch.testing.assert_close(gradients[site], gradients["plain"])
+    changed = torch.where(lm.ordinary(rows)[..., None], x * torch.arange(12.0), x)
+    spliced = lm.spliced_logits(rows, site, lambda flat: flat * torch.arange(12.0))
+    torch.testing.assert_close(spliced, lm.model.unembed(changed))
+
+
+def test_a_value_of_another_shape_than_at_first_is_an_error_that_shows_both_shapes() -> None:
+    lm = LanguageModel(
+        "layouts",
+        Layouts(len(language_model("gpt2").tokenizer)),
+        language_model("gpt2").tokenizer,
+        {"plain": Site("plain", "hook_out")},
+        "",
+    )
+    lm.width("plain")
+    lm.model.plain.forward = lambda x: x.flatten(1)[:, :-1]
+    with pytest.raises(SaelabError, match=r"plain of layouts has shape \[3, 383\] for rows of shape \[3, 32\]"):
+        lm.activations(random_rows(lm, 3), ["plain"])
 
 
 GRADIENT_SITES = [
