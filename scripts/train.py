@@ -38,7 +38,7 @@ def main(settings: RunSettings = SETTINGS) -> None:
     site, training = settings.site, settings.training
     run = create_run(settings, force=True)
     lm = load_language_model(settings.model, settings.device)
-    corpus = open_corpus(settings.corpus, lm.tokenizer, settings.context)
+    corpus = open_corpus(settings.corpus, lm.tokenizer, settings.context, embeddings=lm.embeddings)
 
     # Activations of ordinary tokens (no BOS), in shuffled batches without end.
     source = FromModel(

@@ -35,6 +35,9 @@ class Encoder:
         if unknown not in (self.bos, self.eos):
             control.pop(unknown, None)  # text that the tokenizer does not know rightly becomes this token
         self._control = frozenset(control)
+        occur = [i for i in self._backend.get_vocab().values() if i not in self._control]
+        self.last_id: int = max(i for i in (*occur, self.bos, self.eos) if i is not None)
+        """The largest id in the rows of a text. Control tokens may have larger ids, but no text becomes one."""
         longest_first = sorted(control.values(), key=len, reverse=True)
         self._spelt = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 

@@ -86,23 +86,34 @@ def _read_state(state: Mapping[str, Any], of: Mapping[str, Any]) -> _Position:
     return _Position(**{name: facts[name] for name in _Position._fields})
 
 
-def open_corpus(settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", context: int) -> "Corpus":
+def open_corpus(
+    settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", context: int, *, embeddings: int | None = None
+) -> "Corpus":
     """The corpus of `settings` in rows of `context` token ids. Reads a few documents, to report problems early.
 
     Rows begin with BOS (EOS if the tokenizer has no BOS), and EOS follows each document (BOS if it has no EOS). Rows of
-    a tokenised corpus are taken as they are. Raises SaelabError if the source is missing, empty, not text or cannot be
-    reached; SettingError if `context` is below 2, or if a tokenised corpus has limits on the length of documents.
+    a tokenised corpus are taken as they are. `embeddings` is the number of token ids that the model has an embedding
+    for; the tokenizer may have more.
+
+    Raises SaelabError if the source is missing, empty, not text or cannot be reached, or if its rows may have ids
+    without an embedding; SettingError if `context` is below 2, or if a tokenised corpus has limits on the length of
+    documents.
     """
     if context < 2:
         raise SettingError(f"context: {context} leaves no room for a token after BOS; it must be at least 2")
-    return Corpus(open_source(settings), settings, tokenizer, context)
+    return Corpus(open_source(settings), settings, tokenizer, context, embeddings)
 
 
 class Corpus:
     """Rows of token ids from one source, for one tokenizer and context. Made by `open_corpus`."""
 
     def __init__(
-        self, source: Source, settings: CorpusSettings, tokenizer: "PreTrainedTokenizerFast", context: int
+        self,
+        source: Source,
+        settings: CorpusSettings,
+        tokenizer: "PreTrainedTokenizerFast",
+        context: int,
+        embeddings: int | None = None,
     ) -> None:
         self.context = context
         self.about = source.about
@@ -111,6 +122,13 @@ class Corpus:
         """Ids of BOS, EOS and other special tokens, which no metric counts."""
         self._source = source
         self._encoder = Encoder(tokenizer)
+        self._n_ids = min(self._encoder.n_ids, embeddings or self._encoder.n_ids)
+        if not source.tokenised and self._encoder.last_id >= self._n_ids:
+            raise SaelabError(
+                f"corpus: the model has embeddings for {self._n_ids} tokens and its tokenizer has "
+                f"{self._encoder.n_ids}, of which text may give all up to {self._encoder.last_id}; use the tokenizer "
+                "that the model was trained with"
+            )
         self.bos: int | None = None if source.tokenised else self._encoder.bos
         """The id that rows begin with; None if the tokenizer has none, or if rows are taken as they are."""
         self._lengths = _lengths(settings)
@@ -205,7 +223,7 @@ class Corpus:
 
     def _checked(self, document: Document) -> list[int]:
         """The ids of a row of a tokenised corpus. Raises SaelabError if its length or one of its ids is wrong."""
-        ids, n_ids = document.content, self._encoder.n_ids
+        ids, n_ids = document.content, self._n_ids
         if len(ids) != self.context:
             raise SaelabError(
                 f"corpus: {document.where()} holds {len(ids)} token ids and the context is {self.context}; the rows of "
@@ -214,8 +232,9 @@ class Corpus:
         foreign = next((i for i in ids if type(i) is not int or not 0 <= i < n_ids), None)
         if foreign is not None:
             raise SaelabError(
-                f"corpus: {document.where()} holds the token id {foreign!r}, but the model's tokenizer has 0 to "
-                f"{n_ids - 1}; use a corpus that was tokenised for this model, or one of text"
+                f"corpus: {document.where()} holds the token id {foreign!r}, but the model has 0 to {n_ids - 1} (its "
+                f"tokenizer, 0 to {self._encoder.n_ids - 1}); use a corpus that was tokenised for this model, or one "
+                "of text"
             )
         return ids
 

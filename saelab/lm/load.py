@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 from torch import nn
 
 from saelab.errors import SaelabError, brief
+from saelab.lm.architecture import Architecture, read_architecture
+from saelab.lm.installers import no_installers
 from saelab.lm.model import LanguageModel, ModelShape
+from saelab.lm.needs import site_widths
 from saelab.lm.outline import one_text_a_row, outline
 from saelab.lm.pretrained import fingerprint, model_folder
 from saelab.lm.selfcheck import site_meanings
 from saelab.lm.settings import ModelSettings
 from saelab.lm.sites import Site, resolve_sites
+from saelab.lm.weights import load_model
 from saelab.memory import no_numbers
 
 
@@ -23,28 +28,16 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
 
     Raises SaelabError if it cannot be found or loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     target = resolve_device(device)
     if settings.device_map is not None and device not in ("auto", "cuda"):
         raise SaelabError(f"device: {device} cannot be combined with the model's device_map; use `device: auto`")
     folder = model_folder(settings.name)
-    with _translate_errors(f"model: {settings.name} in {folder} cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            device_map=settings.device_map,
-        )
-        tokenizer = _tokenizer(folder)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SaelabError(
-            f"model: {settings.name} does not fit on the GPUs in {settings.dtype}: a part of it would be loaded again "
-            "in every pass, which is too slow to be useful; `model.dtype=bf16` may help"
-        )
-    sites = _sites(settings, folder)
-    disputed = site_meanings(model).disputed if settings.self_check else None
+    with _loading(settings):
+        architecture, tokenizer = read_architecture(folder, settings.attention), _tokenizer(folder)
+        sites = _sites(folder, architecture)
+        model = load_model(folder, architecture, getattr(torch, settings.dtype), settings.device_map)
+    with no_installers():
+        disputed = site_meanings(model).disputed if settings.self_check else None
     if settings.device_map is None:
         model = nn.Module.to(model, target)
     return LanguageModel(
@@ -66,44 +59,64 @@ def outlined_language_model(settings: ModelSettings) -> Iterator[LanguageModel]:
     Reads only the model's small files, and downloads them if necessary. Raises SaelabError if it cannot be loaded.
     """
     folder = model_folder(settings.name, weights=False)
-    sites = _sites(settings, folder)
+    with _loading(settings):
+        architecture, tokenizer = read_architecture(folder, settings.attention), _tokenizer(folder)
+        sites = _sites(folder, architecture)
     with no_numbers(), one_text_a_row():
-        with _translate_errors(f"model: {settings.name} in {folder} cannot be loaded"):
-            model, tokenizer = outline(folder, getattr(torch, settings.dtype)), _tokenizer(folder)
+        with _loading(settings):
+            model = outline(folder, getattr(torch, settings.dtype), settings.attention)
         yield LanguageModel(settings.name, model, tokenizer, sites, "", self_check=False)
 
 
 def model_shape(settings: ModelSettings, sites: Iterable[str] = ()) -> ModelShape:
-    """The shape of the model of `settings`. Raises SaelabError if it cannot be loaded or has no such site."""
+    """The shape of the model of `settings`. Raises SaelabError if it cannot be loaded or has no such site.
+
+    Raises Uncountable if the model does not run without its weights, so that the widths of sites are not known.
+    """
     with outlined_language_model(settings) as lm:
-        return lm.shape(sites)
+        return replace(lm.shape(), widths=site_widths(lm, sites))
 
 
 @contextmanager
-def _translate_errors(what: str) -> Iterator[None]:
-    """Turn any error into a SaelabError that begins with `what`, and silence transformers' own messages."""
+def _loading(settings: ModelSettings) -> Iterator[None]:
+    """Turn any error into a SaelabError that names the model, silence transformers, and let nobody install packages."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with no_installers():
+            yield
     except Exception as error:  # several libraries' own: damaged files, unknown architectures, missing packages
-        raise SaelabError(f"{what}: {brief(error)}") from error
+        why = str(error) if isinstance(error, SaelabError) else brief(error)
+        raise SaelabError(f"model: {settings.name} cannot be loaded: {why}") from error
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as many kinds as there are kinds of damage
+        raise SaelabError(f"its tokenizer cannot be read ({brief(error)}); copy the tokenizer's files again") from error
     if not tokenizer.is_fast:
-        raise ValueError("it has no fast tokenizer (tokenizer.json)")
+        raise SaelabError("it has no fast tokenizer (tokenizer.json); save it with transformers once more")
     return tokenizer
 
 
-def _sites(settings: ModelSettings, folder: Path) -> dict[str, Site]:
-    with _translate_errors(f"model: TransformerLens cannot read {settings.name}"):
+def _sites(folder: Path, architecture: Architecture) -> dict[str, Site]:
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    name = architecture.model_class.__name__
+    if name not in SUPPORTED_ARCHITECTURES:
+        raise SaelabError(
+            f"TransformerLens, whose names saelab's sites have, does not know {name}; a newer version may, or choose "
+            "another model"
+        )
+    try:
         return resolve_sites(folder)
+    except Exception as error:
+        raise SaelabError(f"TransformerLens cannot read it as {name} ({brief(error)})") from error
 
 
 def resolve_device(name: str) -> torch.device:

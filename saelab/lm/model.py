@@ -64,7 +64,7 @@ class LanguageModel:
         self.sites = sites
         self.fingerprint = fingerprint
         self.device = next(model.parameters()).device
-        self.max_context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.max_context = _max_context(model.config)
         self._disputed, self._self_check = disputed or {}, self_check
         self._layouts: dict[str, Layout] = {}
         self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long, device=self.device)
@@ -83,6 +83,16 @@ class LanguageModel:
     def _head(self) -> Tensor:
         """`unembedding` on its own device, which a device_map may have chosen."""
         return self.model.get_output_embeddings().weight  # type: ignore[operator]
+
+    @property
+    def embeddings(self) -> int:
+        """Number of token ids that the model has an embedding for; its tokenizer may have fewer, or more."""
+        return self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed: sdpa or eager."""
+        return getattr(_text_config(self.model.config), "_attn_implementation", "eager")
 
     def site(self, name: str) -> Site:
         """The module and side of the site `name`. Raises SaelabError, with the nearest names, if there is none."""
@@ -106,7 +116,7 @@ class LanguageModel:
             bytes=sum(tensor.nbytes for tensor in [*parameters, *self.model.buffers()]),
             vocabulary=vocabulary,
             hidden=hidden,
-            layers=self.model.config.num_hidden_layers,  # type: ignore[union-attr]
+            layers=_text_config(self.model.config).num_hidden_layers,
             widths={site: self.width(site) for site in sites},
         )
 
@@ -249,7 +259,7 @@ class LanguageModel:
         if not self._self_check:
             rows = torch.zeros(ROWS, POSITIONS, dtype=torch.long, device=self.device)
             return rows, rows
-        ids = torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)  # type: ignore[operator]
+        ids = torch.arange(self.embeddings, device=self.device)
         ids = ids[self.ordinary(ids)]
         needed = ROWS * POSITIONS
         ids = ids[torch.linspace(0, len(ids) - 1, 2 * needed, device=self.device).long()]
@@ -275,3 +285,15 @@ class LanguageModel:
                 f"context: {self.name} takes at most {self.max_context} tokens, the rows have {rows.shape[1]}"
             )
         return self.model(input_ids=rows.to(self.device).long(), use_cache=False).logits.to(self.device)
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a transformers config that describes the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _max_context(config: Any) -> int | None:
+    """Most tokens in a row; None if the config sets no limit, as for position biases (ALiBi) and recurrent models."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+    limits = (getattr(_text_config(config), name, None) for name in names)
+    return next((limit for limit in limits if isinstance(limit, int)), None)

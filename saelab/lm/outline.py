@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from saelab.lm.architecture import read_architecture
+
 
 @contextmanager
 def one_text_a_row() -> Iterator[None]:
@@ -28,9 +30,15 @@ def one_text_a_row() -> Iterator[None]:
             setattr(masking_utils, name, look)
 
 
-def outline(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of `folder` without its weights; call and run it inside `saelab.memory.no_numbers`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def outline(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "auto") -> nn.Module:
+    """The model of `folder` without its weights; call and run it inside `saelab.memory.no_numbers`.
 
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    Raises SaelabError as `read_architecture`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    architecture = read_architecture(folder, attention)
+    model = AutoModelForCausalLM.from_config(
+        architecture.config, dtype=dtype, attn_implementation=architecture.attention, trust_remote_code=False
+    )
+    return model.eval()

@@ -6,6 +6,7 @@ from saelab.errors import SettingError
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DEVICE_MAPS = ("auto", "balanced", "sequential")
+_ATTENTION = ("auto", "sdpa", "eager")
 
 
 def dtype_name(name: str) -> str:
@@ -24,12 +25,20 @@ class ModelSettings:
     device_map: str | None = None
     """How accelerate spreads the layers of a model that is larger than one GPU over all GPUs: auto, balanced or
     sequential. The autoencoder is on the first GPU. Needs ``device: auto``; cpu and cuda:N are refused."""
+    attention: str = "auto"
+    """How attention is computed: sdpa (torch's fused kernels) or eager (plain matrix products, which keep one score for
+    each pair of positions). auto is sdpa, or eager for an architecture that transformers or a soft cap on the scores
+    leaves without sdpa, as Gemma 2. Both give the same values up to rounding."""
 
     self_check: bool = True
     """Whether the names and values of sites are checked when a model is loaded and when a site is first read
     (selfcheck.py, layout.py); takes a second or two. Without it a site may hold something else than its name says."""
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise SettingError("name: is empty; name a model, such as demo, a Hub id or a folder")
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.device_map is not None and self.device_map not in _DEVICE_MAPS:
             raise SettingError(f"device_map: {self.device_map!r} is not {', '.join(_DEVICE_MAPS)} or null")
+        if self.attention not in _ATTENTION:
+            raise SettingError(f"attention: {self.attention!r} is not {', '.join(_ATTENTION)}")

@@ -40,6 +40,11 @@ class Job:
         self.say(f"model: {self.settings.model.name}")
         lm = load_language_model(self.settings.model, self.settings.device)
         check_model(lm, [self.settings.site], self.settings.context)
+        if lm.attention == "eager" and self.settings.model.attention == "auto":
+            self.say(
+                f"note: {lm.name} has no sdpa attention, so its attention is eager: the same values, with memory for a "
+                "score of each pair of positions"
+            )
         return lm
 
     @property
@@ -49,7 +54,8 @@ class Job:
 
     @cached_property
     def corpus(self) -> Corpus:
-        corpus = open_corpus(self.settings.corpus, self.lm.tokenizer, self.settings.context)
+        embeddings = self.lm.embeddings
+        corpus = open_corpus(self.settings.corpus, self.lm.tokenizer, self.settings.context, embeddings=embeddings)
         self.say(f"corpus: {corpus.about}")
         return corpus
 
@@ -67,7 +73,12 @@ class Job:
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
-        parts |= {"dtype": self.settings.model.dtype, "model": self.lm.fingerprint, "corpus": self.corpus.fingerprint}
+        parts |= {
+            "dtype": self.settings.model.dtype,
+            "attention": self.lm.attention,
+            "model": self.lm.fingerprint,
+            "corpus": self.corpus.fingerprint,
+        }
         return _hash(parts)
 
     def result_inputs(self, run: Path, section: Any) -> str:
@@ -79,6 +90,7 @@ class Job:
                 "settings": asdict(section),
                 "model": self.lm.fingerprint,
                 "dtype": self.settings.model.dtype,
+                "attention": self.lm.attention,
                 "corpus": self.corpus.fingerprint,
                 "site": self.settings.site,
             }

@@ -34,7 +34,7 @@ RAISED = frozenset({"training.tokens"})
 """Settings that may be larger when a run is resumed. From then on the schedules use the new value."""
 _SAME = """
     site seed context
-    model.name model.dtype model.device_map
+    model.name model.dtype model.device_map model.attention
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
     activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache activations.cache.path
