@@ -4,8 +4,8 @@ transformers fills weights that a checkpoint lacks with random numbers, and igno
 model must find all its weights, in their shapes. Two kinds may be missing: tied weights, and buffers of whole numbers
 or booleans (masks, positions), which the model makes. Weights in the checkpoint that the model does not use are an
 error if they are in one of its modules, as a layer above `num_hidden_layers` or a bias that the config leaves out.
-They are none if they are a module beside it (a vision tower, the head of another task), or what older versions of
-transformers saved besides weights (masks, positions, rotary frequencies).
+They are none if they are a module beside it (a vision tower, the head of another task, a layer that predicts further
+tokens), or what older versions of transformers saved besides weights (masks, positions, rotary frequencies).
 """
 
 import re
@@ -23,6 +23,7 @@ from saelab.lm.architecture import Architecture
 from saelab.lm.pretrained import weight_files
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_ROTARY = ("inv_freq", "cos_cached", "sin_cached")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -112,13 +113,22 @@ def _check_complete(model: nn.Module, found: Mapping[str, Any], stored: Mapping[
     if found["mismatched_keys"]:
         names = [f"{name} {list(there)}, not {list(here)}" for name, there, here in found["mismatched_keys"]]
         raise SaelabError(f"its checkpoint has other shapes than its config.json says: {_some(names)}; {_AGAIN}")
+    unused -= {name for name, _ in model.named_buffers()}  # those that the model computes
     base = getattr(model, "base_model_prefix", "")
     modules = {_NUMBER.sub("#", f"{name}.") for name, _ in model.named_modules() if name not in ("", base)}
-    ours = [name for name in unused if _is_learned(name, stored) and _in_modules(name, base, modules)]
+    ours = {name for name in unused if _is_learned(name, stored) and _in_modules(name, base, modules)}
+    ours -= _further_layers(ours, model.config)
     if ours:
         raise SaelabError(
             f"its checkpoint has weights that config.json leaves out of the model: {_some(ours)}; {_AGAIN}"
         )
+
+
+def _further_layers(names: Iterable[str], config: Any) -> set[str]:
+    """Those of `names` in the layers that predict further tokens (DeepSeek-V3's), which follow the model's own."""
+    layers, further = (getattr(config, name, None) or 0 for name in ("num_hidden_layers", "num_nextn_predict_layers"))
+    numbers = ((name, _NUMBER.search(name)) for name in names)
+    return {name for name, number in numbers if number and layers <= int(number[0]) < layers + further}
 
 
 def _is_learned(name: str, stored: Mapping[str, _Stored]) -> bool:
@@ -126,7 +136,7 @@ def _is_learned(name: str, stored: Mapping[str, _Stored]) -> bool:
     tensor = stored.get(name)
     if tensor is None:  # transformers has renamed it
         return True
-    return tensor.dtype in _FLOATS and len(tensor.shape) in (1, 2, 3) and not name.endswith("inv_freq")
+    return tensor.dtype in _FLOATS and len(tensor.shape) in (1, 2, 3) and not name.endswith(_ROTARY)
 
 
 def _in_modules(name: str, base: str, modules: set[str]) -> bool:
@@ -137,15 +147,18 @@ def _in_modules(name: str, base: str, modules: set[str]) -> bool:
 
 
 def _gaps(names: Iterable[str]) -> list[str]:
-    """The names that differ from others only in their numbers and are missing in between: a layer's expert 3."""
-    numbers = defaultdict(set)
+    """Names that the numbers of the others lead one to expect: of layer 1, expert 3 if other layers have one."""
+    there: dict[str, set[tuple[str, ...]]] = defaultdict(set)  # numbers by pattern
     for name in names:
-        numbers[_NUMBER.sub("#", name)].add(tuple(_NUMBER.findall(name)))
-    found = []
-    for pattern, there in numbers.items():
-        for values in sorted(set(product(*map(set, zip(*there, strict=True)))) - there):
-            found.append(pattern.replace("#", "{}").format(*values))
-    return found
+        there[_NUMBER.sub("#", name)].add(tuple(_NUMBER.findall(name)))
+    beside: dict[str, set[tuple[str, ...]]] = defaultdict(set)  # numbers by what comes before the last one
+    for pattern, numbers in there.items():
+        beside[pattern.rpartition("#")[0]] |= numbers
+    gaps = []
+    for pattern, numbers in there.items():
+        expected = product(*map(set, zip(*beside[pattern.rpartition("#")[0]], strict=True)))
+        gaps += [pattern.replace("#", "{}").format(*values) for values in expected if values not in numbers]
+    return gaps
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -80,11 +80,29 @@ WRONG = {
         {},
         r"config.json leaves out .*q_norm\.weight",
     ),
-    "an expert": (
+    "a matrix of an expert": (
         NEEDS_NUMBERS,
         without("model.layers.1.block_sparse_moe.experts.1.w1.weight"),
         {},
-        r"seems to lack model\.layers\.1\.block_sparse_moe\.experts\.1\.w1\.weight",
+        r"seems to lack model\.layers\.1\.block_sparse_moe\.experts\.1\.w1\.weight;",
+    ),
+    "an expert": (
+        NEEDS_NUMBERS,
+        without(*(f"model.layers.1.block_sparse_moe.experts.1.w{j}.weight" for j in (1, 2, 3))),
+        {},
+        r"other shapes .*: model\.layers\.1\.mlp\.experts\.down_proj \[1, 32, 64\], not \[2, 32, 64\]",
+    ),
+    "all experts of a layer": (
+        NEEDS_NUMBERS,
+        without(*(f"model.layers.1.block_sparse_moe.experts.{i}.w{j}.weight" for i in (0, 1) for j in (1, 2, 3))),
+        {},
+        r"lacks model\.layers\.1\.mlp\.experts\.down_proj",
+    ),
+    "one matrix of all experts": (
+        NEEDS_NUMBERS,
+        without(*(f"model.layers.1.block_sparse_moe.experts.{i}.w1.weight" for i in (0, 1))),
+        {},
+        r"lack model\.layers\.1\.block_sparse_moe\.experts\.[01]\.w1",
     ),
     "int8": ("llama", having(UP, torch.ones(64, 32, dtype=torch.int8)), {}, rf"quantised \(I8: {UP}\)"),
     "fp8": ("llama", having(UP, torch.ones(64, 32).to(torch.float8_e4m3fn)), {}, r"quantised \(F8_E4M3"),
@@ -140,6 +158,12 @@ def test_weights_of_other_parts_and_what_older_versions_saved_are_left_out(
 ) -> None:
     lm = load_language_model(edited(tmp_path / "model", kind, having(name, tensor)), "cpu")
     assert same_logits(lm, kind)
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path: Path) -> None:
+    further = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    lm = load_language_model(edited(tmp_path / "model", "llama", nothing, **further), "cpu")
+    assert lm.shape().layers == 2
 
 
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
