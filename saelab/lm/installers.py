@@ -49,22 +49,6 @@ def no_installers() -> Iterator[None]:
         del _contexts[context]
 
 
-@contextmanager
-def no_processors() -> Iterator[None]:
-    """Within the context TransformerLens makes no processor of images or sound, which is what it runs pip for."""
-    from transformer_lens.model_bridge.sources.transformers import source
-
-    name = "load_modality_processor"
-    load = getattr(source, name, None)  # a private function, which other versions may not have
-    if load is not None:
-        setattr(source, name, lambda *_, **__: None)
-    try:
-        yield
-    finally:
-        if load is not None:
-            setattr(source, name, load)
-
-
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
     if not _contexts or event not in _COMMANDS:
         return

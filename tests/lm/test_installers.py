@@ -11,7 +11,7 @@ import pytest
 
 from saelab.errors import SaelabError
 from saelab.lm import installers as module
-from saelab.lm.installers import no_installers, no_processors
+from saelab.lm.installers import no_installers
 from saelab.lm.load import load_language_model
 from saelab.lm.settings import ModelSettings
 from tests.lm.shaped import shaped_folder
@@ -136,24 +136,18 @@ def test_loading_a_model_of_images_installs_nothing(
     assert not installers.exists()
 
 
-def test_the_bridge_of_a_model_of_images_asks_for_an_installer_and_gets_none(
-    installers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both ways to prevent it work: not to reach the code that asks, and to refuse."""
+def test_what_transformer_lens_asks_for_is_refused(installers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs pip if a model of images is loaded in the usual way, which saelab does not take."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
     asked: list[str] = []
     monkeypatch.setattr(module, "_refusal", lambda command: asked.append(command) or SaelabError(command))
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
-
-    def bridge() -> None:
-        TransformerBridge.boot_transformers(str(shaped_folder("llava")), device="cpu", dtype=torch.float32)
-
-    with no_installers(), no_processors():
-        bridge()
+    folder = str(shaped_folder("llava"))
+    load_language_model(ModelSettings(folder), "cpu")
     assert not asked
-    with no_installers():
-        bridge()  # swallows the refusal, for the model runs without the package
+    with no_installers():  # TransformerLens swallows the refusal, for the model runs without the package
+        TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
     assert asked == ["uv pip install torchvision -q"]
     assert not installers.exists()
