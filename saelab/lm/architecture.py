@@ -13,6 +13,15 @@ from typing import Any, Literal
 
 from saelab.errors import SaelabError, did_you_mean
 
+_SAME = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
+"""Text models without a class for the next token, and the models that they are on text: a token's place in an image
+comes in three numbers, but its place in a text three times in the same."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -30,7 +39,7 @@ def read_architecture(folder: Path, attention: str = "auto") -> Architecture:
 
     Raises SaelabError, to be completed with the model's name, if saelab cannot use such a model.
     """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers import __version__ as version
 
     facts = _facts(folder)
@@ -48,13 +57,12 @@ def read_architecture(folder: Path, attention: str = "auto") -> Architecture:
         raise SaelabError(
             f"it is an encoder-decoder ({kind}), and saelab reads models that only predict the next token"
         )
-    whole, inner = (MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None) for found in (config, text))
     if _is_encoder(text):
         raise SaelabError(
             f"it is an encoder ({kind}), in which a token sees those that follow, and saelab reads models that predict "
             "the next token"
         )
-    model_class, config, renamed = _text_model(config, whole, inner)
+    model_class, config, renamed = _text_model(config)
     if model_class is None:
         what = "has a language model that transformers only loads with the rest" if text is not config else ""
         raise SaelabError(
@@ -93,15 +101,18 @@ def _is_encoder(text: Any) -> bool:
     return masked or getattr(text, "use_bidirectional_attention", None) in (True, "all")
 
 
-def _text_model(config: Any, whole: Any, inner: Any) -> tuple[Any, Any, dict[str, str] | None]:
-    """The class, config and renaming of the language model of `config`; the class is None if there is none.
-
-    `whole` and `inner` are transformers' classes with a language model's head for `config` and for its text part.
-    """
+def _text_model(config: Any) -> tuple[Any, Any, dict[str, str] | None]:
+    """The class, config and renaming of the language model of `config`; the class is None if there is none."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config()
-    if text is config or inner is None or (whole and inner.__name__ not in SUPPORTED_ARCHITECTURES):
+    nested = text is not config
+    if text.model_type in _SAME:
+        facts = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+        text = CONFIG_MAPPING[_SAME[text.model_type]](**facts)
+    whole, inner = (MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None) for found in (config, text))
+    if not nested or inner is None or (whole and inner.__name__ not in SUPPORTED_ARCHITECTURES):
         return whole, (text if whole and whole.config_class is type(text) else config), None
     if hasattr(config, "tie_word_embeddings"):  # the whole model goes by its own
         text.tie_word_embeddings = config.tie_word_embeddings

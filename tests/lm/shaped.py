@@ -41,6 +41,7 @@ def _models(n: int) -> dict[str, Callable[[], Any]]:
     two = {"bos_token_id": 0, "eos_token_id": 1}
     eyes = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     image = {"image_token_index": 5}
+    places = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
     return {
         "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**gemma, attn_logit_softcapping=0.05)),
         "gemma3 encoder": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**gemma, use_bidirectional_attention=True)),
@@ -95,13 +96,20 @@ def _models(n: int) -> dict[str, Callable[[], Any]]:
             hf.Idefics3Config(text_config=hf.LlamaConfig(**text), vision_config=_VISION, image_token_id=5)
         ),
         "qwen2_vl": lambda: hf.Qwen2VLForConditionalGeneration(
-            hf.Qwen2VLConfig(
-                text_config=qwen,
-                vision_config=eyes,
-                image_token_id=5,
-                video_token_id=6,
-                vision_start_token_id=7,
-                vision_end_token_id=8,
+            hf.Qwen2VLConfig(text_config=qwen, vision_config=eyes, **places)
+        ),
+        "qwen3_vl": lambda: hf.Qwen3VLForConditionalGeneration(
+            hf.Qwen3VLConfig(
+                text_config={**qwen, "head_dim": 8},
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 16,
+                    "out_hidden_size": 32,
+                    "num_heads": 2,
+                    "intermediate_size": 32,
+                    "deepstack_visual_indexes": [0],
+                },
+                **places,
             )
         ),
     }
