@@ -19,8 +19,8 @@ _SAME = {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
-"""Text models without a class for the next token, and the models that they are on text: a token's place in an image
-comes in three numbers, but its place in a text three times in the same."""
+"""Model types of text models without a class that predicts the next token, and the types that compute the same on text.
+They give a token three positions, for images; in a text all three are the same."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_architecture(folder: Path, attention: str = "auto") -> Architecture:
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text = config.get_text_config()
-    if config.is_encoder_decoder or text.is_encoder_decoder:
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
         raise SaelabError(
             f"it is an encoder-decoder ({kind}), and saelab reads models that only predict the next token"
         )
@@ -94,7 +94,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _is_encoder(text: Any) -> bool:
-    """Whether tokens see those that follow: as in BERT, or in a decoder turned into an encoder, or one for prefixes."""
+    """Whether a token sees those that follow it: in BERT, in encoders made from decoders, in PaliGemma's prompts."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     masked = type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False)
@@ -124,7 +124,9 @@ def _text_model(config: Any) -> tuple[Any, Any, dict[str, str] | None]:
 
 
 def _attention(choice: str, model_class: Any, config: Any) -> Literal["sdpa", "eager"]:
-    capped = getattr(config, "attn_logit_softcapping", None) is not None  # sdpa would leave the cap out
+    capped = (
+        getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    )  # sdpa would leave the cap out
     fused = getattr(model_class, "_supports_sdpa", False) and not capped
     if choice == "sdpa" and not fused:
         why = "which caps its attention scores" if capped else "for which transformers does not have it"

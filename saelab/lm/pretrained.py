@@ -96,8 +96,8 @@ def _hub_folder(name: str, weights: bool, siblings: list[str]) -> Path:
         files = {file.rfilename for file in ask_hub(lambda api: api.model_info(name, timeout=TIMEOUT)).siblings or []}
     except RepositoryNotFoundError as error:
         raise SaelabError(
-            f"model: there is no folder {name}, and the Hub has no model {name}, or it is private (log in, or set "
-            f"HF_TOKEN).{nearest}"
+            f"model: there is no folder {name}, and the Hub has no model {name}, or it is private or gated (log in, or "
+            f"set HF_TOKEN).{nearest}"
         ) from error
     except HubUnreachable as error:
         raise SaelabError(
