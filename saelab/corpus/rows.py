@@ -8,6 +8,7 @@ and the tokens left over from the documents before that one.
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,8 @@ ORDER = 1
 """Version of how documents are ordered and packed. Increase it with every change: a cache may be half written."""
 WINDOW = 1 << 22
 """Characters of documents that are shuffled together in memory; a token id counts as 4."""
+PATIENCE = 100_000
+"""Reading a stream gives up if so many documents in a row, and more than all before them, are of no use."""
 
 
 class _Position(NamedTuple):
@@ -130,6 +133,11 @@ class Corpus:
         """The facts that decide the rows: equal facts give equal rows."""
         self.fingerprint: str = _hash(json.dumps(self.identity, sort_keys=True))
         """Hash of `identity`."""
+        chance = 30 / min(settings.held_out, 1 - settings.held_out)  # so many on one side: a chance of e^-30
+        self._patience: float = max(PATIENCE, chance) if source.endless else math.inf
+        """Documents of no use after which reading gives up; local files come to an end."""
+        self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
+        """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
 
     def train_rows(
@@ -153,6 +161,17 @@ class Corpus:
             rows = self._at_least_one(rows)
         return Rows(rows, position, of)
 
+    def empty_documents(self) -> str | None:
+        """How many of the documents read so far are empty, for a message; None if none is.
+
+        Counted in one pass over the text, the longest so far.
+        """
+        both = [[n for (side, _), n in self._read.items() if side == held_out] for held_out in (False, True)]
+        read, empty = max((sum(n for n, _ in side), sum(n for _, n in side)) for side in both)
+        if not empty:
+            return None
+        return f"{empty:,} of {read:,} documents are empty (null, missing or blank) and were left out"
+
     def held_out_rows(self, tokens: int) -> np.ndarray:
         """The first held-out rows with at least `tokens` ordinary tokens in all, or all rows if there are fewer.
 
@@ -160,12 +179,18 @@ class Corpus:
         """
         special = np.array(sorted(self.special_ids), dtype=np.int32)
         rows: list[np.ndarray] = []
-        missing = tokens
+        missing, idle = tokens, 0
         for row, _ in self._rows("held out", Lane(), _Position(), held_out=True):
             rows.append(row)
-            missing -= int((~np.isin(row, special)).sum())
+            ordinary = int((~np.isin(row, special)).sum())
+            missing -= ordinary
             if missing <= 0:
                 return np.stack(rows)
+            idle = 0 if ordinary else idle + 1
+            if idle > self._patience:
+                raise SaelabError(
+                    f"corpus: {idle:,} held-out rows of {self.about} in a row hold special tokens only; use other text"
+                )
         if not rows:
             raise self._too_short("held-out", "use more text, a larger `held_out` or a smaller `context`")
         return np.stack(rows)
@@ -175,21 +200,65 @@ class Corpus:
     ) -> Iterator[tuple[np.ndarray, _Position]]:
         """The rows of one side from `start` on, each with the position after it; `name` seeds their order."""
         rng = random.Random(name)
-        documents = self._source.documents(rng, lane, start.source)
-        side = ((document, at) for document, at in documents if (document.split_position < self._boundary) == held_out)
+        documents = self._with_content(self._source.documents(rng, lane, start.source), (held_out, lane))
         done, before, given = start.documents, list(start.before), start.rows
-        for number, (begin, window) in enumerate(_windows(side, start.source), start.window):
+        useful = idle = 0  # documents that gave tokens, and documents since the last of them
+        for number, (begin, window) in enumerate(_windows(self._side(documents, held_out), start.source), start.window):
             if not held_out:  # held-out rows are always read from the beginning, so one generator is enough
                 rng = random.Random(f"{name} {number}")
             rng.shuffle(window)
             for index, ids in enumerate(self._tokens(window[done:]), done):
-                if not self._lengths.get("min_tokens", 0) <= len(ids) <= self._lengths.get("max_tokens", len(ids)):
+                fits = self._lengths.get("min_tokens", 0) <= len(ids) <= self._lengths.get("max_tokens", len(ids))
+                useful, idle = (useful + 1, 0) if fits and ids else (useful, idle + 1)
+                if idle > self._patience + useful:
+                    has = f"a length{self._within()}" if self._lengths else "a token"
+                    raise SaelabError(
+                        f"corpus: none of the last {idle:,} documents of {self.about} has {has}; use other text"
+                        + (" or other limits" if self._lengths else "")
+                    )
+                if not fits:
                     continue
                 rows, after = self._pack(before, ids)
                 for n in range(given, len(rows)):
                     yield rows[n], _Position(begin, number, index, before, n + 1)
                 before, given = after, 0
             done = 0
+
+    def _with_content(
+        self, documents: Iterable[tuple[Document, Cursor]], counted: tuple[bool, Lane] | None = None
+    ) -> Iterator[tuple[Document, Cursor]]:
+        """The documents that are not empty; the others are `counted` under that side and lane.
+
+        Raises SaelabError if so many in a row are empty that all may be.
+        """
+        empty = idle = 0
+        for read, (document, at) in enumerate(documents, 1):
+            if document.content is not None:
+                idle = 0
+                yield document, at
+            else:
+                empty, idle = empty + 1, idle + 1
+                if idle > self._patience + read - idle:
+                    raise SaelabError(
+                        f"corpus: {self.about} has {idle:,} empty documents in a row (null, missing or blank), up to "
+                        f"{document.where()}; use another `text_column` or other text"
+                    )
+            if counted is not None:
+                self._read[counted] = max(self._read.get(counted, (0, 0)), (read, empty))
+
+    def _side(self, documents: Iterable[tuple[Document, Cursor]], held_out: bool) -> Iterator[tuple[Document, Cursor]]:
+        """The documents of one side. Raises SaelabError if so many in a row are of the other that all may be."""
+        idle = 0
+        for read, (document, at) in enumerate(documents, 1):
+            idle += 1
+            if (document.split_position < self._boundary) == held_out:
+                idle = 0
+                yield document, at
+            elif idle > self._patience + read - idle:
+                raise SaelabError(
+                    f"corpus: none of the last {idle:,} documents of {self.about} is {'' if held_out else 'not '}held "
+                    "out; they may be the same few, repeated: use other text or another `held_out`"
+                )
 
     def _tokens(self, documents: Iterable[Document]) -> Iterator[list[int]]:
         """The token ids of each document."""
@@ -222,10 +291,14 @@ class Corpus:
     def _find_boundary(self, held_out: float) -> float:
         """Documents whose split position is below this are held out: `held_out`, moved if one side would be empty.
 
-        Reads until both sides have a document: some 1 / `held_out` documents of a large corpus.
+        Reads until both sides have a document, some 1 / `held_out` documents of a large corpus, or until there is no
+        hope of it.
         """
         lowest, second, highest = 2.0, 2.0, -1.0  # of the split positions so far; duplicates share one
-        for document, _ in self._source.documents(random.Random("held out"), Lane(), None):
+        documents = self._with_content(self._source.documents(random.Random("held out"), Lane(), None))
+        for number, (document, _) in enumerate(documents):
+            if number >= self._patience:
+                break
             if self._source.tokenised:
                 self._checked(document)
             position = document.split_position
@@ -237,7 +310,7 @@ class Corpus:
             if lowest < held_out <= highest:
                 return held_out
         if highest < 0:
-            raise SaelabError(f"corpus: {self.about} holds no text")
+            raise SaelabError(f"corpus: {self.about} holds no text: its documents are empty (null, missing or blank)")
         if lowest == highest:
             raise SaelabError(
                 f"corpus: {self.about} is a single document, or the same one repeated; use at least two different "
@@ -253,10 +326,13 @@ class Corpus:
         yield first
         yield from rows
 
+    def _within(self) -> str:
+        return f" within {' and '.join(self._lengths)}" if self._lengths else ""
+
     def _too_short(self, part: str, advice: str) -> SaelabError:
-        within = f" within {' and '.join(self._lengths)}" if self._lengths else ""
         return SaelabError(
-            f"corpus: the {part} text{within} of {self.about} does not fill one row of {self.context} tokens; {advice}"
+            f"corpus: the {part} text{self._within()} of {self.about} does not fill one row of {self.context} tokens; "
+            + advice
         )
 
 

@@ -94,11 +94,13 @@ def test_invalid_utf8_at_the_beginning(stage, fails, tmp_path):
 def test_trouble_far_into_the_text(stage, fault, fails, tmp_path):
     """A fault past the beginning is found when it is read. It is named too, and the text before it gives no result:
     no checkpoint, no shard, no manifest."""
-    path = write(tmp_path / "a.jsonl", [*TEXTS, None if fault == "a row that is not text" else "text", *TEXTS])
+    path = write(tmp_path / "a.jsonl", [*TEXTS, 7 if fault == "a row that is not text" else "text", *TEXTS])
     if fault == "invalid UTF-8":
         path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9"}\n')
     message = fails(stage, path)
-    assert ("line 201: 'text' is null, not text" if fault == "a row that is not text" else "0xe9 at byte") in message
+    assert (
+        "line 201: 'text' is a value of type int, not text" if fault == "a row that is not text" else "0xe9 at byte"
+    ) in message
     assert str(path) in message
     assert not [name for name in written() if name.endswith((".safetensors", "manifest.json", "train.json"))]
 
