@@ -69,7 +69,7 @@ def read_card(folder: Path) -> Mapping[str, Any]:
         if path.suffix == ".md":
             text = match[1] if (match := _FRONT_MATTER.match(text)) else ""
         if re.search(r"^configs *:", text, re.M):
-            card |= _checked(path, lambda text=text: yaml.safe_load(text))
+            card |= _checked(path, lambda text=text: dict(yaml.safe_load(text)))
     if not card.get("configs"):
         return {}
     from datasets.utils.metadata import MetadataConfigs
@@ -85,13 +85,14 @@ def files_of_subset(
 
     Raises SaelabError if there is no such subset or split, or no file of it.
     """
+    subsets = {str(name): facts for name, facts in configs.items()}
     subset = subset or _checked(where, configs.get_default_config_name)
-    if subset is None or subset not in configs:
+    if subset is None or str(subset) not in subsets:
         wrong = f"has no subset {subset!r}; its subsets are" if subset else "has several subsets; set it to one of"
         raise SaelabError(
-            f"corpus: subset: {where} {wrong} {', '.join(configs)}." + did_you_mean(subset or "", configs)
+            f"corpus: subset: {where} {wrong} {', '.join(subsets)}." + did_you_mean(subset or "", subsets)
         )
-    facts = configs[subset]
+    facts = subsets[subset := str(subset)]
     options = sorted(facts.keys() & _READING)
     if options:
         raise SaelabError(
@@ -99,7 +100,7 @@ def files_of_subset(
             "does not follow that; convert them, to JSON Lines for instance"
         )
     if facts.get("data_dir"):
-        below = f"{PurePosixPath(facts['data_dir'])}/"
+        below = f"{PurePosixPath(str(facts['data_dir']))}/"
         data = {name.removeprefix(below): path for name, path in data.items() if name.startswith(below)}
     if facts.get("data_files") is None:
         splits = named_splits(data) or {"train": dict(data)}
@@ -129,5 +130,5 @@ def _checked(path: Path | str, read: Callable[[], Any]) -> Any:
     """What `read` returns. Raises SaelabError if the card at `path` is not one that the library can read."""
     try:
         return read()
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except Exception as error:  # the libraries raise many kinds
         raise SaelabError(f"corpus: {path}: `configs` of the dataset's card cannot be read: {brief(error)}") from error
