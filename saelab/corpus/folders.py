@@ -2,7 +2,8 @@
 of one of each.
 
 In a folder of texts, names are often not meant as splits (``test_x.py`` of a program). There they count only if .txt
-files are named for train and another split, or if every file is in a split; else the corpus is all texts.
+files are named for train and another split, or if every file is in one of several splits; else the corpus is all texts.
+But in a dataset from the Hub only .txt files are texts, as for the library; its scripts and README.md are not.
 
 Names that begin with a dot, and `__pycache__`, are skipped. A link to a folder elsewhere is followed.
 """
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from saelab.corpus.decoding import is_compressed
 from saelab.corpus.files import kind_of
-from saelab.corpus.splits import Files, files_of, files_of_subset, named_splits, read_card
+from saelab.corpus.splits import Files, files_of, files_of_subset, is_dataset, named_splits, read_card
 from saelab.errors import SaelabError
 
 TEXT = frozenset(
@@ -28,6 +29,8 @@ TEXT = frozenset(
     for name in names.split()
 )
 """Suffixes of text files in a folder."""
+TXT = frozenset({".txt"})
+"""Those that the datasets library reads."""
 KINDS = [
     frozenset({".parquet"}),
     frozenset({".jsonl", ".ndjson"}),
@@ -71,11 +74,15 @@ def choose_files(folder: Path, split: str, subset: str | None) -> Chosen:
             f"corpus: subset: {folder} has no subsets (no README.md with `configs`); remove that setting, or set "
             "`source` to the folder of the subset"
         )
-    kind = _choose_kind(found)
-    files = _of_kind(found, kind)
-    splits = _text_splits(files) if kind is TEXT else named_splits(files)
+    data, of_names = found, _text_splits
+    if is_dataset(folder):
+        data, of_names = _of_kind(found, SUFFIXES - TEXT | TXT), named_splits
+        data = {name: path for name, path in data.items() if not _is_documentation(path)}
+    kind = _choose_kind(data)
+    files = _of_kind(data, kind)
+    splits = of_names(files) if kind is TEXT else named_splits(files)
     if splits and split not in splits and kind is not TEXT:  # it may be of another kind
-        every = named_splits(_of_kind(found, SUFFIXES - TEXT))
+        every = named_splits(_of_kind(data, SUFFIXES - TEXT))
         splits |= {name: _of_kind(some, _choose_kind(some)) for name, some in every.items() if name not in splits}
     if splits:
         return _chosen(folder, found, files_of(splits, split, str(folder)), {"split": split})
@@ -136,11 +143,13 @@ def _is_documentation(path: Path) -> bool:
 
 def _text_splits(files: Files) -> dict[str, Files]:
     """The splits of a folder of texts; none if its names are not meant as splits."""
-    plain = named_splits(_of_kind(files, frozenset({".txt"})))
-    if "train" in plain and len(plain) > 1:
-        return plain
-    every = named_splits(files)
-    return every if files.keys() == {name for split in every.values() for name in split} else {}
+    plain = _of_kind(files, TXT)
+    splits = named_splits(plain)
+    if "train" in splits and len(splits) > 1:
+        return splits
+    splits = named_splits(files)
+    meant = len(plain) == len(files) or ("train" in splits and len(splits) > 1)
+    return splits if meant and files.keys() == {name for some in splits.values() for name in some} else {}
 
 
 def _chosen(folder: Path, found: Files, files: Files, named: dict[str, str]) -> Chosen:

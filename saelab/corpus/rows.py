@@ -20,6 +20,7 @@ from saelab.corpus.encoder import Encoder
 from saelab.corpus.packing import pack_document
 from saelab.corpus.settings import CorpusSettings
 from saelab.corpus.sources import open_source
+from saelab.corpus.usable import one_side, patience, with_content
 from saelab.errors import SaelabError, SettingError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ ORDER = 1
 """Version of how documents are ordered and packed. Increase it with every change: a cache may be half written."""
 WINDOW = 1 << 22
 """Characters of documents that are shuffled together in memory; a token id counts as 4."""
-PATIENCE = 100_000
-"""Reading a stream gives up if so many documents in a row, and more than all before them, are of no use."""
 
 
 class _Position(NamedTuple):
@@ -133,9 +132,7 @@ class Corpus:
         """The facts that decide the rows: equal facts give equal rows."""
         self.fingerprint: str = _hash(json.dumps(self.identity, sort_keys=True))
         """Hash of `identity`."""
-        chance = 30 / min(settings.held_out, 1 - settings.held_out)  # so many on one side: a chance of e^-30
-        self._patience: float = max(PATIENCE, chance) if source.endless else math.inf
-        """Documents of no use after which reading gives up; local files come to an end."""
+        self._patience = patience(settings.held_out) if source.endless else math.inf
         self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
         """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
@@ -200,10 +197,11 @@ class Corpus:
     ) -> Iterator[tuple[np.ndarray, _Position]]:
         """The rows of one side from `start` on, each with the position after it; `name` seeds their order."""
         rng = random.Random(name)
-        documents = self._with_content(self._source.documents(rng, lane, start.source), (held_out, lane))
+        documents = self._documents(rng, lane, start.source, held_out)
+        side = one_side(documents, self._boundary, held_out, self._patience, self.about)
         done, before, given = start.documents, list(start.before), start.rows
         useful = idle = 0  # documents that gave tokens, and documents since the last of them
-        for number, (begin, window) in enumerate(_windows(self._side(documents, held_out), start.source), start.window):
+        for number, (begin, window) in enumerate(_windows(side, start.source), start.window):
             if not held_out:  # held-out rows are always read from the beginning, so one generator is enough
                 rng = random.Random(f"{name} {number}")
             rng.shuffle(window)
@@ -224,41 +222,15 @@ class Corpus:
                 before, given = after, 0
             done = 0
 
-    def _with_content(
-        self, documents: Iterable[tuple[Document, Cursor]], counted: tuple[bool, Lane] | None = None
+    def _documents(
+        self, rng: random.Random, lane: Lane, start: Cursor | None, held_out: bool
     ) -> Iterator[tuple[Document, Cursor]]:
-        """The documents that are not empty; the others are `counted` under that side and lane.
+        """The documents of a lane that are not empty; counts the others."""
 
-        Raises SaelabError if so many in a row are empty that all may be.
-        """
-        empty = idle = 0
-        for read, (document, at) in enumerate(documents, 1):
-            if document.content is not None:
-                idle = 0
-                yield document, at
-            else:
-                empty, idle = empty + 1, idle + 1
-                if idle > self._patience + read - idle:
-                    raise SaelabError(
-                        f"corpus: {self.about} has {idle:,} empty documents in a row (null, missing or blank), up to "
-                        f"{document.where()}; use another `text_column` or other text"
-                    )
-            if counted is not None:
-                self._read[counted] = max(self._read.get(counted, (0, 0)), (read, empty))
+        def count(read: int, empty: int) -> None:
+            self._read[held_out, lane] = max(self._read.get((held_out, lane), (0, 0)), (read, empty))
 
-    def _side(self, documents: Iterable[tuple[Document, Cursor]], held_out: bool) -> Iterator[tuple[Document, Cursor]]:
-        """The documents of one side. Raises SaelabError if so many in a row are of the other that all may be."""
-        idle = 0
-        for read, (document, at) in enumerate(documents, 1):
-            idle += 1
-            if (document.split_position < self._boundary) == held_out:
-                idle = 0
-                yield document, at
-            elif idle > self._patience + read - idle:
-                raise SaelabError(
-                    f"corpus: none of the last {idle:,} documents of {self.about} is {'' if held_out else 'not '}held "
-                    "out; they may be the same few, repeated: use other text or another `held_out`"
-                )
+        return with_content(self._source.documents(rng, lane, start), self._patience, self.about, count)
 
     def _tokens(self, documents: Iterable[Document]) -> Iterator[list[int]]:
         """The token ids of each document."""
@@ -295,8 +267,8 @@ class Corpus:
         hope of it.
         """
         lowest, second, highest = 2.0, 2.0, -1.0  # of the split positions so far; duplicates share one
-        documents = self._with_content(self._source.documents(random.Random("held out"), Lane(), None))
-        for number, (document, _) in enumerate(documents):
+        documents = self._source.documents(random.Random("held out"), Lane(), None)
+        for number, (document, _) in enumerate(with_content(documents, self._patience, self.about)):
             if number >= self._patience:
                 break
             if self._source.tokenised:

@@ -41,6 +41,8 @@ HASHED_WHOLE = 1 << 30
 file. Paths and times do not matter."""
 SAMPLED = 1 << 16
 """Bytes sampled at the beginning, in the middle and at the end of a file."""
+_POINTER_SIZE = 200
+"""Most bytes of the pointer that `git clone` without Git LFS leaves in place of a file."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -120,6 +122,9 @@ def _files(source: Path, files: Files, about: str, named: dict[str, str], settin
     sizes = [_size(path) for path in paths]
     if not any(sizes):
         raise SaelabError(f"corpus: {source} is empty (0 bytes)")
+    for path, size in zip(paths, sizes, strict=True):
+        if size <= _POINTER_SIZE and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/"):
+            raise SaelabError(f"corpus: {path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     whole = sum(sizes) <= HASHED_WHOLE
     # A single file is split by its pieces, several files by their names.
     names = [None if len(paths) == 1 else name for name in files]
@@ -129,6 +134,8 @@ def _files(source: Path, files: Files, about: str, named: dict[str, str], settin
     ]
     text = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     identity = {"source": "files", "text": text, **named}
+    if kind_of(paths[0]) == ".tsv":
+        identity["tsv"] = "by line"  # quotes joined lines in earlier versions
     if kind_of(paths[0]) in SUFFIXES - TEXT:
         tasks: list[Task] = []
         for path, size in zip(paths, sizes, strict=True):

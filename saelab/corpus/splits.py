@@ -19,6 +19,7 @@ Files = dict[str, Path]
 _SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 _WORD = re.compile(r"train|val|dev|test|eval", re.I)
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\n---[ \t]*(?:\r?\n|$)", re.S)
+_CARD = re.compile(r"^(dataset_info|configs|task_categories|size_categories|annotations_creators) *:", re.M)
 _READING = frozenset(
     ("sep", "delimiter", "names", "column_names", "header", "skiprows", "field", "quoting", "quotechar", "escapechar")
 )
@@ -61,13 +62,20 @@ def files_of(splits: Mapping[str, Files], split: str, where: str) -> Files:
     return splits[split]
 
 
+def is_dataset(folder: Path) -> bool:
+    """Whether the folder was downloaded from the Hub, or has the card of a dataset."""
+    return (
+        (folder / ".cache" / "huggingface").is_dir()
+        or (folder / "dataset_infos.json").is_file()
+        or bool(_CARD.search(_front_matter(folder / "README.md")))
+    )
+
+
 def read_card(folder: Path) -> Mapping[str, Any]:
     """The subsets that a dataset's card lists, by name, as the library's MetadataConfigs; {} if it lists none."""
     card: dict[str, Any] = {}
     for path in (folder / "README.md", folder / ".huggingface.yaml"):
-        text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-        if path.suffix == ".md":
-            text = match[1] if (match := _FRONT_MATTER.match(text)) else ""
+        text = _front_matter(path)
         if re.search(r"^configs *:", text, re.M):
             card |= _checked(path, lambda text=text: dict(yaml.safe_load(text)))
     if not card.get("configs"):
@@ -76,6 +84,15 @@ def read_card(folder: Path) -> Mapping[str, Any]:
     from huggingface_hub import DatasetCardData
 
     return _checked(folder / "README.md", lambda: MetadataConfigs.from_dataset_card_data(DatasetCardData(**card)))
+
+
+def _front_matter(path: Path) -> str:
+    """The YAML at the head of a Markdown file, or all of another file; "" if there is none."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    if path.suffix != ".md":
+        return text
+    match = _FRONT_MATTER.match(text)
+    return match[1] if match else ""
 
 
 def files_of_subset(

@@ -33,7 +33,7 @@ configs:
 """
 
 
-def lay(folder: Path, *names: str, card: str = "# A dataset\n") -> Path:
+def lay(folder: Path, *names: str, card: str = "# A dataset\n", downloaded: bool = True) -> Path:
     """Write files with texts that begin with the file's name, a README.md, and what a download leaves beside them."""
     for name in names:
         path, texts = folder / name, [f"{name} {text}" for text in TEXTS[:4]]
@@ -50,9 +50,10 @@ def lay(folder: Path, *names: str, card: str = "# A dataset\n") -> Path:
         else:
             path.write_text("\n".join(texts))
     (folder / "README.md").write_text(card)
-    (folder / "dataset_infos.json").write_text("{}")
-    (folder / ".cache" / "huggingface").mkdir(parents=True)
-    (folder / ".cache" / "huggingface" / "train.csv").write_text("text\nnot this\n")
+    if downloaded:
+        (folder / "dataset_infos.json").write_text("{}")
+        (folder / ".cache" / "huggingface").mkdir(parents=True)
+        (folder / ".cache" / "huggingface" / "train.csv").write_text("text\nnot this\n")
     return folder
 
 
@@ -127,22 +128,44 @@ def test_cards_with_defaults_folders_and_mistakes(tmp_path):
         folder = lay(tmp_path / str(n), "a.csv", card=f"---\nconfigs: {wrong}\n---\n")
         with pytest.raises(SaelabError, match=r"README\.md"):
             opened(folder)
-    folder = lay(tmp_path / "notes", "a.md", card="---\ntitle: [not yaml\n---\nREADME.md is a text, too")
+    folder = lay(tmp_path / "notes", "a.md", card="---\ntitle: [not yaml\n---\nREADME.md", downloaded=False)
     assert len({*read(opened(folder))}) > 2, "a README.md without configs is a text among texts"
 
 
 def test_names_in_a_folder_of_texts_are_splits_only_if_they_are_meant_so(tmp_path):
-    program = lay(tmp_path / "program", "train.py", "test.py", "test_a.py", "model.py", "deep/a.py")
+    program = lay(tmp_path / "program", "train.py", "test.py", "test_a.py", "model.py", "deep/a.py", downloaded=False)
     assert len(read(opened(program))) >= 5
     with pytest.raises(SaelabError, match="has no splits"):
         opened(program, "test")
-    book = lay(tmp_path / "book", "one.txt", "test of time.txt")
+    tests = lay(tmp_path / "tests", "test_a.py", "test_b.py", downloaded=False)
+    (tests / "README.md").unlink()
+    assert len(read(opened(tests))) >= 2
+    book = lay(tmp_path / "book", "one.txt", "test of time.txt", downloaded=False)
     assert {"one.txt", "test"} <= read(opened(book))
-    wiki = lay(tmp_path / "wiki", "train.txt", "test.txt", "vocab.txt")
+    wiki = lay(tmp_path / "wiki", "train.txt", "test.txt", "vocab.txt", downloaded=False)
     assert read(opened(wiki)) == {"train.txt"}
-    folders = lay(tmp_path / "folders", "train/a.md", "train/b.md", "test/a.md")
+    folders = lay(tmp_path / "folders", "train/a.md", "train/b.md", "test/a.md", downloaded=False)
     (folders / "README.md").unlink()
     assert read(opened(folders)) == {"train/a.md", "train/b.md"}
+
+
+def test_documentation_is_a_text_only_in_a_folder_of_texts(tmp_path):
+    assert "#" in read(opened(lay(tmp_path / "notes", "a.md", "b.md", "package.json", downloaded=False)))
+    assert read(opened(lay(tmp_path / "dataset", "a.txt", "loader.py"))) == {"a.txt"}
+    card = "---\ntask_categories: [text-generation]\n---\n"
+    assert read(opened(lay(tmp_path / "card", "a.txt", card=card, downloaded=False))) == {"a.txt"}
+    only = lay(tmp_path / "only", "a.arrow", downloaded=False)
+    with pytest.raises(SaelabError, match="has no file that can be read as a corpus"):
+        opened(only)
+    (only / "a.arrow").unlink()
+    assert read(opened(only)) == {"#"}
+
+
+def test_pointers_of_git_lfs_are_no_data(tmp_path):
+    folder = lay(tmp_path / "a", "train.csv", "test.csv")
+    (folder / "train.csv").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SaelabError, match=r"train\.csv is a Git LFS pointer"):
+        opened(folder)
 
 
 def test_split_and_subset_are_part_of_the_identity_and_a_plain_folder_has_none(tmp_path):
@@ -150,7 +173,7 @@ def test_split_and_subset_are_part_of_the_identity_and_a_plain_folder_has_none(t
     assert opened(folder).identity["split"] == "train" != opened(folder, "test").identity["split"]
     (folder / "test.csv").write_bytes((folder / "train.csv").read_bytes())
     assert opened(folder).identity != opened(folder, "test").identity
-    assert opened(lay(tmp_path / "b", "a.txt")).identity.keys() == {"source", "text"}
+    assert opened(lay(tmp_path / "b", "a.txt", downloaded=False)).identity.keys() == {"source", "text"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +181,8 @@ def test_split_and_subset_are_part_of_the_identity_and_a_plain_folder_has_none(t
     [
         (["data.csv", "LICENSE.txt", "NOTICE.md"], "data.csv", None),
         (["data.json", "config.json", "a.txt"], "data.json", "1 .txt"),
-        (["a.md", "b.md", "package.json"], "a.md", "1 .json"),
+        (["data.json", "a.md", "b.md"], "data.json", "2 .md"),
+        (["a.txt", "b.txt", "package.json", "c.md"], "a.txt", "1 .md, 1 .json"),
         (["a.jsonl", "b.parquet", "c.txt", "d.txt"], "b.parquet", "2 .txt, 1 .jsonl"),
         (["a.jsonl", "b.jsonl", "c.parquet"], "a.jsonl", "1 .parquet"),
         (["train.csv", "test.csv", "a.txt", "b.txt", "c.txt"], "train.csv", "3 .txt, 1 .csv"),
@@ -170,7 +194,7 @@ def test_split_and_subset_are_part_of_the_identity_and_a_plain_folder_has_none(t
 )
 def test_the_kind_that_is_read_and_a_word_about_the_others(tmp_path, names, expected, unread):
     source = opened(lay(tmp_path / "a", *names))
-    assert min(read(source) - {"#"}) == expected
+    assert min(read(source)) == expected
     assert source.about.endswith(f"; not read: {unread})") if unread else "not read" not in source.about
 
 
@@ -182,6 +206,7 @@ def test_folders_that_are_refused(tmp_path):
     for names, message in (
         (["a.arrow"], "has no file that can be read as a corpus .*1 .arrow"),
         (["LICENSE.txt", "a.tar"], "has no file that can be read as a corpus"),
+        (["loads_the_data.py"], "has no file that can be read as a corpus .*1 .py"),
         (["train_test.csv"], "train_test.csv .* is in both splits, train and test"),
         (["dev.csv", "eval.csv"], "no split 'train'; its splits are validation, test"),
     ):

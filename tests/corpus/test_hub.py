@@ -184,7 +184,7 @@ def test_a_stream_without_end_in_which_nothing_can_come_is_noticed(
     monkeypatch, tokenizer, first, rest, settings, message
 ):
     """Empty documents, one document again and again, and documents that the limits leave out."""
-    monkeypatch.setattr("saelab.corpus.rows.PATIENCE", 500)
+    monkeypatch.setattr("saelab.corpus.usable.PATIENCE", 500)
     monkeypatch.setattr("saelab.corpus.rows.WINDOW", 1 << 12)
     endless(monkeypatch, first, rest)
 
@@ -200,7 +200,7 @@ def test_a_stream_without_end_in_which_nothing_can_come_is_noticed(
 
 def test_a_stream_without_end_is_read_with_what_it_has(monkeypatch, tokenizer):
     """A few documents, or nine empty ones of ten, are no reason to give up."""
-    monkeypatch.setattr("saelab.corpus.rows.PATIENCE", 500)
+    monkeypatch.setattr("saelab.corpus.usable.PATIENCE", 500)
     monkeypatch.setattr("saelab.corpus.rows.WINDOW", 1 << 12)
     for rest in (TEXTS[:3], [*[None] * 9, *TEXTS[:2]]):
         endless(monkeypatch, [], rest)
