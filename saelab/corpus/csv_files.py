@@ -124,12 +124,13 @@ def _by_line(lines: Iterator[str], n: int) -> Iterator[_Record]:
 
     while (line := line_ahead(0)) is not None:
         fields, used = _fields(line), 1
+        record = [_unquoted(field) for field in fields]
         if n > 1 and any(field.startswith('"') for field in fields):
             after = line_ahead(1)
             if len(fields) != n or (after is not None and len(_fields(after)) != n):
-                fields, used = _over_lines(line_ahead, n) or (fields, 1)
+                record, used = _over_lines(line_ahead, n) or (record, 1)
         if line.strip():
-            yield number, fields if used > 1 else [_unquoted(field) for field in fields]
+            yield number, record
         number += used
         del ahead[:used]
 

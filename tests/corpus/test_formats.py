@@ -39,7 +39,7 @@ PROSE = [
     'ends with a quote"',
     "form\x0cfeed, \u2028 and \x85",
 ]
-FIELDS = ['he said "hi"', "two\nlines", "a tab\there", "par\n\npar", "plain", '"in quotes"\nand more', '"']
+FIELDS = ['he said "hi"', "two\nlines", "a tab\there", "par\n\npar", "plain", '"in quotes"\nand more', '"', '""\ttab']
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
