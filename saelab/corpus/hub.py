@@ -35,12 +35,11 @@ def open_hub_dataset(
     about = f"the Hub dataset {name}"
     try:
         stream: Any = datasets.load_dataset(name, subset, split=split, streaming=True, revision=commit)
-        first = next(_rows(stream, f"the Hub dataset {name}"), None)
+        column, tokenised = choose_column(_rows(stream, about), about, text_column)
     except SaelabError:
         raise
     except Exception as error:  # the library raises many kinds; its messages list the available subsets and splits
         raise SaelabError(f"corpus: {about} cannot be opened: {brief(error)} (see `subset` and `split`)") from error
-    column, tokenised = choose_column(first, about, text_column)
     if stream.column_names is not None:
         stream = stream.select_columns([column])
 
@@ -69,8 +68,9 @@ def _read_file(
     if state is not None:
         file.load_state_dict(state)
     rows = _rows(file, f"file {number} of the Hub dataset {name}", range(lane.index, sys.maxsize, lane.of)[done:])
-    for count, row in enumerate(rows, done + 1):
-        for document in documents_of_rows([row], column, tokenised):
+    for count, (where, row) in enumerate(rows, done + 1):
+        row = {column: None} | row if isinstance(row, dict) else row  # a file may lack the column
+        for document in documents_of_rows([(where, row)], column, tokenised):
             yield document, [count, file.state_dict()]
 
 

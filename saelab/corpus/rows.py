@@ -8,6 +8,7 @@ and the tokens left over from the documents before that one.
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from saelab.corpus.encoder import Encoder
 from saelab.corpus.packing import pack_document
 from saelab.corpus.settings import CorpusSettings
 from saelab.corpus.sources import open_source
+from saelab.corpus.usable import one_side, patience, with_content
 from saelab.errors import SaelabError, SettingError
 
 if TYPE_CHECKING:
@@ -148,6 +150,9 @@ class Corpus:
         """The facts that decide the rows: equal facts give equal rows."""
         self.fingerprint: str = _hash(json.dumps(self.identity, sort_keys=True))
         """Hash of `identity`."""
+        self._patience = patience(settings.held_out) if source.endless else math.inf
+        self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
+        """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
 
     def train_rows(
@@ -171,6 +176,17 @@ class Corpus:
             rows = self._at_least_one(rows)
         return Rows(rows, position, of)
 
+    def empty_documents(self) -> str | None:
+        """How many of the documents read so far are empty, for a message; None if none is.
+
+        Counted in one pass over the text, the longest so far.
+        """
+        both = [[n for (side, _), n in self._read.items() if side == held_out] for held_out in (False, True)]
+        read, empty = max((sum(n for n, _ in side), sum(n for _, n in side)) for side in both)
+        if not empty:
+            return None
+        return f"{empty:,} of {read:,} documents are empty (null, missing or blank) and were left out"
+
     def held_out_rows(self, tokens: int) -> np.ndarray:
         """The first held-out rows with at least `tokens` ordinary tokens in all, or all rows if there are fewer.
 
@@ -178,12 +194,18 @@ class Corpus:
         """
         special = np.array(sorted(self.special_ids), dtype=np.int32)
         rows: list[np.ndarray] = []
-        missing = tokens
+        missing, idle = tokens, 0
         for row, _ in self._rows("held out", Lane(), _Position(), held_out=True):
             rows.append(row)
-            missing -= int((~np.isin(row, special)).sum())
+            ordinary = int((~np.isin(row, special)).sum())
+            missing -= ordinary
             if missing <= 0:
                 return np.stack(rows)
+            idle = 0 if ordinary else idle + 1
+            if idle > self._patience:
+                raise SaelabError(
+                    f"corpus: {idle:,} held-out rows of {self.about} in a row hold special tokens only; use other text"
+                )
         if not rows:
             raise self._too_short("held-out", "use more text, a larger `held_out` or a smaller `context`")
         return np.stack(rows)
@@ -193,21 +215,40 @@ class Corpus:
     ) -> Iterator[tuple[np.ndarray, _Position]]:
         """The rows of one side from `start` on, each with the position after it; `name` seeds their order."""
         rng = random.Random(name)
-        documents = self._source.documents(rng, lane, start.source)
-        side = ((document, at) for document, at in documents if (document.split_position < self._boundary) == held_out)
+        documents = self._documents(rng, lane, start.source, held_out)
+        side = one_side(documents, self._boundary, held_out, self._patience, self.about)
         done, before, given = start.documents, list(start.before), start.rows
+        useful = idle = 0  # documents that gave tokens, and documents since the last of them
         for number, (begin, window) in enumerate(_windows(side, start.source), start.window):
             if not held_out:  # held-out rows are always read from the beginning, so one generator is enough
                 rng = random.Random(f"{name} {number}")
             rng.shuffle(window)
             for index, ids in enumerate(self._tokens(window[done:]), done):
-                if not self._lengths.get("min_tokens", 0) <= len(ids) <= self._lengths.get("max_tokens", len(ids)):
+                fits = self._lengths.get("min_tokens", 0) <= len(ids) <= self._lengths.get("max_tokens", len(ids))
+                useful, idle = (useful + 1, 0) if fits and ids else (useful, idle + 1)
+                if idle > self._patience + useful:
+                    has = f"a length{self._within()}" if self._lengths else "a token"
+                    raise SaelabError(
+                        f"corpus: none of the last {idle:,} documents of {self.about} has {has}; use other text"
+                        + (" or other limits" if self._lengths else "")
+                    )
+                if not fits:
                     continue
                 rows, after = self._pack(before, ids)
                 for n in range(given, len(rows)):
                     yield rows[n], _Position(begin, number, index, before, n + 1)
                 before, given = after, 0
             done = 0
+
+    def _documents(
+        self, rng: random.Random, lane: Lane, start: Cursor | None, held_out: bool
+    ) -> Iterator[tuple[Document, Cursor]]:
+        """The documents of a lane that are not empty; counts the others."""
+
+        def count(read: int, empty: int) -> None:
+            self._read[held_out, lane] = max(self._read.get((held_out, lane), (0, 0)), (read, empty))
+
+        return with_content(self._source.documents(rng, lane, start), self._patience, self.about, count)
 
     def _tokens(self, documents: Iterable[Document]) -> Iterator[list[int]]:
         """The token ids of each document."""
@@ -241,10 +282,14 @@ class Corpus:
     def _find_boundary(self, held_out: float) -> float:
         """Documents whose split position is below this are held out: `held_out`, moved if one side would be empty.
 
-        Reads until both sides have a document: some 1 / `held_out` documents of a large corpus.
+        Reads until both sides have a document, some 1 / `held_out` documents of a large corpus, or until there is no
+        hope of it.
         """
         lowest, second, highest = 2.0, 2.0, -1.0  # of the split positions so far; duplicates share one
-        for document, _ in self._source.documents(random.Random("held out"), Lane(), None):
+        documents = self._source.documents(random.Random("held out"), Lane(), None)
+        for number, (document, _) in enumerate(with_content(documents, self._patience, self.about)):
+            if number >= self._patience:
+                break
             if self._source.tokenised:
                 self._checked(document)
             position = document.split_position
@@ -256,7 +301,7 @@ class Corpus:
             if lowest < held_out <= highest:
                 return held_out
         if highest < 0:
-            raise SaelabError(f"corpus: {self.about} holds no text")
+            raise SaelabError(f"corpus: {self.about} holds no text: its documents are empty (null, missing or blank)")
         if lowest == highest:
             raise SaelabError(
                 f"corpus: {self.about} is a single document, or the same one repeated; use at least two different "
@@ -272,10 +317,13 @@ class Corpus:
         yield first
         yield from rows
 
+    def _within(self) -> str:
+        return f" within {' and '.join(self._lengths)}" if self._lengths else ""
+
     def _too_short(self, part: str, advice: str) -> SaelabError:
-        within = f" within {' and '.join(self._lengths)}" if self._lengths else ""
         return SaelabError(
-            f"corpus: the {part} text{within} of {self.about} does not fill one row of {self.context} tokens; {advice}"
+            f"corpus: the {part} text{self._within()} of {self.about} does not fill one row of {self.context} tokens; "
+            + advice
         )
 
 

@@ -10,14 +10,14 @@ class CorpusSettings:
     """Which text to read."""
 
     source: str = "demo"
-    """``demo``, a local folder or file (text, JSON Lines, JSON, Parquet, CSV), or the id of a Hub dataset."""
+    """``demo``, a local folder or file (text, JSON Lines, JSON, Parquet, CSV, TSV), or the id of a Hub dataset."""
     text_column: str | None = None
     """Column of a dataset that holds the text or token ids. Default: ``text``, else token ids in ``input_ids`` or
     ``tokens``."""
     split: str = "train"
-    """Which split of a dataset that has several: on the Hub, or saved as a DatasetDict."""
+    """Which split of a dataset: on the Hub, saved as a DatasetDict, or in a folder laid out like one on the Hub."""
     subset: str | None = None
-    """Which configuration of a Hub dataset that has several."""
+    """Which configuration of a dataset that has several: on the Hub, or in a folder with its README.md."""
     revision: str | None = None
     """Commit, tag or branch of a Hub dataset; default: its current commit. A cache can be continued, and trained on,
     only while this is the same commit."""
@@ -31,8 +31,13 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         for name in ("source", "text_column", "split", "subset", "revision"):
-            if getattr(self, name) == "":
+            value = getattr(self, name)
+            if value == "":
                 raise SettingError(f"{name}: is empty; give a value or leave the setting out")
+            if value is not None and value != value.encode(errors="replace").decode():
+                raise SettingError(
+                    f"{name}: {value!a} is not UTF-8, so no file can hold this setting; use another name"
+                )
         if not 0 < self.held_out < 1:
             raise SettingError(
                 f"held_out: {self.held_out} is not between 0 and 1; evaluation needs text that is not trained on"

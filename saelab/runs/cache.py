@@ -129,6 +129,7 @@ def _write(job: Job, folder: Path, identity: Mapping[str, Any], lanes: Iterable[
     share = identity["tokens"] * len(lanes) // identity["lanes"]
     for _ in track(passes, "caching", max(1, share - there), lambda added: added):
         pass
+    job.report_empty_documents()
 
 
 def _repair(job: Job, folder: Path, manifest: Manifest, *, contents: bool, track: Track) -> None:

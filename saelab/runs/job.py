@@ -62,6 +62,12 @@ class Job:
     def held_out(self, tokens: int) -> Tensor:
         return torch.from_numpy(self.corpus.held_out_rows(tokens))
 
+    def report_empty_documents(self) -> None:
+        """Reports how many documents of the corpus were left out because they are empty, if any was read."""
+        empty = self.corpus.empty_documents()
+        if empty is not None:
+            self.say(f"corpus: {empty}")
+
     def training_inputs(self) -> str:
         """Hash of everything that the trained weights depend on."""
         settings = asdict(self.settings)

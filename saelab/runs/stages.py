@@ -101,6 +101,7 @@ def _read_held_out(job: Job, run: Path, stages: list[_Stage], track: Track) -> l
     rows = {tokens: job.held_out(tokens) for tokens in {result.tokens for result in results}}
     readers = [Reader(result.add, len(rows[result.tokens]), result.rows_per_forward) for result in results]
     read_together(sae, job.lm, max(rows.values(), key=len), job.settings.site, readers, track=track)
+    job.report_empty_documents()
     return [result.finish(rows[result.tokens]) for result in results]
 
 

@@ -169,6 +169,7 @@ def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, track: Tra
     _save(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
     if trainer.finished:
         job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {Path(job.settings.out) / folder.CHECKPOINT}")
+    job.report_empty_documents()
 
 
 def _save(job: Job, trainer: Trainer, scale: float, seconds: float, facts: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saelab.corpus import encoder, files, rows
+from saelab.corpus import arrow_files, encoder, files, rows
 from tests.corpus.made import KINDS, make_tokenizer, write
 
 
@@ -20,6 +20,6 @@ def source(request, tmp_path):
 def small_parts(monkeypatch):
     """Parts, windows and batches so small that a corpus of these tests has several of each."""
     monkeypatch.setattr(files, "PART", 1 << 12)
-    monkeypatch.setattr(files, "ROWS", 16)
+    monkeypatch.setattr(arrow_files, "ROWS", 16)
     monkeypatch.setattr(rows, "WINDOW", 1 << 12)
     monkeypatch.setattr(encoder, "BATCH", 1 << 10)

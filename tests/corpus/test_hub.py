@@ -1,5 +1,6 @@
 """Datasets on the Hub: streamed, pinned to a revision, and an answer within 5 seconds if there is no network."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -155,6 +156,65 @@ def test_trouble_in_a_hub_dataset(monkeypatch, tokenizer):
     refuses("someone/texts", tokenizer, "someone/texts", "its columns are body")
     FakeHub(monkeypatch, [{"text": text} for text in TEXTS], fail_after=30)
     refuses("someone/texts", tokenizer, "failed at row", "the network went away")
+
+
+def endless(monkeypatch, first, rest):
+    """A Hub with one file: the texts `first`, then those of `rest` without end."""
+
+    def generate(shards):
+        for text in itertools.chain(first, itertools.cycle(rest)):
+            yield {"text": text}
+
+    FakeHub(monkeypatch, [])
+    stream = datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": [0]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+
+
+@pytest.mark.parametrize(
+    "first, rest, settings, message",
+    [
+        ([], [None], {}, "501 empty documents in a row .* up to file 0 .* row 500; use another `text_column`"),
+        (TEXTS[:2], [None], {}, "empty documents in a row"),
+        ([], TEXTS[:1], {}, "the same one repeated"),
+        (TEXTS[:60], TEXTS[:1], {}, "none of the last .* documents .* is (not )?held out"),
+        ([], TEXTS, {"min_tokens": 10_000}, "none of the last 501 documents .* has a length within min_tokens"),
+    ],
+)
+def test_a_stream_without_end_in_which_nothing_can_come_is_noticed(
+    monkeypatch, tokenizer, first, rest, settings, message
+):
+    """Empty documents, one document again and again, and documents that the limits leave out."""
+    monkeypatch.setattr("saelab.corpus.usable.PATIENCE", 500)
+    monkeypatch.setattr("saelab.corpus.rows.WINDOW", 1 << 12)
+    endless(monkeypatch, first, rest)
+
+    def read():
+        corpus = opened("someone/texts", tokenizer, held_out=0.5, **settings)
+        for row in corpus.train_rows(seed=0):
+            assert row.any()
+            corpus.held_out_rows(10**9)
+
+    with pytest.raises(SaelabError, match=f"^corpus: .*{message}"):
+        read()
+
+
+def test_a_stream_without_end_is_read_with_what_it_has(monkeypatch, tokenizer):
+    """A few documents, or nine empty ones of ten, are no reason to give up."""
+    monkeypatch.setattr("saelab.corpus.usable.PATIENCE", 500)
+    monkeypatch.setattr("saelab.corpus.rows.WINDOW", 1 << 12)
+    for rest in (TEXTS[:3], [*[None] * 9, *TEXTS[:2]]):
+        endless(monkeypatch, [], rest)
+        corpus = opened("someone/texts", tokenizer, held_out=0.2)
+        assert len(list(itertools.islice(corpus.train_rows(seed=0), 300))) == 300
+        assert (corpus.held_out_rows(3000) != 0).sum() >= 3000
+        assert (corpus.empty_documents() is None) == (None not in rest)
+
+
+def test_a_file_of_a_stream_without_the_column(monkeypatch, tokenizer):
+    FakeHub(monkeypatch, [{"text": text} if n % 4 else {"body": text} for n, text in enumerate(TEXTS)])
+    corpus = opened("someone/texts", tokenizer, text_column="text")
+    list(corpus.train_rows(seed=0))
+    assert corpus.empty_documents().startswith("50 of 200 documents are empty")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch, tokenizer):

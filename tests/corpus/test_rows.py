@@ -120,7 +120,7 @@ def test_a_text_is_cut_between_characters_and_nothing_is_lost(tmp_path):
     path = tmp_path / "a.txt"
     for text in ("ä€😀" * 3000, "word " * 3000, "line\r\n" * 2000, "\ufeffbegin\n\n" + "text\n\n" * 2000):
         path.write_bytes(text.encode())
-        pieces = [document.content for part in files.text_parts(path, None) for document in part()]
+        pieces = [document.content for part in files.text_parts(path, path.stat().st_size, None) for document in part()]
         assert "".join(pieces) == text.removeprefix("\ufeff") and len(pieces) > 8
         assert all(len(piece.encode()) <= 1.5 * 1024 + 4 for piece in pieces)
 
@@ -225,8 +225,8 @@ def test_token_ids_of_another_length_or_tokenizer_are_refused(tmp_path, tokenize
     refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "-1")
     bad[20] = [0, 1.5] + [1] * 14
     refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "1.5")
-    bad[20] = None
-    refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "null", "token ids")
+    bad[20] = "text"
+    refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "is text, not a list of token ids")
 
 
 def test_text_is_preferred_and_a_column_can_be_named(tmp_path, tokenizer):

@@ -1,5 +1,7 @@
 """Which files of a folder are the corpus, and one clear message for every kind of bad corpus."""
 
+import os
+
 import datasets
 import pytest
 
@@ -103,7 +105,7 @@ def test_json_that_does_not_parse(tmp_path, tokenizer, monkeypatch):
     path.write_text('[{"text": "a"},\n {"text": }]')
     refuses(path, tokenizer, f"{path}, line 2", "JSON")
     path.write_text('{\n "text": "an object on its own, over lines"\n}')
-    refuses(path, tokenizer, f"{path}, line 1", "list of objects")
+    refuses(path, tokenizer, "single document")
 
 
 @pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "saved", "a.csv"])
@@ -112,13 +114,10 @@ def test_a_missing_text_column_names_those_there_are(tmp_path, tokenizer, kind):
 
 
 def test_a_row_that_is_not_text(tmp_path, tokenizer):
-    for value, what in ((None, "null"), (7, "int"), (["a"], "a list")):
+    for value, what in ((7, "int"), (2.5, "float"), (["a"], "a list"), ({"a": 1}, "an object")):
         refuses(write(tmp_path / "a.jsonl", [*TEXTS[:120], value, "more"]), tokenizer, "line 121", what, "not text")
-    refuses(write(tmp_path / "a.parquet", [*TEXTS[:120], None]), tokenizer, "row 120", "null")
-    refuses(write(tmp_path / "saved", [*TEXTS[:120], None]), tokenizer, "row 120", "null")
-    path = write(tmp_path / "a.jsonl")
-    path.write_text(path.read_text() + '{"body": "renamed"}\n')
-    refuses(path, tokenizer, "line 201", "no column 'text'", "body")
+    for kind in ("a.parquet", "saved"):
+        refuses(write(tmp_path / kind, [["a"]] * 9), tokenizer, "row 0", "a list, not text")
 
 
 def test_shards_with_other_columns(tmp_path, tokenizer):
@@ -165,7 +164,79 @@ def test_files_that_cannot_be_read(tmp_path, tokenizer):
     folder = write(tmp_path / "folder")
     corpus = opened(folder, tokenizer)
     (folder / "8.txt").unlink()
-    with pytest.raises(SaelabError, match=r"8\.txt cannot be read"):
+    with pytest.raises(SaelabError, match=r"8\.txt cannot be read: No such file"):
         list(corpus.train_rows(seed=0))
-    (folder / "8.txt").symlink_to("nowhere")
-    refuses(folder, tokenizer, "8.txt", "cannot be read")
+    for target in ("nowhere", "8.txt"):
+        (folder / "8.txt").symlink_to(target)
+        refuses(folder, tokenizer, "8.txt", "cannot be read")
+        (folder / "8.txt").unlink()
+    refuses("x" * 300, tokenizer, "File name too long")
+    refuses("~nobody_of_that_name/a.txt", tokenizer, "home directory")
+    refuses("https://example.org/a.txt", tokenizer, "is a URL; download it")
+    for suffix, junk in (("gz", b"junk"), ("zst", b"junk"), ("xz", b"junk"), ("bz2", b"junk")):
+        (tmp_path / f"a.jsonl.{suffix}").write_bytes(junk)
+        refuses(tmp_path / f"a.jsonl.{suffix}", tokenizer, f"a.jsonl.{suffix} cannot be read: ")
+    (tmp_path / "a.txt.gz").write_bytes(b"junk")
+    refuses(tmp_path / "a.txt.gz", tokenizer, "decompress it")
+
+
+def test_a_folder_without_permission(tmp_path, tokenizer, monkeypatch):
+    """It is named; without it the corpus would be another one."""
+    folder = write(tmp_path / "folder")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    refuses(folder, tokenizer, "deep cannot be read: Permission denied")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_not_waited_for(tmp_path, tokenizer):
+    folder = write(tmp_path / "folder")
+    os.mkfifo(folder / "pipe.txt")
+    for source in (folder, folder / "pipe.txt", os.devnull):
+        refuses(source, tokenizer, "is a pipe, a socket or a device; ", "copy it to a file")
+
+
+def test_links_are_followed_once(tmp_path, tokenizer):
+    folder = write(tmp_path / "folder", TEXTS[:6])
+    fingerprint = opened(folder, tokenizer).fingerprint
+    (folder / "again").symlink_to(folder)
+    (folder / "deep" / "above").symlink_to(tmp_path)
+    assert opened(folder, tokenizer).fingerprint == fingerprint
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "one").symlink_to(folder)
+    (elsewhere / "two").symlink_to(folder)
+    assert opened(elsewhere, tokenizer).about.endswith(": 6 .txt)")
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, tokenizer, kind):
+    path = write(tmp_path / kind)
+    data = path.read_bytes()
+    for changed in (data[: len(data) // 2], data + data):
+        path.write_bytes(data)
+        corpus = opened(path, tokenizer)
+        path.write_bytes(changed)
+        with pytest.raises(SaelabError, match=f"{kind} changed while it was read: it had {len(data):,} bytes and now"):
+            list(corpus.train_rows(seed=0))
+
+
+def test_names_that_are_not_utf8(tmp_path, tokenizer):
+    """Files are read, and messages can be printed and written; the name of the corpus itself must fit into a YAML."""
+    folder = os.fsencode(write(tmp_path / "folder"))
+    for name in (b"caf\xe9.txt", b"\xff.txt"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(TEXTS[0].encode())
+    rows = opened(os.fsdecode(folder), tokenizer)
+    assert len(list(rows.train_rows(seed=0))) and rows.about.endswith(": 202 .txt)")
+    parquet = write(tmp_path / "a.parquet")
+    os.rename(parquet, os.fsencode(tmp_path) + b"/\xe9.parquet")
+    assert "1 .parquet" in opened(tmp_path, tokenizer).about
+    with pytest.raises(SettingError, match=r"^source: 'a\\udce9' is not UTF-8"):
+        CorpusSettings(os.fsdecode(b"a\xe9"))

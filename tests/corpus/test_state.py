@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from saelab.corpus import CorpusSettings, encoder, files
+from saelab.corpus import CorpusSettings, arrow_files, encoder, files, json_files
 from saelab.corpus.documents import Lane
 from saelab.corpus.sources import open_source
 from saelab.errors import SaelabError
@@ -53,18 +53,20 @@ def test_the_demo_resumes_too(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "kind, reader",
+    "kind, module, reader",
     [
-        ("a.jsonl", "_read_json_lines"),
-        ("folder", "_read_text"),
-        ("a.parquet", "_read_parquet"),
-        ("saved", "_read_saved"),
+        ("a.jsonl", json_files, "_read_json_lines"),
+        ("folder", files, "_read_text"),
+        ("a.parquet", arrow_files, "_read_parquet"),
+        ("saved", arrow_files, "_read_saved"),
     ],
 )
-def test_resuming_reads_and_tokenises_nothing_before_the_position(tmp_path, tokenizer, monkeypatch, kind, reader):
+def test_resuming_reads_and_tokenises_nothing_before_the_position(
+    tmp_path, tokenizer, monkeypatch, kind, module, reader
+):
     """Parts before the current window are not opened, and texts before the current document are not tokenised."""
     parts, texts = [], []
-    read, encode = getattr(files, reader), encoder.Encoder.encode
+    read, encode = getattr(module, reader), encoder.Encoder.encode
 
     def counted_read(*args):
         parts.append(args)
@@ -73,7 +75,7 @@ def test_resuming_reads_and_tokenises_nothing_before_the_position(tmp_path, toke
     def counted_encode(self, documents):
         return encode(self, (texts.append(document) or document for document in documents))
 
-    monkeypatch.setattr(files, reader, counted_read)
+    monkeypatch.setattr(module, reader, counted_read)
     monkeypatch.setattr(encoder.Encoder, "encode", counted_encode)
     corpus = opened(write(tmp_path / kind, TEXTS * 2), tokenizer)
     rows = corpus.train_rows(seed=0)

@@ -2,6 +2,7 @@
 do; exit code 2; nothing written that could be taken for a result."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ STAGES = pytest.mark.parametrize("stage", ["train", "cache"])
 
 
 @pytest.fixture
-def fails(tmp_path, monkeypatch, capsys):
-    """Runs a stage on a corpus, in an empty folder; returns its only message, after checking for exit code 2."""
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a stage on a corpus, in an empty folder; returns the exit code, stdout and stderr."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
 
-    def run(stage: str, corpus: object, *overrides: str) -> str:
+    def run(stage: str, corpus: object, *overrides: str) -> tuple[int, str, str]:
         config = {
             "model": str(model_folder("gpt2")),
             "site": "blocks.1.hook_resid_post",
@@ -34,12 +35,22 @@ def fails(tmp_path, monkeypatch, capsys):
         }
         (tmp_path / "config.yaml").write_text(json.dumps(config))
         out = ["--out", "cache"] if stage == "cache" else []
-        code, out_text, error = command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)
+        return command(monkeypatch, capsys, stage, tmp_path / "config.yaml", *overrides, *out)
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """Runs a stage that fails; returns its only message, after checking for exit code 2."""
+
+    def fail(stage: str, corpus: object, *overrides: str) -> str:
+        code, out_text, error = run(stage, corpus, *overrides)
         message = the_one_error(error)
         assert code == 2 and out_text == "" and message.startswith("error: corpus: ")
         return message
 
-    return run
+    return fail
 
 
 def written() -> list[str]:
@@ -94,13 +105,39 @@ def test_invalid_utf8_at_the_beginning(stage, fails, tmp_path):
 def test_trouble_far_into_the_text(stage, fault, fails, tmp_path):
     """A fault past the beginning is found when it is read. It is named too, and the text before it gives no result:
     no checkpoint, no shard, no manifest."""
-    path = write(tmp_path / "a.jsonl", [*TEXTS, None if fault == "a row that is not text" else "text", *TEXTS])
+    path = write(tmp_path / "a.jsonl", [*TEXTS, 7 if fault == "a row that is not text" else "text", *TEXTS])
     if fault == "invalid UTF-8":
         path.write_bytes(path.read_bytes() + b'{"text": "caf\xe9"}\n')
     message = fails(stage, path)
-    assert ("line 201: 'text' is null, not text" if fault == "a row that is not text" else "0xe9 at byte") in message
+    assert (
+        "line 201: 'text' is a value of type int, not text" if fault == "a row that is not text" else "0xe9 at byte"
+    ) in message
     assert str(path) in message
     assert not [name for name in written() if name.endswith((".safetensors", "manifest.json", "train.json"))]
+
+
+@STAGES
+def test_empty_documents_are_reported_at_the_end(stage, run, tmp_path):
+    """They do not stop a stage; with a corpus without any there is no such line."""
+    empty = write(tmp_path / "empty.jsonl", [text for text in TEXTS for text in (text, None)])
+    code, _, output = run(stage, empty)
+    assert code == 0 and "corpus: 200 of 400 documents are empty (null, missing or blank) and were left out" in output
+    shutil.rmtree("run" if stage == "train" else "cache")
+    code, _, output = run(stage, write(tmp_path / "a.jsonl"))
+    assert code == 0 and "are empty" not in output
+
+
+@STAGES
+def test_a_split_that_is_not_there(stage, fails, tmp_path):
+    """The message names the splits of the folder, and a plain text has none."""
+    (tmp_path / "data").mkdir()
+    for name in ("train.csv", "test.csv"):
+        write(tmp_path / "data" / name)
+    message = fails(stage, tmp_path / "data", "corpus.split=no_such_split")
+    assert "corpus: split: " in message and "its splits are train, test" in message
+    message = fails(stage, write(tmp_path / "a.txt"), "corpus.split=test")
+    assert f"the file {tmp_path / 'a.txt'} has no splits" in message
+    assert not written()
 
 
 @STAGES
