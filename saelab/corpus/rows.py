@@ -19,7 +19,7 @@ from saelab.corpus.encoder import Encoder
 from saelab.corpus.packing import pack_document
 from saelab.corpus.settings import CorpusSettings
 from saelab.corpus.sources import open_source
-from saelab.errors import SaelabError, SettingError
+from saelab.errors import SaelabError, SettingError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -131,6 +131,10 @@ class Corpus:
         self.fingerprint: str = _hash(json.dumps(self.identity, sort_keys=True))
         """Hash of `identity`."""
         self._boundary = self._find_boundary(settings.held_out)
+
+    def __repr__(self) -> str:
+        bos = "rows as they are" if self._source.tokenised else "no BOS" if self.bos is None else f"BOS {self.bos}"
+        return f"Corpus({printable(self.about)}: context {self.context:,}, {bos})"
 
     def train_rows(
         self, *, seed: int, epoch: int = 0, lane: int = 0, lanes: int = 1, start: Mapping[str, Any] | None = None
