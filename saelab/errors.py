@@ -25,4 +25,4 @@ def brief(error: Exception) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line, with codes in place of invisible characters: file names and data may have any."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

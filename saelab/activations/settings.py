@@ -6,6 +6,9 @@ from typing import Literal
 from saelab.errors import SettingError
 from saelab.lm.settings import dtype_name
 
+MAX_LANES = 4096
+"""Most lanes of a cache: each one reads the text from its beginning."""
+
 
 @dataclass(frozen=True)
 class StreamSettings:
@@ -74,6 +77,8 @@ class CacheSettings:
         if len(set(self.sites)) != len(self.sites):
             raise SettingError(f"sites: {', '.join(self.sites)} names a site twice")
         _check_positive(self, "rows_per_forward", "shard_tokens", "lanes")
+        if self.lanes > MAX_LANES:
+            raise SettingError(f"lanes: {self.lanes:,} is more than {MAX_LANES:,}; one for each process is enough")
 
 
 def _check_positive(settings: object, *names: str) -> None:

@@ -172,8 +172,8 @@ def _problems(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
             problems.append(f"{name}: must be {_KINDS.get(kinds[0], 'text or a number')}, not {str(value).lower()}")
         elif isinstance(value, int | float) and _LARGEST < abs(value) < math.inf:
             problems.append(f"{name}: {_shown(value)} is too large")
-        elif isinstance(value, str) and not _is_text(value):
-            problems.append(f"{name}: {_shown(value)} has a character that no name has")
+        elif isinstance(value, str) and not _is_name(value):
+            problems.append(f"{name}: {_shown(value)} is no name: it is too long, or has half a character or NUL in it")
     return problems
 
 
@@ -221,12 +221,13 @@ def _explain(details: Any) -> str:
     return f"{name}: must be {expected}, not {_shown(value)}"
 
 
-def _is_text(value: str) -> bool:
-    """Whether `value` can be written as UTF-8 and be the name of a file."""
+def _is_name(value: str) -> bool:
+    """Whether `value` can be the path of a file, in UTF-8, as the names in all text settings are."""
     try:
-        return b"\0" not in value.encode()
+        path = value.encode()
     except UnicodeEncodeError:  # half of a character
         return False
+    return b"\0" not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) < 256
 
 
 def _key(key: Any) -> str:

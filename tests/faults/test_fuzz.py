@@ -98,7 +98,8 @@ def problem(case: Case, code: object, out: str, err: str) -> str | None:
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     if len(errors) != 1 or err.splitlines()[-1] != errors[0]:
         return f"not one error at the end: {err}"
-    return None if any(word and word in errors[0] for word in case.blamed) else f"{case.blamed} not in {errors[0]}"
+    named = any(word and word.lower() in errors[0].lower() for word in case.blamed)
+    return None if named else f"{case.blamed} not in {errors[0]}"
 
 
 @pytest.fixture(scope="module")
