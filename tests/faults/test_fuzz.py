@@ -126,8 +126,13 @@ def test_whatever_is_wrong_is_one_message(valid: Path, monkeypatch: pytest.Monke
 
 def test_whatever_is_wrong_is_one_message_of_a_process(valid: Path) -> None:
     cases: list[Case] = []
-    drawn = CASES.filter(lambda case: case.arguments[0] != "app")  # it serves until it is ended
-    settings(SAME, max_examples=20, phases=[Phase.generate])(given(drawn)(cases.append))()
+
+    @settings(SAME, max_examples=20, phases=[Phase.generate])
+    @given(CASES.filter(lambda case: case.arguments[0] != "app"))  # it serves until it is ended
+    def draw(case: Case) -> None:
+        cases.append(case)
+
+    draw()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
     def run(case: Case, folder: Path) -> str | None:
