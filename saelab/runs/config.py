@@ -75,8 +75,9 @@ _SHORT = {
     "sae.sparsity": "name",
 }
 """Sections that may be written as one string: `model: gpt2` means `model: {name: gpt2}`."""
-_LARGEST = 2**63 - 1
-"""Largest whole number that tensors and files can have."""
+_LARGEST = 10**15
+"""Largest number in a setting, apart from the seed: sizes in bytes are products of several, below 2**63."""
+_LARGEST_SEED = 2**63 - 1
 
 
 def find_config(name: str | Path) -> Path:
@@ -162,7 +163,7 @@ def _problems(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
         if key not in fields:
             problems.append(f"{name}: no such setting.{_nearest(str(key), fields)}")
             continue
-        kinds = (fields[key], *get_args(fields[key]))
+        kinds, limit = (fields[key], *get_args(fields[key])), _LARGEST_SEED if name == "seed" else _LARGEST
         section = next(filter(dataclasses.is_dataclass, kinds), None)
         if section is not None and isinstance(value, Mapping):
             problems += _problems(value, section, f"{name}.")
@@ -170,7 +171,7 @@ def _problems(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
             problems.append(f"{name}: {_no_section(name, value, section)}")
         elif isinstance(value, bool) and bool not in kinds:
             problems.append(f"{name}: must be {_KINDS.get(kinds[0], 'text or a number')}, not {str(value).lower()}")
-        elif isinstance(value, int | float) and _LARGEST < abs(value) < math.inf:
+        elif isinstance(value, int | float) and limit < abs(value) < math.inf:
             problems.append(f"{name}: {_shown(value)} is too large")
         elif isinstance(value, str) and not _is_name(value):
             problems.append(f"{name}: {_shown(value)} is no name: it is too long, or has half a character or NUL in it")
