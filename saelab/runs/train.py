@@ -216,13 +216,13 @@ def _lines_before(metrics: Path, steps: int) -> str:
     if not metrics.is_file():
         return ""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] >= steps:
                 break
-        except ValueError:  # cut off by the kill
+        except (ValueError, KeyError, TypeError):  # cut off by the kill, or damaged
             break
-        kept.append(line + "\n")
+        kept.append(line.decode() + "\n")
     return "".join(kept)
 
 
