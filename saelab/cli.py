@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, printable
 
 app = typer.Typer(
     help="Train sparse autoencoders on a language model's activations, look at the features, measure them.",
@@ -24,7 +24,11 @@ _Port = Annotated[int, typer.Option(min=1, max=65535, help="port of the explorer
 
 
 def _say(message: str) -> None:
-    typer.echo(message, err=True)
+    typer.echo(printable(message), err=True)
+
+
+def _print(message: str) -> None:
+    typer.echo(printable(message))
 
 
 @app.command()
@@ -63,7 +67,7 @@ def _bring_up_to_date(config: str, overrides: list[str] | None, force: bool) -> 
     from saelab.runs import stages
 
     folder = stages.run(config, overrides or [], force=force, track=progress.bar, say=_say)
-    _print_evaluation(folder)
+    _show_evaluation(folder)
     return folder
 
 
@@ -93,7 +97,7 @@ def train(
         raise SaelabError("CONFIG: what to train? For example: saelab train quickstart")
     else:
         folder = stage.train(config, overrides or [], force=force, track=progress.bar, say=_say)
-    typer.echo(folder)
+    typer.echo(os.fsencode(folder))  # the bytes of its name, whatever they are
 
 
 @app.command()
@@ -121,7 +125,7 @@ def cache(
             given = repr(config) if config is not None else "--tokens"
             raise SaelabError(f"--verify needs only the folder; remove {given}")
         manifest = caching.verify(out, track=progress.bar)
-        typer.echo(f"{out}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, all as they were written")
+        _print(f"{out}: {manifest.tokens:,} tokens in {len(manifest.shards):,} shards, all as they were written")
         return
     if config is None:
         raise SaelabError(f"CONFIG: name a config, for example: saelab cache quickstart --out {out}")
@@ -168,7 +172,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], override
     from saelab.runs.stages import evaluate as stage
 
     stage(run, overrides or [], track=progress.bar, say=_say)
-    _print_evaluation(run)
+    _show_evaluation(run)
 
 
 @app.command()
@@ -182,7 +186,7 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
     from saelab.runs.stages import index as stage
 
     summary = stage(run, overrides or [], track=progress.bar, say=_say)
-    typer.echo(
+    _print(
         f"{summary['n_features']:,} features on {summary['n_tokens']:,} held-out tokens, {summary['never_active']:,} "
         f"never active; tables in {features(run)}"
     )
@@ -207,6 +211,16 @@ def explorer(
     _serve(runs or [Path("runs")], port)
 
 
+def _show_evaluation(run: Path) -> None:
+    """Print the evaluation of a run. Raises SaelabError if its file is damaged."""
+    from saelab.files import translate_read_errors
+    from saelab.runs.folder import EVALUATION
+
+    remedy = f"`saelab eval {run}` makes it again."
+    with translate_read_errors(run / EVALUATION, "an evaluation", remedy, (KeyError, TypeError, ValueError)):
+        _print_evaluation(run)
+
+
 def _print_evaluation(run: Path) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -221,7 +235,7 @@ def _print_evaluation(run: Path) -> None:
             return "not measured yet: saelab eval"
         return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
 
-    typer.echo(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
+    _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
     table = Table(show_header=False)
     for label, value in (
@@ -284,10 +298,14 @@ def main() -> None:
     try:
         app()
     except SaelabError as error:
-        typer.echo(f"error: {error}", err=True)
+        _say(f"error: {error}")
+        raise SystemExit(2) from None
+    except OSError as error:  # a path that the system refuses: its name is too long, or it may not be read
+        name = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
+        _say(f"error: {name}{error.strerror or error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        _say("interrupted")
         raise SystemExit(130) from None
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saelab.errors import SaelabError, brief
-from saelab.tensors import write_tensors
+from saelab.tensors import kind, write_tensors
 
 T = TypeVar("T")
 
@@ -59,6 +59,9 @@ class Codes:
                 raise ValueError(f"a {name} is out of range: there are {size}")
         order = tokens.argsort(stable=True)
         return cls(values[order], features[order], _ends(_histogram(tokens, n_tokens)), n_features)
+
+    def __repr__(self) -> str:
+        return f"Codes({self.tokens:,} tokens, {self.n_features:,} features, {self.nnz:,} entries, {kind(self.values)})"
 
     @property
     def tokens(self) -> int:

@@ -21,3 +21,8 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def brief(error: Exception) -> str:
     """A library's error on one line of at most 300 characters, to quote in our own messages."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with codes in place of invisible characters: file names and data may have any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

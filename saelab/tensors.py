@@ -55,6 +55,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         write_whole(path, parts())
 
 
+def kind(tensor: Tensor) -> str:
+    """Dtype and device of a tensor, such as ``float32 on cpu``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     flat = tensor.reshape(-1)

@@ -6,6 +6,11 @@ from typing import Literal
 from saelab.errors import SettingError
 from saelab.lm.settings import dtype_name
 
+MAX_LANES = 4096
+"""Most lanes of a cache: each one reads the text from its beginning."""
+MAX_ROWS = 10**6
+"""Most rows in a pass of the model: far more than memory takes, and few enough to count their bytes."""
+
 
 @dataclass(frozen=True)
 class StreamSettings:
@@ -19,6 +24,7 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         _check_positive(self, "buffer_tokens", "rows_per_forward")
+        _check_rows(self.rows_per_forward)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,17 @@ class CacheSettings:
         if len(set(self.sites)) != len(self.sites):
             raise SettingError(f"sites: {', '.join(self.sites)} names a site twice")
         _check_positive(self, "rows_per_forward", "shard_tokens", "lanes")
+        _check_rows(self.rows_per_forward)
+        if self.lanes > MAX_LANES:
+            raise SettingError(f"lanes: {self.lanes:,} is more than {MAX_LANES:,}; one for each process is enough")
 
 
 def _check_positive(settings: object, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 1:
             raise SettingError(f"{name}: {getattr(settings, name)} is not a positive number")
+
+
+def _check_rows(rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise SettingError(f"rows_per_forward: {rows:,} rows do not fit into memory; at most {MAX_ROWS:,}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from saelab.activations.cache.reader import Cache, Cursor
 from saelab.activations.settings import StreamSettings
 from saelab.activations.shuffle import Group, cut_group, group_tokens
-from saelab.activations.stream import ActivationBatch, read_activations
+from saelab.activations.stream import ActivationBatch, barren_rows, check_losses, nothing_kept, read_activations
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -82,9 +82,13 @@ class FromModel:
     ) -> None:
         """Reads the first group; with `start`, a `state`, the group of the next batch.
 
-        Raises SaelabError, with site, row and position, if the model gives NaN or infinity; if a whole epoch gives no
-        activation; and if `start` is damaged or comes from another corpus, seed or size of batch.
+        Raises SaelabError, with site, row and position, if the model gives NaN or infinity; if a whole epoch, or
+        `BARREN_ROWS` rows one after the other, give no activation; if `gradients` are asked of rows too short for a
+        loss; and if `start` is damaged or comes from another corpus, seed or size of batch.
         """
+        if gradients:
+            check_losses(corpus)
+        self._site, self._lm_name = site, lm.name
         self._batch_tokens, self._seed, self._sample_tokens = batch_tokens, seed, sample_tokens
         self._group = Group(group_tokens(stream.buffer_tokens, batch_tokens))
         self._gradients, self._rows_per_forward = gradients, stream.rows_per_forward
@@ -116,6 +120,12 @@ class FromModel:
                 )
             self._ahead.append((position._replace(used=used), batch[used:]))
         self._next_group(track)
+
+    def __repr__(self) -> str:
+        of = f"{self._site} of {self._lm_name}"
+        return (
+            f"FromModel({of}, batches of {self._batch_tokens:,} tokens, group {self._number}, epoch {self._rows.epoch})"
+        )
 
     def sample(self) -> Tensor:
         for _ in self._collect(self._sample_tokens):
@@ -174,18 +184,17 @@ class FromModel:
     def _run(self, *, fresh: bool) -> Generator[tuple["_ReadPosition", ActivationBatch], None, None]:
         """The activations of each pass of the model that gives any, with the position at which it begins."""
         useful = self._rows.epoch - fresh  # the last epoch that gave an activation, or may have
+        barren = 0
         while True:
-            position = _ReadPosition(self._rows.state(), 0)
+            position, kept = _ReadPosition(self._rows.state(), 0), 0
             block = islice(self._rows, self._rows_per_forward)
             for batch in self._read(rows=block, first_row=position.rows["row"]):
-                useful = self._rows.epoch
+                useful, kept = self._rows.epoch, len(batch)
                 yield position, batch
                 del batch  # the next pass needs the memory
+            barren = barren_rows(barren, self._rows_per_forward, kept, gradients=self._gradients)
             if self._rows.epoch > useful + 1:
-                last = ", or the last that the loss of their row depends on" if self._gradients else ""
-                raise SaelabError(
-                    f"corpus: its training rows hold special tokens only{last}, so there is nothing to train on"
-                )
+                raise nothing_kept("its training rows", self._gradients)
 
 
 class FromCache:
@@ -221,8 +230,12 @@ class FromCache:
             start=Cursor(**start or {}),
         )
         self._sample_tokens, self._device = min(SAMPLE_TOKENS, cache.tokens), device
+        self._of, self._batch_tokens = f"{site} in {cache.folder}", batch_tokens
         self._ahead: deque[tuple[Cursor, ActivationBatch]] = deque()
         """Batches that have been read, each with its position."""
+
+    def __repr__(self) -> str:
+        return f"FromCache({self._of}, batches of at most {self._batch_tokens:,} tokens, {self._read.cursor})"
 
     def sample(self) -> Tensor:
         while sum(len(batch) for _, batch in self._ahead) < self._sample_tokens:

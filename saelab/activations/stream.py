@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from saelab.corpus import Corpus
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, SettingError
 from saelab.lm.model import LanguageModel
+from saelab.tensors import kind
+
+BARREN_ROWS = 4096
+"""Rows one after the other that give no activation, after which reading ends: a text may have no end, and no usable
+text is like that."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class ActivationBatch:
     gradients: Tensor | None = None
     """Gradients of the model's loss at the site (`LanguageModel.activations_and_gradients`), ``[tokens, d_in]``:
     float32 from the model, in the cache's dtype from a cache."""
+
+    def __repr__(self) -> str:
+        gradients = "" if self.gradients is None else ", with gradients"
+        return f"ActivationBatch({len(self):,} tokens, d_in {self.values.shape[1]:,}, {kind(self.values)}{gradients})"
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,17 +71,54 @@ def run_model(
 
     With `gradients`, also the gradients of the model's loss. Positions after a row's last scored one (its last token,
     and the one before a special token that ends it) are then left out: no loss depends on them at any site, so a
-    gradient of 0 says nothing about them.
+    gradient of 0 says nothing about them. If no position is kept, the model runs on the first row only.
     """
     ids = ids.to(lm.device).long()
     kept = torch.ones_like(ids, dtype=torch.bool) if special_tokens else lm.ordinary(ids)
     slopes: dict[str, Tensor] = {}
     if gradients:
         kept = kept & (lm.scored(ids).flip(1).cumsum(1).flip(1) > 0)
-        values, slopes = lm.activations_and_gradients(ids, sites)
+    read = slice(None) if kept.any() else slice(1)
+    if gradients:
+        values, slopes = lm.activations_and_gradients(ids[read], sites)
     else:
-        values = lm.activations(ids, sites)
-    return Pass(kept, {site: values[site][kept] for site in sites}, {site: slopes[site][kept] for site in slopes})
+        values = lm.activations(ids[read], sites)
+    picked = kept[read]
+    return Pass(kept, {site: values[site][picked] for site in sites}, {site: slopes[site][picked] for site in slopes})
+
+
+def check_losses(corpus: Corpus) -> None:
+    """Raises SettingError if rows of `corpus` are too short for a loss, as gradients and evaluation need.
+
+    A position has a loss if it and the next one hold ordinary tokens, so a row needs two of them.
+    """
+    special = int(corpus.bos is not None)
+    if corpus.context - special < 2:
+        raise SettingError(
+            f"context: {corpus.context} leaves room for one token after BOS, so no position has a loss, which the "
+            f"gradient affinity and evaluation need; set context={special + 2} or more"
+        )
+
+
+def barren_rows(before: int, rows: int, kept: int, *, gradients: bool) -> int:
+    """Number of rows since the last activation that was kept: `before`, and `rows` more if none of theirs is `kept`.
+
+    Raises SaelabError if there are `BARREN_ROWS`.
+    """
+    if kept:
+        return 0
+    if before + rows >= BARREN_ROWS:
+        raise nothing_kept(f"{before + rows:,} rows one after the other", gradients)
+    return before + rows
+
+
+def nothing_kept(rows: str, gradients: bool) -> SaelabError:
+    """The error of a corpus in which `rows`, in words, give no activation."""
+    last = ", or the last that the loss of their row depends on" if gradients else ""
+    larger = " or a larger `context`" if gradients else ""
+    return SaelabError(
+        f"corpus: {rows} hold special tokens only{last}, so there is nothing to train on; use another corpus{larger}"
+    )
 
 
 def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = False) -> dict[str, Any]:
@@ -101,9 +147,9 @@ def read_activations(
     """The activations that `run_model` keeps of all `rows`, in reading order, one batch per pass that gives any.
 
     `first_row` is the number of the first row. Raises SaelabError, with site, row and position, if the model gives NaN
-    or infinity.
+    or infinity, and if `BARREN_ROWS` rows one after the other give no activation.
     """
-    rows, first = iter(rows), first_row
+    rows, first, barren = iter(rows), first_row, 0
     while block := list(islice(rows, rows_per_forward)):
         ids = torch.from_numpy(np.stack(block))
         kept, values, slopes = run_model(lm, ids, [site], gradients=gradients, special_tokens=special_tokens)
@@ -111,6 +157,7 @@ def read_activations(
         tokens = ids.to(lm.device).long()[kept]
         batch = ActivationBatch(values[site].float(), tokens, row + first, position, slopes.get(site))
         _check_finite(batch, lm, site)
+        barren = barren_rows(barren, len(block), len(batch), gradients=gradients)
         if len(batch):
             yield batch
         first += len(block)

@@ -217,7 +217,7 @@ class Evaluation:
         """
         n = self._tokens
         if not n:
-            raise SaelabError("fidelity: the rows hold no ordinary token")
+            raise SaelabError("fidelity: the rows hold no ordinary token, only special ones; use another text")
         deviation = self._squares - self._total.square().sum().item() / n
         losses = spliced_losses(self._lm, self._site, self._ce_blocks, self._origin + self._total / n, track)
         W_dec = getattr(self._sae, "W_dec", None)

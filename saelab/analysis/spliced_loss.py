@@ -49,7 +49,10 @@ def spliced_losses(
             if name == "ce_spliced":
                 sums["kl"] += F.kl_div(other, clean, reduction="none", log_target=True).sum(1).double().sum().item()
     if not n:
-        raise SaelabError("fidelity: no position has an ordinary token followed by another, so there is no loss")
+        raise SaelabError(
+            "fidelity: no position has an ordinary token followed by another, so there is no loss; use a larger "
+            "`context` or another text"
+        )
     return {"ce_tokens": n} | {name: value / n for name, value in sums.items()}
 
 

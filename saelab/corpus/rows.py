@@ -21,7 +21,7 @@ from saelab.corpus.packing import pack_document
 from saelab.corpus.settings import CorpusSettings
 from saelab.corpus.sources import open_source
 from saelab.corpus.usable import one_side, patience, with_content
-from saelab.errors import SaelabError, SettingError
+from saelab.errors import SaelabError, SettingError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -154,6 +154,10 @@ class Corpus:
         self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
         """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
+
+    def __repr__(self) -> str:
+        bos = "rows as they are" if self._source.tokenised else "no BOS" if self.bos is None else f"BOS {self.bos}"
+        return f"Corpus({printable(self.about)}: context {self.context:,}, {bos})"
 
     def train_rows(
         self, *, seed: int, epoch: int = 0, lane: int = 0, lanes: int = 1, start: Mapping[str, Any] | None = None

@@ -53,7 +53,7 @@ class ActivityBuilder:
     def build(self) -> Activity:
         """The activations of all blocks. Raises SaelabError if no block was added."""
         if not self._n_tokens:
-            raise SaelabError("features: the rows hold no ordinary token")
+            raise SaelabError("features: the rows hold no ordinary token, only special ones; use another text")
         features = torch.cat(self._features)
         order = torch.argsort(features, stable=True)  # reading order stays within a feature
         counts = torch.bincount(features, minlength=self._n_features)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from saelab.errors import SaelabError, did_you_mean
 from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, with_changed_tokens
 from saelab.lm.sites import Site, general_name, hook, read_values
+from saelab.tensors import kind
 
 LOGITS_AT_ONCE = 2**26
 """Most logits in one pass of `activations_and_gradients` (268 MB in float32), unless a single row has more."""
@@ -68,6 +69,11 @@ class LanguageModel:
         self._disputed, self._self_check = disputed or {}, self_check
         self._layouts: dict[str, Layout] = {}
         self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long, device=self.device)
+
+    def __repr__(self) -> str:
+        parameters = sum(tensor.numel() for tensor in self.model.parameters())
+        sites = f"{len(self.sites):,} sites"
+        return f"LanguageModel({self.name}: {parameters:,} parameters, {kind(self._head)}, {sites})"
 
     @property
     def unembedding(self) -> Tensor:

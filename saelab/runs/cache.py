@@ -13,7 +13,7 @@ import torch
 
 from saelab.activations.cache.layout import BLOCK_TOKENS, MANIFEST, Manifest, read_manifest
 from saelab.activations.cache.writer import begin, check, finish, rewrite, write_lane, written
-from saelab.activations.stream import Pass, provenance, run_model
+from saelab.activations.stream import Pass, check_losses, provenance, run_model
 from saelab.corpus.rows import Rows
 from saelab.errors import SaelabError
 from saelab.files import locked
@@ -64,6 +64,8 @@ def cache(
             checked_plan(lambda: plan_cache(settings, folder, requested, local), say, lines=True)
         job = Job(replace(settings, device=own_device(settings.device)), say)
         identity = cache_identity(job, requested)
+        if identity["gradients"]:
+            check_losses(job.corpus)
         with locked(folder) if rank == 0 else nullcontext():
             finished = begin(folder, identity) if rank == 0 else None
             barrier()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelab.corpus import Corpus
+from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.runs.job import Say, quiet
@@ -30,10 +31,16 @@ def calibrate(
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
     `rows` ``[rows, context]`` are held-out token ids; `sae` was trained on `scale` times the activations at `site`. The
-    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds.
+    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds. Raises
+    SaelabError if the rows hold no ordinary token.
     """
     if densities is None:
         return {}
+    if not lm.ordinary(rows).any():
+        raise SaelabError(
+            "calibration: the held-out rows hold no ordinary token, only special ones, so thresholds cannot be set; "
+            "use another text"
+        )
 
     def activations() -> Iterator[Tensor]:
         blocks = iter(rows.split(rows_per_forward))

@@ -1,12 +1,13 @@
 """Settings of a run: the rooms' sections in one tree, read from YAML and overrides.
 
 A section is a frozen dataclass that checks itself. Here each unknown key and each wrong type becomes one message that
-names the field. Numbers follow YAML 1.2: ``2e6`` and ``1e-4`` are numbers.
+names the field. yaml12.py reads the YAML.
 """
 
 import copy
 import dataclasses
-import re
+import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.settings import FeatureSettings
 from saelab.lm.settings import ModelSettings
+from saelab.runs.yaml12 import parse
 from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 
@@ -73,26 +75,9 @@ _SHORT = {
     "sae.sparsity": "name",
 }
 """Sections that may be written as one string: `model: gpt2` means `model: {name: gpt2}`."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of version 1.2."""
-
-
-_OLDER = {f"tag:yaml.org,2002:{name}" for name in ("float", "bool", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OLDER]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+_LARGEST = 10**15
+"""Largest number in a setting, apart from the seed: sizes in bytes are products of several, below 2**63."""
+_LARGEST_SEED = 2**63 - 1
 
 
 def find_config(name: str | Path) -> Path:
@@ -112,13 +97,15 @@ def find_config(name: str | Path) -> Path:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     """Settings from a YAML file, then ``section.key=value`` overrides. Raises SaelabError naming every bad field."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SaelabError(f"{path}: not a text file (byte {error.start} is not UTF-8); a config is YAML") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise SaelabError(f"{path}: cannot be read as YAML: {error}") from error
+    except OSError as error:
+        raise SaelabError(f"{path}: cannot be read ({error.strerror})") from error
+    raw = parse(text, str(path))
     if not isinstance(raw, dict):
-        raise SaelabError(f"{path}: a config is a mapping of settings, not {type(raw).__name__}")
+        found = "it is empty" if raw is None else f"not {_shown(raw)}"
+        raise SaelabError(f"{path}: a config is a mapping of settings, such as `site: ...`; {found}")
     return settings_from(raw, overrides, str(path))
 
 
@@ -126,29 +113,34 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
     """Settings from a mapping, with overrides. Raises SaelabError naming every bad field and the nearest good ones."""
     tree: dict[str, Any] = copy.deepcopy(dict(raw))
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise SaelabError(f"{override!r}: an override is written section.key=value, for example sae.k=64")
-        *sections, last = key.split(".")
-        target = tree
-        for i, section in enumerate(sections):
-            _expand(tree, ".".join(sections[: i + 1]))
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise SaelabError(f"{override!r}: {section} is a single value without keys; write {section}=VALUE")
-        try:
-            target[last] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise SaelabError(f"{override!r}: the value cannot be read as YAML: {error}") from error
+        _override(tree, override)
     for section in _SHORT:
         _expand(tree, section)
-    problems = _unknown_keys(tree, RunSettings, "")
+    problems = _problems(tree, RunSettings, "")
     if not problems:
         try:
             return _ADAPTER.validate_python(tree)
         except ValidationError as error:
             problems = [_explain(details) for details in error.errors()]
     raise SaelabError(f"{where}: " + "; ".join(problems))
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Set the key of ``section.key=value`` in `tree`."""
+    key, equals, value = override.partition("=")
+    shown = _shown(override)
+    if not equals or not all(key.split(".")):
+        raise SaelabError(f"{shown}: an override is written section.key=value, for example sae.k=64")
+    *sections, last = key.split(".")
+    target = tree
+    for i, section in enumerate(sections):
+        _expand(tree, ".".join(sections[: i + 1]))
+        if target.get(section) is None:
+            target[section] = {}
+        target = target[section]
+        if not isinstance(target, dict):
+            raise SaelabError(f"{shown}: {section} is a single value without keys; write {section}=VALUE")
+    target[last] = parse(value, shown)
 
 
 def _expand(tree: dict[str, Any], path: str) -> None:
@@ -162,28 +154,98 @@ def _expand(tree: dict[str, Any], path: str) -> None:
         tree[section] = {_SHORT[path]: tree[section]}
 
 
-def _unknown_keys(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
+def _problems(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
+    """What is wrong with the keys and values of a section, as far as pydantic would not say it, or not clearly."""
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     problems = []
     for key, value in tree.items():
+        name = f"{prefix}{_key(key)}"
         if key not in fields:
-            known = did_you_mean(str(key), fields) or f" Known: {', '.join(fields)}."
-            problems.append(f"{prefix}{key}: no such setting.{known}")
-        elif isinstance(value, Mapping):
-            for section in filter(dataclasses.is_dataclass, (fields[key], *get_args(fields[key]))):
-                problems += _unknown_keys(value, section, f"{prefix}{key}.")
+            problems.append(f"{name}: no such setting.{_nearest(str(key), fields)}")
+            continue
+        kinds, limit = (fields[key], *get_args(fields[key])), _LARGEST_SEED if name == "seed" else _LARGEST
+        section = next(filter(dataclasses.is_dataclass, kinds), None)
+        if section is not None and isinstance(value, Mapping):
+            problems += _problems(value, section, f"{name}.")
+        elif section is not None and not (value is None and type(None) in kinds):
+            problems.append(f"{name}: {_no_section(name, value, section)}")
+        elif isinstance(value, bool) and bool not in kinds:
+            problems.append(f"{name}: must be {_KINDS.get(kinds[0], 'text or a number')}, not {str(value).lower()}")
+        elif isinstance(value, int | float) and limit < abs(value) < math.inf:
+            problems.append(f"{name}: {_shown(value)} is too large")
+        elif isinstance(value, str) and not _is_name(value):
+            problems.append(f"{name}: {_shown(value)} is no name: it is too long, or has half a character or NUL in it")
     return problems
+
+
+def _no_section(name: str, value: Any, section: Any) -> str:
+    """Why `value` is no section of settings."""
+    if value is None:
+        return "is empty; write its settings below it, or remove the line"
+    short = f"one {_SHORT[name]}, or " if name in _SHORT else ""
+    keys = ", ".join(f.name for f in dataclasses.fields(section))
+    return f"must be {short}a section with some of the settings {keys}; not {_shown(value)}"
+
+
+def _nearest(key: str, fields: Iterable[str]) -> str:
+    above, dot, below = key.partition(".")
+    if dot and above in fields:
+        return f" In a file, sections are nested: {above}: {{{_key(below)}: ...}}."
+    return did_you_mean(key[:100], fields) or f" Known: {', '.join(fields)}."
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_TYPE_ERRORS = {
+    "int": "a whole number, such as 2000000 or 2e6",
+    "float": "a number, such as 2e-3",
+    "bool": "true or false",
+}
 
 
 def _explain(details: Any) -> str:
     """The message for one of pydantic's errors, beginning with the setting's name."""
-    name = ".".join(map(str, details["loc"]))
-    if details["type"] == "value_error":  # a section checked itself, and its message begins with the field's name
+    name, kind, value = ".".join(map(str, details["loc"])), details["type"], details["input"]
+    if kind == "value_error":  # a section checked itself, and its message begins with the field's name
         return (f"{name}." if name else "") + details["msg"].removeprefix("Value error, ")
-    if details["type"] == "dataclass_type":
-        return f"{name}: must be a section of settings, not {details['input']!r}"
-    if details["type"] == "tuple_type":
-        return f"{name}: must be a list, such as {name}=[a,b], not {details['input']!r}"
-    if details["type"] == "missing":
+    if kind == "missing":
         return f"{name}: is required"
-    return f"{name}: {details['msg'][0].lower()}{details['msg'][1:]}, not {details['input']!r}"
+    if value is None:
+        return f"{name}: is empty; give a value, or remove the setting to use its default"
+    if kind == "tuple_type":
+        return f"{name}: must be a list, such as {name}=[a,b], not {_shown(value)}"
+    if kind == "string_type":
+        quoted = f'; in quotes it is: "{value}"' if isinstance(value, int | float) else ""
+        return f"{name}: must be text, not {_shown(value)}{quoted}"
+    expected = next((text for start, text in _TYPE_ERRORS.items() if kind.startswith((start, "finite"))), None)
+    if expected is None:
+        return f"{name}: {details['msg'][0].lower()}{details['msg'][1:]}, not {_shown(value)}"
+    return f"{name}: must be {expected}, not {_shown(value)}"
+
+
+def _is_name(value: str) -> bool:
+    """Whether `value` can be the path of a file, in UTF-8, as the names in all text settings are."""
+    try:
+        path = value.encode()
+    except UnicodeEncodeError:  # half of a character
+        return False
+    return b"\0" not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) < 256
+
+
+def _key(key: Any) -> str:
+    """A key as it is written, cut if it is long."""
+    text = str(key)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class _Brief(reprlib.Repr):
+    """Short forms of values of any size: aliases of aliases may describe billions of values in a few lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 80, 80, 40
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x if len(x) <= self.maxstring else f"{x[: self.maxstring]}...")
+
+
+_shown = _Brief().repr

@@ -14,6 +14,7 @@ from torch import Tensor
 from saelab.activations.cache.layout import manifest_checksum
 from saelab.corpus import Corpus, open_corpus
 from saelab.errors import SaelabError
+from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder
@@ -89,7 +90,9 @@ class Job:
 
     def result_inputs(self, run: Path, section: Any) -> str:
         """Hash of everything that a result on held-out text depends on."""
-        weights = hashlib.sha256(folder.weights(run).read_bytes()).hexdigest()
+        path = folder.weights(run)
+        with translate_read_errors(path, "the weights of the autoencoder", "Train the run again."):
+            weights = hashlib.sha256(path.read_bytes()).hexdigest()
         return _hash(
             {
                 "weights": weights,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Evaluation, Fidelity
 from saelab.encoded import Block, Reader, read_together
 from saelab.errors import SaelabError
@@ -54,6 +55,7 @@ def run(
     """
     job = Job(settings_of(config, overrides), say)
     path = Path(job.settings.out)
+    check_losses(job.corpus)  # evaluation needs them: better an error now than after the training
     trained = folder.training_record(path)
     same = trained.get("inputs") == job.training_inputs()
     if trained.get("complete") and same and folder.has_checkpoint(path):

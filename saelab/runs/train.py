@@ -106,9 +106,16 @@ def go_on(job: Job, track: Track) -> Path:
 
 
 def _start(job: Job, source: Source) -> tuple[float, Trainer]:
-    """The input scale, which makes E||x||^2 = d_in over the first activations, and the trainer that begins there."""
+    """The input scale, which makes E||x||^2 = d_in over the first activations, and the trainer that begins there.
+
+    Raises SaelabError if no scale does.
+    """
     settings, sample = job.settings, source.sample()
-    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).double().mean().item())
+    mean_square = sample.square().sum(1).double().mean().item()
+    if not 0 < mean_square < math.inf:
+        what = "are all 0" if not mean_square else "are so large that their squares are infinite"
+        raise SaelabError(f"{settings.site}: the first {len(sample):,} activations {what}; choose another site")
+    scale = math.sqrt(sample.shape[1] / mean_square)
     sae = new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
     return scale, Trainer(sae, settings.training, settings.sae)
 
@@ -210,13 +217,13 @@ def _lines_before(metrics: Path, steps: int) -> str:
     if not metrics.is_file():
         return ""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] >= steps:
                 break
-        except ValueError:  # cut off by the kill
+        except (ValueError, KeyError, TypeError):  # cut off by the kill, or damaged
             break
-        kept.append(line + "\n")
+        kept.append(line.decode() + "\n")
     return "".join(kept)
 
 

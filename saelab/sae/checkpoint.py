@@ -85,31 +85,39 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         d_in, n_features = int(config["d_in"]), int(config["d_sae"])
-    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        metadata = dict(config.get("metadata") or {})
+        ours = dict(metadata.get("saelab") or {})
+        architecture = _checked_architecture(config, n_features, folder)
+        # without a budget of its own, as from another trainer, nothing limits the active features
+        k, beta = (
+            int(config["k"] if architecture == "topk" else ours.get("k", n_features)),
+            float(ours.get("beta", 0.0)),
+        )
+    except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
-    _check(config, folder)
-    metadata = config.get("metadata") or {}
-    ours = metadata.get("saelab") or {}
-    architecture = config.get("architecture")
-    # without a budget of its own, as from another trainer, nothing limits the active features
-    k = config["k"] if architecture == "topk" else ours.get("k", n_features)
+    if "W_enc" in tensors:
+        tensors["W_enc"] = tensors["W_enc"].T
+    _check_shape(folder, "W_enc", tensors.get("W_enc"), (n_features, d_in))  # before memory is allocated
     sae = SparseAutoencoder(d_in, n_features, k, metadata)
-    sae.beta = float(ours.get("beta", 0.0))
+    sae.beta = beta
     expected: dict[str, torch.Tensor] = dict(sae.named_parameters())
     if architecture == "jumprelu":
         sae.threshold = expected["threshold"] = torch.empty(n_features)
     elif architecture == "standard":
         sae.threshold = torch.zeros(1)
     for name, parameter in expected.items():
-        tensor = tensors.get(name)
-        tensor = tensor.T if tensor is not None and name == "W_enc" else tensor
-        if tensor is None or tensor.shape != parameter.shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
-            raise SaelabError(f"{folder / WEIGHTS}: {name} is {found}")
-        parameter.data.copy_(tensor)
+        parameter.data.copy_(_check_shape(folder, name, tensors.get(name), tuple(parameter.shape)))
     if folder == inner:
         sae.figures = _figures(path / EVALUATION)
     return sae.to(device).requires_grad_(False)
+
+
+def _check_shape(folder: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """`tensor`. Raises SaelabError if it is None or of another shape."""
+    if tensor is None or tensor.shape != shape:
+        found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {shape}"
+        raise SaelabError(f"{folder / WEIGHTS}: {name} is {found}")
+    return tensor
 
 
 def _figures(evaluation: Path) -> dict[str, Any]:
@@ -120,7 +128,8 @@ def _figures(evaluation: Path) -> dict[str, Any]:
         return {}
 
 
-def _check(config: dict[str, Any], folder: Path) -> None:
+def _checked_architecture(config: dict[str, Any], n_features: int, folder: Path) -> str:
+    """The architecture of a checkpoint. Raises SaelabError if saelab does not compute it exactly."""
     expected = {
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
@@ -135,5 +144,6 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         raise SaelabError(
             f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk, jumprelu and standard"
         )
-    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= config["d_sae"]):
+    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= n_features):
         raise SaelabError(f"{folder / CONFIG}: k is {k!r}, not between 1 and d_sae")
+    return architecture

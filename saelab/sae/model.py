@@ -9,6 +9,7 @@ stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradi
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -242,7 +243,7 @@ class SparseAutoencoder(nn.Module):
 
 def bare_autoencoder(settings: SaeSettings, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
     """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder."""
-    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, d_out=d_out)
+    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)

@@ -157,8 +157,8 @@ class SaeSettings:
     trained is the control that a trained one must beat."""
 
     def __post_init__(self) -> None:
-        if self.n_features < 1:
-            raise SettingError(f"n_features: {self.n_features} is not a positive number")
+        if not 1 <= self.n_features < 2**31:  # their numbers are int32 in the feature database
+            raise SettingError(f"n_features: {self.n_features} is not between 1 and 2,147,483,647")
         if not 1 <= self.k <= self.n_features:
             raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
         _one_of("selection", self.selection, ("float32", "bfloat16"))

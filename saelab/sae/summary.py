@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from saelab.errors import printable
+from saelab.tensors import kind
+
 if TYPE_CHECKING:
     from saelab.sae.model import SparseAutoencoder
 
@@ -44,10 +47,9 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     ours = ours if isinstance(ours, Mapping) else {}
     parameters = sum(parameter.numel() for parameter in sae.parameters())
     widths = f"d_in {sae.d_in:,}" + ("" if sae.centred else f", d_out {sae.d_out:,}")
-    dtype = str(sae.W_dec.dtype).removeprefix("torch.")
     found = [
         ("size", f"{widths}, {sae.n_features:,} features, {parameters:,} parameters"),
-        ("weights", f"{dtype} on {sae.W_dec.device}"),
+        ("weights", kind(sae.W_dec)),
         ("site", _shown(metadata.get("hook_name"))),
         ("model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
@@ -84,7 +86,8 @@ def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
             parts.append(f"{name} {_shown(value)}")
     if parts:
         return ", ".join([*parts, f"k {sae.k:,}"])
-    return _shown(sae.metadata.get("training_architecture"))
+    known = _shown(sae.metadata.get("training_architecture"))
+    return known or f"encoder {'linear' if sae.log_threshold is None else 'jumprelu'}, k {sae.k:,}"
 
 
 def _inference(sae: "SparseAutoencoder") -> str:
@@ -131,4 +134,4 @@ def _shown(value: Any) -> str:
         return ""
     whole = str(value)
     cut = whole if len(whole) <= _LONGEST else whole[:_LONGEST] + "..."
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in cut)
+    return printable(cut)

@@ -3,6 +3,7 @@
 Tensors keep their bits, and so do numbers: JSON writes enough digits of a float to read the same float back.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     values = _without_tensors(state, "", tensors)
     write_tensors(folder / TENSORS, tensors)
-    write_json(folder / VALUES, {"format": FORMAT, "state": values})
+    write_json(folder / VALUES, {"format": FORMAT, "checksum": _checksum(values), "state": values})
 
 
 def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -45,12 +46,22 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         version, values = found["format"], found["state"]
         if version == FORMAT:
+            if found.get("checksum", _checksum(values)) != _checksum(values):  # earlier versions wrote none
+                raise ValueError(f"{VALUES} does not match its checksum")
             return _with_tensors(values, tensors, torch.device(device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise SaelabError(f"{folder}: the state of the training cannot be read: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise SaelabError(
+            f"{folder}: the state of the training cannot be read: {error!r}; delete this folder to go on from "
+            "the state before it"
+        ) from error
     raise SaelabError(
         f"{folder}: has version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
     )
+
+
+def _checksum(values: Any) -> str:
+    """The sha256 of the values of a state, which are the same before and after they are written."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

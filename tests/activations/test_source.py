@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from saelab.activations.source import FromCache, FromModel, Source
 from saelab.activations.stream import ActivationBatch, read_activations
 from saelab.corpus import Corpus, CorpusSettings, encoder, files, open_corpus
 from saelab.corpus import rows as corpus_rows
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, SettingError
 from saelab.memory import peak_bytes
 from saelab.progress import T
 from tests.activations.cache import made
@@ -231,6 +231,41 @@ def test_rows_that_give_nothing_end_with_a_message(
     stream = StreamSettings(100, rows_per_forward)
     with pytest.raises(SaelabError, match=message):
         FromModel(language_model("llama"), corpus, SITE, stream, batch_tokens=10, seed=0, gradients=gradients)
+
+
+def test_a_long_text_that_gives_nothing_ends_within_its_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saelab.activations.stream.BARREN_ROWS", 60)
+    barren = [[0, 5 + n, 1, 0] for n in range(200)]  # no position has a loss
+    corpus = corpus_of(write(tmp_path / "a.jsonl", barren, "input_ids"), context=4, kind="llama")
+
+    def opened(said: list[str]) -> Source:
+        stream, lm = StreamSettings(100, 8), language_model("llama")
+        return FromModel(lm, corpus, SITE, stream, batch_tokens=10, seed=0, gradients=True, say=said.append)
+
+    said: list[str] = []
+    with pytest.raises(SaelabError, match="corpus: 64 rows one after the other hold special tokens only, or the last"):
+        opened(said)
+    assert not said  # no epoch has ended
+    endless = (np.array(row, dtype=np.int32) for row in cycle(barren))
+    with pytest.raises(SaelabError, match="rows one after the other"):
+        next(read_activations(language_model("llama"), endless, SITE, 8, gradients=True))
+
+
+def test_rows_that_give_nothing_between_others_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saelab.activations.stream.BARREN_ROWS", 60)
+    rows = [np.array([0, 5, 6, 1] if n % 59 == 58 else [0, 1, 0, 1], dtype=np.int32) for n in range(590)]
+    batches = list(read_activations(language_model("llama"), iter(rows), SITE, 1))
+    assert [batch.rows.tolist() for batch in batches] == [[n, n] for n in range(58, 590, 59)]
+
+
+def test_rows_too_short_for_a_loss_are_refused_at_once(tmp_path: Path) -> None:
+    short = corpus_of(write(tmp_path / "a.txt", TEXTS[:60]), context=2)
+    with pytest.raises(SettingError, match=r"context: 2 leaves room for one token after BOS.*; set context=3 or more"):
+        from_model(short, gradients=True)
+    assert len(next(from_model(short)))  # without gradients a row has a use
+    from_model(corpus_of(write(tmp_path / "b.txt", TEXTS[:60]), context=3), gradients=True)
 
 
 def test_an_epoch_with_a_single_token_is_enough(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Settings: YAML 1.2 numbers, overrides, and one clear message for each mistake."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,37 @@ def test_overrides_reach_sections_and_their_short_forms(tmp_path: Path) -> None:
         ({"sae": {"n_feature": 5}}, r"sae.n_feature: no such setting. Nearest: n_features"),
         ({"sae": {"k": 0}}, r"sae.k: 0 is not between 1 and n_features"),
         ({"sae": {"k": 9, "n_features": 8}}, r"sae.k: 9 is not between 1 and n_features \(8\)"),
-        ({"sae": 3}, r"sae: must be a section of settings, not 3"),
-        ({"training": {"tokens": 1.5}}, r"training.tokens: .*integer"),
-        ({"training": {"lr": "fast"}}, r"training.lr: .*'fast'"),
+        ({"sae": 3}, r"sae: must be a section with some of the settings n_features, k, .*; not 3"),
+        ({"sae": "topk"}, r"sae: must be a section with .*; not 'topk'"),
+        ({"sae": ["k", 3]}, r"sae: must be a section with .*; not \['k', 3\]"),
+        ({"sae": None}, r"sae: is empty; write its settings below it, or remove the line"),
+        ({"model": 3}, r"model: must be one name, or a section with some of the settings name, .*; not 3"),
+        ({"sae": {"encoder": []}}, r"sae.encoder: must be one name, or a section"),
+        ({"activations": {"cache": 3}}, r"activations.cache: must be one path, or a section"),
+        ({"training": {"tokens": 1.5}}, r"training.tokens: must be a whole number, such as 2000000 or 2e6, not 1.5"),
+        ({"training": {"tokens": "1e6.5"}}, r"training.tokens: must be a whole number, .* not '1e6.5'"),
+        ({"training": {"tokens": 10**400}}, r"training.tokens: 1000+\.\.\.0+ is too large"),
+        ({"training": {"tokens": 1e300}}, r"training.tokens: 1e\+300 is too large"),
+        ({"features": {"contexts": 2**63 - 1}}, r"features.contexts: 9223372036854775807 is too large"),
+        ({"seed": 2**63}, r"seed: 9223372036854775808 is too large"),
+        ({"sae": {"n_features": 2**31}}, r"sae.n_features: 2147483648 is not between 1 and 2,147,483,647"),
+        (
+            {"activations": {"stream": {"rows_per_forward": 10**9}}},
+            r"activations.stream.rows_per_forward: 1,000,000,000",
+        ),
+        ({"cache": {"rows_per_forward": 10**9}}, r"cache.rows_per_forward: 1,000,000,000 rows do not fit"),
+        ({"cache": {"lanes": 10**9}}, r"cache.lanes: 1,000,000,000 is more than 4,096"),
+        ({"training": {"lr": "fast"}}, r"training.lr: must be a number, such as 2e-3, not 'fast'"),
+        ({"training": {"lr": None}}, r"training.lr: is empty; give a value, or remove the setting"),
+        ({"training.tokens": 5}, r"In a file, sections are nested: training: \{tokens: ...\}"),
+        ({"seed": True}, r"seed: must be a whole number, not true"),
+        ({"sae": {"multi_topk": 2}}, r"sae.multi_topk: must be true or false, not 2"),
+        ({"out": 2026}, r'out: must be text, not 2026; in quotes it is: "2026"'),
+        ({"out": "a\0b"}, r"out: 'a\\x00b' is no name"),
+        ({"corpus": "é" * 200}, r"corpus.source: 'é+\.\.\.' is no name: it is too long"),
+        ({"out": "a/" * 3000}, r"out: '.*' is no name: it is too long"),
+        ({"out": "\ud800"}, r"out: .* is no name"),
+        ({"cache": {"sites": "a"}}, r"cache.sites: must be a list, such as cache.sites=\[a,b\]"),
         ({"context": 1}, r"context: 1 leaves no room"),
         ({"model": {"dtype": "int8"}}, r"model.dtype: 'int8'"),
         ({"site": None}, r"site"),
@@ -86,6 +115,86 @@ def test_missing_settings_and_bad_overrides() -> None:
         settings_from(BASE, ["out.k=3"])
     with pytest.raises(SaelabError, match="cannot be read as YAML"):
         settings_from(BASE, ["sae.k=[1"])
+    for override in ("=3", ".k=3", "sae.=3", "sae..k=3"):
+        with pytest.raises(SaelabError, match=r"an override is written section.key=value"):
+            settings_from(BASE, [override])
+    with pytest.raises(SaelabError, match="k: is given twice"):
+        settings_from(BASE, ["sae={k: 3, k: 4}"])
+
+
+def test_an_override_fills_an_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("out: x\nsite: y\nsae:\n")
+    assert load_config(path, ["sae.k=3"]).sae.k == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out: y\n", "out: is given twice (lines 1 and 3); keep one of them"),
+        ("sae:\n  k: 1\n  n_features: 9\n  k: 2\n", "sae.k: is given twice (lines 4 and 6)"),
+        ("sae: {k: 1, k: 2}\n", "sae.k: is given twice (line 3)"),
+        ("sae: {k: 1}\ntraining: {lr: 1}\nsae: {n_features: 4}\n", "sae: is given twice (lines 3 and 5)"),
+        ("sae: {aux: {name: none, lift: false, 'name': aux_k}}\n", "sae.aux.name: is given twice"),
+        ("sae: {<<: {k: 1, k: 2}}\n", "sae.k: is given twice"),
+        ("sae: {<<: [{k: 1}, {k: 2, k: 3}]}\n", "sae.k: is given twice"),
+        ("<<: {seed: 1}\n<<: {context: 9}\n", "<<: is given twice (lines 3 and 4)"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_an_error_with_its_lines(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"out: x\nsite: y\n{text}")
+    with pytest.raises(SaelabError) as error:
+        load_config(path)
+    assert f"{path}: {message}" in str(error.value)
+
+
+def test_merged_keys_give_way_to_the_keys_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("out: x\nsite: y\ntraining: &t {lr: 1, tokens: 5000}\neval: {tokens: 5}\n")
+    assert load_config(path).training.lr == 1
+    path.write_text("out: x\nsite: y\nsae: {<<: [{k: 3}, {k: 4, n_features: 50}], n_features: 60}\n")
+    assert (load_config(path).sae.k, load_config(path).sae.n_features) == (3, 60)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ("seed: 1\n---\nseed: 2\n", "line 2, column 1: expected a single document in the stream, but found another"),
+        ("seed: !!python/object:os.system {}", "line 1, column 7: could not determine a constructor for the tag"),
+        ("seed: !!int x", "seed: 'x' is not of the type int (line 1)"),
+        ("seed: !!timestamp x", "could not determine a constructor"),
+        (f"seed: {'9' * 5000}", "seed: a number of 5,000 digits is too large (line 1)"),
+        ("seed: " + "[" * 3000, "too many nested lists or mappings"),
+        ("[a]: 1", "has a list or a mapping as a key"),
+        ("seed: \0", "cannot be read as YAML: unacceptable character"),
+        ("a: [1", "line 1, column 6: expected ',' or ']'"),
+    ],
+)
+def test_text_that_is_no_config_is_one_line_of_error(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(SaelabError) as error:
+        load_config(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def doubled(begin: str, item: str) -> str:
+    """30 lines, each of which has the line before it nine times."""
+    lines = [f"x{n + 1}: &x{n + 1} {item % ', '.join([f'*x{n}'] * 9)}\n" for n in range(30)]
+    return f"x0: &x0 {begin}\n" + "".join(lines)
+
+
+@pytest.mark.parametrize("text", [doubled("[1, 2]", "[%s]"), doubled("{k: 1}", "{<<: [%s]}"), "x: &x [*x]\n"])
+def test_aliases_of_aliases_take_no_time(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for last in ("", f"\nout: *x{30 if 'x30' in text else ''}\nsite: y\n"):
+        path.write_text(text + last)
+        began = time.process_time()
+        with pytest.raises(SaelabError) as error:
+            load_config(path)
+        assert time.process_time() - began < 5 and len(str(error.value)) < 20_000
 
 
 def test_files_that_are_not_configs(tmp_path: Path) -> None:

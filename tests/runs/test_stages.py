@@ -20,7 +20,7 @@ from saelab.errors import SaelabError
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
 from saelab.sae.model import SparseAutoencoder
-from tests.tiny import CONTEXT, model_folder, text
+from tests.tiny import CONTEXT, language_model, model_folder, text
 
 SMALL = {
     "context": CONTEXT,
@@ -323,4 +323,41 @@ def test_rows_of_special_tokens_only_end_with_a_message(tmp_path: Path) -> None:
     config = small(tmp_path) | {"model": str(model_folder("llama")), "corpus": str(path), "context": 4}
     with pytest.raises(SaelabError, match="special tokens only"):
         saelab.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("affinity", ["activation", "gradient"])
+def test_rows_too_short_for_a_loss_are_refused_before_anything_is_trained(affinity: str, tmp_path: Path) -> None:
+    config = small(tmp_path) | {"context": 2}
+    overrides = [f"sae.affinity={affinity}"]
+    with pytest.raises(SaelabError, match="context: 2 leaves room for one token after BOS"):
+        saelab.run(config, overrides)
+    assert not (tmp_path / "run").exists()
+    if affinity == "gradient":
+        for stage in (saelab.train, lambda *job: saelab.cache(job[0], tmp_path / "cache", job[1])):
+            with pytest.raises(SaelabError, match="context: 2 leaves room"):
+                stage(config, overrides)
+        assert not (tmp_path / "run").exists() and not (tmp_path / "cache" / "unfinished").exists()
+
+
+def test_thresholds_need_an_ordinary_token() -> None:
+    lm = language_model("llama")
+    sae = SparseAutoencoder(32, 16, 2)
+    rows = torch.tensor([[0, 1, 0, 1]] * 3)
+    with pytest.raises(SaelabError, match="calibration: the held-out rows hold no ordinary token"):
+        saelab.calibrate(sae, lm, rows, "blocks.1.hook_resid_post", torch.tensor(0.1))
+
+
+def test_a_site_that_is_always_0_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    silent = tmp_path / "model"
+    model = AutoModelForCausalLM.from_pretrained(model_folder("gpt2"))
+    for parameter in model.transformer.h[0].mlp.c_proj.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.save_pretrained(silent)
+    AutoTokenizer.from_pretrained(model_folder("gpt2")).save_pretrained(silent)
+    site = "blocks.0.mlp.hook_out"
+    with pytest.raises(SaelabError, match=f"{site}: the first .* activations are all 0; choose another site"):
+        saelab.train(small(tmp_path) | {"model": str(silent), "site": site})
     assert not (tmp_path / "run").exists()

@@ -75,6 +75,11 @@ class Cache:
         """The number of the first block of each shard in the cache; the last entry is the number of blocks."""
         self._checked: set[str] = set()
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site} {d_in:,}" for site, d_in in self.sites.items())
+        gradients = ", with gradients" * bool(self.identity["gradients"])
+        return f"Cache({self.folder}: {self.tokens:,} tokens, {self.identity['dtype']}, {sites}{gradients})"
+
     @property
     def sites(self) -> dict[str, int]:
         """d_in of each site."""

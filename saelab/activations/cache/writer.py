@@ -32,7 +32,7 @@ from saelab.activations.cache.layout import (
     with_checksum,
 )
 from saelab.activations.cache.shard import Shards, translating
-from saelab.activations.stream import Pass
+from saelab.activations.stream import BARREN_ROWS, Pass, barren_rows
 from saelab.errors import SaelabError
 from saelab.files import sync, write_whole
 
@@ -94,8 +94,8 @@ def write_lane(
     A thread reads the rows of up to `ahead` passes in advance. Use this only for a model on another device: on a CPU,
     that thread and the model's threads would wait for each other.
 
-    Raises SaelabError if activations are not finite (unless the identity says to skip their tokens) and if the disk is
-    full; shards finished before stay.
+    Raises SaelabError if activations are not finite (unless the identity says to skip their tokens), if `BARREN_ROWS`
+    rows one after the other give no token, and if the disk is full; shards finished before stay.
     """
     records = _records(folder, lane)
     quota = math.ceil(identity["tokens"] / identity["lanes"])
@@ -106,15 +106,19 @@ def write_lane(
     first_row = records[-1]["first_row"] + records[-1]["rows"] if records else 0
     rows = open_rows(lane, start)
     index = len(records)
-    position, more = rows.state(), True
+    position, more, barren = rows.state(), True, 0
     with Shards(folder, identity, quota - done) as shards, closing(_read_rows(rows, identity, ahead)) as blocks:
         while more and done < quota:
             shard = shards.next(shard_name(lane, index), lane, first_row, position)
             more = False
             for block, after in islice(blocks, identity["passes_per_shard"]):
-                added = shard.add(block, forward(block))
+                result = forward(block)
+                added = shard.add(block, result)
                 position, done, more = after, done + added, True
                 yield added
+                if barren + len(block) >= BARREN_ROWS and not added and result.kept.any():
+                    raise _all_nonfinite(folder, f"tokens of {BARREN_ROWS:,} rows one after the other")
+                barren = barren_rows(barren, len(block), added, gradients=identity["gradients"])
                 if done >= quota:
                     break
             if shard.rows:
@@ -162,15 +166,19 @@ def finish(folder: Path, identity: Mapping[str, Any]) -> Manifest:
     if not manifest.tokens:
         skipped = sum(shard["skipped"] for shard in shards)
         if skipped:
-            raise SaelabError(
-                f"{folder}: nothing to store: all {skipped:,} tokens are NaN or infinite at some site; a wider "
-                "`cache.dtype` or `model.dtype` may help"
-            )
+            raise _all_nonfinite(folder, f"{skipped:,} tokens")
         raise SaelabError(f"{folder}: the text holds no token to store; use another corpus or other limits on length")
     _write_manifest(folder, manifest)
     with translating(folder, 0):
         _remove_leftovers(folder, identity)
     return manifest
+
+
+def _all_nonfinite(folder: Path, what: str) -> SaelabError:
+    return SaelabError(
+        f"{folder}: nothing to store: all {what} are NaN or infinite at some site; a wider `cache.dtype` or "
+        "`model.dtype` may help"
+    )
 
 
 def check(folder: Path, manifest: Manifest, *, contents: bool) -> Iterator[tuple[dict[str, Any], str | None]]:

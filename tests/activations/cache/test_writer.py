@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from saelab.activations.cache import layout
 from saelab.activations.cache.layout import Manifest
+from saelab.activations.cache.reader import open_cache
 from saelab.activations.cache.writer import begin, check, finish, rewrite, write_lane
 from saelab.activations.stream import Pass
 from saelab.errors import SaelabError
@@ -60,6 +61,50 @@ def test_without_a_token_there_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match="no token to store"):
         write(tmp_path, stop=0)
     assert not (tmp_path / layout.MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("special", "rows one after the other hold special"), ("nan", "nothing to store: all tokens of")],
+)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_an_endless_text_that_gives_nothing_ends_with_a_message(
+    what: str, message: str, lanes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("stream", "cache.writer"):
+        monkeypatch.setattr(f"saelab.activations.{module}.BARREN_ROWS", 40)
+    facts, read = identity(nonfinite="skip", tokens=10**9, lanes=lanes), [0]
+
+    def run(block: np.ndarray) -> Pass:
+        """Nothing to keep after the first ten passes."""
+        read[0] += len(block)
+        kept, found, slopes = forward(facts)(block)
+        if read[0] <= 40:
+            return Pass(kept, found, slopes)
+        if what == "nan":
+            return Pass(kept, {site: value * torch.nan for site, value in found.items()}, slopes)
+        return Pass(torch.zeros_like(kept), {site: value[:0] for site, value in found.items()}, slopes)
+
+    with pytest.raises(SaelabError, match=message):
+        write(tmp_path, facts, run)
+    assert read[0] == 80
+
+
+def test_a_cache_with_empty_shards_is_read_as_one_without(tmp_path: Path) -> None:
+    facts = identity(passes_per_shard=1, tokens=200)
+
+    def run(block: np.ndarray) -> Pass:
+        kept, found, slopes = forward(facts)(block)
+        if block[0, 1] % 2:
+            return Pass(kept, found, slopes)
+        return Pass(torch.zeros_like(kept), {site: value[:0] for site, value in found.items()}, slopes)
+
+    manifest = write(tmp_path, facts, run)
+    assert {0} < {shard["tokens"] for shard in manifest.shards}
+    with open_cache(tmp_path).batches(SITE, 50, seed=0, buffer_tokens=100) as batches:
+        tokens = sum(len(batch) for batch in islice(batches, 20))
+        assert tokens > manifest.tokens and batches.cursor.epoch > 0
+    assert sum(map(len, open_cache(tmp_path).in_order(SITE))) == manifest.tokens
 
 
 @pytest.mark.parametrize("lanes", [2, 3])
