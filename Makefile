@@ -82,7 +82,7 @@ test-slow: $(DEV)
 # Where the model cannot be fetched, the tests are skipped with the reason.
 test-real: $(DEV)
 	-@$(PIP) -c constraints.txt gguf && $(BIN)/python scripts/real_model.py --only-fetch
-	@$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -97,22 +97,23 @@ def test_runs_that_share_layers_equal_full_runs_to_the_bit(site: str, lm: Langua
 def test_a_short_training_learns_and_its_evaluation_is_plausible(run: Path) -> None:
     """The ranges, and why.
 
-    - FVU: 1 is the mean's, and 64 steps explain more than half, far from all. Token-id rows without BOS give 0.004 with
-      a worse autoencoder, because the first token of each row, a sink, then has nearly all of the variance.
-    - CE of the clean run: a language model of this size has 3 to 4 nats per token on news and reviews. Uniform guessing
-      has ln 49,152 = 10.8, and this is about what zeros at the middle layer leave.
+    - FVU: 1 is the mean's, and 64 steps are enough to explain a third of the variance. Some 0.1 is as low as it gets
+      when the one row in 40 whose first token is a sink is among the text; below 0.05, sinks are all that is measured.
+    - CE of the clean run: a model of this size has 3 to 4 nats per token on news and reviews. Without the middle layer
+      it must do worse than with the reconstruction, and zeros are further from what it knows than the mean.
+    - Loss recovered: more than half, because even then the reconstruction has most of each vector's direction.
     """
-    logged = [line["fvu"] for line in run_folder.metrics(run)]
-    assert logged[-1] < 0.8 * logged[0]
+    logged = run_folder.metrics(run)["fvu"]
+    assert logged.iloc[-1] < 0.8 * logged.iloc[0]
 
     found = run_folder.evaluation(run)
     assert found is not None
     assert all(math.isfinite(value) for value in found.values() if isinstance(value, float))
-    assert 0.1 < found["fvu"] < 0.6 and found["l0"] == 32
+    assert 0.05 < found["fvu"] < 0.67 and found["l0"] == 32
     assert 2.5 < found["ce_clean"] < 4.5
-    assert found["ce_clean"] < found["ce_spliced"] < found["ce_mean_ablated"] < found["ce_zero_ablated"] < 13
+    assert found["ce_clean"] < found["ce_spliced"] < found["ce_mean_ablated"] < found["ce_zero_ablated"]
     assert 0.5 < found["loss_recovered_mean"] < found["loss_recovered_zero"] < 1
-    assert found["never_active"] < 0.5 * found["n_features"]
+    assert found["never_active"] < 0.25 * found["n_features"]
 
 
 def test_the_features_agree_with_the_evaluation(run: Path, lm: LanguageModel) -> None:
