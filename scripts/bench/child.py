@@ -2,8 +2,8 @@
 
     python scripts/bench/child.py scripts/bench/ours_step.py step '{"case": "fp32", "shape": [2048, 768, 24576, 32]}'
 
-prints the result of the function, as JSON, on the last line. OMP_NUM_THREADS is the number of threads. Standard library
-only: the peers' interpreter has no saelab.
+prints the result of the function as JSON, or its error on one line, and nothing else. OMP_NUM_THREADS is the number of
+threads. Standard library only: the peers' interpreter has no saelab.
 """
 
 import contextlib
@@ -40,6 +40,12 @@ def call(file: str, name: str, arguments: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    with contextlib.redirect_stdout(sys.stderr):  # peers print to stdout
-        result = call(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
-    print(json.dumps(result))
+    # Peers print to stdout: from Python, from C, at exit. Their file descriptor becomes stderr's, and only the result
+    # goes to the real one.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as stdout:
+        os.dup2(2, 1)
+        try:
+            stdout.write(json.dumps(call(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))))
+        except Exception as error:  # on stderr a peer's progress bar may follow it
+            stdout.write(" ".join(f"{type(error).__name__}: {error}".split()))
+            raise

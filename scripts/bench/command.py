@@ -59,6 +59,12 @@ def write_json(path: Path | None, record: dict[str, Any]) -> None:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def check(record: dict[str, Any]) -> None:
+    """Exit with code 1 if a peer failed, after everything else was measured and reported."""
+    if record["failures"]:
+        raise SystemExit(1)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; print an error for the user as one message and exit with code 2."""
     try:

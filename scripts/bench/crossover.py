@@ -84,7 +84,7 @@ def measure(shapes: Sequence[Sequence[int]], repeats: int, threads: int | None) 
         crossover([(row["density"], row["ratio"]) for row in rows if row["shape"] == list(shape)]) for shape in shapes
     ]
     record = {**run.facts("torch"), "rows": rows, "crossovers": found, "repeats": repeats}
-    return record | {"used_by_others": run.used_by_others()}
+    return record | run.outcome()
 
 
 def report(record: dict[str, Any]) -> str:

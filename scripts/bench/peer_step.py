@@ -14,6 +14,7 @@ Variants: `as_shipped`, fp32 and the library's own call of torch.optim.Adam (nev
 # pyright: reportMissingImports=false
 
 import contextlib
+import os
 import statistics
 import tempfile
 import time
@@ -118,6 +119,8 @@ class _Site(nn.Module):
 
 def sparsify(source: Source, variant: str, n_features: int, k: int, optimiser: str = "adam") -> None:
     """sparsify/trainer.py: Trainer.__init__ and Trainer.fit, whole: its hook, loss, backward and optimiser calls."""
+    if not source.x.is_cuda:  # it decodes with Triton's kernels if triton can be imported, also without a GPU
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
     from transformers import get_linear_schedule_with_warmup
 

@@ -9,11 +9,13 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from saelab.errors import SaelabError, brief
 BUSY = 0.1
 """Share of the processors above which other programs are reported. A step of many short parallel regions suffers most,
 because each region waits for its slowest thread."""
+LONGEST = 3600
+"""Seconds that one measurement may take."""
 Function = Callable[..., Any]
 OFFLINE = {
     "WANDB_MODE": "disabled",
@@ -42,6 +46,14 @@ def add_options(parser: Any) -> None:
     parser.add_argument("--threads", type=command.whole(1), help="of every process (default: all processors)")
 
 
+class MeasurementError(SaelabError):
+    """A measurement that gave no result."""
+
+    def __init__(self, reason: str, command: Sequence[str], *, peers: bool) -> None:
+        self.reason, self.peers = reason, peers
+        super().__init__(f"this measurement failed ({reason}): {shlex.join(command)}")
+
+
 class Processes:
     """Runs measurements one at a time.
 
@@ -54,6 +66,8 @@ class Processes:
         self.label = "once"
         self.others: list[float] = []
         """Share of the machine's processors that other programs used, for each measurement."""
+        self.failures: dict[str, str] = {}
+        """Reasons by row of the report, for the rows that a peer gave no result for."""
         self.peer_versions: dict[str, str] = {}
         if peers:
             if not peers.is_file():
@@ -73,8 +87,22 @@ class Processes:
         return self._reported(function, arguments, isolated=False)
 
     def peer(self, function: Function, **arguments: Any) -> Any:
-        """The same from the peers' interpreter; the function's file may import nothing from this folder."""
+        """The same from the peers' interpreter; the function's file may import nothing from this folder.
+
+        Raises MeasurementError if the peer fails; call it in a `row`.
+        """
         return self._reported(function, arguments, isolated=True)
+
+    @contextmanager
+    def row(self, name: str) -> Iterator[None]:
+        """The measurements of a row of the report. If a peer fails, the block ends and `failures` has the reason."""
+        try:
+            yield
+        except MeasurementError as error:
+            if not error.peers:
+                raise
+            self.failures[name] = error.reason
+            _say(f"{self.label}: {name}: {error}")
 
     def facts(self, *distributions: str) -> dict[str, Any]:
         """Facts for a record: the machine, the versions of these distributions, and those of the peers."""
@@ -88,8 +116,10 @@ class Processes:
             "threads": self.threads,
         }
 
-    def used_by_others(self) -> dict[str, float]:
-        return {"median": statistics.median(self.others), "max": max(self.others)}
+    def outcome(self) -> dict[str, Any]:
+        """The last facts for a record: how busy the machine was, and which rows failed."""
+        others = {"median": statistics.median(self.others), "max": max(self.others)}
+        return {"used_by_others": others, "failures": self.failures}
 
     def _reported(self, function: Function, arguments: dict[str, Any], isolated: bool) -> Any:
         result, others = self._measured(function, arguments, isolated)
@@ -111,16 +141,39 @@ class Processes:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         began, busy, own = time.monotonic(), _busy_seconds(), _child_seconds()
         try:
-            done = subprocess.run(line, env=OFFLINE | os.environ | threads, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                line,
+                env=OFFLINE | os.environ | threads,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=LONGEST,
+                check=False,
+            )
         except OSError as error:
             raise SaelabError(f"{line[0]}: cannot be run ({brief(error)})") from error
-        lines = done.stdout.splitlines()
-        if done.returncode or not lines:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise SaelabError(f"this measurement failed ({last[:300]}): {shlex.join(line)}")
+        except subprocess.TimeoutExpired as error:
+            raise MeasurementError(f"no result after {LONGEST:,} s", line, peers=isolated) from error
+        result, problem = _result(done)
+        if problem:
+            raise MeasurementError(problem, line, peers=isolated)
         processors = (os.cpu_count() or 1) * (time.monotonic() - began)
         others = max(0.0, (_busy_seconds() - busy) - (_child_seconds() - own)) / processors
-        return json.loads(lines[-1]), others
+        return result, others
+
+
+def _result(done: subprocess.CompletedProcess[str]) -> tuple[Any, str]:
+    """What a measurement returned, and "" or the reason why it returned nothing."""
+    if done.returncode < 0:
+        return None, f"ended by {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        said = done.stdout.splitlines() or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return None, said[-1][:300]
+    try:
+        return json.loads(done.stdout), ""
+    except ValueError:
+        return None, f"no result: {done.stdout[:100]!r}"
 
 
 def heading(record: dict[str, Any], *more: str) -> str:
@@ -129,6 +182,11 @@ def heading(record: dict[str, Any], *more: str) -> str:
     machine = ", ".join([known.get("gpu") or known["processor"], f"{record['threads']} threads", *more])
     busy = f"Other programs used {others['median']:.0%} of the processors meanwhile, {others['max']:.0%} at most."
     return f"{machine}, torch {record['versions']['torch']}.\n{busy}"
+
+
+def failures(record: dict[str, Any]) -> str:
+    """The rows of a report that failed, each with the reason; "" if none did."""
+    return "\n".join(f"- {name} failed: {reason}" for name, reason in record["failures"].items())
 
 
 def machine() -> dict[str, Any]:

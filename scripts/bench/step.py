@@ -7,6 +7,8 @@
 Every figure comes from its own process (ours_step.py, peer_step.py), and processes alternate, so that a drift of the
 machine affects all: each round measures, for each peer, ours in every precision and then the peer's variants. A ratio
 is of two measurements of one round, and the median of the rounds is reported. Has not yet run on a GPU.
+
+If a peer fails, its row says so, the rest is measured, and the exit code is 1.
 """
 
 import statistics
@@ -19,7 +21,7 @@ import ours_step
 import peer_step
 import torch
 from ours_step import ALLOCATIONS, PRECISIONS, STAGES, Shape
-from processes import Processes, add_options, heading
+from processes import Processes, add_options, failures, heading
 from table import table
 
 GROWTH_FEATURES = tuple(2**n for n in range(12, 18))
@@ -40,7 +42,8 @@ def measure(
     """The record that --json writes.
 
     `peers` is the interpreter of the environment with the other libraries. Raises SaelabError if it is not an
-    interpreter or has none of them, if there is no such device, or if a measurement fails.
+    interpreter or has none of them, if there is no such device, or if one of our measurements fails. A peer's variant
+    that fails is not measured again; ``failures`` of the record has the reason.
     """
     cuda = command.device(device) != "cpu"
     run = Processes(threads, peers, tuple(dict.fromkeys(peer_step.DISTRIBUTIONS.values())))
@@ -66,8 +69,11 @@ def measure(
             for case, ms in block.items():
                 ours[case].append(ms)
             for variant in peer_step.VARIANTS_OF.get(name, ()):
-                ms = run.peer(peer_step.step, peer=name, variant=variant, **given)["step_ms"]
-                theirs.setdefault((name, variant), []).append((ms, ms / block[against[variant]]))
+                if (row := f"{name}, {variant}") in run.failures:
+                    continue
+                with run.row(row):
+                    ms = run.peer(peer_step.step, peer=name, variant=variant, **given)["step_ms"]
+                    theirs.setdefault((name, variant), []).append((ms, ms / block[against[variant]]))
         for case in precisions:
             matmul[case].append(run.ours(ours_step.matmul, case=case, dtype=dtype, **given))
         block = {case: step_ms(case) for case in ALLOCATIONS}
@@ -100,6 +106,8 @@ def measure(
         "decoder": run.ours(ours_step.decoder, shape=shape, device=device),
     }
     for (name, variant), pairs in theirs.items():
+        if f"{name}, {variant}" in run.failures:
+            continue
         record["peers"][name][variant] = {
             "tokens_per_s": 1000 * shape.batch / statistics.median(ms for ms, _ in pairs),
             "ratio": statistics.median(ratio for _, ratio in pairs),
@@ -122,7 +130,7 @@ def measure(
                 device=device,
             ).items()
         ]
-    return record | {"used_by_others": run.used_by_others()}
+    return record | run.outcome()
 
 
 def report(record: dict[str, Any]) -> str:
@@ -152,9 +160,11 @@ def report(record: dict[str, Any]) -> str:
             for name, variants in record["peers"].items()
             for variant, row in variants.items()
         ]
+        rows += [[name, "failed", "", ""] for name in record["failures"]]
         against = ", ".join(f"{variant} with {case}" for variant, case in record["peer_against"].items())
         notes = "\n".join(f"- {name}: {note}" for name, note in record["peer_notes"].items())
-        parts += [table(["peer", "tokens/s", "ours / peer", "of the rounds"], rows), f"Compared: {against}.", notes]
+        parts += [table(["peer", "tokens/s", "ours / peer", "of the rounds"], rows), failures(record)]
+        parts += [f"Compared: {against}.", notes]
     labels = {"gradient": "token_choice, gradient affinity"}
     rows = [[labels.get(name, name), f"{value:.3f}"] for name, value in record["allocations"].items()]
     parts.append(table(["allocation, bf16 selection", "tokens/s / token choice's"], rows))
@@ -170,7 +180,7 @@ def report(record: dict[str, Any]) -> str:
         head = f"ms per step of {record['growth'][0]['batch']} tokens, n_features"
         rows = [[f"{n:,}", *(ms[n, k] for k in GROWTH_K)] for n in GROWTH_FEATURES]
         parts.append(table([head, *(f"k {k}" for k in GROWTH_K)], rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _listed(ratios: list[float]) -> str:
@@ -190,6 +200,7 @@ def main() -> None:
     record = measure(**options)
     command.write_json(json_file, record)
     print(report(record))
+    command.check(record)
 
 
 if __name__ == "__main__":

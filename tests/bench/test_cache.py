@@ -12,7 +12,7 @@ import ours_cache
 import peer_cache
 import pytest
 from cache import PAIRS, Size
-from processes import Function, Processes
+from processes import Function, MeasurementError, Processes
 
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
@@ -124,6 +124,25 @@ def test_every_round_has_its_own_figure_of_the_peer(monkeypatch: pytest.MonkeyPa
     rounds = [row for name in ("float32", "bfloat16") for row in record["pairs"][f"sae_lens_{name}"]["rounds"]]
     assert len({row["other"] for row in rounds}) == len(rounds) == 4
     assert all(row["ratio"] == row["ours"] / row["other"] for row in rounds)
+
+
+def test_a_comparison_in_which_the_peer_fails_is_a_failed_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def the_peer_fails(
+        self: Processes, function: Function, arguments: dict[str, Any], isolated: bool
+    ) -> tuple[Any, float]:
+        if function in (peer_cache.write, peer_cache.end_to_end):
+            raise MeasurementError("RuntimeError: no room", ["python"], peers=True)
+        return canned(self, function, arguments, isolated)
+
+    monkeypatch.setattr(Processes, "_measured", the_peer_fails)
+    record = cache.measure(rounds=2, peers=Path(sys.executable), folder=tmp_path, size=TINY, threads=1)
+    assert record["failures"] == dict.fromkeys(
+        ("sae_lens_float32", "sae_lens_bfloat16", "end_to_end"), "RuntimeError: no room"
+    )
+    assert set(record["pairs"]) == {"writing", "reading", "caching"} and "end_to_end" not in record
+    assert all(len(row["rounds"]) == 2 for row in record["pairs"].values()) and len(record["memory"]) == 2
+    lines = cache.report(record).splitlines()
+    assert sum(" failed |" in line for line in lines) == 3 and "- end_to_end failed: RuntimeError: no room" in lines
 
 
 def test_a_missing_interpreter_or_one_without_peers_is_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import step
 import torch
 from ours_step import ALLOCATIONS, PRECISIONS, STAGES, Shape
-from processes import Function, Processes
+from processes import Function, MeasurementError, Processes
 
 from saelab.errors import SaelabError
 
@@ -93,6 +93,32 @@ def test_the_record_and_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["used_by_others"] == {"median": 0.25, "max": 0.25}
     shown = step.report(record)
     assert "6.00x" in shown
+
+
+def test_a_peers_variant_that_fails_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def one_peer_fails(
+        self: Processes, function: Function, arguments: dict[str, Any], isolated: bool
+    ) -> tuple[Any, float]:
+        if function is peer_step.step:
+            asked.append(row := f"{arguments['peer']}, {arguments['variant']}")
+            if row == "sparsify_signum, as_shipped" or asked.count("sparsify, bf16_fused") == 2:
+                raise MeasurementError("RuntimeError: 0 active drivers", ["python"], peers=True)
+        return canned(self, function, arguments, isolated)
+
+    monkeypatch.setattr(Processes, "_measured", one_peer_fails)
+    record = step.measure(TINY, rounds=2, peers=Path(sys.executable))
+    reason = "RuntimeError: 0 active drivers"
+    assert record["failures"]["sparsify_signum, as_shipped"] == record["failures"]["sparsify, bf16_fused"] == reason
+    assert asked.count("sparsify_signum, as_shipped") == 1, "what failed is not measured again"
+    assert record["peers"]["sparsify_signum"] == {}
+    assert set(record["peers"]["sparsify"]) == {"as_shipped", "fp32_fused"}
+    assert record["peers"]["sparsify"]["as_shipped"]["ratios"] == [6.0, 6.0]
+    assert json.loads(json.dumps(record)) == record
+    lines = step.report(record).splitlines()
+    assert f"- sparsify, bf16_fused failed: {reason}" in lines
+    assert sum(line.startswith("| sparsify, bf16_fused ") and "failed |" in line for line in lines) == 1
 
 
 def test_a_missing_interpreter_or_one_without_peers_is_an_error(tmp_path: Path) -> None:
