@@ -58,9 +58,11 @@ def open_source(settings: CorpusSettings) -> Source:
         raise SaelabError(
             f"corpus: source: {settings.source} is a URL; download it, or name a Hub dataset by its id (someone/texts)"
         )
-    path = Path(settings.source)
     try:
-        path = path.expanduser()
+        path = Path(settings.source).expanduser()
+    except RuntimeError as error:
+        raise SaelabError(f"corpus: source: {settings.source}: there is no such home directory") from error
+    try:
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 return _saved_dataset(path, settings)
@@ -75,8 +77,6 @@ def open_source(settings: CorpusSettings) -> Source:
         name = str(error.filename or path)
         name = name if len(name) <= 300 else f"{name[:300]}..."
         raise SaelabError(f"corpus: {name} cannot be read: {error.strerror}") from error
-    except RuntimeError as error:  # no such home directory
-        raise SaelabError(f"corpus: {settings.source}: {error}") from error
     nearest = did_you_mean(path.name, [*beside, "demo"])
     if path.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(settings.source):
         raise SaelabError(f"corpus: there is no file or folder {path}.{nearest}")
