@@ -85,6 +85,7 @@ def test_a_bad_folder_is_one_message(case: str, tmp_path: Path, capfd: pytest.Ca
     edit, message = BAD[case]
     folder = Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
     edit(folder)
+    capfd.readouterr()  # of making the model
     with pytest.raises(SaelabError, match=message) as error:
         load_language_model(ModelSettings(str(folder)), "cpu")
     said = str(error.value)
