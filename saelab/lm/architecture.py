@@ -111,7 +111,8 @@ def _text_model(config: Any) -> tuple[Any, Any, dict[str, str] | None]:
     if text.model_type in _SAME:
         facts = {name: value for name, value in text.to_dict().items() if name != "model_type"}
         text = CONFIG_MAPPING[_SAME[text.model_type]](**facts)
-    whole, inner = (MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None) for found in (config, text))
+    found: Any = [MODEL_FOR_CAUSAL_LM_MAPPING.get(type(part), None) for part in (config, text)]
+    whole, inner = found
     if not nested or inner is None or (whole and inner.__name__ not in SUPPORTED_ARCHITECTURES):
         return whole, (text if whole and whole.config_class is type(text) else config), None
     if hasattr(config, "tie_word_embeddings"):  # the whole model goes by its own

@@ -145,7 +145,7 @@ class LanguageModel:
         Raises SaelabError if there is no such site, if a pass does not run it, or if it holds no activations.
         """
         names = list(dict.fromkeys(sites))
-        self._measure(names)
+        self.measure(names)
         found = self._values(rows, names)
         if len(found) < len(names):
             raise self._never_runs(*(name for name in names if name not in found))
@@ -171,7 +171,7 @@ class LanguageModel:
         a site holds no activations or if the loss does not depend on it.
         """
         names = list(dict.fromkeys(sites))
-        self._measure(names)
+        self.measure(names)
         parts = [self._values_and_gradients(block, names) for block in rows.split(self.rows_at_once(rows.shape[1]))]
         values, gradients = ({name: torch.cat([part[i][name] for part in parts]) for name in names} for i in (0, 1))
         return values, gradients
@@ -232,7 +232,7 @@ class LanguageModel:
         replacements. BOS and other special positions stay clean.
         """
 
-        self._measure([site])
+        self.measure([site])
 
         def splice(value: Tensor) -> Tensor:
             flat = self._flatten(site, value, rows).clone()
@@ -244,7 +244,7 @@ class LanguageModel:
             return self._forward(rows)
 
     @torch.no_grad()
-    def _measure(self, sites: Iterable[str]) -> None:
+    def measure(self, sites: Iterable[str]) -> None:
         """Measure the layout of each site at its first use. Raises SaelabError if a site has no vector per token."""
         new = [site for site in sites if site not in self._layouts]
         if not new:

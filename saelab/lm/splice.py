@@ -24,6 +24,7 @@ class SplicedRuns:
     """Runs of `lm` with its activations at `site` replaced. Raises SaelabError if the model has no such site."""
 
     def __init__(self, lm: LanguageModel, site: str) -> None:
+        lm.measure([site])  # now: while blocks are skipped they return the record, whatever rows they are called with
         self._lm, self._site = lm, site
         self._below = blocks_below(lm.model, lm.site(site))
         self._shared: bool | None = None if self._below else False  # None: not yet tested

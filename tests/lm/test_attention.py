@@ -118,6 +118,7 @@ def test_a_run_says_once_that_attention_is_eager_and_loading_says_nothing(
         return Job(settings_of(settings), said.append)
 
     chosen = job("auto")
+    capfd.readouterr()  # of making the model
     assert chosen.lm is chosen.lm
     assert [line for line in said if "eager" in line] == [said[-1]]
     assert "has no sdpa attention, so its attention is eager" in said[-1]
