@@ -11,7 +11,6 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,18 +158,12 @@ class Corpus:
         self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
         """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
+        self.begins_with_bos: bool = self._first_rows_begin_with_bos() if source.tokenised else self.bos is not None
+        """Whether rows begin with BOS (EOS if the tokenizer has no BOS); judged by the first rows of token ids."""
 
     def __repr__(self) -> str:
         bos = "rows as they are" if self._source.tokenised else "no BOS" if self.bos is None else f"BOS {self.bos}"
         return f"Corpus({printable(self.about)}: context {self.context:,}, {bos})"
-
-    @cached_property
-    def begins_with_bos(self) -> bool:
-        """Whether rows begin with BOS (EOS if the tokenizer has no BOS); judged by the first rows of token ids."""
-        if not self._source.tokenised:
-            return self.bos is not None
-        first = islice(self._source.documents(random.Random("held out"), Lane(), None), LOOKED_AT)
-        return all(document.content[:1] == [self._encoder.bos] for document, _ in first)
 
     def train_rows(
         self, *, seed: int, epoch: int = 0, lane: int = 0, lanes: int = 1, start: Mapping[str, Any] | None = None
@@ -325,6 +318,11 @@ class Corpus:
                 "documents, because one is held out for evaluation"
             )
         return highest if highest < held_out else second
+
+    def _first_rows_begin_with_bos(self) -> bool:
+        documents = self._source.documents(random.Random("held out"), Lane(), None)
+        first = islice(with_content(documents, self._patience, self.about), LOOKED_AT)
+        return all(document.content[:1] == [self._encoder.bos] for document, _ in first)
 
     def _at_least_one(self, rows: Iterator[tuple[np.ndarray, _Position]]) -> Iterator[tuple[np.ndarray, _Position]]:
         """The same rows. Raises SaelabError if there are none."""
