@@ -41,6 +41,7 @@ def calibrate(
     """
     if densities is None:
         return {}
+
     def activations() -> Iterator[Tensor]:
         batches = read_activations(lm, rows.cpu().numpy(), site, rows_per_forward)
         for batch in track(batches, "calibration", rows.numel(), len):
