@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from saelab.features.settings import FeatureSettings
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings
+from saelab.runs import job
 from saelab.sae.model import SparseAutoencoder
 from tests.activations.cache import made
 from tests.faults.tools import (
@@ -176,13 +178,15 @@ def test_large_values_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
     assert [shard["skipped"] for shard in manifest.shards] == [0, 0, 0, 0]
 
 
-def nan_at_position(position: int, folder: Path) -> Path:
-    """A tiny GPT-2 whose embedding of a position is NaN."""
-    model = Path(shutil.copytree(model_folder("gpt2"), folder / "broken"))
-    weights = load_file(model / "model.safetensors")
-    weights["transformer.wpe.weight"][position, 3] = torch.nan
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    return model
+def broken_weight(monkeypatch: pytest.MonkeyPatch, name: str, index: tuple[int, ...], value: float) -> None:
+    """Set one weight of every model that a command loads; loading refuses a file with such a weight."""
+
+    def load(*arguments: Any) -> LanguageModel:
+        lm = load_language_model(*arguments)
+        lm.model.get_parameter(name).data[index] = value
+        return lm
+
+    monkeypatch.setattr(job, "load_language_model", load)
 
 
 def test_the_command_on_a_model_with_a_weight_that_is_nan(
@@ -192,14 +196,15 @@ def test_the_command_on_a_model_with_a_weight_that_is_nan(
     with `cache.nonfinite=skip` it writes what is finite and says how many tokens it left out."""
     site = "blocks.0.hook_resid_pre"  # after it, attention spreads the NaN to other positions
     config = made_by_command(tmp_path, sites=[site], gradients=False)
-    out, model = ("--out", tmp_path / "cache"), f"model={nan_at_position(17, tmp_path)}"
-    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", *out)
+    out = ("--out", tmp_path / "cache")
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), torch.nan)
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, f"site={site}", *out)
     assert code == 2
     assert the_one_error(stderr).startswith(f"error: {site}: ") and "at row 0, position 17," in stderr
     assert not any(path.suffix == ".safetensors" for path in (tmp_path / "cache").rglob("*"))
 
     out = ("--out", tmp_path / "skip")
-    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", "cache.nonfinite=skip", *out)
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, f"site={site}", "cache.nonfinite=skip", *out)
     cache = open_cache(tmp_path / "skip")
     rows = sum(shard["rows"] for shard in cache.manifest.shards)
     skipped = sum(shard["skipped"] for shard in cache.manifest.shards)
@@ -248,27 +253,20 @@ def broken(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             (finished / name).write_bytes(before[name] or b"")
 
 
-def change(path: Path, name: str, index: tuple[int, ...], value: float) -> None:
-    """Set one weight of a safetensors file."""
-    weights = load_file(path)
-    weights[name][index] = value
-    save_file(weights, path, {"format": "pt"})
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("stage", ["eval", "index"])
 def test_evaluation_and_features_stop_at_an_activation_that_is_not_finite(
-    stage: str, value: float, broken: Broken
+    stage: str, value: float, broken: Broken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guaranteed: the message is that of training, with site, row and position; nothing is written."""
-    change(broken.model / "model.safetensors", "transformer.wpe.weight", (17, 3), value)
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), value)
     message = broken.refused(stage)
     assert message.startswith(f"error: {SITE}: ") and "NaN or infinite activations at row 0, position 17;" in message
 
 
-def test_evaluation_stops_at_a_loss_that_is_not_finite(broken: Broken) -> None:
+def test_evaluation_stops_at_a_loss_that_is_not_finite(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guaranteed: NaN after the site, as where float16 overflows, is named by row and position too."""
-    change(broken.model / "model.safetensors", "transformer.h.2.mlp.c_proj.bias", (3,), torch.nan)
+    broken_weight(monkeypatch, "transformer.h.2.mlp.c_proj.bias", (3,), torch.nan)
     assert "gives NaN or infinite losses in the clean run at row 0, position 1;" in broken.refused("eval")
 
 
@@ -332,8 +330,8 @@ def test_gradients_of_the_oracle_that_are_not_finite_are_named(broken: Broken, m
 
 
 def test_thresholds_are_not_set_on_activations_that_are_not_finite(broken: Broken) -> None:
-    change(broken.model / "model.safetensors", "transformer.wpe.weight", (17, 3), torch.nan)
     sae, lm = saelab.load(broken.run), broken.language_model()
+    lm.model.get_parameter("transformer.wpe.weight").data[17, 3] = torch.nan
     densities = torch.tensor(0.05, dtype=torch.float64)
     with pytest.raises(SaelabError, match=rf"^{SITE}: .* at row 0, position 17;"):
         saelab.calibrate(sae, lm, random_rows(lm, 6), SITE, densities)
@@ -347,7 +345,8 @@ def test_tokens_that_a_cache_skips_are_an_error_in_evaluation(
     to leave out their losses too, stops with the message."""
     site, out = "blocks.0.hook_resid_pre", tmp_path / "cache"
     config = made_by_command(tmp_path, sites=[site], gradients=False, nonfinite="skip")
-    options = [config, f"model={nan_at_position(17, tmp_path)}", f"site={site}"]
+    options = [config, f"site={site}"]
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), torch.nan)
     assert command(monkeypatch, capsys, "cache", *options, "--out", out)[0] == 0
     assert command(monkeypatch, capsys, "train", *options, f"activations.cache={out}")[0] == 0
     code, _, stderr = command(monkeypatch, capsys, "eval", tmp_path / "run")
