@@ -237,11 +237,22 @@ def _print_evaluation(run: Path) -> None:
 
     _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
+    sinks, without = result.get("sinks", 0), []
+    if sinks:
+        of_all = f"{sinks:,} tokens, {100 * result['sink_variance']:.1f}% of the variance"
+        without = [
+            ("attention sinks, norms above 10 times the median", of_all),
+            ("FVU without sinks", number("fvu_without_sinks", 4)),
+            ("cosine without sinks", number("cosine_without_sinks", 4)),
+            ("delta CE without sinks, which stay clean (nats/token)", number("delta_ce_without_sinks", 4)),
+        ]
     table = Table(show_header=False)
     for label, value in (
         ("FVU", number("fvu", 4)),
         ("L0 (active features per token)", number("l0", 2)),
         ("cosine(x, reconstruction)", number("cosine", 4)),
+        *without,
+        ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
         ("CE clean (nats/token)", number("ce_clean", 4)),
         ("CE spliced (nats/token)", number("ce_spliced", 4)),
         ("delta CE (nats/token)", number("delta_ce", 4)),

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from saelab.activations.stream import check_finite
 from saelab.codes import Codes
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
+from saelab.sae.checkpoint import check_weights
 
 
 class Autoencoder(Protocol):
@@ -41,8 +43,10 @@ class Block:
 
     rows: Tensor
     """All token ids ``[rows, context]``, int64, on the model's device."""
+    first_row: int
+    """Number of the first of these rows; rows are numbered through the pass."""
     positions: Tensor
-    """row * context + position of each ordinary token, ``[tokens]`` int64; rows are numbered through the pass."""
+    """row * context + position of each ordinary token, ``[tokens]`` int64."""
     x: Tensor
     """Activations at the site, ``[tokens, d_in]`` float32."""
     codes: Codes
@@ -71,9 +75,10 @@ def encoded(
     """Blocks of `rows` ``[rows, context]``, `rows_per_forward` rows each, in order.
 
     Blocks without an ordinary token are left out. With `gradients`, `sae` must be `GradientAware` and selects features
-    with the gradients of the loss, which know the next token. Raises SaelabError if the model has no such site or if
-    the site has no activations.
+    with the gradients of the loss, which know the next token. Raises SaelabError if the model has no such site, if
+    the site has no activations, and if activations, gradients or weights of `sae` are NaN or infinite.
     """
+    _check_weights(sae)
     starts = iter(range(0, len(rows), rows_per_forward))
     for start in track(starts, "encoding", rows.numel(), lambda start: rows[start : start + rows_per_forward].numel()):
         block = _encode(sae, lm, rows, site, slice(start, start + rows_per_forward), gradients)
@@ -94,8 +99,9 @@ def read_together(
 
     The last bits of results depend on which rows share a forward pass. So readers share a block only if it has the same
     rows for each of them. Readers with equal `rows_per_forward` share all blocks except the last one of the reader with
-    fewer rows. Readers with different `rows_per_forward` mostly share none.
+    fewer rows. Readers with different `rows_per_forward` mostly share none. Raises SaelabError as `encoded` does.
     """
+    _check_weights(sae)
     takers: dict[tuple[int, int], list[Callable[[Block], None]]] = {}
     for reader in readers:
         end = min(reader.rows, len(rows))
@@ -118,10 +124,22 @@ def _encode(sae: Autoencoder, lm: LanguageModel, rows: Tensor, site: str, part: 
     keep = lm.ordinary(ids)
     if not keep.any():
         return None
-    positions = keep.flatten().nonzero().squeeze(1) + part.start * rows.shape[1]
-    if not gradients:
-        x = lm.activations(ids, [site])[site][keep].float()
-        return Block(ids, positions, x, sae.encode(x))
-    values, slopes = lm.activations_and_gradients(ids, [site])
+    row, position = keep.nonzero(as_tuple=True)
+    row += part.start
+    slopes = None
+    if gradients:
+        values, found = lm.activations_and_gradients(ids, [site])
+        slopes = found[site][keep]
+        check_finite(f"{site}: {lm.name}", "gradients", slopes, row, position)
+    else:
+        values = lm.activations(ids, [site])
     x = values[site][keep].float()
-    return Block(ids, positions, x, cast(GradientAware, sae).encode(x, gradients=slopes[site][keep]))
+    check_finite(f"{site}: {lm.name}", "activations", x, row, position)
+    codes = sae.encode(x) if slopes is None else cast(GradientAware, sae).encode(x, gradients=slopes)
+    return Block(ids, part.start, row * rows.shape[1] + position, x, codes)
+
+
+def _check_weights(sae: Autoencoder) -> None:
+    """Raises SaelabError if a weight of `sae` is not finite: its features would count as silent."""
+    if isinstance(sae, nn.Module):
+        check_weights(sae, "the autoencoder")

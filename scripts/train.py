@@ -70,7 +70,7 @@ def main(settings: RunSettings = SETTINGS) -> None:
     if densities is not None:  # the tokens of a batch shared a budget: inference needs thresholds
         rows = calibration_rows(corpus, settings.eval.tokens, print)
         facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
-    save_run(settings, lm, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
+    save_run(settings, lm, corpus, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
 
     print(evaluate(run, track=bar).to_frame().to_string())
     index(run, track=bar)

@@ -12,6 +12,18 @@ FIGURES = [
     ("fvu", "FVU", "", "squared error over squared deviation from the mean, each pooled over all evaluated tokens"),
     ("l0", "L0", "features per token", "mean number of active features"),
     ("cosine", "Cosine", "", "mean cosine between an activation vector and its reconstruction"),
+    (
+        "sinks",
+        "Attention sinks",
+        "tokens",
+        "evaluated tokens with norms above 10 times the median; FVU and cosine count them",
+    ),
+    ("sink_variance", "Variance in sinks", "share", "of the squared deviations from the mean, over all tokens"),
+    ("fvu_without_sinks", "FVU without sinks", "", "over all other tokens"),
+    ("cosine_without_sinks", "Cosine without sinks", "", "over all other tokens"),
+    ("ce_spliced_without_sinks", "CE, spliced without sinks", "nats per token", "sinks are left clean"),
+    ("delta_ce_without_sinks", "delta CE without sinks", "nats per token", "CE spliced without sinks - CE clean"),
+    ("top_variance", "Variance in few dimensions", "share", "in the largest 1% of dimensions, over all but sinks"),
     ("ce_clean", "CE, clean", "nats per token", "cross-entropy of the next token in the unchanged model"),
     ("ce_spliced", "CE, spliced", "nats per token", "with the reconstruction in place of the activations"),
     ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: the loss added by the reconstruction"),
@@ -39,6 +51,14 @@ FIGURES = [
     ("tokens", "Evaluated on", "tokens", "N: held-out tokens; no figure includes BOS or other special tokens"),
     ("ce_tokens", "CE and KL on", "tokens", "evaluated tokens that are followed by another ordinary token"),
 ]
+SINKS = (  # shown if there are any
+    "sinks",
+    "sink_variance",
+    "fvu_without_sinks",
+    "cosine_without_sinks",
+    "ce_spliced_without_sinks",
+    "delta_ce_without_sinks",
+)
 NOT_SHOWN = ("inputs", "site", "mode")  # a hash of the inputs; the site is in the caption; the mode is inference
 
 CURVES = {
@@ -68,7 +88,15 @@ def draw_evaluation() -> None:
     if found is None:
         st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` evaluates it.")
         return
-    headline = [("fvu", "FVU"), ("delta_ce", "delta CE, nats"), ("l0", "L0"), ("never_active", "Never active")]
+    headline = [
+        ("fvu", "FVU"),
+        ("fvu_without_sinks", "FVU without sinks"),
+        ("delta_ce", "delta CE, nats"),
+        ("l0", "L0"),
+        ("never_active", "Never active"),
+    ]
+    if not found.get("sinks"):
+        found = {name: value for name, value in found.items() if name not in SINKS}
     present = [(name, title) for name, title in headline if name in found]
     for column, (name, title) in zip(st.columns(max(1, len(present))), present, strict=False):
         column.metric(title, shown(found[name]))

@@ -1,5 +1,6 @@
 """Settings of a run's source of activations, and of writing a cache."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -50,6 +51,16 @@ class ActivationSettings:
     cache: CacheSource | None = None
     special_tokens: bool = False
     """Whether BOS and other special tokens are trained on too. No metric counts them."""
+    max_norm: float | None = None
+    """Tokens whose norm is above this many times the median norm of the first activations are left out of training, of
+    the input scale and of the thresholds, and their batches are smaller: 10 leaves out attention sinks. Default: none
+    is left out. Evaluation counts all tokens, and gives FVU and delta CE without sinks too."""
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not 1 < self.max_norm < math.inf:
+            raise SettingError(
+                f"max_norm: {self.max_norm} is not a number above 1; at 1 or less, half of the tokens would be left out"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class CacheSettings:
     """Streams that the documents are divided into. Under torchrun each process writes its own lanes, so there must be
     at least as many lanes as processes. With as many threads in each, the number of processes changes no byte."""
     nonfinite: Literal["error", "skip"] = "error"
-    """Treatment of NaN and infinite activations: an error, or their tokens are left out and counted (skip)."""
+    """Treatment of NaN and infinite activations: an error, or their tokens are left out and counted (skip). On held-out
+    text they are an error in any case: a figure over the rest, or a loss after such a token, would say nothing."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))

@@ -18,6 +18,8 @@ BARREN_ROWS = 4096
 """Rows one after the other that give no activation, after which reading ends: a text may have no end, and no usable
 text is like that."""
 
+WIDER = "a wider `model: {dtype: float32}` may help"
+
 
 @dataclass(frozen=True)
 class ActivationBatch:
@@ -30,7 +32,7 @@ class ActivationBatch:
     rows: Tensor
     """Number of the row, in reading order, ``[tokens]`` int64."""
     positions: Tensor
-    """Position in the row, BOS being 0, ``[tokens]`` int64."""
+    """Position in the row, counted from 0, ``[tokens]`` int64."""
     gradients: Tensor | None = None
     """Gradients of the model's loss at the site (`LanguageModel.activations_and_gradients`), ``[tokens, d_in]``:
     float32 from the model, in the cache's dtype from a cache."""
@@ -156,19 +158,24 @@ def read_activations(
         row, position = kept.nonzero(as_tuple=True)
         tokens = ids.to(lm.device).long()[kept]
         batch = ActivationBatch(values[site].float(), tokens, row + first, position, slopes.get(site))
-        _check_finite(batch, lm, site)
+        source = f"{site}: {lm.name}"
+        check_finite(source, "activations", batch.values, batch.rows, batch.positions)
+        if batch.gradients is not None:
+            check_finite(source, "gradients", batch.gradients, batch.rows, batch.positions)
         barren = barren_rows(barren, len(block), len(batch), gradients=gradients)
         if len(batch):
             yield batch
         first += len(block)
 
 
-def _check_finite(batch: ActivationBatch, lm: LanguageModel, site: str) -> None:
-    for what, values in (("activations", batch.values), ("gradients", batch.gradients)):
-        if values is None or (finite := torch.isfinite(values).all(1)).all():
-            continue
-        bad = int((~finite).nonzero()[0])
-        raise SaelabError(
-            f"{site}: {lm.name} gives NaN or infinite {what} at row {int(batch.rows[bad])}, position "
-            f"{int(batch.positions[bad])}; a wider `model: {{dtype: float32}}` may help"
-        )
+def check_finite(source: str, what: str, values: Tensor, rows: Tensor, positions: Tensor, advice: str = WIDER) -> None:
+    """Raises SaelabError, with row and position, if a token's `values` ``[tokens, width]`` are NaN or infinite.
+
+    `rows` and `positions` ``[tokens]`` locate the tokens; `source` gives the values, whose name is `what`.
+    """
+    if (finite := torch.isfinite(values).all(1)).all():
+        return
+    bad = int((~finite).nonzero()[0])
+    raise SaelabError(
+        f"{source} gives NaN or infinite {what} at row {int(rows[bad])}, position {int(positions[bad])}; {advice}"
+    )

@@ -5,6 +5,10 @@ Definitions (every figure over ordinary tokens only: BOS and other special token
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
+sinks          evaluated tokens whose norm is above 10 times the median norm of the first 8,192 evaluated tokens; the
+               shares of the variance in sinks and in the largest dimensions are those of activations/sinks.py
+without sinks  FVU and cosine over the other tokens, deviations being from the mean of these; CE with the reconstruction
+               spliced in at the other tokens only, the sinks being left clean as BOS is
 CE             mean loss in nats of the next token, if the token and the next one are both ordinary; clean, with the
                reconstruction spliced in at the site, with zeros, and with the mean activation
 loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
@@ -32,6 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.activations.sinks import Moments, SinkSums, concentration
+from saelab.activations.stream import check_finite
 from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.settings import EvalSettings
 from saelab.analysis.spliced_loss import spliced_losses
@@ -49,6 +55,8 @@ ORACLE = "oracle: sees the next token"
 MIN_DEAD_TOKENS = 300_000
 """With fewer held-out tokens the figures say little about rare features; `saelab eval` then prints a note."""
 
+_WEIGHTS = "its weights may be too large for their dtype"
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -64,12 +72,21 @@ class Fidelity:
     fvu: float
     l0: float
     cosine: float
+    sinks: int
+    """Number of evaluated tokens that are sinks."""
+    sink_variance: float
+    """Share of the variance in them."""
+    top_variance: float
+    """Share of the other tokens' variance in the 1% of dimensions with the largest variance."""
+    fvu_without_sinks: float
+    cosine_without_sinks: float
     never_active: int
     n_features: int
     ce_clean: float
     ce_spliced: float
     ce_zero_ablated: float
     ce_mean_ablated: float
+    ce_spliced_without_sinks: float
     kl: float
     c_dec: float | None
     """None if the autoencoder has no `W_dec`."""
@@ -79,6 +96,10 @@ class Fidelity:
     @property
     def delta_ce(self) -> float:
         return self.ce_spliced - self.ce_clean
+
+    @property
+    def delta_ce_without_sinks(self) -> float:
+        return self.ce_spliced_without_sinks - self.ce_clean
 
     @property
     def loss_recovered_zero(self) -> float:
@@ -132,6 +153,7 @@ class Fidelity:
 
 _DERIVED = (
     "delta_ce",
+    "delta_ce_without_sinks",
     "loss_recovered_zero",
     "loss_recovered_mean",
     "never_active_share",
@@ -170,7 +192,8 @@ class Evaluation:
     """Sums over the blocks of one pass (`add`), and the figures that follow from them and from the losses (`result`).
 
     Memory: the reconstructions of the tokens for CE, ``ce_tokens * d_in`` float32 numbers on the model's device, kept
-    so that no token is encoded twice; in `result`, the runs of the model on one block.
+    so that no token is encoded twice; ``8192 * d_in`` such numbers in `SinkSums`; in `result`, the runs of the model on
+    one block.
     Raises SaelabError if the widths or devices differ, or if `oracle` is asked of an `encode` that takes no gradients.
     """
 
@@ -186,54 +209,66 @@ class Evaluation:
             raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so it has no oracle mode")
         self._sae, self._lm, self._site, self._oracle = sae, lm, site, oracle
         self._ce_tokens = ce_tokens
-        self._ce_blocks: list[tuple[Tensor, Tensor]] = []
-        self._tokens, self._squares, self._errors, self._active, self._cosines = 0, 0.0, 0.0, 0, 0.0
-        self._origin = torch.zeros(width, dtype=torch.float64, device=lm.device)
-        self._total = torch.zeros_like(self._origin)
+        self._ce_blocks: list[tuple[int, Tensor, Tensor]] = []
+        self._tokens = self._active = 0
+        self._sums = SinkSums()
         self._fired = torch.zeros(sae.n_features, dtype=torch.long, device=lm.device)
 
     @torch.no_grad()
     def add(self, block: Block) -> None:
-        """Add the next block of the pass."""
+        """Add the next block of the pass. Raises SaelabError if a reconstruction is NaN or infinite."""
         x, reconstruction = block.x, self._sae.decode(block.codes)
         if self._tokens < self._ce_tokens:
-            self._ce_blocks.append((block.rows, reconstruction))
-        if not self._tokens:
-            self._origin = x.double().mean(0)  # sums about a point near the mean lose no digits to a large mean
+            self._ce_blocks.append((block.first_row, block.rows, reconstruction))
         reconstruction = reconstruction.float()
-        centred = x.double() - self._origin
+        context = block.rows.shape[1]
+        rows, positions = block.positions // context, block.positions % context
+        check_finite(f"{self._site}: the autoencoder", "reconstructions", reconstruction, rows, positions, _WEIGHTS)
+        errors = (x.double() - reconstruction.double()).square().sum(1)
+        cosines = F.cosine_similarity(x, reconstruction, dim=1).double()
+        self._sums.add(x, torch.stack((errors, cosines), 1))
         self._tokens += len(x)
-        self._total += centred.sum(0)
-        self._squares += centred.square().sum().item()
-        self._errors += (x.double() - reconstruction.double()).square().sum().item()
-        self._cosines += F.cosine_similarity(x, reconstruction, dim=1).double().sum().item()
         self._active += int(block.codes.l0().sum())
         self._fired += block.codes.firing_counts()
 
     def result(self, track: Track = silent) -> Fidelity:
         """All figures, after running the model on the rows for CE.
 
-        Raises SaelabError if the pass had no ordinary token, or none that is followed by another.
+        Raises SaelabError if the pass had no ordinary token, or none that is followed by another, and if a loss is NaN
+        or infinite.
         """
         n = self._tokens
         if not n:
             raise SaelabError("fidelity: the rows hold no ordinary token, only special ones; use another text")
-        deviation = self._squares - self._total.square().sum().item() / n
-        losses = spliced_losses(self._lm, self._site, self._ce_blocks, self._origin + self._total / n, track)
+        others, sinks = self._sums.result()
+        whole, spread = others.merged(sinks), concentration(self._sums)
+        sink_norm = self._sums.sink_norm if sinks.tokens else None
+        losses = spliced_losses(self._lm, self._site, self._ce_blocks, whole.mean, sink_norm, track)
         W_dec = getattr(self._sae, "W_dec", None)
         return Fidelity(
             site=self._site,
             mode=ORACLE if self._oracle else INFERENCE,
             tokens=n,
-            fvu=self._errors / deviation if deviation else float("nan"),  # equal activations: nothing to explain
+            fvu=_fvu(whole),
             l0=self._active / n,
-            cosine=self._cosines / n,
+            cosine=whole.figures[1].item() / n,
+            sinks=sinks.tokens,
+            sink_variance=spread.sink_variance,
+            top_variance=spread.top_variance,
+            fvu_without_sinks=_fvu(others),
+            cosine_without_sinks=others.figures[1].item() / others.tokens,
             never_active=int((self._fired == 0).sum()),
             n_features=self._sae.n_features,
             c_dec=None if W_dec is None else mean_absolute_cosine(W_dec),
             counts=self._fired.cpu(),
             **losses,
         )
+
+
+def _fvu(tokens: Moments) -> float:
+    """FVU over some tokens, whose first figure is the squared error; NaN if all are equal: nothing to explain."""
+    deviation = tokens.deviation.sum().item()
+    return tokens.figures[0].item() / deviation if deviation else float("nan")
 
 
 def _recovered(clean: float, spliced: float, ablated: float) -> float:

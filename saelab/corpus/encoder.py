@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from saelab.corpus.special import special_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +24,9 @@ class Encoder:
 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state |= {"truncation": None, "padding": None}  # other uses of the tokenizer may have set them
+        special = special_tokens(tokenizer)
+        for added in state["added_tokens"]:
+            added["special"] |= added["id"] in special  # so that text does not become it
         text = json.dumps(state, sort_keys=True)
         self._backend: Any = Tokenizer.from_str(text)  # a copy, so that the caller's tokenizer keeps its settings
         self._backend.encode_special_tokens = True
@@ -29,9 +34,13 @@ class Encoder:
         first, last, unknown = ids.bos_token_id, ids.eos_token_id, ids.unk_token_id
         self.bos: int | None = last if first is None else first
         self.eos: int | None = first if last is None else last
-        self.fingerprint = hashlib.blake2b(f"{self.bos} {self.eos} {text}".encode(), digest_size=16).hexdigest()
+        # Earlier versions took only the tokens with a name for special; without others the fingerprint is as it was.
+        unnamed = sorted(special.keys() - set(tokenizer.all_special_ids))
+        facts = f"{self.bos} {self.eos} {text}" + (f" {unnamed}" if unnamed else "")
+        self.fingerprint = hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+        """Hash of all that decides the ids of a text and which of them are special."""
         self.n_ids: int = max(self._backend.get_vocab().values()) + 1
-        control = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        control = special.copy()
         if unknown not in (self.bos, self.eos):
             control.pop(unknown, None)  # text that the tokenizer does not know rightly becomes this token
         self._control = frozenset(control)

@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from saelab.corpus.encoder import Encoder
 from saelab.corpus.packing import pack_document
 from saelab.corpus.settings import CorpusSettings
 from saelab.corpus.sources import open_source
+from saelab.corpus.special import special_ids
 from saelab.corpus.usable import one_side, patience, with_content
 from saelab.errors import SaelabError, SettingError, printable
 
@@ -30,6 +32,8 @@ ORDER = 1
 """Version of how documents are ordered and packed. Increase it with every change: a cache may be half written."""
 WINDOW = 1 << 22
 """Characters of documents that are shuffled together in memory; a token id counts as 4."""
+LOOKED_AT = 100
+"""Rows of token ids that are looked at to find whether such rows begin with BOS."""
 
 
 class _Position(NamedTuple):
@@ -120,8 +124,8 @@ class Corpus:
         self.context = context
         self.about = source.about
         """A description of the source, for messages."""
-        self.special_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
-        """Ids of BOS, EOS and other special tokens, which no metric counts."""
+        self.special_ids: frozenset[int] = special_ids(tokenizer)
+        """Ids of BOS, EOS and other special tokens (special.py), which no metric counts."""
         self._source = source
         self._encoder = Encoder(tokenizer)
         self._n_ids = min(self._encoder.n_ids, embeddings or self._encoder.n_ids)
@@ -132,7 +136,7 @@ class Corpus:
                 "that the model was trained with"
             )
         self.bos: int | None = None if source.tokenised else self._encoder.bos
-        """The id that rows begin with; None if the tokenizer has none, or if rows are taken as they are."""
+        """The id that is put before each row; None if the tokenizer has none, or if rows are taken as they are."""
         self._lengths = _lengths(settings)
         if self._lengths and source.tokenised:
             raise SettingError(
@@ -154,6 +158,8 @@ class Corpus:
         self._read: dict[tuple[bool, Lane], tuple[int, int]] = {}
         """Documents and empty documents in the longest pass over each side and lane."""
         self._boundary = self._find_boundary(settings.held_out)
+        self.begins_with_bos: bool = self._first_rows_begin_with_bos() if source.tokenised else self.bos is not None
+        """Whether rows begin with BOS (EOS if the tokenizer has no BOS); judged by the first rows of token ids."""
 
     def __repr__(self) -> str:
         bos = "rows as they are" if self._source.tokenised else "no BOS" if self.bos is None else f"BOS {self.bos}"
@@ -312,6 +318,11 @@ class Corpus:
                 "documents, because one is held out for evaluation"
             )
         return highest if highest < held_out else second
+
+    def _first_rows_begin_with_bos(self) -> bool:
+        documents = self._source.documents(random.Random("held out"), Lane(), None)
+        first = islice(with_content(documents, self._patience, self.about), LOOKED_AT)
+        return all(document.content[:1] == [self._encoder.bos] for document, _ in first)
 
     def _at_least_one(self, rows: Iterator[tuple[np.ndarray, _Position]]) -> Iterator[tuple[np.ndarray, _Position]]:
         """The same rows. Raises SaelabError if there are none."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import EinopsError
 from torch import Tensor, nn
 
+from saelab.corpus.special import special_ids
 from saelab.errors import SaelabError, did_you_mean
 from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, with_changed_tokens
 from saelab.lm.sites import Site, general_name, hook, read_values
@@ -41,7 +42,7 @@ class ModelShape:
 class LanguageModel:
     """A frozen Hugging Face model with the site names of TransformerLens.
 
-    Rows are token ids ``[rows, context]`` that begin with BOS if the tokenizer has one.
+    Rows are token ids ``[rows, context]``. Those of a corpus of text begin with BOS if the tokenizer has one.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LanguageModel:
         self.max_context = _max_context(model.config)
         self._disputed, self._self_check = disputed or {}, self_check
         self._layouts: dict[str, Layout] = {}
-        self.special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.long, device=self.device)
+        self.special_ids = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.long, device=self.device)
 
     def __repr__(self) -> str:
         parameters = sum(tensor.numel() for tensor in self.model.parameters())
@@ -127,7 +128,7 @@ class LanguageModel:
         )
 
     def ordinary(self, rows: Tensor) -> Tensor:
-        """True where a token is not BOS or another special token: bool ``[rows, context]``."""
+        """True where a token is not special (saelab/corpus/special.py): bool ``[rows, context]``."""
         return ~torch.isin(rows, self.special_ids.to(rows.device))
 
     def scored(self, rows: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saelab.activations.sinks import within
+from saelab.activations.stream import read_activations
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -25,30 +28,36 @@ def calibrate(
     densities: Tensor | None,
     *,
     scale: float = 1.0,
+    largest_norm: float = math.inf,
     rows_per_forward: int = 16,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
-    `rows` ``[rows, context]`` are held-out token ids; `sae` was trained on `scale` times the activations at `site`. The
-    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds. Raises
-    SaelabError if the rows hold no ordinary token.
+    `rows` ``[rows, context]`` are held-out token ids; `sae` was trained on `scale` times the activations at `site` with
+    norms up to `largest_norm` (before scaling). The densities are those of `Trained`: a scalar, ``[n_features]``, or
+    None if inference needs no thresholds. Raises SaelabError, with row and position, if an activation is NaN or
+    infinite, and if no token is left.
     """
     if densities is None:
         return {}
-    if not lm.ordinary(rows).any():
-        raise SaelabError(
-            "calibration: the held-out rows hold no ordinary token, only special ones, so thresholds cannot be set; "
-            "use another text"
-        )
 
     def activations() -> Iterator[Tensor]:
-        blocks = iter(rows.split(rows_per_forward))
-        for block in track(blocks, "calibration", rows.numel(), lambda block: block.numel()):
-            ids = block.to(lm.device).long()
-            yield lm.activations(ids, [site])[site][lm.ordinary(ids)].float() * scale
+        batches = read_activations(lm, rows.cpu().numpy(), site, rows_per_forward)
+        for batch in track(batches, "calibration", rows.numel(), len):
+            keep = within(batch.values, largest_norm)
+            values = batch.values if keep is None else batch.values[keep]
+            if len(values):
+                yield values * scale
 
-    calibration = thresholds_for(sae.pre_activations, activations(), densities, rows.numel())
+    some = activations()
+    first = next(some, None)
+    if first is None:
+        raise SaelabError(
+            "calibration: the held-out rows hold no ordinary token that training would not leave out, so thresholds "
+            "cannot be set; use another text"
+        )
+    calibration = thresholds_for(sae.pre_activations, chain([first], some), densities, rows.numel())
     sae.threshold = calibration.threshold.to(sae.W_dec).reshape(-1)
     return {"calibration_tokens": calibration.tokens, "rough_thresholds": int(calibration.flagged.sum())}
 

@@ -74,10 +74,12 @@ class Job:
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
-        cache = self.settings.activations.cache
+        cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path).expanduser())
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
+        if max_norm is not None:
+            parts["activations"]["max_norm"] = max_norm
         if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.files import remove_folder, replace_folder, translate_errors, write_json, write_whole
 from saelab.lm.model import LanguageModel
@@ -49,6 +50,7 @@ def check_out(settings: RunSettings, force: bool) -> None:
 def save_run(
     settings: RunSettings,
     lm: LanguageModel,
+    corpus: Corpus,
     trainer: Trainer,
     scale: float,
     facts: Mapping[str, Any] | None = None,
@@ -58,14 +60,14 @@ def save_run(
 ) -> None:
     """Write the checkpoint of `trainer`, and the record of the training, to the run folder of `settings`.
 
-    The trainer saw activations times `scale`; the checkpoint applies to activations as the model gives them. `facts`
-    (those of `calibrate`) are recorded in the checkpoint, `inputs` is as in `create_run`, `seconds` is the time of the
-    training. An evaluation and a feature database of an earlier checkpoint are removed. Raises SaelabError if the files
-    cannot be written; an earlier checkpoint is kept then.
+    The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
+    them. `facts` (such as those of `calibrate`) are recorded in both, `inputs` is as in `create_run`, `seconds` is the
+    time of the training. An evaluation and a feature database of an earlier checkpoint are removed. Raises SaelabError
+    if the files cannot be written; an earlier checkpoint is kept then.
     """
     run, trained = Path(settings.out), trainer.trained()
     sae = trainer.sae.folded(scale)
-    sae.metadata |= _metadata(settings, lm) | {
+    sae.metadata |= _metadata(settings, lm, corpus) | {
         "saelab": {
             "inputs": inputs,
             "tokens": trained.tokens,
@@ -82,6 +84,7 @@ def save_run(
         save_sae(sae, unfinished)
     _remove_results(run)
     record = {
+        **(facts or {}),
         "inputs": inputs,
         "complete": trainer.finished,
         "tokens": trained.tokens,
@@ -101,14 +104,14 @@ def _remove_results(run: Path) -> None:
             remove_folder(features)
 
 
-def _metadata(settings: RunSettings, lm: LanguageModel) -> dict[str, Any]:
+def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:
     """Where the checkpoint comes from, under SAELens' keys."""
     return {
         "model_name": lm.name,
         "model_class_name": "TransformerBridge",
         "hook_name": settings.site,
         "context_size": settings.context,
-        "prepend_bos": lm.tokenizer.bos_token_id is not None or lm.tokenizer.eos_token_id is not None,
+        "prepend_bos": corpus.begins_with_bos,
         "dataset_path": settings.corpus.source,
         "exclude_special_tokens": not settings.activations.special_tokens,
         "training_architecture": allocation_of(settings.sae).saelens,

@@ -1,7 +1,6 @@
 """The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
-import math
 import signal
 import threading
 import time
@@ -20,11 +19,12 @@ from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
 from saelab.runs.feed import open_source
+from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import Checkpoints, last_state, resumed_settings, states
 from saelab.runs.save import check_out, create_run, save_run
-from saelab.sae.model import Batch, bare_autoencoder, new_autoencoder
+from saelab.sae.model import bare_autoencoder, new_autoencoder
 from saelab.training.trainer import Trainer
 
 
@@ -66,9 +66,11 @@ def begin(job: Job, force: bool, track: Track) -> Path:
     check_out(settings, force)
     checked_plan(lambda: plan_training(settings, loaded=job.loaded), job.say)
     source = open_source(job, track)
-    scale, trainer = _start(job, source)
+    inputs, sample = first_inputs(source.sample(), job)
+    trainer = Trainer(new_autoencoder(settings.sae, sample, seed=settings.seed), settings.training, settings.sae)
+    del sample  # the first step needs the memory
     create_run(settings, inputs=job.training_inputs(), force=force)
-    return _run(job, trainer, source, scale, 0.0, track)
+    return _run(job, trainer, source, inputs, 0.0, track)
 
 
 def go_on(job: Job, track: Track) -> Path:
@@ -95,32 +97,17 @@ def go_on(job: Job, track: Track) -> Path:
         if folder.training_record(run).get("complete"):
             job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N trains on more")
         else:  # it was stopped after the last step
-            _finish(job, trainer, state["input_scale"], state["seconds"], track)
+            _finish(job, trainer, Inputs.from_state(state), state["seconds"], track)
         return run
     job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
     with translate_errors(run):
         write_whole(run / folder.SETTINGS, settings.to_yaml())
         write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
     source = open_source(job, track, state["source"])
-    return _run(job, trainer, source, state["input_scale"], state["seconds"], track)
+    return _run(job, trainer, source, Inputs.from_state(state), state["seconds"], track)
 
 
-def _start(job: Job, source: Source) -> tuple[float, Trainer]:
-    """The input scale, which makes E||x||^2 = d_in over the first activations, and the trainer that begins there.
-
-    Raises SaelabError if no scale does.
-    """
-    settings, sample = job.settings, source.sample()
-    mean_square = sample.square().sum(1).double().mean().item()
-    if not 0 < mean_square < math.inf:
-        what = "are all 0" if not mean_square else "are so large that their squares are infinite"
-        raise SaelabError(f"{settings.site}: the first {len(sample):,} activations {what}; choose another site")
-    scale = math.sqrt(sample.shape[1] / mean_square)
-    sae = new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
-    return scale, Trainer(sae, settings.training, settings.sae)
-
-
-def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: float, track: Track) -> Path:
+def _run(job: Job, trainer: Trainer, source: Source, inputs: Inputs, seconds: float, track: Track) -> Path:
     """Train to the end, or until a signal; write states on the way and the checkpoint at the end."""
     settings, run, say, device = job.settings, Path(job.settings.out), job.say, job.lm.device
     checkpoints, began = Checkpoints(run, settings.training.checkpoint), time.monotonic() - seconds
@@ -128,16 +115,12 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
 
     def save() -> Path:
         state = {"trainer": trainer.state_dict(), "source": source.state(), "provenance": _provenance(job)}
-        state |= {"input_scale": scale, "seconds": time.monotonic() - began}
+        state |= inputs.state() | {"seconds": time.monotonic() - began}
         return checkpoints.save(trainer.steps, trainer.tokens, state)
 
     def batches() -> Iterator[ActivationBatch]:
         while not (trainer.finished or interrupted()):
             yield next(source)
-
-    def scaled(batch: ActivationBatch) -> Batch:
-        gradients = None if batch.gradients is None else batch.gradients.to(device).float()
-        return Batch(batch.values.to(device).float() * scale, gradients=gradients)
 
     with (
         locked(run),
@@ -146,9 +129,9 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
     ):
         between_steps = True
         try:
-            for batch in track(batches(), "training", left, len):
+            for batch in track(inputs.batches(batches(), device), "training", left, lambda batch: len(batch.x)):
                 between_steps = False
-                line = trainer.step(scaled(batch))
+                line = trainer.step(batch)
                 between_steps = True
                 if line is not None:
                     line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
@@ -162,28 +145,33 @@ def _run(job: Job, trainer: Trainer, source: Source, scale: float, seconds: floa
         except SaelabError:  # bad data: save the weights so far
             if between_steps and trainer.steps:
                 save()
-            _save(job, trainer, scale, time.monotonic() - began, {})
+            _save(job, trainer, inputs, time.monotonic() - began, {})
             raise
         finally:
             source.close()
-        _finish(job, trainer, scale, time.monotonic() - began, track)
+        _finish(job, trainer, inputs, time.monotonic() - began, track)
     return run
 
 
-def _finish(job: Job, trainer: Trainer, scale: float, seconds: float, track: Track) -> None:
+def _finish(job: Job, trainer: Trainer, inputs: Inputs, seconds: float, track: Track) -> None:
     """Set the thresholds that inference needs, and write the checkpoint."""
     trainer.release()
-    _save(job, trainer, scale, seconds, _calibrated(job, trainer, scale, track))
+    _save(job, trainer, inputs, seconds, _calibrated(job, trainer, inputs, track))
+    if inputs.left_out:
+        job.say(f"note: {inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
     if trainer.finished:
         job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {Path(job.settings.out) / folder.CHECKPOINT}")
     job.report_empty_documents()
 
 
-def _save(job: Job, trainer: Trainer, scale: float, seconds: float, facts: dict[str, Any]) -> None:
-    save_run(job.settings, job.lm, trainer, scale, facts, inputs=job.training_inputs(), seconds=seconds)
+def _save(job: Job, trainer: Trainer, inputs: Inputs, seconds: float, facts: dict[str, Any]) -> None:
+    facts = inputs.state() | facts
+    save_run(
+        job.settings, job.lm, job.corpus, trainer, inputs.scale, facts, inputs=job.training_inputs(), seconds=seconds
+    )
 
 
-def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[str, Any]:
+def _calibrated(job: Job, trainer: Trainer, inputs: Inputs, track: Track) -> dict[str, Any]:
     """Set thresholds on held-out text after that of evaluation, if inference needs them; returns facts to record."""
     densities, settings = trainer.trained().densities, job.settings
     if densities is None:
@@ -195,7 +183,8 @@ def _calibrated(job: Job, trainer: Trainer, scale: float, track: Track) -> dict[
         rows,
         settings.site,
         densities,
-        scale=scale,
+        scale=inputs.scale,
+        largest_norm=inputs.largest_norm,
         rows_per_forward=settings.eval.rows_per_forward,
         track=track,
     )

@@ -6,12 +6,14 @@ for each feature, above which an entry is active; thresholds that are all 0 beco
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from saelab.errors import SaelabError
 from saelab.files import current_folder, make_folder, read_json, translate_errors, write_json
@@ -73,8 +75,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
 
     From a run folder it also takes the figures of the run's evaluation, if there is one, to show them in a notebook.
 
-    Raises SaelabError if there is no checkpoint, if it is damaged, or if it is not a TopK, JumpReLU or ReLU autoencoder
-    that saelab computes exactly.
+    Raises SaelabError if there is no checkpoint, if it is damaged or has weights that are not finite, or if it is not a
+    TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
     path = Path(path)
     inner = current_folder(path / FOLDER)
@@ -107,6 +109,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         sae.threshold = torch.zeros(1)
     for name, parameter in expected.items():
         parameter.data.copy_(_check_shape(folder, name, tensors.get(name), tuple(parameter.shape)))
+    check_weights(sae, str(folder / WEIGHTS))
     if folder == inner:
         sae.figures = _figures(path / EVALUATION)
     return sae.to(device).requires_grad_(False)
@@ -118,6 +121,22 @@ def _check_shape(folder: Path, name: str, tensor: torch.Tensor | None, shape: tu
         found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {shape}"
         raise SaelabError(f"{folder / WEIGHTS}: {name} is {found}")
     return tensor
+
+
+def check_weights(sae: nn.Module, where: str) -> None:
+    """Raises SaelabError if a parameter of `sae` is NaN or infinite, or a buffer NaN.
+
+    With such weights features look silent and figures undefined. An infinite threshold, a buffer, is in order: its
+    feature is never active. `where` begins the message.
+    """
+    finite = ((name, torch.isfinite(weights)) for name, weights in sae.named_parameters())
+    numbers = ((name, ~torch.isnan(values)) for name, values in sae.named_buffers())
+    for name, good in chain(finite, numbers):
+        if not good.all():
+            raise SaelabError(
+                f"{where}: {int((~good).sum()):,} of {good.numel():,} values of {name} are NaN or infinite; use an "
+                "earlier checkpoint, or train it again with a smaller `training.lr`"
+            )
 
 
 def _figures(evaluation: Path) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     shown = [
         ("held-out text", "tokens", " tokens"),
         ("FVU", "fvu", ""),
+        *([("FVU without sinks", "fvu_without_sinks", "")] if found.get("sinks") else []),
         ("L0", "l0", " features per token"),
         ("delta CE", "delta_ce", " nats per token"),
+        *([("delta CE without sinks", "delta_ce_without_sinks", " nats per token")] if found.get("sinks") else []),
         ("loss recovered", "loss_recovered_zero", " (zero ablation)"),
         ("loss recovered", "loss_recovered_mean", " (mean ablation)"),
         ("never active", "never_active", f" of {sae.n_features:,} features"),

@@ -161,6 +161,71 @@ def test_bos_with_a_hundred_times_the_norm_is_in_no_figure() -> None:
         lm.model.get_output_embeddings().weight = tied
 
 
+@pytest.mark.parametrize("rows_per_forward", [1, 5, 64])
+def test_sinks_are_counted_and_left_out_of_the_figures_without_them(rows_per_forward: int) -> None:
+    torch.manual_seed(0)
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 12)
+    rows[rows == 17] = 18
+    rows[:, 1] = 17
+    sae = SparseAutoencoder(32, 40, 5, {"hook_name": "blocks.0.hook_resid_pre"})
+    sae.initialise(lm.activations(rows, [sae.metadata["hook_name"]])[sae.metadata["hook_name"]][:, 2:].reshape(-1, 32))
+    embedding = lm.model.get_input_embeddings().weight
+    kept = embedding[17].clone()
+    try:
+        embedding.data[17] = 100 * kept
+        found = fidelity(sae, lm, rows, rows_per_forward=rows_per_forward)
+        x = lm.activations(rows, [found.site])[found.site]
+        spliced = sae(x)
+        spliced[rows == 17] = x[rows == 17]
+        log_p = lm.spliced_logits(rows, found.site, lambda _: spliced[lm.ordinary(rows)]).log_softmax(-1)
+    finally:
+        embedding.data[17] = kept
+    loss = -log_p.gather(2, rows.roll(-1, 1)[..., None]).squeeze(2)[lm.scored(rows)].mean().item()
+    assert found.ce_spliced_without_sinks == pytest.approx(loss, rel=1e-5) != pytest.approx(found.ce_spliced, rel=1e-3)
+    assert found.delta_ce_without_sinks == found.ce_spliced_without_sinks - found.ce_clean
+    ordinary = lm.ordinary(rows)
+    sink, X = (rows == 17)[ordinary].numpy(), x[ordinary].double().numpy()
+    errors = (X - sae(x[ordinary]).double().numpy()) ** 2
+    norms = np.linalg.norm(X, axis=1)
+    assert ((norms > 10 * np.median(norms)) == sink).all() and found.sinks == 12
+
+    def fvu(chosen: np.ndarray) -> float:
+        return errors[chosen].sum() / ((X[chosen] - X[chosen].mean(0)) ** 2).sum()
+
+    assert found.fvu == pytest.approx(fvu(sink | True), rel=1e-5)
+    assert found.fvu_without_sinks == pytest.approx(fvu(~sink), rel=1e-5)
+    assert abs(found.fvu - found.fvu_without_sinks) > 0.1
+    squares = (X - X.mean(0)) ** 2
+    assert found.sink_variance == pytest.approx(squares[sink].sum() / squares.sum(), rel=1e-5)
+    others = ((X[~sink] - X[~sink].mean(0)) ** 2).sum(0)
+    assert found.top_variance == pytest.approx(others.max() / others.sum(), rel=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(x[ordinary], sae(x[ordinary]), dim=1).double().numpy()
+    assert found.cosine_without_sinks == pytest.approx(cosine[~sink].mean(), rel=1e-5)
+
+
+def test_without_sinks_the_figures_without_them_are_the_same() -> None:
+    lm = language_model("gpt2")
+    found = fidelity(Fixed(lambda x: 0.9 * x), lm, random_rows(lm, 12))
+    assert found.sinks == found.sink_variance == 0 and 0 < found.top_variance < 1
+    assert (found.fvu_without_sinks, found.cosine_without_sinks) == (found.fvu, found.cosine)
+    assert found.ce_spliced_without_sinks == found.ce_spliced
+
+
+def test_equal_activations_leave_fvu_undefined() -> None:
+    lm = language_model("gpt2")
+    rows = random_rows(lm, 12)
+    weights = [lm.model.get_submodule("transformer.wte").weight, lm.model.get_submodule("transformer.wpe").weight]
+    kept = [weight.clone() for weight in weights]
+    try:
+        weights[0].data[:], weights[1].data[:] = 0.1, 0.0
+        found = fidelity(Fixed(lambda x: x), lm, rows, "blocks.0.hook_resid_pre", rows_per_forward=5)
+    finally:
+        for weight, before in zip(weights, kept, strict=True):
+            weight.data.copy_(before)
+    assert math.isnan(found.fvu) and math.isnan(found.fvu_without_sinks) and found.top_variance == 0
+
+
 def test_a_mean_far_from_zero_costs_no_digits() -> None:
     lm = language_model("gpt2")
     rows = random_rows(lm, 8)

@@ -67,6 +67,22 @@ def test_the_overview_shows_the_evaluation_the_training_and_the_settings(explore
     assert not app.error and not app.warning
 
 
+def test_figures_without_sinks_are_shown_if_there_are_any(explorer, runs):
+    assert "without sinks" not in pages_html(explorer(runs, run="whole"))
+    path = runs / "whole" / "eval.json"
+    before = path.read_text()
+    sinks = {"sinks": 40, "sink_variance": 0.97, "fvu_without_sinks": 0.7756, "delta_ce_without_sinks": 1.5}
+    try:
+        for number, shown in ((40, True), (0, False)):
+            path.write_text(json.dumps(json.loads(before) | sinks | {"sinks": number}))
+            app = explorer(runs, run="whole")
+            page = pages_html(app)
+            assert ("FVU without sinks" in page and "0.7756" in page and "Attention sinks" in page) == shown
+            assert ("FVU without sinks" in [metric.label for metric in app.metric]) == shown
+    finally:
+        path.write_text(before)
+
+
 def test_a_run_that_was_only_trained_names_the_next_commands(explorer, runs):
     app = explorer(runs, run="bare")
     texts = [element.value for element in app.info]

@@ -1,18 +1,28 @@
 """Models whose activations or gradients are NaN or infinite."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import saelab
 from saelab.activations.cache.layout import UNFINISHED
 from saelab.activations.cache.reader import Cache, open_cache
 from saelab.activations.stream import ActivationBatch, Pass
 from saelab.errors import SaelabError
+from saelab.features.index import build_features
+from saelab.features.settings import FeatureSettings
+from saelab.lm.load import load_language_model
+from saelab.lm.model import LanguageModel
+from saelab.lm.settings import ModelSettings
+from saelab.runs import job
+from saelab.sae.model import SparseAutoencoder
 from tests.activations.cache import made
 from tests.faults.tools import (
     command,
@@ -22,7 +32,7 @@ from tests.faults.tools import (
     the_one_error,
     tree,
 )
-from tests.tiny import model_folder
+from tests.tiny import model_folder, random_rows
 
 OTHER = "blocks.1.attn.hook_z"
 ROWS = 20
@@ -168,13 +178,15 @@ def test_large_values_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
     assert [shard["skipped"] for shard in manifest.shards] == [0, 0, 0, 0]
 
 
-def nan_at_position(position: int, folder: Path) -> Path:
-    """A tiny GPT-2 whose embedding of a position is NaN."""
-    model = Path(shutil.copytree(model_folder("gpt2"), folder / "broken"))
-    weights = load_file(model / "model.safetensors")
-    weights["transformer.wpe.weight"][position, 3] = torch.nan
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    return model
+def broken_weight(monkeypatch: pytest.MonkeyPatch, name: str, index: tuple[int, ...], value: float) -> None:
+    """Set one weight of every model that a command loads; loading refuses a file with such a weight."""
+
+    def load(*arguments: Any) -> LanguageModel:
+        lm = load_language_model(*arguments)
+        lm.model.get_parameter(name).data[index] = value
+        return lm
+
+    monkeypatch.setattr(job, "load_language_model", load)
 
 
 def test_the_command_on_a_model_with_a_weight_that_is_nan(
@@ -184,14 +196,15 @@ def test_the_command_on_a_model_with_a_weight_that_is_nan(
     with `cache.nonfinite=skip` it writes what is finite and says how many tokens it left out."""
     site = "blocks.0.hook_resid_pre"  # after it, attention spreads the NaN to other positions
     config = made_by_command(tmp_path, sites=[site], gradients=False)
-    out, model = ("--out", tmp_path / "cache"), f"model={nan_at_position(17, tmp_path)}"
-    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", *out)
+    out = ("--out", tmp_path / "cache")
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), torch.nan)
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, f"site={site}", *out)
     assert code == 2
     assert the_one_error(stderr).startswith(f"error: {site}: ") and "at row 0, position 17," in stderr
     assert not any(path.suffix == ".safetensors" for path in (tmp_path / "cache").rglob("*"))
 
     out = ("--out", tmp_path / "skip")
-    code, _, stderr = command(monkeypatch, capsys, "cache", config, model, f"site={site}", "cache.nonfinite=skip", *out)
+    code, _, stderr = command(monkeypatch, capsys, "cache", config, f"site={site}", "cache.nonfinite=skip", *out)
     cache = open_cache(tmp_path / "skip")
     rows = sum(shard["rows"] for shard in cache.manifest.shards)
     skipped = sum(shard["skipped"] for shard in cache.manifest.shards)
@@ -199,3 +212,142 @@ def test_the_command_on_a_model_with_a_weight_that_is_nan(
     assert rows - 5 < skipped <= rows  # one each, unless it is a special token
     for batch in cache.in_order(site):
         assert 17 not in batch.positions.tolist() and torch.isfinite(batch.values.float()).all()
+
+
+SITE = "blocks.0.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny GPT-2 in `model` and a run on it in `run`."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(model_folder("gpt2"), folder / "model")
+    small = ["eval.tokens=1500", "eval.ce_tokens=600", "features.tokens=1500"]
+    saelab.run(made_by_command(folder), [f"model={folder / 'model'}", f"site={SITE}", *small])
+    return folder
+
+
+class Broken:
+    """The folder `finished`, in which a test breaks weights and runs commands."""
+
+    def __init__(self, folder: Path, run_command: Callable[..., tuple[int, str, str]]) -> None:
+        self.run, self.model, self._command = folder / "run", folder / "model", run_command
+
+    def language_model(self) -> LanguageModel:
+        return load_language_model(ModelSettings(str(self.model)), "cpu")
+
+    def refused(self, stage: str) -> str:
+        """The one message of a stage that ends with exit code 2 and leaves every file as it was."""
+        before = tree(self.run)
+        code, _, stderr = self._command(stage, self.run)
+        assert code == 2 and tree(self.run) == before
+        return the_one_error(stderr)
+
+
+@pytest.fixture
+def broken(finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Broken]:
+    before = tree(finished)
+    yield Broken(finished, partial(command, monkeypatch, capsys))
+    for name, content in tree(finished).items():
+        if content != before[name]:
+            (finished / name).write_bytes(before[name] or b"")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("stage", ["eval", "index"])
+def test_evaluation_and_features_stop_at_an_activation_that_is_not_finite(
+    stage: str, value: float, broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guaranteed: the message is that of training, with site, row and position; nothing is written."""
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), value)
+    message = broken.refused(stage)
+    assert message.startswith(f"error: {SITE}: ") and "NaN or infinite activations at row 0, position 17;" in message
+
+
+def test_evaluation_stops_at_a_loss_that_is_not_finite(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guaranteed: NaN after the site, as where float16 overflows, is named by row and position too."""
+    broken_weight(monkeypatch, "transformer.h.2.mlp.c_proj.bias", (3,), torch.nan)
+    assert "gives NaN or infinite losses in the clean run at row 0, position 1;" in broken.refused("eval")
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_weights_of_an_autoencoder_that_are_not_finite_are_refused(name: str, broken: Broken, tmp_path: Path) -> None:
+    """Guaranteed: a checkpoint with such weights does not load, and an autoencoder in a notebook with such weights has
+    no figures and no features."""
+    sae, lm = saelab.load(broken.run), broken.language_model()
+    getattr(sae, name).data.view(-1)[5] = torch.nan
+    rows = random_rows(lm, 6)
+    for attempt in (
+        lambda: saelab.fidelity(sae, lm, rows),
+        lambda: build_features(sae, lm, rows, SITE, tmp_path / "features", FeatureSettings(), ""),
+    ):
+        with pytest.raises(SaelabError, match=rf"^the autoencoder: 1 of [0-9,]+ values of {name} are NaN or infinite"):
+            attempt()
+    path = broken.run / "sae" / "sae_weights.safetensors"
+    weights = load_file(path)
+    weights[name].view(-1)[:2] = torch.tensor([torch.inf, torch.nan])
+    save_file(weights, path)
+    for stage in ("eval", "index"):
+        assert f"{path}: 2 of " in broken.refused(stage)
+
+
+def test_a_threshold_may_be_infinite_and_not_nan(tmp_path: Path) -> None:
+    """Guaranteed: an infinite threshold, with which other tools switch features off, loads; NaN does not."""
+    sae = SparseAutoencoder(4, 6, 2)
+    sae.initialise(torch.randn(50, 4))
+    sae.threshold = torch.tensor([0.1] * 5 + [torch.inf])
+    saelab.save_sae(sae, tmp_path / "sae")
+    assert saelab.load(tmp_path / "sae").encode(torch.randn(200, 4)).firing_counts()[5] == 0
+    sae.threshold[0] = torch.nan
+    saelab.save_sae(sae, tmp_path / "sae")
+    with pytest.raises(SaelabError, match="1 of 6 values of threshold"):
+        saelab.load(tmp_path / "sae")
+
+
+def test_reconstructions_that_overflow_are_named(broken: Broken) -> None:
+    sae, lm = saelab.load(broken.run), broken.language_model()
+    sae.W_enc.data.mul_(1e3)
+    sae.W_dec.data.fill_(3e38)
+    with pytest.raises(
+        SaelabError, match=r"the autoencoder gives NaN or infinite reconstructions at row 0, position 1"
+    ):
+        saelab.fidelity(sae, lm, random_rows(lm, 6))
+
+
+def test_gradients_of_the_oracle_that_are_not_finite_are_named(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, lm = saelab.load(broken.run), broken.language_model()
+    clean = lm.activations_and_gradients
+
+    def spoilt(ids: torch.Tensor, sites: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        values, gradients = clean(ids, sites)
+        gradients[SITE][1, 9, 3] = torch.inf if torch.equal(ids, rows[2:4]) else 0.0
+        return values, gradients
+
+    rows = random_rows(lm, 6)
+    monkeypatch.setattr(lm, "activations_and_gradients", spoilt)
+    with pytest.raises(SaelabError, match=r"infinite gradients at row 3, position 9"):
+        saelab.fidelity(sae, lm, rows, oracle=True, rows_per_forward=2)
+
+
+def test_thresholds_are_not_set_on_activations_that_are_not_finite(broken: Broken) -> None:
+    sae, lm = saelab.load(broken.run), broken.language_model()
+    lm.model.get_parameter("transformer.wpe.weight").data[17, 3] = torch.nan
+    densities = torch.tensor(0.05, dtype=torch.float64)
+    with pytest.raises(SaelabError, match=rf"^{SITE}: .* at row 0, position 17;"):
+        saelab.calibrate(sae, lm, random_rows(lm, 6), SITE, densities)
+    assert sae.threshold is None
+
+
+def test_tokens_that_a_cache_skips_are_an_error_in_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guaranteed: training on a cache with `nonfinite: skip` goes on without such tokens; evaluation, which would have
+    to leave out their losses too, stops with the message."""
+    site, out = "blocks.0.hook_resid_pre", tmp_path / "cache"
+    config = made_by_command(tmp_path, sites=[site], gradients=False, nonfinite="skip")
+    options = [config, f"site={site}"]
+    broken_weight(monkeypatch, "transformer.wpe.weight", (17, 3), torch.nan)
+    assert command(monkeypatch, capsys, "cache", *options, "--out", out)[0] == 0
+    assert command(monkeypatch, capsys, "train", *options, f"activations.cache={out}")[0] == 0
+    code, _, stderr = command(monkeypatch, capsys, "eval", tmp_path / "run")
+    assert code == 2 and "at row 0, position 17;" in the_one_error(stderr)

@@ -112,12 +112,12 @@ def command(
     return int(ended.value.code or 0), output.out, output.err
 
 
-QUIET = ("model: ", "corpus: ", "verifying: ", "memory: ", "disk: ")
+QUIET = ("model: ", "corpus: ", "verifying: ", "encoding: ", "memory: ", "disk: ")
 """Beginnings of the lines that report progress."""
 
 
 def the_one_error(stderr: str) -> str:
-    """The message of a fault: one line, and besides it only lines about loading or verifying."""
+    """The message of a fault: one line, and besides it only lines of progress."""
     lines = [line for line in stderr.splitlines() if not line.startswith(QUIET)]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     return lines[0]

@@ -1,0 +1,129 @@
+"""From a source's activations to the batches of training: scaled, and without tokens of too large a norm.
+
+The first activations decide both: the scale makes E||x||^2 = d_in over them, and `activations.max_norm` is a multiple
+of their median norm.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.activations.sinks import SINK, Concentration, largest_norm, measure, within
+from saelab.activations.source import SAMPLE_TOKENS
+from saelab.activations.stream import ActivationBatch
+from saelab.corpus import Corpus
+from saelab.errors import SaelabError
+from saelab.runs.job import Job
+from saelab.sae.model import Batch
+
+NOTED_SINKS = 0.1
+"""Share of the variance in sinks from which it is said: with it, an autoencoder that explains the sinks and nothing
+else has an FVU lower by as much, which is more than most methods differ by."""
+NOTED_TOP = 0.5
+"""Share of the variance in the largest 1% of dimensions from which it is said: FVU is then mostly about them."""
+
+
+@dataclass
+class Inputs:
+    """How activations become the inputs of training; `left_out` counts the tokens that do not."""
+
+    scale: float
+    largest_norm: float
+    """Norm above which a token is left out, before scaling; infinite: none is."""
+    first: dict[str, Any]
+    """`Concentration` of the first activations, before any is left out, as a dictionary; for the record."""
+    left_out: int = 0
+
+    def batches(self, source: Iterable[ActivationBatch], device: torch.device) -> Iterator[Batch]:
+        """The batches of `source` as inputs, on `device`; those with fewer than two tokens left are skipped.
+
+        Raises SaelabError if no token of `SAMPLE_TOKENS` in a row is left: half of the first activations were.
+        """
+        empty = 0
+        for batch in source:
+            found = self._batch(batch, device)
+            empty = 0 if found is not None else empty + len(batch)
+            if found is not None:
+                yield found
+            elif empty >= SAMPLE_TOKENS:
+                raise SaelabError(
+                    f"activations.max_norm: {empty:,} tokens in a row have norms above {self.largest_norm:.4g}, the "
+                    "bound from the first activations, so no batch can be filled; shuffle the text, or set a larger "
+                    "`activations.max_norm`"
+                )
+
+    def _batch(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
+        values, gradients = batch.values.to(device).float(), batch.gradients
+        gradients = None if gradients is None else gradients.to(device).float()
+        keep = within(values, self.largest_norm)
+        if keep is None:
+            return Batch(values * self.scale, gradients=gradients)
+        kept = int(keep.sum())
+        self.left_out += len(keep) - kept
+        if kept < 2:  # one token has no variance to explain
+            return None
+        return Batch(values[keep].mul_(self.scale), gradients=None if gradients is None else gradients[keep])
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; `from_state` reads it."""
+        bound = None if math.isinf(self.largest_norm) else self.largest_norm
+        return {
+            "input_scale": self.scale,
+            "largest_norm": bound,
+            "left_out": self.left_out,
+            "first_activations": self.first,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Inputs":
+        """The inputs of a run that goes on; states of earlier versions have the scale only."""
+        bound = state.get("largest_norm")
+        return cls(
+            state["input_scale"],
+            math.inf if bound is None else bound,
+            state.get("first_activations", {}),
+            state.get("left_out", 0),
+        )
+
+
+def first_inputs(sample: Tensor, job: Job) -> tuple[Inputs, Tensor]:
+    """The inputs that the first activations `sample` ``[tokens, d_in]`` give, and the sample as such inputs.
+
+    Says so if few tokens or dimensions hold much of the variance of what is trained on. Raises SaelabError if
+    no scale gives E||x||^2 = d_in.
+    """
+    found, max_norm = measure(sample), job.settings.activations.max_norm
+    bound, trained_on = math.inf, found
+    if max_norm is not None:
+        bound = largest_norm(found.median_norm, max_norm)
+        if (keep := within(sample, bound)) is not None:
+            sample = sample[keep]
+            trained_on = measure(sample)
+    square = sample.square().sum(1).double().mean().item()
+    if not 0 < square < math.inf:
+        what = "are all 0" if not square else "are so large that their squares are infinite"
+        raise SaelabError(f"{job.settings.site}: the first {len(sample):,} activations {what}; choose another site")
+    for note in concentration_notes(trained_on, job.corpus):
+        job.say(note)
+    scale = math.sqrt(sample.shape[1] / square)
+    return Inputs(scale, bound, asdict(found)), sample * scale
+
+
+def concentration_notes(found: Concentration, corpus: Corpus) -> Iterator[str]:
+    """What to say if few tokens or dimensions hold much of the variance."""
+    if found.sink_variance >= NOTED_SINKS:
+        cause = "" if corpus.begins_with_bos else "; the first token of a row is one, as the rows do not begin with BOS"
+        yield (
+            f"note: {found.sink_share:.2%} of the tokens have norms above {SINK:g} times the median (attention sinks"
+            f"{cause}) and hold {found.sink_variance:.1%} of the variance, so training and FVU are mostly about them; "
+            f"activations.max_norm={SINK:g} leaves them out of training"
+        )
+    if found.top_variance >= NOTED_TOP:
+        yield (
+            f"note: {found.top_dimensions} of the dimensions hold {found.top_variance:.1%} of the variance of the "
+            "other tokens, so FVU and cosine are mostly about them; delta CE shows what is lost in the others"
+        )

@@ -1,0 +1,209 @@
+"""Attention sinks are measured before training, named, and left out if the settings say so."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import saelab
+from saelab.activations.sinks import Concentration
+from saelab.activations.source import SAMPLE_TOKENS
+from saelab.activations.stream import ActivationBatch
+from saelab.errors import SaelabError
+from saelab.runs.inputs import Inputs, concentration_notes
+from saelab.runs.job import Job, settings_of
+from saelab.runs.resume import last_state
+from saelab.training.trainer import Trainer
+from tests.corpus.made import opened, tokenised, write
+from tests.faults.tools import command
+from tests.runs.test_stages import small
+from tests.tiny import CONTEXT, model_folder
+
+SITE = "blocks.0.hook_resid_pre"  # before attention, which would carry the sinks to other positions
+SINK_TOKEN = 17
+
+
+def with_sinks(tmp_path: Path, *, cached: bool = False) -> dict[str, Any]:
+    """A run on token ids without BOS, 32 a row; the first token of each row has a hundred times the norm of others."""
+    model = tmp_path / "model"
+    if not model.exists():
+        shutil.copytree(model_folder("gpt2"), model)
+        weights = load_file(model / "model.safetensors")
+        weights["transformer.wte.weight"][SINK_TOKEN] *= 100
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        rng = np.random.default_rng(0)
+        rows = [[SINK_TOKEN, *rng.integers(18, 300, CONTEXT - 1).tolist()] for _ in range(300)]
+        write(tmp_path / "ids.jsonl", rows, "input_ids")
+    source = {"source": str(tmp_path / "ids.jsonl"), "held_out": 0.2}
+    config = small(tmp_path) | {"site": SITE, "model": str(model), "corpus": source}
+    if cached:
+        write_as = {"dtype": "float32", "rows_per_forward": 8}
+        folder = saelab.cache(config | {"cache": write_as}, tmp_path / "cache", tokens=5000)
+        config["activations"] = {"cache": str(folder)}
+    return config
+
+
+def record(run: Path) -> dict[str, Any]:
+    return json.loads((run / "train.json").read_text())
+
+
+def test_sinks_are_said_before_training_with_their_cause_and_the_setting_and_recorded(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = saelab.train(with_sinks(tmp_path), say=said.append)
+    (note,) = [line for line in said if "attention sinks" in line]
+    assert note.startswith("note: 3.1") and "do not begin with BOS" in note
+    assert "activations.max_norm=10" in note and said.index(note) < len(said) - 1
+    found = record(run)["first_activations"]
+    assert found == saelab.load(run).metadata["saelab"]["first_activations"]
+    assert found["sink_share"] == pytest.approx(1 / CONTEXT, rel=0.01) and found["sink_variance"] > 0.9
+    assert saelab.load(run).metadata["prepend_bos"] is False
+
+
+def test_a_run_without_sinks_says_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = saelab.train(small(tmp_path), say=said.append)
+    assert not any("variance" in line for line in said)
+    assert record(run)["first_activations"]["sink_share"] == 0 and saelab.load(run).metadata["prepend_bos"] is True
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
+def test_tokens_above_max_norm_are_in_no_batch_scale_or_mean(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, seen, said = with_sinks(tmp_path, cached=cached), [], []
+    step = Trainer.step
+
+    def recorded(trainer: Trainer, batch: Any) -> Any:
+        if not seen:
+            torch.testing.assert_close(trainer.sae.b_dec.detach().norm(), torch.tensor(0.0), atol=2.0, rtol=0)
+        seen.append(batch.x)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    run = saelab.train(config, ["activations.max_norm=10"], say=said.append)
+    x, found = torch.cat(seen), record(run)
+    assert x.norm(dim=1).max() < 3 * x.norm(dim=1).median()
+    assert x.square().sum(1).mean().item() == pytest.approx(32, rel=0.05)  # the scale is that of the tokens left
+    assert found["tokens"] == len(x) and found["left_out"] == pytest.approx(len(x) / (CONTEXT - 1), rel=0.05)
+    if not cached:
+        assert found["tokens"] + found["left_out"] == 6000
+    assert found["first_activations"]["sink_variance"] > 0.9, "the record is of what the model gives"
+    assert not any("attention sinks" in line for line in said)
+    assert any(line.startswith(f"note: {found['left_out']:,} tokens with larger norms were left out") for line in said)
+    plain = saelab.evaluate(saelab.train(config, [f"out={tmp_path / 'plain'}"]))
+    better = saelab.evaluate(run)
+    assert better.sinks == plain.sinks > 0 and better.sink_variance == plain.sink_variance > 0.9
+    assert better.fvu_without_sinks < plain.fvu_without_sinks
+    assert plain.fvu < better.fvu, "FVU alone prefers the autoencoder that learnt the sinks"
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
+def test_a_killed_run_goes_on_with_the_same_bound_and_count(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, step = with_sinks(tmp_path, cached=cached), Trainer.step
+    limits = ["activations.max_norm=10", "training.checkpoint.tokens=1000"]
+    whole = saelab.train(config, [*limits, f"out={tmp_path / 'whole'}"])
+
+    def killed(trainer: Trainer, batch: Any) -> Any:
+        if trainer.steps == 12:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saelab.train(config, [*limits, f"out={tmp_path / 'parts'}"])
+    monkeypatch.setattr(Trainer, "step", step)
+    parts = saelab.resume(tmp_path / "parts")
+    for name in ("largest_norm", "left_out", "tokens", "input_scale", "first_activations"):
+        assert record(parts)[name] == record(whole)[name] is not None, name
+    weights = [load_file(run / "sae" / "sae_weights.safetensors") for run in (whole, parts)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(SaelabError, match=r"activations.max_norm: is 10.* in the run, not 20"):
+        saelab.resume(parts, ["activations.max_norm=20"])
+
+
+def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    run = saelab.train(small(tmp_path))
+    state = last_state(run, torch.device("cpu"))
+    assert Inputs.from_state(state).state() == {name: state[name] for name in Inputs.from_state(state).state()}
+    earlier = Inputs.from_state({"input_scale": 0.5})
+    assert earlier.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
+
+
+def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
+    run = saelab.train(with_sinks(tmp_path), ["activations.max_norm=10", "sae.allocation=mutual_choice"])
+    facts = saelab.load(run).metadata["saelab"]
+    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500)
+    assert facts["calibration_tokens"] == len(rows) * (CONTEXT - 1)
+
+
+def test_an_evaluation_prints_fvu_without_sinks_if_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saelab.train(with_sinks(tmp_path))
+    code, out, _ = command(monkeypatch, capsys, "eval", run)
+    found = json.loads((run / "eval.json").read_text())
+    assert code == 0 and f"{found['sinks']:,} tokens, {100 * found['sink_variance']:.1f}% of the variance" in out
+    assert "FVU without sinks" in out and f"{found['fvu_without_sinks']:.4f}" in out
+    assert ("FVU without sinks", f"{found['fvu_without_sinks']:.4g}") in saelab.sae.summary.figures(saelab.load(run))
+    plain = saelab.train(small(tmp_path), [f"out={tmp_path / 'plain'}"])
+    code, out, _ = command(monkeypatch, capsys, "eval", plain)
+    assert code == 0 and "sinks" not in out
+
+
+def batches_of(*norms: list[float]) -> Iterator[ActivationBatch]:
+    for batch in norms:
+        x = torch.zeros(len(batch), 4)
+        x[:, 1] = torch.tensor(batch)
+        ids = torch.arange(len(batch))
+        yield ActivationBatch(x, ids, ids, ids, 10 * x)
+
+
+def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tokens() -> None:
+    inputs = Inputs(2.0, 5.0, {})
+    found = list(inputs.batches(batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4]), torch.device("cpu")))
+    assert [batch.x[:, 1].tolist() for batch in found] == [[2, 4], [10, 8]]
+    assert [batch.gradients[:, 1].tolist() for batch in found if batch.gradients is not None] == [[10, 20], [50, 40]]
+    assert inputs.left_out == 4
+
+
+def test_a_source_that_gives_only_larger_norms_ends_with_an_error() -> None:
+    endless = (batch for _ in iter(int, 1) for batch in batches_of([9.0] * 1000))
+    taken = islice(endless, SAMPLE_TOKENS // 1000 + 2)
+    with pytest.raises(SaelabError, match=r"^activations.max_norm: 33,000 tokens in a row have norms above 5"):
+        list(Inputs(1.0, 5.0, {}).batches(taken, torch.device("cpu")))
+
+
+def test_activations_that_are_all_zero_are_refused(tmp_path: Path) -> None:
+    config = with_sinks(tmp_path)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("wte", "wpe"):
+        weights[f"transformer.{name}.weight"].zero_()
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SaelabError, match=f"^{SITE}: the first .* activations are all 0"):
+        saelab.train(config, ["model.self_check=false"])  # which would refuse the site before
+
+
+def test_the_note_names_what_holds_the_variance(tmp_path: Path) -> None:
+    corpus = opened(
+        write(tmp_path / "ids.jsonl", tokenised(), "input_ids"), Job(settings_of("quickstart")).lm.tokenizer
+    )
+    assert corpus.begins_with_bos
+    sinks, dimensions = concentration_notes(Concentration(1.0, 0.01, 0.95, 0.9, 8), corpus)
+    assert "1.00% of the tokens" in sinks and "95.0%" in sinks and "BOS" not in sinks
+    assert "8 of the dimensions hold 90.0%" in dimensions and "delta CE" in dimensions
+    assert list(concentration_notes(Concentration(1.0, 0.001, 0.09, 0.4, 8), corpus)) == []
+
+
+@pytest.mark.parametrize("value", ["1", "0", "-3", ".inf", ".nan"])
+def test_a_bound_that_would_leave_out_half_of_the_tokens_is_refused(value: str, tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=r"activations\.max_norm: .* is not a number above 1"):
+        settings_of(small(tmp_path), [f"activations.max_norm={value}"])
