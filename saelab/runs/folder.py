@@ -117,7 +117,7 @@ def evaluation(run: Path | str) -> dict[str, Any] | None:
 
 
 def evaluations(run: Path) -> list[Path]:
-    """The files of the run's evaluation and of those that differ from its training (`eval-*.json`); none need exist."""
+    """The file of the own evaluation of a run, which need not exist, and those of evaluations that differ from it."""
     return [run / EVALUATION, *run.glob(f"{Path(EVALUATION).stem}-*.json")]
 
 

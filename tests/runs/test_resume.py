@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 import saelab
 from saelab.errors import SaelabError
 from saelab.runs import resume as resuming
-from saelab.runs.config import settings_from
-from saelab.runs.resume import FREE, RAISED, SAME, leaves, resumed_settings, states
+from saelab.runs.config import leaves, settings_from
+from saelab.runs.resume import FREE, RAISED, SAME, resumed_settings, states
+from saelab.runs.save import write_settings
 from saelab.training.state import load_state, save_state
 from tests.faults.tools import command
 from tests.runs.test_stages import small
@@ -175,6 +176,20 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
             resumed_settings(run, settings_from(asdict(config), [override]))
     for override in ("training.tokens=7000", "device=cuda", "training.log_every=7", "training.checkpoint.keep=9"):
         resumed_settings(run, settings_from(asdict(config), [override]))
+
+
+def test_paths_are_the_same_if_they_lead_to_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run names its files by absolute paths, a config may name them from where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path) | {"activations": {"cache": "cache"}}
+    config["corpus"] |= {"source": "book.txt"}
+    (tmp_path / "run").mkdir()
+    write_settings(tmp_path / "run", saelab.settings_of(config))
+    assert "source: /" in (tmp_path / "run" / "config.yaml").read_text()
+    resumed_settings(tmp_path / "run", saelab.settings_of(config))
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(SaelabError, match=r"corpus.source: is .*/book.txt in the run, not book.txt"):
+        resumed_settings(tmp_path / "run", saelab.settings_of(config))
 
 
 def test_another_text_or_folder_is_refused(tmp_path: Path) -> None:
