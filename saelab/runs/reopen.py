@@ -97,7 +97,7 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
     now = json.loads(json.dumps(provenance(job.lm, job.corpus)))
-    found = [name for name in changed if name in ("site", "context", "model.dtype")]
+    found = [name for name in changed if name in ("site", "context", "model.dtype", "model.attention")]
     for what, fact, section in (("model", "weights", "model.name"), ("corpus", "corpus", "corpus.")):
         trained = recorded.get("model_fingerprint" if what == "model" else "corpus")
         given = [name for name in changed if name.startswith(section)]
