@@ -3,12 +3,14 @@
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from saelab.errors import SaelabError, printable
+from saelab.signals import stopping
 
 app = typer.Typer(
     help="Train sparse autoencoders on a language model's activations, look at the features, measure them.",
@@ -133,9 +135,9 @@ def cache(
         caching.cache(
             config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
         )
-    except KeyboardInterrupt:
-        _say("interrupted; finished shards are kept, and the same command continues after them")
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, SystemExit):  # a signal
+        _say("finished shards are kept, and the same command continues after them")
+        raise
 
 
 @app.command()
@@ -151,11 +153,12 @@ def plan(
     """
     from rich.console import Console
 
+    from saelab.files import expanded
     from saelab.runs.job import settings_of
     from saelab.runs.plan import plan_cache, plan_training
 
-    settings = settings_of(config, overrides or [])
-    plans = (plan_training(settings), plan_cache(settings, out, int(tokens or settings.training.tokens)))
+    settings, folder = settings_of(config, overrides or []), Path(expanded(out, "--out"))
+    plans = (plan_training(settings), plan_cache(settings, folder, int(tokens or settings.training.tokens)))
     for title, needs in zip(("training", "cache"), plans, strict=True):
         Console(width=120).print(needs.table(title))
     for needs in plans:
@@ -166,13 +169,17 @@ def plan(
 def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
     """Evaluate a run's autoencoder on held-out text: reconstruction, loss with it spliced in, never-active features.
 
+    With another text, model, site or context than in training, the result goes into a file of its own, eval-*.json.
+
     Example: saelab eval runs/quickstart eval.ce_tokens=200e3
+
+    Example: saelab eval runs/quickstart corpus=code.jsonl
     """
     from saelab import progress
+    from saelab.runs.folder import jsonable
     from saelab.runs.stages import evaluate as stage
 
-    stage(run, overrides or [], track=progress.bar, say=_say)
-    _show_evaluation(run)
+    _print_evaluation(run, jsonable(stage(run, overrides or [], track=progress.bar, say=_say).to_dict()))
 
 
 @app.command()
@@ -214,21 +221,16 @@ def explorer(
 def _show_evaluation(run: Path) -> None:
     """Print the evaluation of a run. Raises SaelabError if its file is damaged."""
     from saelab.files import translate_read_errors
-    from saelab.runs.folder import EVALUATION
+    from saelab.runs.folder import EVALUATION, evaluation
 
     remedy = f"`saelab eval {run}` makes it again."
     with translate_read_errors(run / EVALUATION, "an evaluation", remedy, (KeyError, TypeError, ValueError)):
-        _print_evaluation(run)
+        _print_evaluation(run, evaluation(run) or {})
 
 
-def _print_evaluation(run: Path) -> None:
+def _print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from saelab.runs.folder import evaluation
-
-    result = evaluation(run)
-    assert result is not None, "this stage has just written it"
 
     def number(name: str, digits: int) -> str:
         if name not in result:
@@ -271,6 +273,9 @@ def _print_evaluation(run: Path) -> None:
 
 def _serve(runs: list[Path], port: int) -> None:
     """Start Streamlit on the explorer, in place of this process."""
+    from saelab.files import expanded
+
+    runs = [Path(expanded(run)) for run in runs]
     missing = [run for run in runs if not run.is_dir()]
     if missing:
         raise SaelabError(f"{missing[0]}: no such folder (`saelab train CONFIG` makes a run)")
@@ -303,11 +308,12 @@ def _serve(runs: list[Path], port: int) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback; a signal is 128 + its number."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        with stopping():
+            app()
     except SaelabError as error:
         _say(f"error: {error}")
         raise SystemExit(2) from None

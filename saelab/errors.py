@@ -8,6 +8,10 @@ class SaelabError(Exception):
     """Base of all errors meant for the user. The CLI prints the message, without a traceback, and exits with 2."""
 
 
+class WriteError(SaelabError):
+    """A file that cannot be written: the disk is full, or the folder is not writable."""
+
+
 class SettingError(SaelabError, ValueError):
     """An impossible setting. It is a ValueError too, so that pydantic reports it as the error of that field."""
 

@@ -11,21 +11,43 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, SettingError, WriteError
 
 PAGE = 4096
 """Memory and file offsets that are multiples of it can go to the disk without a copy."""
 _AT_ONCE = 1 << 23
 """Bytes given to one write."""
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not everywhere
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def expanded(path: str | Path, what: str = "") -> str:
+    """`path` with `~`, `~user` and environment variables (`$SCRATCH`, `${SCRATCH}`) replaced.
+
+    Every path that a user gives goes through here. Raises SettingError, which begins with the setting `what`, if there
+    is no such user or variable.
+    """
+    name = f"{what}: {path}" if what else str(path)
+
+    def value(found: re.Match[str]) -> str:
+        variable = found[1] or found[2]
+        if variable not in os.environ:
+            raise SettingError(f"{name}: the environment variable {variable} is not set; set it, or write the path out")
+        return os.environ[variable]
+
+    result = os.path.expanduser(_VARIABLE.sub(value, os.fspath(path)))
+    if result.startswith("~"):
+        raise SettingError(f"{name}: there is no user {result[1:].split('/')[0]}; write the path out")
+    return result
 
 
 def temporary(path: Path) -> Path:
@@ -221,24 +243,74 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` if it is missing, and keep other writers out of it during the block.
+def locked(path: Path) -> Iterator[None]:
+    """Keep other writers of `path`, a file or folder that need not exist, out during the block.
 
-    Raises SaelabError if another process has locked it, or if it cannot be made.
+    Raises SaelabError if another process has locked it, or if nothing can be made there. What is locked is an empty
+    file beside it, `.NAME.lock`: `replace_folder` gives `path` to another folder, and NFS does not lock folders. The
+    block's end removes the file; one that a kill leaves locks nothing.
     """
+    path = path.resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    made = [folder for folder in lock.parents if not folder.exists()]
+    handle = None
     try:
-        make_folder(folder)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = _lock(lock)
+    except BlockingIOError:
+        raise SaelabError(f"{path}: another process is writing into it; wait for it, or end it") from None
     except OSError as error:
-        raise SaelabError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+        if error.errno == errno.ENOSPC:
+            with translate_errors(path.parent):
+                raise
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # `path` itself may still be writable
+            reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+            raise SaelabError(f"{path}: cannot be made ({reason}); choose another folder") from error
     try:
+        yield
+    finally:
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+        for folder in made:
+            with suppress(OSError):  # it is in use
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """The file `path`, made if it is missing, opened and locked. Raises BlockingIOError if it is locked already."""
+    while True:
+        make_folder(path.parent)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SaelabError(f"{folder}: another process is writing into it; wait for it, or end it") from None
+            os.close(handle)
+            raise
         except OSError:
-            pass  # a file system without locks: its user must not start two writers
-        yield
+            return handle  # a file system without locks: its user must not start two writers
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+        os.close(handle)  # the process that had locked it has just removed it
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yields a function that writes a line to the end of the file `path`, all of it at once. Raises WriteError."""
+    with translate_errors(path.parent):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def write(line: str) -> None:
+        content = f"{line}\n".encode()
+        with translate_errors(path.parent):
+            while content:
+                content = content[os.write(handle, content) :]
+
+    try:
+        yield write
     finally:
         os.close(handle)
 
@@ -247,7 +319,7 @@ def locked(folder: Path) -> Iterator[None]:
 def translate_errors(
     folder: Path, size: int | None = None, *, kept: str = "", elsewhere: str = "choose another folder"
 ) -> Iterator[None]:
-    """Turn an OSError from writing `size` bytes (None: unknown) into `folder` into a SaelabError that says what to do.
+    """Turn an OSError from writing `size` bytes (None: unknown) into `folder` into a WriteError that says what to do.
 
     `kept` says what is finished and stays, if the same command then continues from it; `elsewhere`, how the user names
     another folder.
@@ -258,10 +330,10 @@ def translate_errors(
         if error.errno != errno.ENOSPC:
             denied = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
             advice = f"{elsewhere}, or see to its permissions" if denied else "run again" + " to continue" * bool(kept)
-            raise SaelabError(f"{error.filename or folder}: cannot be written: {error.strerror}; {advice}") from error
+            raise WriteError(f"{error.filename or folder}: cannot be written: {error.strerror}; {advice}") from error
         free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
         room = f"{free:,} bytes are free"
         if size is not None:
             room = f"what was to be written next has {size:,} bytes, and {free:,} are free"
         advice = f"{kept}: make room and run again to continue" if kept else "make room and run again"
-        raise SaelabError(f"{folder}: the disk is full: {room}; {advice}") from error
+        raise WriteError(f"{folder}: the disk is full: {room}; {advice}") from error

@@ -36,7 +36,7 @@ class Need:
 
 def free_on_disk(folder: Path) -> int | None:
     """Free bytes on the disk of `folder`, which need not exist yet; None if the system does not report them."""
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         return shutil.disk_usage(there).free

@@ -6,6 +6,7 @@ saelab app runs
 
 import json
 import math
+from pathlib import Path
 
 from saelab import (
     Batch,
@@ -35,8 +36,14 @@ SETTINGS = RunSettings(
 
 
 def main(settings: RunSettings = SETTINGS) -> None:
+    with create_run(settings, force=True) as run:  # keeps other processes out of the folder
+        train(settings, run)
+    print(evaluate(run, track=bar).to_frame().to_string())
+    index(run, track=bar)
+
+
+def train(settings: RunSettings, run: Path) -> None:
     site, training = settings.site, settings.training
-    run = create_run(settings, force=True)
     lm = load_language_model(settings.model, settings.device)
     corpus = open_corpus(settings.corpus, lm.tokenizer, settings.context, embeddings=lm.embeddings)
 
@@ -71,9 +78,6 @@ def main(settings: RunSettings = SETTINGS) -> None:
         rows = calibration_rows(corpus, settings.eval.tokens, print)
         facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
     save_run(settings, lm, corpus, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
-
-    print(evaluate(run, track=bar).to_frame().to_string())
-    index(run, track=bar)
 
 
 if __name__ == "__main__":

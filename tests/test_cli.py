@@ -129,8 +129,7 @@ def test_an_evaluation_of_an_earlier_version_is_printed_and_says_what_it_lacks(
     shares = ("loss_recovered_zero", "loss_recovered_mean", "never_active_share", "share_below_1e4")
     counts = {"tokens": 10, "ce_tokens": 9, "never_active": 1, "n_features": 4, "site": "s"}
     written = dict.fromkeys((*figures, *shares), 0.5) | counts | {"loss_recovered_mean": None}
-    (tmp_path / "eval.json").write_text(json.dumps(written))
-    cli._print_evaluation(tmp_path)
+    cli._print_evaluation(tmp_path, written)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("│")[2].strip() for line in lines if "c_dec" in line] == ["not measured yet: saelab eval"]
     assert [line.split("│")[2].strip() for line in lines if "recovered, mean" in line] == ["undefined"]

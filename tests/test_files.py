@@ -18,6 +18,7 @@ from saelab.activations.cache.shard import _empty
 from saelab.errors import SaelabError
 from saelab.files import (
     PAGE,
+    appended,
     locked,
     make_folder,
     read_json,
@@ -250,6 +251,82 @@ def test_other_errors_name_the_file_and_what_to_do(number: int, options: dict, e
 def test_errors_of_other_kinds_pass(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), translate_errors(tmp_path):
         _ = 1 / 0
+
+
+def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> None:
+    """Also from a folder that is replaced meanwhile, or that another path leads to. Folders made for it go again."""
+    path = tmp_path / "runs" / "new" / "run"
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    with locked(path):
+        with pytest.raises(SaelabError, match=r"new/run: another process is writing into it"), locked(path):
+            pass
+        with replace_folder(path) as unfinished:
+            (unfinished / "content").write_text("")
+        for same in (path, tmp_path / "link" / "new" / "run", path / ".." / "run"):
+            with pytest.raises(SaelabError, match="another process"), locked(same):
+                pass
+        with locked(path.with_name("other")):
+            pass
+        assert {found.name for found in path.parent.iterdir()} == {"run", ".run.lock"}
+    assert [found.name for found in path.parent.iterdir()] == ["run"]
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "a" / "b" / "c"):
+        _ = 1 / 0
+    assert {found.name for found in tmp_path.iterdir()} == {"runs", "link"}
+
+
+def test_a_lock_that_a_kill_left_locks_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").write_text("")
+    with locked(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_goes_while_it_is_waited_for_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that had locked the file removes it between our opening and our locking of it."""
+    lock, tries = fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        if not tries:
+            (tmp_path / ".run.lock").unlink()
+        tries.append(handle)
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "run"):
+        assert len(tries) == 2 and (tmp_path / ".run.lock").exists()
+        with pytest.raises(SaelabError, match="another process"), locked(tmp_path / "run"):
+            pass
+
+
+def test_a_folder_that_may_not_be_written_to_can_be_locked_without_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in it may still be writable."""
+    (tmp_path / "run").mkdir()
+
+    def denied(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", denied)
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_line_is_appended_whole_or_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "log", os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:3]))
+    with appended(path) as line:
+        line("a long line")
+    with appended(path) as line:
+        line("another")
+        assert path.read_text() == "a long line\nanother\n"
+
+        def full(handle: int, content: bytes) -> int:
+            raise error_of(errno.ENOSPC, path)
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(SaelabError, match=r"the disk is full: .* make room and run again"):
+            line("one more")
 
 
 def test_a_folder_that_cannot_be_made_cannot_be_locked(tmp_path: Path) -> None:

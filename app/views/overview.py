@@ -50,6 +50,7 @@ FIGURES = [
     ("n_features", "Features", "", "number of features of the autoencoder"),
     ("tokens", "Evaluated on", "tokens", "N: held-out tokens; no figure includes BOS or other special tokens"),
     ("ce_tokens", "CE and KL on", "tokens", "evaluated tokens that are followed by another ordinary token"),
+    ("trained_tokens", "Trained on", "tokens", "how far the training was when this was evaluated"),
 ]
 SINKS = (  # shown if there are any
     "sinks",
@@ -59,7 +60,8 @@ SINKS = (  # shown if there are any
     "ce_spliced_without_sinks",
     "delta_ce_without_sinks",
 )
-NOT_SHOWN = ("inputs", "site", "mode")  # a hash of the inputs; the site is in the caption; the mode is inference
+# a hash of the inputs; the site is in the caption; the mode is inference; the page's head shows an unfinished training
+NOT_SHOWN = ("inputs", "site", "mode", "training_complete")
 
 CURVES = {
     "fvu": "FVU of the batch",
@@ -125,6 +127,10 @@ def draw_training() -> None:
 def page() -> None:
     run = state.current_run()
     st.header(state.plain(st.session_state["run_name"]), anchor=False)
+    unfinished = state.read(folder.unfinished)
+    if unfinished:
+        goes_on = f"`saelab train --resume {state.code(str(run.path))}` goes on with it."
+        st.warning(f"{unfinished[0].upper()}{unfinished[1:]}. {goes_on}", icon=":material/warning:")
     if run.has_features:
         whole = state.read(database.summary)
         st.caption(

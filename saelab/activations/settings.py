@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from saelab.errors import SettingError
+from saelab.files import expanded
 from saelab.lm.settings import dtype_name
 
 MAX_LANES = 4096
@@ -40,6 +41,7 @@ class CacheSource:
     def __post_init__(self) -> None:
         if not self.path:
             raise SettingError("path: is empty")
+        object.__setattr__(self, "path", expanded(self.path, "path"))
         _check_positive(self, "buffer_tokens")
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from saelab.errors import SettingError
+from saelab.files import expanded
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class CorpusSettings:
                 raise SettingError(
                     f"{name}: {value!a} is not UTF-8, so no file can hold this setting; use another name"
                 )
+        object.__setattr__(self, "source", expanded(self.source, "source"))
         if not 0 < self.held_out < 1:
             raise SettingError(
                 f"held_out: {self.held_out} is not between 0 and 1; evaluation needs text that is not trained on"

@@ -58,10 +58,7 @@ def open_source(settings: CorpusSettings) -> Source:
         raise SaelabError(
             f"corpus: source: {settings.source} is a URL; download it, or name a Hub dataset by its id (someone/texts)"
         )
-    try:
-        path = Path(settings.source).expanduser()
-    except RuntimeError as error:
-        raise SaelabError(f"corpus: source: {settings.source}: there is no such home directory") from error
+    path = Path(settings.source)
     try:
         if path.is_dir():
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -34,11 +34,11 @@ def model_folder(name: str, weights: bool = True) -> Path:
     if name == "demo":
         return demo.MODEL
     try:
-        path = Path(name).expanduser().absolute()
+        path = Path(name).absolute()
         files = {entry.name for entry in path.iterdir()} if path.is_dir() else None
         is_file = path.is_file()
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    except (OSError, RuntimeError) as error:  # not readable, a name that is too long, an unknown ~user
+    except OSError as error:  # not readable, or a name that is too long
         raise SaelabError(f"model: {name[:200]} cannot be read: {brief(error)}") from error
     if files is not None:
         lacking = _lacking(files, weights)
@@ -47,7 +47,7 @@ def model_folder(name: str, weights: bool = True) -> Path:
         return path
     if is_file:
         raise SaelabError(f"model: {path} is a file; name the Hugging Face folder with config.json and the weights")
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise SaelabError(f"model: there is no folder {path}.{did_you_mean(path.name, siblings)}")
     return _hub_folder(name, weights, siblings)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from saelab.errors import SettingError
+from saelab.files import expanded
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -37,6 +38,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise SettingError("name: is empty; name a model, such as demo, a Hub id or a folder")
+        object.__setattr__(self, "name", expanded(self.name, "name"))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.device_map is not None and self.device_map not in _DEVICE_MAPS:
             raise SettingError(f"device_map: {self.device_map!r} is not {', '.join(_DEVICE_MAPS)} or null")

@@ -16,7 +16,7 @@ from saelab.activations.cache.writer import begin, check, finish, rewrite, write
 from saelab.activations.stream import Pass, check_losses, provenance, run_model
 from saelab.corpus.rows import Rows
 from saelab.errors import SaelabError
-from saelab.files import locked
+from saelab.files import expanded, locked
 from saelab.progress import Track, silent
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.plan import checked_plan, plan_cache
@@ -41,7 +41,7 @@ def cache(
     each process writes lanes of its own, and the result is the same. Raises SaelabError if memory or disk are too
     small, or if the folder holds something else.
     """
-    folder, (rank, world, local) = Path(out).expanduser(), processes()
+    folder, (rank, world, local) = Path(expanded(out, "--out")), processes()
     settings = settings_of(config, overrides)
     requested = settings.training.tokens if tokens is None else tokens
     if requested < 1:
@@ -82,7 +82,7 @@ def cache(
 
 def verify(out: str | Path, *, track: Track = silent) -> Manifest:
     """The manifest of a finished cache. Raises SaelabError if a file does not match its sha256."""
-    folder = Path(out).expanduser()
+    folder = Path(expanded(out, "--out"))
     manifest = read_manifest(folder)
     checked = track(
         check(folder, manifest, contents=True), "verifying", manifest.tokens, lambda item: item[0]["tokens"]
@@ -97,7 +97,7 @@ def verify(out: str | Path, *, track: Track = silent) -> Manifest:
 def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
     """The identity (FORMAT.md) of a cache that `job` writes."""
     settings, write = job.settings, job.settings.cache
-    local = Path(job.lm.name).expanduser()
+    local = Path(job.lm.name)
     facts = (
         {"model": local.name if local.is_dir() else job.lm.name}
         | provenance(job.lm, job.corpus, special_tokens=settings.activations.special_tokens)

@@ -7,9 +7,10 @@ names the field. yaml12.py reads the YAML.
 import copy
 import dataclasses
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from saelab.analysis.settings import EvalSettings
 from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.settings import FeatureSettings
+from saelab.files import expanded
 from saelab.lm.settings import ModelSettings
 from saelab.runs.yaml12 import parse
 from saelab.sae.settings import SaeSettings
@@ -53,6 +55,7 @@ class RunSettings:
             raise SettingError(f"context: {self.context} leaves no room for a token after BOS; it must be at least 2")
         if not self.out:
             raise SettingError("out: is empty; name the run folder")
+        object.__setattr__(self, "out", expanded(self.out, "out"))
 
     @property
     def writes_gradients(self) -> bool:
@@ -82,7 +85,7 @@ _LARGEST_SEED = 2**63 - 1
 
 def find_config(name: str | Path) -> Path:
     """The file `name`, or the shipped config of that name (``quickstart``). Raises SaelabError if there is neither."""
-    path = Path(name)
+    path = Path(expanded(name))
     if path.is_file():
         return path
     package = Path(__file__).parents[1]
@@ -141,6 +144,31 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise SaelabError(f"{shown}: {section} is a single value without keys; write {section}=VALUE")
     target[last] = parse(value, shown)
+
+
+def located(settings: RunSettings) -> RunSettings:
+    """`settings` with absolute paths of the model, the corpus and the cache, which are the same from every folder.
+
+    A name that is no file or folder here stays as it is, and so does `demo`: it is embedded, or the id of something on
+    the Hub. Where there is a folder with the name of a Hub id, the folder is what such a name means.
+    """
+    model, corpus, activations = settings.model, settings.corpus, settings.activations
+    if activations.cache is not None:
+        cache = replace(activations.cache, path=str(Path(activations.cache.path).absolute()))
+        activations = replace(activations, cache=cache)
+    if model.name != "demo" and os.path.isdir(model.name):
+        model = replace(model, name=str(Path(model.name).absolute()))
+    if corpus.source != "demo" and os.path.exists(corpus.source):
+        corpus = replace(corpus, source=str(Path(corpus.source).absolute()))
+    return replace(settings, model=model, corpus=corpus, activations=activations)
+
+
+def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The single settings of a nested mapping, by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found
 
 
 def _expand(tree: dict[str, Any], path: str) -> None:

@@ -4,6 +4,7 @@ A run is a folder: its settings with all defaults, the log and the record of its
 (`saelab.sae.checkpoint`), the states to resume from, the evaluation and the feature database (`saelab.features`).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from saelab.errors import SaelabError
 from saelab.features import layout as database
-from saelab.files import current_folder, read_json, translate_read_errors
+from saelab.files import current_folder, expanded, read_json, translate_read_errors
 from saelab.sae import layout as sae
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
     A run is not searched for further runs, and nothing is searched deeper than `depth` levels. Raises SaelabError if
     there is no such folder.
     """
-    root = Path(folder)
+    root = Path(expanded(folder))
     if not root.is_dir():
         raise SaelabError(f"There is no folder {root}. Name a run folder, or a folder that holds run folders.")
 
@@ -70,7 +71,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
 def shown_files(run: Path) -> list[Path]:
     """The files of a run that the explorer reads, including missing ones."""
-    return [run / SETTINGS, run / METRICS, run / EVALUATION, *_database(run)]
+    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, *_database(run)]
 
 
 def settings_text(run: Path | str) -> str:
@@ -115,6 +116,28 @@ def evaluation(run: Path | str) -> dict[str, Any] | None:
     return read_json(path, f"`saelab eval {run}` makes it again.") if path.is_file() else None
 
 
+def evaluations(run: Path) -> list[Path]:
+    """The file of the own evaluation of a run, which need not exist, and those of evaluations that differ from it."""
+    return [run / EVALUATION, *run.glob(f"{Path(EVALUATION).stem}-*.json")]
+
+
+def other_evaluation(differs: Mapping[str, Any]) -> str:
+    """The name of the evaluation with these settings that differ from training: the same for the same settings."""
+    digest = hashlib.sha256(json.dumps(differs, sort_keys=True).encode()).hexdigest()
+    return f"{Path(EVALUATION).stem}-{digest[:8]}.json"
+
+
+def unfinished(run: Path | str) -> str | None:
+    """How far the training of a run came, in words, if it was stopped before its end; else None."""
+    record = training_record(Path(run))
+    if record.get("complete", True):
+        return None
+    done, planned = record.get("tokens"), record.get("planned_tokens")
+    share = f"{done:,}" if isinstance(done, int) else "some"
+    share += f" of {planned:,}" if isinstance(planned, int) else ""
+    return f"this run's training stopped after {share} tokens"
+
+
 def training_record(run: Path) -> dict[str, Any]:
     """The record in `train.json`: inputs, complete, tokens ...; empty if it is missing or damaged."""
     return _found(run / TRAINING)
@@ -155,6 +178,10 @@ def has_checkpoint(run: Path) -> bool:
 
 def check_run(run: Path) -> None:
     """Raises SaelabError if `run` is not a run folder with a checkpoint."""
+    if (run / SETTINGS).is_file() and unfinished(run) and not has_checkpoint(run):
+        raise SaelabError(
+            f"{run}: its training has not written a checkpoint yet; `saelab train --resume {run}` goes on"
+        )
     if not (run / SETTINGS).is_file() or not has_checkpoint(run):
         raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")
 

@@ -18,7 +18,7 @@ from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder
-from saelab.runs.config import RunSettings, find_config, load_config, settings_from
+from saelab.runs.config import RunSettings, find_config, load_config, located, settings_from
 from saelab.sae.allocation.methods import allocation_of
 
 Config = str | Path | Mapping[str, Any] | RunSettings
@@ -76,7 +76,7 @@ class Job:
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
         cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
         if cache is not None:  # its content counts, not its folder
-            contents = manifest_checksum(Path(cache.path).expanduser())
+            contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
@@ -120,12 +120,13 @@ def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
 
 
 def settings_of(config: Config, overrides: Iterable[str] = ()) -> RunSettings:
-    """Settings from a file, from the name of a shipped config, from a mapping, or from settings."""
-    if isinstance(config, RunSettings):
-        return settings_from(asdict(config), overrides)
-    if isinstance(config, Mapping):
-        return settings_from(config, overrides)
-    return load_config(find_config(config), overrides)
+    """Settings from a file, from the name of a shipped config, from a mapping, or from settings; paths are absolute.
+
+    Only `out` may stay relative, since messages show it.
+    """
+    if isinstance(config, RunSettings | Mapping):
+        return located(settings_from(asdict(config) if isinstance(config, RunSettings) else config, overrides))
+    return located(load_config(find_config(config), overrides))
 
 
 def _hash(parts: dict[str, Any]) -> str:

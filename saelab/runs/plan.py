@@ -156,7 +156,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1
         widths = site_widths(lm, sites)
         needs += weights_needs(lm, settings.model, where)
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))
-    needs += writer_needs(write, widths, gradients, settings.context, tokens, out.expanduser())
+    needs += writer_needs(write, widths, gradients, settings.context, tokens, out)
     needs += [text_need(), _libraries(250_000_000)]
     needs = [replace(need, bytes=processes * need.bytes) if need.where == "memory" else need for need in needs]
     return Plan(tuple(needs), _free(settings, needs, out))

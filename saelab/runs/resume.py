@@ -4,17 +4,19 @@ The folder `state/` of a run has the last few states, each in a folder named by 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, WriteError
 from saelab.files import make_folder, remove_folder, replace_folder, translate_errors
 from saelab.runs import folder
-from saelab.runs.config import RunSettings, load_config
+from saelab.runs.config import RunSettings, leaves
+from saelab.runs.job import settings_of
 from saelab.training.settings import CheckpointSettings
 from saelab.training.state import VALUES, load_state, save_state
 
@@ -55,7 +57,7 @@ SAME = frozenset(_SAME.split())
 
 def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
     """`settings`, if the run in the folder `run` can continue with them. Raises SaelabError that names both values."""
-    before, now = leaves(asdict(load_config(run / folder.SETTINGS))), leaves(asdict(settings))
+    before, now = leaves(asdict(settings_of(run / folder.SETTINGS))), leaves(asdict(settings))
     wrong = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
@@ -67,12 +69,13 @@ def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
     return settings
 
 
-def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """The single settings of a nested mapping, by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= leaves(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return found
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Add to the message of a WriteError how the training in the folder `run` goes on."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}: `saelab train --resume {run}` goes on from the last state") from error
 
 
 class Checkpoints:
@@ -91,12 +94,12 @@ class Checkpoints:
     def save(self, steps: int, tokens: int, state: Mapping[str, Any]) -> Path:
         """Write `state` and return its folder. If that fails, as on a full disk, the earlier states stay."""
         path = self.folder / f"{steps:09d}"
-        with translate_errors(self.folder, kept="the run's earlier states are kept"):
+        with translate_errors(self.folder):
             make_folder(self.folder)
             with replace_folder(path) as unfinished:
                 save_state(unfinished, {**state, "rng": torch.get_rng_state()})
-        for older in states(self.folder.parent)[: -self.settings.keep]:
-            remove_folder(older)
+            for older in states(self.folder.parent)[: -self.settings.keep]:
+                remove_folder(older)
         self._time, self._tokens = time.monotonic(), tokens
         return path
 

@@ -1,25 +1,37 @@
 """Writes a run folder around a training: the settings before it, the checkpoint and the record after it."""
 
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from saelab.activations.stream import provenance
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
-from saelab.files import remove_folder, replace_folder, translate_errors, write_json, write_whole
+from saelab.files import locked, remove_folder, replace_folder, translate_errors, write_json, write_whole
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder
-from saelab.runs.config import RunSettings
+from saelab.runs.config import RunSettings, located
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import save_sae
 from saelab.training.trainer import Trainer
 
 
-def create_run(settings: RunSettings, *, inputs: str | None = None, force: bool = False) -> Path:
+@contextmanager
+def create_run(settings: RunSettings, *, force: bool = False) -> Iterator[Path]:
+    """Yields the folder of a new run, written by `write_new_run`, and keeps other writers out of it in the block.
+
+    Raises SaelabError as `write_new_run` does, and if another process writes into the folder.
+    """
+    with locked(Path(settings.out)):
+        yield write_new_run(settings, force=force)
+
+
+def write_new_run(settings: RunSettings, *, inputs: str | None = None, force: bool = False) -> Path:
     """The folder of a new run, with its settings and the record of a training that has not begun.
 
     `inputs` is the hash of what the weights will depend on; None: unknown, so that no later stage takes the run for
@@ -28,9 +40,19 @@ def create_run(settings: RunSettings, *, inputs: str | None = None, force: bool 
     check_out(settings, force)
     run = Path(settings.out)
     with translate_errors(run), replace_folder(run) as unfinished:
-        write_whole(unfinished / folder.SETTINGS, settings.to_yaml())
-        write_json(unfinished / folder.TRAINING, {"inputs": inputs, "complete": False, "tokens": 0})
+        write_settings(unfinished, settings)
+        write_json(unfinished / folder.TRAINING, _record(settings, inputs, complete=False, tokens=0))
     return run
+
+
+def write_settings(run: Path, settings: RunSettings) -> None:
+    """Write `settings` to the run folder `run`, with absolute paths. Raises OSError."""
+    absolute = replace(located(settings), out=str(Path(settings.out).absolute()))
+    write_whole(run / folder.SETTINGS, absolute.to_yaml())
+
+
+def _record(settings: RunSettings, inputs: str | None, *, complete: bool, tokens: int) -> dict[str, Any]:
+    return {"inputs": inputs, "complete": complete, "tokens": tokens, "planned_tokens": settings.training.tokens}
 
 
 def check_out(settings: RunSettings, force: bool) -> None:
@@ -42,7 +64,7 @@ def check_out(settings: RunSettings, force: bool) -> None:
     folder.check_free(run, force)
     read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
     for name, source in read.items():
-        path = source and Path(source).expanduser()
+        path = source and Path(source)
         if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
             raise SaelabError(f"out: {run} would be replaced, and {name} {path} lies in it; choose another out=FOLDER")
 
@@ -58,16 +80,16 @@ def save_run(
     inputs: str | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Write the checkpoint of `trainer`, and the record of the training, to the run folder of `settings`.
+    """Write the checkpoint of `trainer`, and the record of its training on `corpus`, to the run folder of `settings`.
 
     The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
-    them. `facts` (such as those of `calibrate`) are recorded in both, `inputs` is as in `create_run`, `seconds` is the
-    time of the training. An evaluation and a feature database of an earlier checkpoint are removed. Raises SaelabError
-    if the files cannot be written; an earlier checkpoint is kept then.
+    them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
+    the time of the training. An evaluation and a feature database of an earlier checkpoint are removed. Raises
+    SaelabError if the files cannot be written; an earlier checkpoint is kept then.
     """
     run, trained = Path(settings.out), trainer.trained()
     sae = trainer.sae.folded(scale)
-    sae.metadata |= _metadata(settings, lm, corpus) | {
+    sae.metadata |= _metadata(located(settings), lm, corpus) | {
         "saelab": {
             "inputs": inputs,
             "tokens": trained.tokens,
@@ -75,6 +97,7 @@ def save_run(
             "input_scale": scale,
             "model_folded": False,
             "model_fingerprint": lm.fingerprint,
+            "corpus": provenance(lm, corpus)["corpus"],
             **asdict(settings.sae),
             **trained.facts,
             **(facts or {}),
@@ -83,11 +106,8 @@ def save_run(
     with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
         save_sae(sae, unfinished)
     _remove_results(run)
-    record = {
+    record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens) | {
         **(facts or {}),
-        "inputs": inputs,
-        "complete": trainer.finished,
-        "tokens": trained.tokens,
         "seconds": seconds,
         "input_scale": scale,
         "python": platform.python_version(),
@@ -99,7 +119,8 @@ def save_run(
 def _remove_results(run: Path) -> None:
     """Remove what was measured on earlier weights: the explorer and `saelab.load` would show it as if of these."""
     with translate_errors(run):
-        (run / folder.EVALUATION).unlink(missing_ok=True)
+        for evaluation in folder.evaluations(run):
+            evaluation.unlink(missing_ok=True)
         if (features := folder.features(run)).exists():
             remove_folder(features)
 

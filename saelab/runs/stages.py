@@ -4,8 +4,9 @@ Every result in a run folder (`saelab.runs.folder`) records the hash of what it 
 whether an earlier result is still valid.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ from torch import Tensor
 from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Evaluation, Fidelity
 from saelab.encoded import Block, Reader, read_together
-from saelab.errors import SaelabError
 from saelab.features.activity import ActivityBuilder
 from saelab.features.index import check_replaceable, write_features
-from saelab.files import write_json
+from saelab.files import expanded, locked, write_json
 from saelab.progress import Track, silent
 from saelab.runs import folder
-from saelab.runs.config import load_config
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.reopen import in_words, reopen
 from saelab.runs.train import begin, go_on
 from saelab.sae.checkpoint import load
 from saelab.sae.model import SparseAutoencoder
@@ -30,19 +30,28 @@ from saelab.sae.model import SparseAutoencoder
 def evaluate(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> Fidelity:
     """Evaluate the autoencoder of a run folder on held-out text; writes eval.json.
 
-    Raises SaelabError if `run` has no checkpoint, or if the text or the model cannot be read.
+    `overrides` may set `eval.*` and the device. They may also name another model, text, site or context: the result is
+    then written to a file of its own, `eval-*.json`, that records what differs from training.
+
+    Raises SaelabError if `run` has no checkpoint, for any other setting, if model or text cannot be read or are not
+    those of the training, and if another process writes into the run.
     """
-    run, job = _open_run(run, overrides, say)
-    return _read_held_out(job, run, [_evaluation], track)[0]
+    run = _run_folder(run)
+    with locked(run):
+        opened = reopen(run, "eval", overrides, say)
+        stage = partial(_evaluation, differs=opened.differs)
+        return _read_held_out(opened.job, run, opened.sae, [stage], track)[0]
 
 
 def index(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> dict[str, Any]:
     """Write the feature database of a run folder from held-out text; returns its summary.
 
-    Raises SaelabError as `evaluate` does.
+    `overrides` may set `features.*` and the device. Raises SaelabError as `evaluate` does, and for another text.
     """
-    run, job = _open_run(run, overrides, say)
-    return _read_held_out(job, run, [_database], track)[0]
+    run = _run_folder(run)
+    with locked(run):
+        opened = reopen(run, "index", overrides, say)
+        return _read_held_out(opened.job, run, opened.sae, [_database], track)[0]
 
 
 def run(
@@ -51,11 +60,19 @@ def run(
     """Bring all stages of `config` up to date, each unless its result is still valid; returns the run folder.
 
     The stages are training, evaluation and the feature database; the last two share their pass over the held-out text.
-    A training that was stopped continues. A run made from something else is replaced only with `force`.
+    A training that was stopped continues. A run made from something else is replaced only with `force`. A signal stops
+    it as it stops `train`.
     """
     job = Job(settings_of(config, overrides), say)
     path = Path(job.settings.out)
-    check_losses(job.corpus)  # evaluation needs them: better an error now than after the training
+    with locked(path):
+        check_losses(job.corpus)  # evaluation needs them: better an error now than after the training
+        _bring_up_to_date(job, path, force, track)
+    return path
+
+
+def _bring_up_to_date(job: Job, path: Path, force: bool, track: Track) -> None:
+    say = job.say
     trained = folder.training_record(path)
     same = trained.get("inputs") == job.training_inputs()
     if trained.get("complete") and same and folder.has_checkpoint(path):
@@ -65,8 +82,6 @@ def run(
             go_on(job, track)
         else:
             begin(job, force, track)
-        if not folder.training_record(path).get("complete"):
-            raise SaelabError(f"{path}: training was stopped; run the same command again to continue")
     missing: list[_Stage] = []
     for name, stage, made_from, settings in (
         ("evaluation", _evaluation, folder.evaluation_inputs(path), job.settings.eval),
@@ -77,8 +92,7 @@ def run(
         else:
             missing.append(stage)
     if missing:
-        _read_held_out(job, path, missing, track)
-    return path
+        _read_held_out(job, path, load(path, job.lm.device), missing, track)
 
 
 @dataclass(frozen=True)
@@ -95,9 +109,8 @@ class _Result:
 _Stage = Callable[[Job, Path, SparseAutoencoder, Track], _Result]
 
 
-def _read_held_out(job: Job, run: Path, stages: list[_Stage], track: Track) -> list[Any]:
+def _read_held_out(job: Job, run: Path, sae: SparseAutoencoder, stages: list[_Stage], track: Track) -> list[Any]:
     """The results of `stages`, each written to the run folder, from one pass over the held-out text."""
-    sae = load(run, job.lm.device)
     results = [stage(job, run, sae, track) for stage in stages]
     # The held-out rows for fewer tokens are the first of the rows for more.
     rows = {tokens: job.held_out(tokens) for tokens in {result.tokens for result in results}}
@@ -107,7 +120,9 @@ def _read_held_out(job: Job, run: Path, stages: list[_Stage], track: Track) -> l
     return [result.finish(rows[result.tokens]) for result in results]
 
 
-def _evaluation(job: Job, run: Path, sae: SparseAutoencoder, track: Track) -> _Result:
+def _evaluation(
+    job: Job, run: Path, sae: SparseAutoencoder, track: Track, differs: Mapping[str, Any] | None = None
+) -> _Result:
     s = job.settings.eval
     inputs = job.result_inputs(run, s)
     evaluation = Evaluation(sae, job.lm, job.settings.site, ce_tokens=s.ce_tokens)
@@ -119,7 +134,15 @@ def _evaluation(job: Job, run: Path, sae: SparseAutoencoder, track: Track) -> _R
                 f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} "
                 "say little about rare features"
             )
-        write_json(run / folder.EVALUATION, {"inputs": inputs} | folder.jsonable(result.to_dict()))
+        trained = folder.training_record(run)
+        record = {"inputs": inputs, "trained_tokens": trained.get("tokens")}
+        record["training_complete"] = trained.get("complete")
+        path = run / folder.EVALUATION
+        if differs:
+            path = run / folder.other_evaluation(differs)
+            record["differs"] = differs
+            job.say(f"note: not as in training: {in_words(differs)}; written to {path}, and not to {folder.EVALUATION}")
+        write_json(path, record | folder.jsonable(result.to_dict()))
         return result
 
     return _Result(s.tokens, s.rows_per_forward, evaluation.add, finish)
@@ -138,7 +161,8 @@ def _database(job: Job, run: Path, sae: SparseAutoencoder, track: Track) -> _Res
     return _Result(s.tokens, s.rows_per_forward, activity.add, finish)
 
 
-def _open_run(run: str | Path, overrides: Iterable[str], say: Say) -> tuple[Path, Job]:
-    run = Path(run)
-    folder.check_run(run)
-    return run, Job(load_config(run / folder.SETTINGS, overrides), say)
+def _run_folder(run: str | Path) -> Path:
+    """The run folder `run`. Raises SaelabError if it is none, or has no checkpoint."""
+    path = Path(expanded(run, "RUN"))
+    folder.check_run(path)
+    return path

@@ -1,11 +1,8 @@
 """The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from saelab.activations.cache.layout import difference
 from saelab.activations.source import Source
 from saelab.activations.stream import ActivationBatch, provenance
 from saelab.errors import SaelabError
-from saelab.files import locked, translate_errors, write_whole
+from saelab.files import appended, expanded, locked, translate_errors, write_whole
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
@@ -22,9 +19,10 @@ from saelab.runs.feed import open_source
 from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
 from saelab.runs.plan import checked_plan, plan_training
-from saelab.runs.resume import Checkpoints, last_state, resumed_settings, states
-from saelab.runs.save import check_out, create_run, save_run
+from saelab.runs.resume import Checkpoints, last_state, resumable, resumed_settings, states
+from saelab.runs.save import check_out, save_run, write_new_run, write_settings
 from saelab.sae.model import bare_autoencoder, new_autoencoder
+from saelab.signals import interruptible, stop
 from saelab.training.trainer import Trainer
 
 
@@ -33,10 +31,13 @@ def train(
 ) -> Path:
     """Train an autoencoder as `config` says; returns the run folder.
 
-    An existing run folder is never overwritten without `force`. Ctrl-C and SIGTERM finish the step and save the state,
-    from which `resume` continues. Raises SaelabError for bad settings, text, models and activations.
+    An existing run folder is never overwritten without `force`. Ctrl-C, SIGTERM and SIGHUP finish the step and save the
+    state, from which `resume` continues; then Ctrl-C raises KeyboardInterrupt, and the others SystemExit with 143 and
+    129. Raises SaelabError for bad settings, text, models and activations, and if another process writes into the run.
     """
-    return begin(Job(settings_of(config, overrides), say), force, track)
+    job = Job(settings_of(config, overrides), say)
+    with locked(Path(job.settings.out)):
+        return begin(job, force, track)
 
 
 def resume(
@@ -51,17 +52,18 @@ def resume(
 
     On a CPU with as many threads the result equals an uninterrupted training to the bit. `overrides` may raise
     `training.tokens` and change the device, the log and the interval of states. Raises SaelabError for any other
-    difference, also in `config`, and if model, text or cache are not those of the run.
+    difference, also in `config`, and if model, text or cache are not those of the run. Signals are as in `train`.
     """
-    run = Path(run)
+    run = Path(expanded(run, "RUN"))
     if not (run / folder.SETTINGS).is_file() or not (run / folder.TRAINING).is_file():
         raise SaelabError(f"{run}: not a run folder (`saelab train CONFIG` makes one)")
-    settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
-    return go_on(Job(resumed_settings(run, replace(settings, out=str(run))), say), track)
+    with locked(run):
+        settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
+        return go_on(Job(resumed_settings(run, replace(settings, out=str(run))), say), track)
 
 
 def begin(job: Job, force: bool, track: Track) -> Path:
-    """Train `job` from its beginning."""
+    """Train `job` from its beginning. Its run folder must be locked."""
     settings = job.settings
     check_out(settings, force)
     checked_plan(lambda: plan_training(settings, loaded=job.loaded), job.say)
@@ -69,12 +71,12 @@ def begin(job: Job, force: bool, track: Track) -> Path:
     inputs, sample = first_inputs(source.sample(), job)
     trainer = Trainer(new_autoencoder(settings.sae, sample, seed=settings.seed), settings.training, settings.sae)
     del sample  # the first step needs the memory
-    create_run(settings, inputs=job.training_inputs(), force=force)
+    write_new_run(settings, inputs=job.training_inputs(), force=force)
     return _run(job, trainer, source, inputs, 0.0, track)
 
 
 def go_on(job: Job, track: Track) -> Path:
-    """Train `job` from the last state in its run folder."""
+    """Train `job` from the last state in its run folder, which must be locked."""
     settings, run = job.settings, Path(job.settings.out)
     if not states(run):
         # the weights of a script, or of an earlier version, are not replaced
@@ -97,11 +99,12 @@ def go_on(job: Job, track: Track) -> Path:
         if folder.training_record(run).get("complete"):
             job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N trains on more")
         else:  # it was stopped after the last step
-            _finish(job, trainer, Inputs.from_state(state), state["seconds"], track)
+            with resumable(run):
+                _finish(job, trainer, Inputs.from_state(state), state["seconds"], track)
         return run
     job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
     with translate_errors(run):
-        write_whole(run / folder.SETTINGS, settings.to_yaml())
+        write_settings(run, settings)
         write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
     source = open_source(job, track, state["source"])
     return _run(job, trainer, source, Inputs.from_state(state), state["seconds"], track)
@@ -119,14 +122,10 @@ def _run(job: Job, trainer: Trainer, source: Source, inputs: Inputs, seconds: fl
         return checkpoints.save(trainer.steps, trainer.tokens, state)
 
     def batches() -> Iterator[ActivationBatch]:
-        while not (trainer.finished or interrupted()):
+        while not (trainer.finished or stopped_by()):
             yield next(source)
 
-    with (
-        locked(run),
-        (run / folder.METRICS).open("a", encoding="utf-8") as metrics,
-        interruptible(say) as interrupted,
-    ):
+    with resumable(run), appended(run / folder.METRICS) as log, interruptible(say) as stopped_by:
         between_steps = True
         try:
             for batch in track(inputs.batches(batches(), device), "training", left, lambda batch: len(batch.x)):
@@ -135,14 +134,13 @@ def _run(job: Job, trainer: Trainer, source: Source, inputs: Inputs, seconds: fl
                 between_steps = True
                 if line is not None:
                     line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
-                    metrics.write(json.dumps(folder.jsonable(line)) + "\n")
-                    metrics.flush()
+                    log(json.dumps(folder.jsonable(line)))
                 if checkpoints.due(trainer.tokens) and not trainer.finished:
                     save()
             path = save()
             if not trainer.finished:
                 say(f"stopped after {trainer.tokens:,} tokens; `saelab train --resume {run}` goes on (state: {path})")
-        except SaelabError:  # bad data: save the weights so far
+        except (SaelabError, OSError):  # bad data, a full disk, output that nobody reads: save the weights so far
             if between_steps and trainer.steps:
                 save()
             _save(job, trainer, inputs, time.monotonic() - began, {})
@@ -150,6 +148,9 @@ def _run(job: Job, trainer: Trainer, source: Source, inputs: Inputs, seconds: fl
         finally:
             source.close()
         _finish(job, trainer, inputs, time.monotonic() - began, track)
+        number = stopped_by()
+    if number is not None:
+        stop(number)
     return run
 
 
@@ -214,25 +215,3 @@ def _lines_before(metrics: Path, steps: int) -> str:
             break
         kept.append(line.decode() + "\n")
     return "".join(kept)
-
-
-@contextmanager
-def interruptible(say: Say) -> Iterator[Callable[[], bool]]:
-    """Here the first Ctrl-C or SIGTERM sets a flag, which the yielded function returns; a second interrupts."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield asked.is_set
-        return
-
-    def on_signal(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        say("finishing the step, then saving (Ctrl-C again stops at once)")
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

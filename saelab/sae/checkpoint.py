@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from saelab.errors import SaelabError
-from saelab.files import current_folder, make_folder, read_json, translate_errors, write_json
+from saelab.files import current_folder, expanded, make_folder, read_json, translate_errors, write_json
 from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
@@ -78,7 +78,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     Raises SaelabError if there is no checkpoint, if it is damaged or has weights that are not finite, or if it is not a
     TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     inner = current_folder(path / FOLDER)
     folder = inner if (inner / CONFIG).is_file() else current_folder(path)
     if not (folder / CONFIG).is_file():
@@ -87,15 +87,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         d_in, n_features = int(config["d_in"]), int(config["d_sae"])
-        metadata = dict(config.get("metadata") or {})
-        ours = dict(metadata.get("saelab") or {})
+        metadata = _object(config, "metadata")
+        ours = _object(metadata, "saelab")
         architecture = _checked_architecture(config, n_features, folder)
         # without a budget of its own, as from another trainer, nothing limits the active features
         k, beta = (
             int(config["k"] if architecture == "topk" else ours.get("k", n_features)),
             float(ours.get("beta", 0.0)),
         )
-    except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError) as error:
         raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
     if "W_enc" in tensors:
         tensors["W_enc"] = tensors["W_enc"].T
@@ -137,6 +137,14 @@ def check_weights(sae: nn.Module, where: str) -> None:
                 f"{where}: {int((~good).sum()):,} of {good.numel():,} values of {name} are NaN or infinite; use an "
                 "earlier checkpoint, or train it again with a smaller `training.lr`"
             )
+
+
+def _object(parent: dict[str, Any], name: str) -> dict[str, Any]:
+    """The JSON object `name` in `parent`; empty if there is none. Raises TypeError if it is something else."""
+    found = parent.get(name)
+    if not isinstance(found, dict | None):
+        raise TypeError(f"{name} is {found!r}, not an object")
+    return found or {}
 
 
 def _figures(evaluation: Path) -> dict[str, Any]:

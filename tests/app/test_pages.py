@@ -83,6 +83,22 @@ def test_figures_without_sinks_are_shown_if_there_are_any(explorer, runs):
         path.write_text(before)
 
 
+def test_an_unfinished_training_is_said_to_be_one(explorer, tmp_path):
+    run = write_run(tmp_path / "run")
+    record = {"complete": False, "tokens": 10_000, "planned_tokens": 20_000}
+    (run / "train.json").write_text(json.dumps(record))
+    evaluation = json.loads((run / "eval.json").read_text()) | {"training_complete": False, "trained_tokens": 10_000}
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    app = explorer(run)
+    (warning,) = app.warning
+    assert warning.value.startswith(
+        "This run's training stopped after 10,000 of 20,000 tokens. `saelab train --resume "
+    )
+    assert "how far the training was" in pages_html(app) and "training_complete" not in pages_html(app)
+    (run / "train.json").write_text(json.dumps(record | {"complete": True}))
+    assert not app.run().warning
+
+
 def test_a_run_that_was_only_trained_names_the_next_commands(explorer, runs):
     app = explorer(runs, run="bare")
     texts = [element.value for element in app.info]

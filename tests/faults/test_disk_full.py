@@ -1,19 +1,23 @@
-"""A disk that is full, or fails, while a cache is written."""
+"""A disk that is full, or fails, while a cache or a run is written."""
 
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from saelab import progress
 from saelab.activations.cache.layout import MANIFEST, UNFINISHED
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
+from saelab.runs.resume import states
 from tests.activations.cache import made
 from tests.faults.child import counted
 from tests.faults.tools import (
@@ -184,3 +188,54 @@ def test_a_disk_that_cannot_hold_the_cache_is_refused_beforehand(
     code, _, stderr = command(monkeypatch, capsys, "cache", made_by_command(tmp_path), "--out", disk / "cache")
     assert code == 2 and re.search(r"error: .*disk.*[\d,.]+ ?[kKMG]?B", the_one_error(stderr))
     assert not list(disk.iterdir())
+
+
+def test_a_disk_that_cannot_hold_the_run_is_refused_beforehand(
+    small_disk: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guaranteed: `saelab train` on a disk with less room than states and checkpoint will take ends with exit code 2
+    and one message that names both numbers and both needs, before anything is written."""
+    disk = small_disk("300k")
+    code, _, stderr = command(monkeypatch, capsys, "train", made_by_command(tmp_path), f"out={disk / 'run'}")
+    message = the_one_error(stderr)
+    assert code == 2 and re.search(
+        r"error: disk: .*\([\d,]+ bytes\) are needed, and .*\([\d,]+ bytes\) are free", message
+    )
+    assert "states " in message and "checkpoint " in message and not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_while_a_run_trains(
+    small_disk: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guaranteed: if something else fills the disk, the training ends with exit code 2 and one message that says how to
+    go on; the last state is whole, and with room the training continues from it."""
+    disk = small_disk("2m")
+    config = json.loads(made_by_command(tmp_path).read_text())
+    config |= {"out": str(disk / "run")}
+    config["training"] |= {"log_every": 1, "checkpoint": {"tokens": 1000}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def filling(items: Iterator[Any], label: str, total: int, size: Callable[[Any], int]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if label == "training" and number == 7:
+                with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+                    while True:
+                        ballast.write(bytes(4096))
+            yield item
+
+    monkeypatch.setattr(progress, "bar", filling)
+    code, _, stderr = command(monkeypatch, capsys, "train", tmp_path / "config.json")
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in stderr
+    assert "the disk is full" in errors[0] and f"`saelab train --resume {disk / 'run'}` goes on" in errors[0]
+    assert [path.name for path in states(disk / "run")] == ["000000005"]
+    (disk / "ballast").unlink()
+    monkeypatch.setattr(progress, "bar", progress.silent)
+    assert command(monkeypatch, capsys, "train", "--resume", disk / "run")[0] == 0
+    assert json.loads((disk / "run" / "train.json").read_text())["complete"]

@@ -121,7 +121,7 @@ def test_names_that_are_no_folder(tmp_path: Path) -> None:
 
     assert "is a file; name the Hugging Face folder" in message(str(folder / WEIGHTS))
     assert f"there is no folder {folder}s. Nearest: llama" in message(f"{folder}s")
-    assert "cannot be read" in message("~no_such_user_here/model")
+    assert "there is no user no_such_user_here" in message("~no_such_user_here/model")
     assert "cannot be read" in message(f"/{'x' * 300}")
     assert "'not a model!' is neither a folder nor a Hub id" in message("not a model!")
     assert "HF_HUB_OFFLINE is set" in message("someone/model")

@@ -2,7 +2,8 @@
 
 Started once, it forks for every training, so that the libraries are imported once. ``{"call": "train" or "resume",
 "run": ..., "config": {...}, "overrides": [...], "step": 7, "signal": 9}``: the signal is sent after that many steps
-(null: never). Answers ``{"code": exit code or minus the signal, "messages": messages of the training, "error": ...}``.
+(null: never). Answers ``{"code": exit code or minus the signal, "messages": messages of the training, "error": ...,
+"stopped": exit code that the training raises after a signal}``.
 """
 
 import json
@@ -36,7 +37,9 @@ def run(call: str, run: str, config: Any, overrides: list[str], step: int | None
             saelab.resume(Path(run), overrides, say=messages.append)
     except saelab.SaelabError as error:
         return {"messages": messages, "error": str(error)}
-    return {"messages": messages, "error": None}
+    except SystemExit as stopped:
+        return {"messages": messages, "error": None, "stopped": stopped.code}
+    return {"messages": messages, "error": None, "stopped": None}
 
 
 def main() -> None:

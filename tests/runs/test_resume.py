@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 import saelab
 from saelab.errors import SaelabError
 from saelab.runs import resume as resuming
-from saelab.runs.config import settings_from
-from saelab.runs.resume import FREE, RAISED, SAME, leaves, resumed_settings, states
+from saelab.runs.config import leaves, settings_from
+from saelab.runs.resume import FREE, RAISED, SAME, resumed_settings, states
+from saelab.runs.save import write_settings
 from saelab.training.state import load_state, save_state
+from tests.faults.tools import command
 from tests.runs.test_stages import small
 
 ROOT = Path(__file__).parents[2]
@@ -111,11 +113,12 @@ def test_stopped_and_resumed_in_other_processes_equals_never_stopped(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert ask("train", whole, config, [*METHODS[method], f"out={whole}"])["code"] == 0
     stop = {"number": signal.SIGTERM}
-    said = ask("train", parts, config, [*METHODS[method], f"out={parts}"], step=7, **stop)["messages"]
-    assert any(f"`saelab train --resume {parts}` goes on" in line for line in said)
+    reply = ask("train", parts, config, [*METHODS[method], f"out={parts}"], step=7, **stop)
+    assert any(f"`saelab train --resume {parts}` goes on" in line for line in reply["messages"])
+    assert reply["stopped"] == 143
     assert not json.loads((parts / "train.json").read_text())["complete"]
     for step in (15, 23, None):
-        assert ask("resume", parts, step=step, **stop)["error"] is None
+        assert ask("resume", parts, step=step, **stop)["stopped"] == (143 if step else None)
     assert json.loads((parts / "train.json").read_text())["complete"]
     assert_same(contents(parts), contents(whole))
 
@@ -175,6 +178,20 @@ def test_another_setting_is_refused_with_both_values(tmp_path: Path) -> None:
         resumed_settings(run, settings_from(asdict(config), [override]))
 
 
+def test_paths_are_the_same_if_they_lead_to_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run names its files by absolute paths, a config may name them from where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path) | {"activations": {"cache": "cache"}}
+    config["corpus"] |= {"source": "book.txt"}
+    (tmp_path / "run").mkdir()
+    write_settings(tmp_path / "run", saelab.settings_of(config))
+    assert "source: /" in (tmp_path / "run" / "config.yaml").read_text()
+    resumed_settings(tmp_path / "run", saelab.settings_of(config))
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(SaelabError, match=r"corpus.source: is .*/book.txt in the run, not book.txt"):
+        resumed_settings(tmp_path / "run", saelab.settings_of(config))
+
+
 def test_another_text_or_folder_is_refused(tmp_path: Path) -> None:
     run = saelab.train(config_of(tmp_path), ["training.tokens=1000"])
     (tmp_path / "book.txt").write_text((tmp_path / "book.txt").read_text() + "\n\nmore text than there was before")
@@ -200,24 +217,45 @@ def test_the_last_states_are_kept_and_written_at_their_interval(tmp_path: Path) 
     assert [path.name for path in states(saelab.train(config_of(tmp_path), none))] == ["000000030"]
 
 
-def test_a_full_disk_while_a_state_is_written_keeps_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "file",
+    [
+        "state/000000010.tmp/state.safetensors.tmp",
+        "state/000000010.tmp/state.json.tmp",
+        "metrics.jsonl",
+        "sae.tmp/cfg.json.tmp",
+        "train.json.tmp",
+    ],
+)
+def test_a_disk_that_fills_up_ends_a_training_that_can_be_resumed(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    really_write = os.write
+    """One message, exit code 2, the last state kept; half of the write is done. Later the run equals one that was not
+    disturbed."""
+    config = config_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole, really_write = saelab.train(config, [f"out={tmp_path / 'whole'}"]), os.write
+    full = False
 
-    def full(handle: int, content: Any) -> int:
-        if "state/000000010.tmp/state.safetensors" in os.readlink(f"/proc/self/fd/{handle}"):
+    def write(handle: int, content: Any) -> int:
+        nonlocal full
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        full = full or (path.endswith(f"run/{file}") and bool(states(tmp_path / "run")))
+        if full and path.endswith(file) and len(content) > 20:
+            return really_write(handle, content[: len(content) // 2])
+        if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return really_write(handle, content)
 
-    config = config_of(tmp_path)
-    whole = saelab.train(config, [f"out={tmp_path / 'whole'}"])
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(SaelabError, match=r"the disk is full: .*make room and run again"):
-        saelab.train(config)
+    monkeypatch.setattr(os, "write", write)
+    code, _, error = command(monkeypatch, capsys, "train", tmp_path / "config.json")
     monkeypatch.undo()
     run = tmp_path / "run"
-    assert [path.name for path in states(run)] == ["000000005"]
+    errors = [line for line in error.splitlines() if line.startswith("error")]
+    assert code == 2 and full and len(errors) == 1 and "Traceback" not in error
+    assert "the disk is full: " in errors[0]
+    assert f"make room and run again: `saelab train --resume {run}` goes on from the last state" in errors[0]
+    assert states(run) and not list(run.rglob("*.tmp")) and not json.loads((run / "train.json").read_text())["complete"]
     saelab.resume(run)
     assert_same(contents(run), contents(whole))
 

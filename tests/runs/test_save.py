@@ -12,15 +12,17 @@ from tests.runs.test_stages import small
 
 def test_a_new_run_has_settings_and_an_incomplete_record(tmp_path: Path) -> None:
     settings = saelab.settings_of(small(tmp_path))
-    run = saelab.create_run(settings)
+    with saelab.create_run(settings) as run:
+        pass
     assert {path.name for path in run.iterdir()} == {folder.SETTINGS, folder.TRAINING}
     assert saelab.load_config(run / folder.SETTINGS) == settings
-    assert folder.training_record(run) == {"inputs": None, "complete": False, "tokens": 0}
+    assert folder.training_record(run) == {"inputs": None, "complete": False, "tokens": 0, "planned_tokens": 6000}
     (run / "mine.txt").write_text("")
-    with pytest.raises(SaelabError, match=r"run exists; choose another"):
-        saelab.create_run(settings)
+    with pytest.raises(SaelabError, match=r"run exists; choose another"), saelab.create_run(settings):
+        pass
     assert (run / "mine.txt").exists()
-    saelab.create_run(settings, force=True)
+    with saelab.create_run(settings, force=True):
+        assert {path.name for path in tmp_path.iterdir()} == {"book.txt", "run", ".run.lock"}
     assert not (run / "mine.txt").exists()
 
 

@@ -261,7 +261,9 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
     before = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt_after_the_first_line, daemon=True).start()
     said: list[str] = []
-    run = saelab.train(config, say=said.append)
+    with pytest.raises(KeyboardInterrupt):
+        saelab.train(config, say=said.append)
+    run = tmp_path / "run"
     assert signal.getsignal(signal.SIGINT) is before
     record = json.loads((run / "train.json").read_text())
     assert not record["complete"] and record["tokens"] % 200 == 0 and 0 < record["tokens"] < 50_000_000

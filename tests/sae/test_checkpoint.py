@@ -1,6 +1,7 @@
 """A checkpoint comes back as it was, is a SAELens folder, and a damaged one is named."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def test_a_checkpoint_that_cannot_be_loaded_is_an_error_with_the_reason(saved: P
         saelab.load(damaged({"k": 0}))
     with pytest.raises(SaelabError, match=r"W_enc is of shape"):
         saelab.load(damaged({"d_sae": 17}))
+    for change, reason in [
+        ({"metadata": {"saelab": "x"}}, r"damaged.*saelab is 'x', not an object"),
+        ({"metadata": {"saelab": [["k", 3]]}}, r"damaged.*saelab is \[.*not an object"),
+        ({"metadata": ["x"]}, r"damaged.*metadata is \['x'\], not an object"),
+        ({"metadata": {"saelab": {"beta": "x"}}}, r"damaged.*'x'"),
+        ({"d_in": -1}, r"W_enc is of shape"),
+        ({"d_in": math.inf}, r"damaged"),
+    ]:
+        with pytest.raises(SaelabError, match=reason):
+            saelab.load(damaged(change))
     (damaged({}) / "sae_weights.safetensors").write_bytes(b"short")
     with pytest.raises(SaelabError, match=r"damaged"):
         saelab.load(tmp_path / "damaged")

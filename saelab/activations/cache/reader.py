@@ -34,6 +34,7 @@ from saelab.activations.cache.layout import (
 from saelab.activations.shuffle import cut_group, generator
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError, did_you_mean
+from saelab.files import expanded
 from saelab.tensors import raw
 
 _AHEAD = 4
@@ -193,7 +194,7 @@ class Cache:
 def open_cache(folder: str | Path) -> Cache:
     """The cache in `folder`. Raises SaelabError where it is unfinished or of another version, or a file is of another
     length than it was written."""
-    folder = Path(folder).expanduser()
+    folder = Path(expanded(folder))
     cache = Cache(folder, read_manifest(folder))
     for shard in cache.manifest.shards:
         del shard["start"]  # of use only to write it again, and a fifth of the manifest's memory

@@ -1,0 +1,115 @@
+"""Reopens a run for a later stage: the settings that may be given, and whether model and text are those of training.
+
+A stage measures what the record of the run says, and refuses a setting that cannot change its result. Model and text
+are compared by fingerprint, so they may lie elsewhere than in training. If one of them is not the same, that is an
+error, unless the user named another: then the result is not the run's own, and says so.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from saelab.activations.cache.layout import difference
+from saelab.activations.stream import provenance
+from saelab.errors import SaelabError
+from saelab.runs import folder
+from saelab.runs.config import leaves
+from saelab.runs.job import Job, Say, settings_of
+from saelab.sae.checkpoint import load
+from saelab.sae.model import SparseAutoencoder
+
+Stage = Literal["eval", "index"]
+_TAKES = {
+    "eval": ("eval.", "device", "model.", "corpus.", "site", "context"),
+    "index": ("features.", "device", "model.", "corpus."),
+}
+"""Settings that a stage takes; those that end in a dot are sections."""
+_NAMES = {"model": "model.name", "corpus": "corpus.source"}
+"""What `model=NAME` and `corpus=NAME` set here: the rest of the section, such as the share held out, stays."""
+
+
+@dataclass(frozen=True)
+class Reopened:
+    job: Job
+    sae: SparseAutoencoder
+    differs: dict[str, Any]
+    """Settings by which model, text or site differ from training, each with its value in training and here."""
+
+
+def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reopened:
+    """The run in the folder `run` with `overrides`, before anything is encoded.
+
+    Raises SaelabError if an override cannot change the result of `stage` or would evaluate on text of the training, if
+    model or text of the run are not what they were, and if the site has another width than the autoencoder.
+    """
+    before = settings_of(run / folder.SETTINGS)
+    settings = settings_of(before, map(_by_name, overrides))
+    old, new = leaves(asdict(before)), leaves(asdict(settings))
+    changed = {
+        name: {"training": old.get(name), "here": new.get(name)}
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
+    _check_taken(run, stage, changed)
+    unfinished = folder.unfinished(run)
+    if unfinished:
+        say(f"note: {unfinished}; `saelab train --resume {run}` goes on with it")
+    job = Job(settings, say)
+    sae = load(run, job.lm.device)
+    differs = _differences(run, job, sae, changed)
+    width = job.lm.width(settings.site)
+    if width != sae.d_in:
+        raise SaelabError(
+            f"site: {settings.site} of {job.lm.name} is {width:,} wide, and the autoencoder in {run} takes {sae.d_in:,}"
+        )
+    if differs and stage == "index":
+        raise SaelabError(
+            f"{run}: the feature database is that of the run's own model and text, but {in_words(differs)}; `saelab "
+            "eval` takes such settings"
+        )
+    return Reopened(job, sae, differs)
+
+
+def _by_name(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{_NAMES[key]}={value}" if key in _NAMES and not value.lstrip().startswith("{") else override
+
+
+def in_words(differs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} is {value['here']}, in training {value['training']}" for name, value in differs.items())
+
+
+def _check_taken(run: Path, stage: Stage, changed: dict[str, Any]) -> None:
+    wrong = {name: value for name, value in changed.items() if not name.startswith(_TAKES[stage])}
+    if wrong:
+        taken = ", ".join(f"{name}*" if name.endswith(".") else name for name in _TAKES[stage])
+        raise SaelabError(f"{run}: {in_words(wrong)}; `saelab {stage}` takes only {taken}")
+    if "corpus.held_out" in changed:
+        raise SaelabError(
+            f"{run}: {in_words({'corpus.held_out': changed['corpus.held_out']})}; with another share, text "
+            "that the run was trained on would count as held out"
+        )
+
+
+def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str, Any]) -> dict[str, Any]:
+    """The part of `changed` that makes the result another than the run's own."""
+    recorded = sae.metadata.get("saelab") or {}
+    now = json.loads(json.dumps(provenance(job.lm, job.corpus)))
+    found = [name for name in changed if name in ("site", "context", "model.dtype", "model.attention")]
+    for what, fact, section in (("model", "weights", "model.name"), ("corpus", "corpus", "corpus.")):
+        trained = recorded.get("model_fingerprint" if what == "model" else "corpus")
+        given = [name for name in changed if name.startswith(section)]
+        if trained is None:
+            job.say(f"note: {run} does not record its {what}, so nothing checks that it is still the same")
+            found += given
+        elif trained != now[fact] and given:
+            found += given
+        elif trained != now[fact]:
+            name = job.settings.model.name if what == "model" else job.settings.corpus.source
+            raise SaelabError(
+                f"{run}: the {what} {name} is not what it was in training: its "
+                f"{difference({fact: now[fact]}, {fact: trained})}; restore it, or name a copy of it with {what}=PATH"
+            )
+    return {name: changed[name] for name in found}
