@@ -16,6 +16,7 @@ import real_model
 
 import saelab
 from saelab.errors import SaelabError
+from saelab.files import locked
 
 LONG = "A sentence of some English prose. " * 8
 
@@ -92,5 +93,11 @@ def test_a_download_that_fails_leaves_nothing_and_is_one_message(tmp_path: Path)
 
 def test_a_folder_that_cannot_be_made_is_one_message(gguf: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SaelabError, match="cannot be written: Not a directory"):
+    with pytest.raises(SaelabError, match=r"cannot be made \(Not a directory\); choose another"):
         real_model.prepare(tmp_path / "file" / "folder")
+
+
+def test_two_at_once_are_refused(gguf: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_model, "download", lambda *_: pytest.fail("downloads"))
+    with locked(tmp_path), pytest.raises(SaelabError, match="another process is writing into it"):
+        real_model.prepare(tmp_path)
