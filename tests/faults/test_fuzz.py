@@ -30,7 +30,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 """Processor time after which a case counts as one that never ends; cases take tenths of a second."""
-SAME = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+SAME = settings(  # without shrinking: a case is small as it is
+    derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
+)
 
 
 def make_valid(folder: Path) -> Path:
@@ -127,7 +129,7 @@ def test_whatever_is_wrong_is_one_message(valid: Path, monkeypatch: pytest.Monke
 def test_whatever_is_wrong_is_one_message_of_a_process(valid: Path) -> None:
     cases: list[Case] = []
 
-    @settings(SAME, max_examples=20, phases=[Phase.generate])
+    @settings(SAME, max_examples=20)
     @given(CASES.filter(lambda case: case.arguments[0] != "app"))  # it serves until it is ended
     def draw(case: Case) -> None:
         cases.append(case)
