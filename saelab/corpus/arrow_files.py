@@ -44,7 +44,7 @@ def _read_parquet(path: Path, group: int, index: int, column: str | None) -> Ite
                 for row in batch.to_pylist():
                     yield partial("{}, row {}".format, path, index), row
                     index += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow does not check that text is UTF-8
         raise SaelabError(f"corpus: {path} is damaged: {brief(error)}") from error
 
 
@@ -74,5 +74,9 @@ def saved_dataset_tasks(folder: Path, split: str) -> tuple[list[Task], str]:
 
 def _read_saved(table: Any, folder: Path, first: int, column: str | None) -> Iterator[Row]:
     rows = (table if column is None else table.select_columns(column))[first : first + ROWS]
-    for index, row in enumerate(rows.to_pylist(), first):
+    try:
+        columns = rows.to_pylist()
+    except UnicodeDecodeError as error:
+        raise SaelabError(f"corpus: {folder} is damaged: {brief(error)}") from error
+    for index, row in enumerate(columns, first):
         yield partial("{}, row {}".format, folder, index), row

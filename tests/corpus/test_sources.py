@@ -3,6 +3,8 @@
 import os
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saelab.corpus import CorpusSettings, files
@@ -135,6 +137,14 @@ def test_damaged_parquet(tmp_path, tokenizer):
     refuses(path, tokenizer, str(path), "Parquet")
     path.write_bytes(data[:100] + bytes(len(data) // 2) + data[100 + len(data) // 2 :])
     refuses(path, tokenizer, str(path), "damaged")
+
+
+def test_arrow_files_whose_text_is_not_utf8(tmp_path, tokenizer):
+    texts = pa.array([text.encode() for text in TEXTS] + [b"half of a \xc3"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    refuses(tmp_path / "a.parquet", tokenizer, "a.parquet", "damaged", "utf-8")
+    datasets.Dataset(pa.table({"text": texts})).save_to_disk(tmp_path / "saved")
+    refuses(tmp_path / "saved", tokenizer, "saved", "damaged", "utf-8")
 
 
 def test_datasets_without_rows(tmp_path, tokenizer):
