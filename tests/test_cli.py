@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from saelab import cli
+from saelab.errors import SaelabError
 
 
 def saelab(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -133,6 +134,28 @@ def test_an_evaluation_of_an_earlier_version_is_printed_and_says_what_it_lacks(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("│")[2].strip() for line in lines if "c_dec" in line] == ["not measured yet: saelab eval"]
     assert [line.split("│")[2].strip() for line in lines if "recovered, mean" in line] == ["undefined"]
+
+
+@pytest.mark.parametrize("damage", [{"tokens": "x"}, {"ce_tokens": None}, {"fvu": [1]}])
+def test_a_damaged_evaluation_is_one_message(damage: dict, tmp_path: Path) -> None:
+    found = {"tokens": 10, "ce_tokens": 9, "never_active": 1, "n_features": 4, "site": "s", "never_active_share": 0.5}
+    (tmp_path / "eval.json").write_text(json.dumps(found | damage))
+    with pytest.raises(SaelabError, match=r"eval.json cannot be read as an evaluation: .* makes it again"):
+        cli._show_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a" * 300, "File name too long"), ("\x1b[2J\n\udcff", "error: \\x1b[2J\\n\\udcff: no such file")],
+)
+def test_names_that_the_system_or_a_terminal_does_not_take(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["saelab", "plan", name])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and message in error
 
 
 def test_the_old_name_of_index_still_works_and_says_so(tmp_path: Path) -> None:

@@ -97,6 +97,17 @@ def test_a_checkpoint_that_cannot_be_loaded_is_an_error_with_the_reason(saved: P
         saelab.load(damaged({"normalize_activations": "layer_norm"}))
     with pytest.raises(SaelabError, match=r"k is 0"):
         saelab.load(damaged({"k": 0}))
+    for change in (
+        {"metadata": 3},
+        {"metadata": {"saelab": [1]}},
+        {"metadata": {"saelab": {"beta": "x"}}},
+        {"d_in": None},
+    ):
+        with pytest.raises(SaelabError, match="the checkpoint is damaged"):
+            saelab.load(damaged(change))
+    for size in (10**30, -1, 0):
+        with pytest.raises(SaelabError, match=r"W_enc is of shape|k is"):
+            saelab.load(damaged({"d_sae": size}))
     with pytest.raises(SaelabError, match=r"W_enc is of shape"):
         saelab.load(damaged({"d_sae": 17}))
     for change, reason in [
