@@ -361,5 +361,5 @@ def test_a_site_that_is_always_0_is_refused(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(model_folder("gpt2")).save_pretrained(silent)
     site = "blocks.0.mlp.hook_out"
     with pytest.raises(SaelabError, match=f"{site}: the first .* activations are all 0; choose another site"):
-        saelab.train(small(tmp_path) | {"model": str(silent), "site": site})
+        saelab.train(small(tmp_path) | {"model": {"name": str(silent), "self_check": False}, "site": site})
     assert not (tmp_path / "run").exists()
