@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from saelab import cli
+from saelab.lm import load
 from saelab.runs import job
 from tests.faults.fuzz import CASES, Case, yaml_text
 from tests.tiny import model_folder, text
@@ -50,9 +51,10 @@ def make_valid(folder: Path) -> Path:
 
 
 def contain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the explorer end instead of taking the place of this process, and load each model only once."""
+    """Let the explorer end instead of taking the place of this process; load each model, and find its sites, once."""
     monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
     monkeypatch.setattr(job, "load_language_model", cache(job.load_language_model))
+    monkeypatch.setattr(load, "resolve_sites", cache(load.resolve_sites))
 
 
 @contextmanager
