@@ -77,6 +77,8 @@ def test_train_py_leaves_the_run_that_saelab_run_leaves(method: str, tmp_path: P
     same = saelab.load(ours)
     assert sha256(ours) == sha256(run)
     assert same.metadata["saelab"].pop("inputs") and sae.metadata["saelab"].pop("inputs") is None
+    assert [same.metadata["saelab"].pop(name) for name in ("left_out", "largest_norm")] == [0, None]
+    assert same.metadata["saelab"].pop("first_activations")["sink_share"] == 0  # the script does not look for sinks
     assert same.metadata == sae.metadata
     assert saelab.evaluate(ours).to_dict() == saelab.evaluate(run).to_dict()
 
