@@ -52,7 +52,7 @@ def test_entries_that_text_never_gives_may_be_beyond_the_embedding(book: Path) -
     tokenizer, n = extended(AddedToken("<|more|>", special=True))
     rows = [*open_corpus(settings, tokenizer, 16, embeddings=n).train_rows(seed=0)]
     assert max(int(row.max()) for row in rows) < n
-    plain, _ = extended(AddedToken("<|more|>", special=False))
+    plain, _ = extended(AddedToken("more", special=False))
     with pytest.raises(SaelabError, match=rf"embeddings for {n} tokens and its tokenizer has {n + 1}"):
         open_corpus(settings, plain, 16, embeddings=n)
     tokenizer.eos_token = "<|more|>"  # every document ends with it

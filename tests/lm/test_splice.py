@@ -115,6 +115,9 @@ class Stack(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
