@@ -148,7 +148,7 @@ class Layer(nn.Module):
             case "in place":
                 return hidden.add_(new)
             case "tuple":
-                more = new.mean() if more is None else more
+                more = new.mean(-1, keepdim=True) if more is None else more
                 return hidden + new + more, more
             case "dict":
                 return hidden + new, {"a": "state"}
