@@ -17,6 +17,7 @@ import torch
 import saelab
 from saelab.activations import source
 from saelab.errors import SaelabError
+from saelab.features.layout import DTYPES
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
 from saelab.sae.model import SparseAutoencoder
@@ -193,8 +194,8 @@ def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None
 
 
 def results(run: Path) -> dict[str, bytes]:
-    files = [run / "eval.json", *sorted((run / "features").iterdir())]
-    assert len(files) == 4
+    files = [run / "eval.json", *sorted(path for path in (run / "features").rglob("*") if path.is_file())]
+    assert len(files) == 4 + 1 + len(DTYPES)  # eval.json, two tables, the summary, the manifest and the arrays
     return {path.name: path.read_bytes() for path in files}
 
 
