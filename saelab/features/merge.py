@@ -21,7 +21,7 @@ from saelab.features.layout import DTYPES, FORMAT, MANIFEST, SMALLEST_VALUE, VER
 from saelab.features.shards import Entries, Shard, Totals
 from saelab.files import write_json
 
-BUCKET = 1 << 21
+BUCKET = 1 << 20
 """Most entries merged at once, counting what else a feature costs as entries (`buckets`)."""
 
 

@@ -13,7 +13,9 @@ from saelab.sae.model import SparseAutoencoder
 
 LIST_LENGTH = 10
 """Top and bottom logits, and neighbours, per feature."""
-_AT_ONCE = 1 << 26
+LOGIT_ROWS = 256
+"""Features whose logits are computed at once."""
+COSINES = 1 << 26
 """Most cosines computed at once, 256 MB."""
 
 
@@ -30,7 +32,7 @@ def top_logits(sae: SparseAutoencoder, lm: LanguageModel, site: str, vocabulary:
     n = min(LIST_LENGTH, len(unembedding)) if fits else 0
     tops: dict[str, list[Tensor]] = {"top": [], "bottom": []}
     ids: dict[str, list[Tensor]] = {"top": [], "bottom": []}
-    for rows in sae.W_dec.float().split(256):
+    for rows in sae.W_dec.float().split(LOGIT_ROWS):
         logits = rows @ unembedding.T if fits else rows.new_empty(len(rows), 0)
         for end in tops:
             top = logits.topk(n, dim=1, largest=end == "top")
@@ -49,7 +51,7 @@ def neighbours(W_dec: Tensor) -> dict[str, pa.Array]:
     unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
     n = min(LIST_LENGTH, len(unit) - 1)
     found, cosines = [], []
-    for block in unit.split(max(1, min(1024, _AT_ONCE // len(unit)))):
+    for block in unit.split(max(1, min(1024, COSINES // len(unit)))):
         own = torch.arange(len(block), device=block.device)
         cosine = block @ unit.T
         cosine[own, own + sum(map(len, found))] = -torch.inf
