@@ -29,7 +29,7 @@ _SCHEMA = pa.schema(
 class ContextsFile:
     """The file contexts.parquet: `add` takes the activations of all features, in order; `close` at the end.
 
-    A feature may come in several parts of consecutive rows, one after the other.
+    A feature may come in several parts of consecutive rows, one after the other. The settings' window is at most a row.
     """
 
     def __init__(self, path: Path, rows: Tensor, settings: FeatureSettings, vocabulary: list[str]) -> None:
@@ -81,7 +81,7 @@ def strongest_entries(activity: Activity, context: int, per_feature: int) -> tup
 def contexts_table(activity: Activity, rows: Tensor, settings: FeatureSettings, vocabulary: pa.Array) -> pa.Table:
     """The strongest contexts of the features of `activity`: a line for each, with a window of text around its peak."""
     context = rows.shape[1]
-    window = min(settings.window, context)
+    window = settings.window
     peaks, rank = strongest_entries(activity, context, settings.contexts)
     feature, place = activity.features[peaks], activity.places[peaks].long()
     row, position = place // context, place % context

@@ -1,14 +1,14 @@
 """Writes the feature database of a run: one pass over held-out text, of which a stopped one continues.
 
-`indexing` opens the database in the making. The blocks of the pass go to its `add`, which keeps them in shards on disk
+`open_index` opens the database in the making. The blocks of the pass go to `add`, which keeps them in shards on disk
 (shards.py); `finish` merges the shards (merge.py), computes the tables while it does, and puts the new database in the
 place of the old one.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from saelab.features.settings import FeatureSettings
 from saelab.features.shards import ShardWriter, Totals, total
 from saelab.features.statistics import Statistics
 from saelab.features.weights import displayed_vocabulary, neighbours, top_logits
-from saelab.files import locked, recover_folder, replace_folder, translate_errors, write_json
+from saelab.files import recover_folder, replace_folder, translate_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
@@ -93,8 +93,7 @@ class Index:
         }
 
 
-@contextmanager
-def indexing(
+def open_index(
     sae: SparseAutoencoder,
     lm: LanguageModel,
     rows: Tensor,
@@ -102,12 +101,12 @@ def indexing(
     folder: Path,
     settings: FeatureSettings,
     inputs: str,
-) -> Iterator[Index]:
-    """The database of `rows` ``[rows, context]`` to be written to `folder`, locked for other writers.
+) -> Index:
+    """The database of `rows` ``[rows, context]``, to be written to `folder`. One writer at a time (`files.locked`).
 
     `inputs` is recorded: a hash of what the database is made from. What a stopped pass over the same rows with the same
     `inputs` has written is kept; that of another is removed. Raises SaelabError if `folder` contains anything but a
-    database, if another process writes into it, or if the rows have more than 2^31 - 1 places.
+    database or cannot be written, or if the rows have more than 2^31 - 1 places.
     """
     _check_replaceable(folder)
     if rows.numel() > MOST_PLACES:
@@ -116,6 +115,8 @@ def indexing(
             f"most {MOST_PLACES:,}; set features.tokens to less"
         )
     rows = rows.cpu()
+    contexts, window = min(settings.contexts, len(rows)), min(settings.window, rows.shape[1])  # as many as there can be
+    settings = replace(settings, contexts=contexts, window=window)
     identity = {
         "version": VERSION,
         "inputs": inputs,
@@ -125,13 +126,9 @@ def indexing(
         "rows_per_forward": settings.rows_per_forward,
         "tokens": _tokens_hash(rows),
     }
-    unfinished = folder / UNFINISHED
-    if not folder.exists():
-        with translate_errors(folder):
-            recover_folder(folder)  # `finish` of a killed writer may have been about to replace the database
-    with locked(unfinished):
-        shards = ShardWriter(unfinished, identity)
-        yield Index(sae, lm, rows, site, folder, settings, inputs, shards)
+    with translate_errors(folder):
+        recover_folder(folder)  # a killed writer may have been about to replace the database
+    return Index(sae, lm, rows, site, folder, settings, inputs, ShardWriter(folder / UNFINISHED, identity))
 
 
 def _tokens_hash(rows: Tensor) -> str:

@@ -43,7 +43,7 @@ def index_needs(
     pass_bytes: int,
     text_bytes: int,
 ) -> list[Need]:
-    """Needs of the autoencoder on its device `where`, of `indexing`, and of the database's files.
+    """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
     First the text is read, which takes `text_bytes`; then it is encoded, which takes `pass_bytes` of the model on
     `where`; then shards are merged; then neighbours are searched. What a step frees is counted once.

@@ -151,7 +151,7 @@ def open_shards(folder: Path, identity: Mapping[str, Any]) -> list[Shard]:
     if not same:
         with translate_errors(folder):
             make_folder(folder)
-            for path in folder.iterdir():  # the folder itself may be locked
+            for path in folder.iterdir():
                 path.unlink()
         write_json(folder / IDENTITY, identity)
     shards: list[Shard] = []

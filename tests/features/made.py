@@ -10,7 +10,7 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.encoded import Block, Reader, read_together
 from saelab.features.activity import Activity
-from saelab.features.index import indexing
+from saelab.features.index import open_index
 from saelab.features.layout import FACTS
 from saelab.features.merge import write_facts
 from saelab.features.settings import FeatureSettings
@@ -29,9 +29,10 @@ def index(
     inputs: str = "inputs",
 ) -> tuple[int, dict[str, Any]]:
     """Write the database of `rows`, as `saelab index` does; returns the first row that was encoded, and the summary."""
-    with indexing(sae, lm, rows, site, folder, settings, inputs) as made:
-        read_together(sae, lm, rows, site, [Reader(made.add, len(rows), settings.rows_per_forward, made.first_row)])
-        return made.first_row, made.finish()
+    made = open_index(sae, lm, rows, site, folder, settings, inputs)
+    reader = Reader(made.add, len(rows), settings.rows_per_forward, made.first_row)
+    read_together(sae, lm, rows, site, [reader])
+    return made.first_row, made.finish()
 
 
 def blocks(z: Tensor, rows: Tensor, rows_per_forward: int, first_row: int = 0) -> Iterator[Block]:
