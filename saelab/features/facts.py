@@ -102,8 +102,7 @@ class Facts:
     def examples(self, feature: int, low: float, high: float, n: int, window: int = 32) -> list[Example]:
         """At most n activations of a feature from `low` up to `high`, both included, drawn at random; strongest first.
 
-        The draw is the same every time, and a larger n or a wider range only adds to what a smaller one draws, as long
-        as n is not exceeded. Raises SaelabError if there is no such feature.
+        The draw is the same every time, and a larger n adds to it. Raises SaelabError if there is no such feature.
         """
         places, values = self.activations(feature)
         inside = np.flatnonzero((values >= low) & (values <= high))

@@ -68,7 +68,8 @@ class Index:
         vocabulary = displayed_vocabulary(self.lm.tokenizer, len(self.lm.unembedding))
         summary = self._summary(totals)
         extra = totals.counts.clamp_max(self.settings.contexts) * self.settings.window  # cells of the contexts' windows
-        with translate_errors(self.folder), replace_folder(self.folder) as unfinished:
+        kept = "what is encoded is kept"
+        with translate_errors(self.folder, kept=kept), replace_folder(self.folder) as unfinished:
             facts = unfinished / FACTS
             facts.mkdir()
             with closing(ContextsFile(unfinished / CONTEXTS, self.rows, self.settings, vocabulary)) as contexts:

@@ -167,9 +167,8 @@ def test_an_index_killed_at_any_instant_goes_on_after_its_last_shard(
         if earlier:
             shutil.copytree(tmp_path / "1", folder)
         assert index(folder, {"seed": 2}, k) == KILLED
-        there = {
-            name: content for name, content in tree(current_folder(folder)).items() if layout.UNFINISHED not in name
-        }
+        there = tree(current_folder(folder))
+        there = {name: there[name] for name in there if layout.UNFINISHED not in name}
         if there:
             found.add(databases.index(there))
             open_facts(current_folder(folder)).verify()

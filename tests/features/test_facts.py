@@ -1,6 +1,7 @@
 """The facts on disk are the dense activations, as FORMAT.md says; damage is an error with a remedy."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saelab.errors import SaelabError
-from saelab.features import merge, shards
+from saelab.features import layout, merge, shards
 from saelab.features.facts import Facts, open_facts
 from saelab.features.layout import DTYPES, FACTS, MOST_PLACES
 from saelab.features.settings import FeatureSettings
@@ -139,6 +140,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, Tensor]:
     z, rows = activations(20, 7, 0.4)
     made.facts(folder, z, rows)
     return open_facts(folder), z
+
+
+def test_the_code_in_the_specification_reads_a_feature(opened: tuple[Facts, Tensor]) -> None:
+    facts, z = opened
+    text = (Path(layout.__file__).parent / "FORMAT.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("RUN", str(facts.folder.parent)).replace("7", "3").replace("8", "4"), names)
+    places, values = facts.activations(3)
+    np.testing.assert_array_equal(names["places"][names["entries"]], places)
+    np.testing.assert_array_equal(names["activations"], values)
+    assert len(values) == (z[..., 3] > 0).sum() > 0
 
 
 def test_questions_are_answered_from_the_dense_activations(opened: tuple[Facts, Tensor]) -> None:

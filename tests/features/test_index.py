@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from saelab.errors import SaelabError
+from saelab.features import merge, shards
 from saelab.features.activity import Activity
 from saelab.features.contexts import strongest_entries
 from saelab.features.settings import FeatureSettings
@@ -86,6 +87,17 @@ def test_contexts_are_the_strongest_activations_one_per_row(made: tuple) -> None
             == pytest.approx(z[line.row, line.position, line.feature], rel=1e-5)
         )
         assert list(line.tokens) == [tokenizer.decode([i]) for i in rows[line.row, start : start + 8]]
+
+
+def test_tables_do_not_depend_on_where_shards_and_buckets_end(
+    made: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, rows, folder, summary = made
+    monkeypatch.setattr(shards, "SHARD_PLACES", 5 * CONTEXT)
+    monkeypatch.setattr(merge, "BUCKET", 7)  # nearly every feature comes in several parts
+    assert index(sae, language_model("llama"), rows, SITE, tmp_path / "features", SETTINGS)[1] == summary
+    for name in ("features.parquet", "contexts.parquet"):
+        assert pq.read_table(tmp_path / "features" / name).equals(pq.read_table(folder / name))
 
 
 def test_logits_and_neighbours_are_their_matrix_products(made: tuple) -> None:
