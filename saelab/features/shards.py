@@ -87,7 +87,6 @@ class ShardWriter:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder, self._n_features = folder, identity["n_features"]
         self._rows, self._context = identity["rows"], identity["context"]
-        self._rows_per_forward = identity["rows_per_forward"]
         self._shards = open_shards(folder, identity)
         self.first_row = self._stop = self._shards[-1].stop if self._shards else 0
         """The first row that is in no finished shard."""
@@ -107,8 +106,7 @@ class ShardWriter:
         self._places.append(block.positions[block.codes.row_of_entry()[active]].int().cpu())
         self._tokens += len(block.x)
         self._entries += len(self._values[-1])
-        forward = int(block.positions[-1]) // self._context // self._rows_per_forward
-        self._stop = min((forward + 1) * self._rows_per_forward, self._rows)
+        self._stop = block.first_row + len(block.rows)
         places = (self._stop - (self._shards[-1].stop if self._shards else 0)) * self._context
         if places >= SHARD_PLACES or self._entries >= SHARD_ENTRIES:
             self._write()

@@ -44,7 +44,7 @@ def blocks(z: Tensor, rows: Tensor, rows_per_forward: int, first_row: int = 0) -
         if keep.any():
             x = z[start : start + rows_per_forward][keep]
             positions = keep.flatten().nonzero().squeeze(1) + start * context
-            yield Block(ids, positions, x, Codes.from_mask(x > 0, x))
+            yield Block(ids, start, positions, x, Codes.from_mask(x > 0, x))
 
 
 def facts(folder: Path, z: Tensor, rows: Tensor, rows_per_forward: int = 2, extra: int = 0) -> list[Activity]:

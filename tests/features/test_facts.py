@@ -147,7 +147,7 @@ def test_the_code_in_the_specification_reads_a_feature(opened: tuple[Facts, Tens
     text = (Path(layout.__file__).parent / "FORMAT.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code.replace("RUN", str(facts.folder.parent)).replace("7", "3").replace("8", "4"), names)
+    exec(code.replace("7", "3").replace("8", "4").replace("RUN", str(facts.folder.parent)), names)
     places, values = facts.activations(3)
     np.testing.assert_array_equal(names["places"][names["entries"]], places)
     np.testing.assert_array_equal(names["activations"], values)
