@@ -147,7 +147,7 @@ def plan(
     tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="the cache's (default: training's)")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where a cache would go")] = Path(),
 ) -> None:
-    """Report the memory and disk that training and a cache need; exit code 2 if this machine has less.
+    """Report the memory and disk that training, a cache and the features need; exit code 2 if this machine has less.
 
     Example: saelab plan gpt2_openwebtext model.dtype=bf16
     """
@@ -155,13 +155,17 @@ def plan(
 
     from saelab.files import expanded
     from saelab.runs.job import settings_of
-    from saelab.runs.plan import plan_cache, plan_training
+    from saelab.runs.plan import plan_cache, plan_index, plan_training
 
     settings, folder = settings_of(config, overrides or []), Path(expanded(out, "--out"))
-    plans = (plan_training(settings), plan_cache(settings, folder, int(tokens or settings.training.tokens)))
-    for title, needs in zip(("training", "cache"), plans, strict=True):
+    plans = {
+        "training": plan_training(settings),
+        "cache": plan_cache(settings, folder, int(tokens or settings.training.tokens)),
+        "features": plan_index(settings),
+    }
+    for title, needs in plans.items():
         Console(width=120).print(needs.table(title))
-    for needs in plans:
+    for needs in plans.values():
         needs.check()
 
 

@@ -55,11 +55,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader of a pass: `add` is called with the blocks of the first `rows` rows, in order."""
+    """A reader of a pass: `add` is called with the blocks of the rows from `first_row` up to `rows`, in order."""
 
     add: Callable[[Block], None]
     rows: int
     rows_per_forward: int
+    first_row: int = 0
+    """A multiple of `rows_per_forward`, so that blocks have the same rows wherever a reader begins; or `rows`."""
 
 
 def encoded(
@@ -95,7 +97,7 @@ def read_together(
     *,
     track: Track = silent,
 ) -> None:
-    """Give each reader the blocks that `encoded` yields for its rows, bit for bit.
+    """Give each reader the blocks that `encoded` yields for its rows from its `first_row` on, bit for bit.
 
     The last bits of results depend on which rows share a forward pass. So readers share a block only if it has the same
     rows for each of them. Readers with equal `rows_per_forward` share all blocks except the last one of the reader with
@@ -105,7 +107,7 @@ def read_together(
     takers: dict[tuple[int, int], list[Callable[[Block], None]]] = {}
     for reader in readers:
         end = min(reader.rows, len(rows))
-        for start in range(0, end, reader.rows_per_forward):
+        for start in range(reader.first_row, end, reader.rows_per_forward):
             stop = min(start + reader.rows_per_forward, end)
             takers.setdefault((start, stop), []).append(reader.add)
 

@@ -79,10 +79,13 @@ def test_with_gradients_features_are_selected_with_them() -> None:
         ([(11, 4), (6, 4)], [(0, 4), (4, 6), (4, 8), (8, 11)]),  # rows 4 and 5: the end of one, the middle of the other
         ([(11, 4), (11, 8)], [(0, 4), (0, 8), (4, 8), (8, 11)]),
         ([(20, 4), (3, 20), (11, 4)], [(0, 3), (0, 4), (4, 8), (8, 11)]),  # more than there are
+        ([(11, 4, 8)], [(8, 11)]),  # from a later row on
+        ([(11, 4, 4), (11, 4)], [(0, 4), (4, 8), (8, 11)]),
+        ([(11, 4, 11), (6, 4)], [(0, 4), (4, 6)]),  # has them all already
     ],
 )
 def test_readers_together_get_what_each_gets_by_itself(
-    readers: list[tuple[int, int]], passes: list[tuple[int, int]]
+    readers: list[tuple[int, ...]], passes: list[tuple[int, int]]
 ) -> None:
     lm, sae = language_model("llama"), autoencoder("llama")
     rows = random_rows(lm, 11)
@@ -91,8 +94,9 @@ def test_readers_together_get_what_each_gets_by_itself(
     taking_part = [Reader(blocks.append, *reader) for blocks, reader in zip(found, readers, strict=True)]
     read_together(sae, lm, rows, SITE, taking_part)
     assert sae.calls == [int(lm.ordinary(rows[start:stop]).sum()) for start, stop in passes]
-    for blocks, (n, rows_per_forward) in zip(found, readers, strict=True):
-        assert_same(blocks, list(encoded(sae, lm, rows[:n], SITE, rows_per_forward)))
+    for blocks, (n, rows_per_forward, *first_row) in zip(found, readers, strict=True):
+        expected = list(encoded(sae, lm, rows[:n], SITE, rows_per_forward))
+        assert_same(blocks, expected[sum(first_row) // rows_per_forward :] if sum(first_row) < n else [])
 
 
 def test_progress_counts_every_token_that_is_encoded() -> None:

@@ -1,1 +1,1 @@
-"""The feature database: index.py writes it in one pass over text, database.py is what everything later reads."""
+"""The feature database: index.py writes it in one pass over text; facts.py and database.py read it."""

@@ -1,4 +1,4 @@
-"""Reads the feature database, for the explorer, notebooks and analyses.
+"""Reads the tables of the feature database, for the explorer, notebooks and analyses; facts.py reads its arrays.
 
 Everything was computed when the database was written. Reading needs only pyarrow and pandas, no torch and no language
 model, so a page opens at once. A database is named by its folder, `features` in a run folder.

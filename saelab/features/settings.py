@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from saelab.errors import SettingError
+from saelab.features.layout import MOST_PLACES
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,7 @@ class FeatureSettings:
         for name in ("tokens", "contexts", "window", "rows_per_forward"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        if self.tokens > MOST_PLACES:
+            raise SettingError(
+                f"tokens: {self.tokens:,} are more than a database can have; set {MOST_PLACES:,} or less"
+            )

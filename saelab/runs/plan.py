@@ -1,4 +1,6 @@
-"""What a training or a cache needs of memory and disk, and whether it is there, before anything is allocated.
+"""What a training, a cache or a feature database needs of memory and disk, and whether it is there.
+
+Training and caching check that before anything is allocated.
 
 The rooms state what they need (their needs.py); here it is added up and compared with what is free. Left out are the
 program itself, which is loaded by then, and what libraries use inside a single operation.
@@ -17,6 +19,7 @@ from saelab.activations.needs import cached_needs, pass_need, stream_needs
 from saelab.activations.source import SAMPLE_TOKENS
 from saelab.corpus.needs import text_need
 from saelab.errors import SaelabError
+from saelab.features.needs import index_needs
 from saelab.lm.load import outlined_language_model, resolve_device
 from saelab.lm.needs import Uncountable, site_widths, weights_needs
 from saelab.memory import Need, Place, free_memory, free_on_disk, size
@@ -95,7 +98,8 @@ _ADVICE = {
     "gpu": f"{_LESS} `model.device_map=auto` spreads the model over several GPUs.",
     "disk": (
         "Make room or choose another folder. A cache is smaller with fewer tokens or sites, or with `cache.dtype=bf16` "
-        "instead of fp32; a run, with a lower `training.checkpoint.keep`."
+        "instead of fp32; a run, with a lower `training.checkpoint.keep`; a feature database, with fewer "
+        "`features.tokens`."
     ),
 }
 
@@ -160,6 +164,24 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1
     needs += [text_need(), _libraries(250_000_000)]
     needs = [replace(need, bytes=processes * need.bytes) if need.where == "memory" else need for need in needs]
     return Plan(tuple(needs), _free(settings, needs, out))
+
+
+def plan_index(settings: RunSettings) -> Plan:
+    """What `saelab index` needs of a run with these settings.
+
+    Raises SaelabError if the model or its site cannot be loaded; Uncountable as `plan_training`.
+    """
+    where, s = _device_place(settings), settings.features
+    with outlined_language_model(settings.model) as lm:
+        check_model(lm, [settings.site], settings.context)
+        d_in = site_widths(lm, [settings.site])[settings.site]
+        needs = weights_needs(lm, settings.model, where)
+        forward = pass_need(lm, [settings.site], s.rows_per_forward, settings.context, where)
+        vocabulary = len(lm.unembedding)
+    steps = {"pass_bytes": forward.bytes, "text_bytes": text_need().bytes}
+    needs += [forward, *index_needs(s, settings.sae, d_in, vocabulary, settings.context, where, **steps)]
+    needs = [need for need in (*needs, _libraries(150_000_000)) if need.bytes]
+    return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
 
 
 def checked_plan(plan: Callable[[], Plan], say: Say, *, lines: bool = False) -> None:

@@ -6,7 +6,7 @@ whether an earlier result is still valid.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Evaluation, Fidelity
 from saelab.encoded import Block, Reader, read_together
-from saelab.features.activity import ActivityBuilder
-from saelab.features.index import check_replaceable, write_features
+from saelab.features.index import open_index
+from saelab.features.layout import VERSION
 from saelab.files import expanded, locked, write_json
 from saelab.progress import Track, silent
 from saelab.runs import folder
@@ -83,11 +83,11 @@ def _bring_up_to_date(job: Job, path: Path, force: bool, track: Track) -> None:
         else:
             begin(job, force, track)
     missing: list[_Stage] = []
-    for name, stage, made_from, settings in (
-        ("evaluation", _evaluation, folder.evaluation_inputs(path), job.settings.eval),
-        ("features", _database, folder.features_inputs(path), job.settings.features),
+    for name, stage, made_from, inputs in (
+        ("evaluation", _evaluation, folder.evaluation_inputs(path), job.result_inputs(path, job.settings.eval)),
+        ("features", _database, folder.features_inputs(path), _database_inputs(job, path)),
     ):
-        if made_from == job.result_inputs(path, settings):
+        if made_from == inputs:
             say(f"{name}: up to date")
         else:
             missing.append(stage)
@@ -99,35 +99,44 @@ def _bring_up_to_date(job: Job, path: Path, force: bool, track: Track) -> None:
 class _Result:
     """A result being made: its part of the pass over held-out text, and the function that writes the result."""
 
-    tokens: int
+    rows: Tensor
+    """The rows of held-out text that it is made from; the pass gives those from `first_row` on to `add`."""
     rows_per_forward: int
     add: Callable[[Block], None]
-    finish: Callable[[Tensor], Any]
-    """Takes the rows of the pass, writes the result and returns it."""
+    finish: Callable[[], Any]
+    """Writes the result and returns it."""
+    first_row: int = 0
 
 
-_Stage = Callable[[Job, Path, SparseAutoencoder, Track], _Result]
+_HeldOut = Callable[[int], Tensor]
+"""The held-out rows for a number of tokens. The rows for fewer are the first of the rows for more."""
+_Stage = Callable[[Job, Path, SparseAutoencoder, _HeldOut, Track], _Result]
 
 
 def _read_held_out(job: Job, run: Path, sae: SparseAutoencoder, stages: list[_Stage], track: Track) -> list[Any]:
     """The results of `stages`, each written to the run folder, from one pass over the held-out text."""
-    results = [stage(job, run, sae, track) for stage in stages]
-    # The held-out rows for fewer tokens are the first of the rows for more.
-    rows = {tokens: job.held_out(tokens) for tokens in {result.tokens for result in results}}
-    readers = [Reader(result.add, len(rows[result.tokens]), result.rows_per_forward) for result in results]
-    read_together(sae, job.lm, max(rows.values(), key=len), job.settings.site, readers, track=track)
+    held_out = cache(job.held_out)
+    results = [stage(job, run, sae, held_out, track) for stage in stages]
+    rows = max((result.rows for result in results), key=len)
+    readers = [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row) for each in results]
+    read_together(sae, job.lm, rows, job.settings.site, readers, track=track)
     job.report_empty_documents()
-    return [result.finish(rows[result.tokens]) for result in results]
+    return [result.finish() for result in results]
 
 
 def _evaluation(
-    job: Job, run: Path, sae: SparseAutoencoder, track: Track, differs: Mapping[str, Any] | None = None
+    job: Job,
+    run: Path,
+    sae: SparseAutoencoder,
+    held_out: _HeldOut,
+    track: Track,
+    differs: Mapping[str, Any] | None = None,
 ) -> _Result:
     s = job.settings.eval
     inputs = job.result_inputs(run, s)
     evaluation = Evaluation(sae, job.lm, job.settings.site, ce_tokens=s.ce_tokens)
 
-    def finish(_: Tensor) -> Fidelity:
+    def finish() -> Fidelity:
         result = evaluation.result(track)
         if result.tokens < MIN_DEAD_TOKENS:
             job.say(
@@ -145,20 +154,21 @@ def _evaluation(
         write_json(path, record | folder.jsonable(result.to_dict()))
         return result
 
-    return _Result(s.tokens, s.rows_per_forward, evaluation.add, finish)
+    return _Result(held_out(s.tokens), s.rows_per_forward, evaluation.add, finish)
 
 
-def _database(job: Job, run: Path, sae: SparseAutoencoder, track: Track) -> _Result:
-    s = job.settings.features
-    inputs = job.result_inputs(run, s)
-    check_replaceable(run / folder.FEATURES)
-    activity = ActivityBuilder(sae.n_features)
+def _database(job: Job, run: Path, sae: SparseAutoencoder, held_out: _HeldOut, track: Track) -> _Result:
+    s, path = job.settings.features, run / folder.FEATURES
+    rows = held_out(s.tokens)
+    index = open_index(sae, job.lm, rows, job.settings.site, path, s, _database_inputs(job, run))
+    if index.first_row:
+        job.say(f"features: {index.first_row:,} of {len(rows):,} rows are encoded already")
+    return _Result(rows, s.rows_per_forward, index.add, index.finish, index.first_row)
 
-    def finish(rows: Tensor) -> dict[str, Any]:
-        path = run / folder.FEATURES
-        return write_features(activity.build(), sae, job.lm, rows, job.settings.site, path, s, inputs)
 
-    return _Result(s.tokens, s.rows_per_forward, activity.add, finish)
+def _database_inputs(job: Job, run: Path) -> str:
+    """Hash of everything that the feature database depends on, with the version of its format."""
+    return f"{job.result_inputs(run, job.settings.features)}-{VERSION}"
 
 
 def _run_folder(run: str | Path) -> Path:

@@ -15,6 +15,8 @@ from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 
 _STEP_VECTORS = 10
 """Number of float32 tensors ``[tokens, d_in]`` alive during a step: x, the reconstruction, their difference ..."""
+_ENCODED_VECTORS = 3
+"""Number of float32 tensors ``[tokens, d_in]`` alive while `encode` runs: x as it was read, x, x centred."""
 _ENTRY_BYTES = 100
 """Bytes per active entry, with its position among the tokens and among the features."""
 _DENSE_ENTRY_BYTES = {"memory": 70, "gpu": _ENTRY_BYTES}
@@ -96,6 +98,12 @@ def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:
     largest = settings.k * tokens + 2 * settings.n_features  # two per feature more than its density
     candidates = key_capacity(largest, settings.n_features, tokens * settings.n_features)
     return _CANDIDATE_BYTES[where] * candidates + _CALIBRATED_BYTES * max(BLOCK_ENTRIES, settings.n_features)
+
+
+def encoding_bytes(settings: SaeSettings, d_in: int, tokens: int, where: Place) -> int:
+    """Bytes that `encode` needs on `tokens` tokens besides the parameters, if k features are active on each."""
+    tile = _tile_bytes(settings.n_features, d_in, tokens, where)
+    return tile + tokens * (4 * _ENCODED_VECTORS * d_in + _ENTRY_BYTES * settings.k)
 
 
 def _has_budget(settings: SaeSettings) -> bool:

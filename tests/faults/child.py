@@ -1,8 +1,8 @@
-"""A process that writes caches of made-up activations and is killed at a given call.
+"""A process that writes caches of made-up activations, or feature databases, and is killed at a given call.
 
-Started once, it forks for every writing, so that torch is imported once. Lines of JSON on stdin say what to write:
-``{"folder": PATH, "facts": identity, "calls": how many it lives to see, or null}``; each is answered on stdout with
-``{"calls": how many there were}``, or ``{"signal": what killed it}``.
+Started once, as ``child.py cache`` or ``child.py index``, it forks for every writing, so that torch is imported once.
+Lines of JSON on stdin say what to write: ``{"folder": PATH, "facts": which one, "calls": how many it lives to see, or
+null}``; each is answered on stdout with ``{"calls": how many there were}``, or ``{"signal": what killed it}``.
 """
 
 import fcntl
@@ -61,30 +61,61 @@ def kill_at(last: int | None) -> Callable[[int, str, tuple[Any, ...]], None]:
     return before
 
 
-def write(folder: str, facts: dict[str, Any], calls: int | None) -> int:
-    """Write or continue the cache; returns the number of calls."""
+Write = Callable[[str, dict[str, Any], int | None], dict[str, int]]
+"""Writes or continues something in a folder; returns the number of calls, and what else there is to report."""
+
+
+def writer_of_caches() -> Write:
     from tests.activations.cache import made
 
-    os.fsync = lambda handle: None  # a kill does not need it, and it takes most of the time
-    with counted(kill_at(calls)) as seen:
-        made.write(Path(folder), facts)
-    assert "transformer_lens" not in sys.modules, "the child would be slow to start"
-    return seen()
+    def write(folder: str, facts: dict[str, Any], calls: int | None) -> dict[str, int]:
+        with counted(kill_at(calls)) as seen:
+            made.write(Path(folder), facts)
+        assert "transformer_lens" not in sys.modules, "the child would be slow to start"
+        return {"calls": seen()}
+
+    return write
+
+
+def writer_of_databases() -> Write:
+    """The first row that was encoded is reported too. Databases of different ``{"seed": ...}`` have other weights."""
+    import torch
+
+    from saelab.features import shards
+    from saelab.features.settings import FeatureSettings
+    from saelab.sae.model import SparseAutoencoder
+    from tests.features import made
+    from tests.tiny import CONTEXT, language_model, random_rows
+
+    lm, site = language_model("gpt2"), "blocks.1.hook_resid_post"
+    rows = random_rows(lm, 30)
+    shards.SHARD_PLACES = 8 * CONTEXT
+
+    def write(folder: str, facts: dict[str, Any], calls: int | None) -> dict[str, int]:
+        torch.manual_seed(facts["seed"])
+        sae = SparseAutoencoder(32, 48, 3)
+        sae.initialise(torch.randn(100, 32))
+        settings = FeatureSettings(contexts=2, window=4, rows_per_forward=4)
+        with counted(kill_at(calls)) as seen:
+            first_row, _ = made.index(sae, lm, rows, site, Path(folder), settings, str(facts))
+        return {"calls": seen(), "first_row": first_row}
+
+    return write
 
 
 def main() -> None:
     import torch
 
-    import tests.activations.cache.made  # noqa: F401  (before forking, once for all)
-
     torch.set_num_threads(1)
+    write = {"cache": writer_of_caches, "index": writer_of_databases}[sys.argv[1]]()  # before forking, once for all
+    os.fsync = lambda handle: None  # a kill does not need it, and it takes most of the time
     for line in sys.stdin:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
             failed = 1
             try:
-                os.write(writing, json.dumps({"calls": write(**json.loads(line))}).encode())
+                os.write(writing, json.dumps(write(**json.loads(line))).encode())
                 failed = 0
             finally:
                 sys.stderr.flush()

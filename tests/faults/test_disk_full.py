@@ -1,4 +1,4 @@
-"""A disk that is full, or fails, while a cache or a run is written."""
+"""A disk that is full, or fails, while a cache, a run or a feature database is written."""
 
 import errno
 import json
@@ -17,9 +17,11 @@ from saelab import progress
 from saelab.activations.cache.layout import MANIFEST, UNFINISHED
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
+from saelab.features import layout, shards
+from saelab.files import current_folder
 from saelab.runs.resume import states
 from tests.activations.cache import made
-from tests.faults.child import counted
+from tests.faults.child import counted, writer_of_databases
 from tests.faults.tools import (
     command,
     finished_files,
@@ -239,3 +241,34 @@ def test_a_disk_that_fills_up_while_a_run_trains(
     monkeypatch.setattr(progress, "bar", progress.silent)
     assert command(monkeypatch, capsys, "train", "--resume", disk / "run")[0] == 0
     assert json.loads((disk / "run" / "train.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_an_index_that_cannot_write_keeps_the_earlier_database_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Guaranteed: whichever call fails while a feature database is made, an error says why; the earlier database is
+    there, or if only the last steps fail the new one; and the next run ends with the bytes of an undisturbed one."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(shards, "SHARD_PLACES", shards.SHARD_PLACES)  # the writer changes it
+    write = writer_of_databases()
+    for seed in (1, 2):
+        total = write(str(tmp_path / str(seed)), {"seed": seed}, None)["calls"]
+    databases = [tree(tmp_path / "1"), tree(tmp_path / "2")]
+    found = []
+    for k in range(1, total + 1, 5):
+        folder = shutil.copytree(tmp_path / "1", tmp_path / f"fails at {k}")
+
+        def fail(at: int, name: str, arguments: tuple[Any, ...], k: int = k) -> None:
+            if at == k:
+                raise OSError(number, os.strerror(number))
+
+        with counted(fail), pytest.raises(SaelabError, match=r"the disk is full: |cannot be (written|made)"):
+            write(str(folder), {"seed": 2}, None)
+        there = {
+            name: content for name, content in tree(current_folder(folder)).items() if layout.UNFINISHED not in name
+        }
+        found.append(databases.index(there))
+        write(str(folder), {"seed": 2}, None)
+        assert tree(folder) == databases[1], k
+    assert found == sorted(found) and 0 in found

@@ -1,4 +1,4 @@
-"""SIGKILL while a cache is written."""
+"""SIGKILL while a cache or a feature database is written."""
 
 import json
 import os
@@ -6,19 +6,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from saelab.activations.cache.layout import MANIFEST
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
+from saelab.features import layout
+from saelab.features.facts import open_facts
+from saelab.files import current_folder
 from tests.activations.cache.made import SITE, identity
 from tests.faults.tools import finished_files, finished_shards_are_whole, stamps, tree
 
 ROOT = Path(__file__).parents[2]
-INSTANTS = 25
+INSTANTS, KILLS = 25, 10
 FACTS = identity(gradients=True, lanes=2, dtype="bfloat16", passes_per_shard=2)
 """Two sites, gradients, two lanes of five shards each."""
 MANY_SHARDS = identity(
@@ -30,12 +35,12 @@ KILLED = {"signal": 9}
 Write = Callable[..., dict[str, int]]
 
 
-@pytest.fixture(scope="module")
-def write() -> Iterator[Write]:
-    """Writes a cache in another process, which is killed instead of its `calls`-th call."""
+@contextmanager
+def child(what: str) -> Iterator[Write]:
+    """Yields a function that writes in another process, which is killed instead of its `calls`-th call."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.child"],
+        [sys.executable, "-m", "tests.faults.child", what],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.PIPE,
@@ -52,6 +57,20 @@ def write() -> Iterator[Write]:
 
         yield run
         asked.close()
+
+
+@pytest.fixture(scope="module")
+def write() -> Iterator[Write]:
+    """Writes a cache."""
+    with child("cache") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def index() -> Iterator[Write]:
+    """Writes a feature database of 30 rows in shards of 8."""
+    with child("index") as run:
+        yield run
 
 
 def test_a_kill_at_any_instant_costs_only_the_unfinished_shards(write: Write, tmp_path: Path) -> None:
@@ -120,3 +139,52 @@ def test_a_kill_during_repair_costs_nothing(write: Write, tmp_path: Path) -> Non
         assert {Path(path).name.split(".")[0] for path in touched} <= {"01-00001"}
         assert "calls" in write(folder, FACTS)
         assert tree(folder) == whole, k
+
+
+def rows_in_shards(unfinished: Path) -> int:
+    """The row after the last finished shard in `unfinished`."""
+    stops = [0]
+    for path in unfinished.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            stops.append(int(file.metadata()["stop"]))
+    return max(stops)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_index_killed_at_any_instant_goes_on_after_its_last_shard(
+    index: Write, tmp_path: Path, earlier: bool
+) -> None:
+    """Guaranteed: whichever call of the system an index is killed in, the earlier database or the new one is found
+    whole; the next run encodes only what is in no finished shard, and ends with the bytes of an uninterrupted one."""
+    databases = []
+    for seed in (1, 2):
+        total = index(tmp_path / str(seed), {"seed": seed})["calls"]
+        databases.append(tree(tmp_path / str(seed)))
+    assert total > 3 * KILLS and databases[0] != databases[1]
+    continued, found = set(), set()
+    for k in (1 + round(i * (total - 1) / (KILLS - 1)) for i in range(KILLS)):
+        folder = tmp_path / f"killed at {k}"
+        if earlier:
+            shutil.copytree(tmp_path / "1", folder)
+        assert index(folder, {"seed": 2}, k) == KILLED
+        there = tree(current_folder(folder))
+        there = {name: there[name] for name in there if layout.UNFINISHED not in name}
+        if there:
+            found.add(databases.index(there))
+            open_facts(current_folder(folder)).verify()
+        done = rows_in_shards(current_folder(folder) / layout.UNFINISHED)
+        ended = index(folder, {"seed": 2})
+        assert ended["first_row"] == done
+        continued.add(done)
+        assert tree(folder) == databases[1], k
+        assert not folder.with_name(f"{folder.name}.tmp").exists()
+    assert continued >= {0, 30} and len(continued) > 2 and found == ({0, 1} if earlier else {1})
+
+
+def test_an_index_of_other_weights_begins_anew(index: Write, tmp_path: Path) -> None:
+    """Guaranteed: what a killed index left is not used by one of other weights."""
+    total = index(tmp_path / "2", {"seed": 2})["calls"]
+    assert index(tmp_path / "killed", {"seed": 1}, total // 2) == KILLED
+    assert rows_in_shards(tmp_path / "killed" / layout.UNFINISHED) > 0
+    assert index(tmp_path / "killed", {"seed": 2})["first_row"] == 0
+    assert tree(tmp_path / "killed") == tree(tmp_path / "2")

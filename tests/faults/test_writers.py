@@ -13,15 +13,12 @@ import torch
 
 from saelab import codes
 from saelab.errors import SaelabError
-from saelab.features.index import build_features
-from saelab.features.settings import FeatureSettings
 from saelab.files import current_folder, replace_file, replace_folder, write_json, write_whole
 from saelab.sae.checkpoint import save_sae
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 from tests.faults.child import counted
 from tests.faults.tools import tree
-from tests.tiny import language_model, random_rows
 
 Write = Callable[[Path, int], None]
 
@@ -71,13 +68,6 @@ def nested(path: Path, version: int) -> None:
         (unfinished / "b").write_text(str(version))
 
 
-def database(path: Path, version: int) -> None:
-    lm = language_model("gpt2")
-    rows = random_rows(lm, 2)
-    settings = FeatureSettings(contexts=2, window=4)
-    build_features(autoencoder(version), lm, rows, "blocks.1.hook_resid_post", path, settings, str(version))
-
-
 WRITERS: dict[str, Write] = {
     "bytes": lambda path, version: write_whole(path, bytes([version]) * 5000),
     "parts": lambda path, version: write_whole(path, (memoryview(bytes([n, version])) for n in range(3))),
@@ -87,7 +77,6 @@ WRITERS: dict[str, Write] = {
     "codes": lambda path, version: codes.save(some_codes(version), path),
     "checkpoint": checkpoint,
     "nested": nested,
-    "database": database,
 }
 
 

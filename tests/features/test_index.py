@@ -7,14 +7,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from saelab.encoded import encoded
 from saelab.errors import SaelabError
-from saelab.features.activity import Activity, ActivityBuilder
-from saelab.features.index import BINS, build_features, strongest_entries
+from saelab.features import merge, shards
+from saelab.features.activity import Activity
+from saelab.features.contexts import strongest_entries
 from saelab.features.settings import FeatureSettings
+from saelab.features.statistics import BINS
 from saelab.lm.model import LanguageModel
 from saelab.lm.sites import resolve_sites
 from saelab.sae.model import SparseAutoencoder
+from tests.features.made import index
 from tests.tiny import CONTEXT, language_model, random_rows
 
 SITE = "blocks.1.hook_resid_post"
@@ -31,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseAutoencoder, t
     with torch.no_grad():
         sae.b_enc[7] = -1e6  # a feature that is never active
     folder = tmp_path_factory.mktemp("features")
-    return sae, rows, folder, build_features(sae, lm, rows, SITE, folder, SETTINGS, "inputs")
+    return sae, rows, folder, index(sae, lm, rows, SITE, folder, SETTINGS)[1]
 
 
 def dense(sae: SparseAutoencoder, rows: torch.Tensor) -> np.ndarray:
@@ -87,6 +89,17 @@ def test_contexts_are_the_strongest_activations_one_per_row(made: tuple) -> None
         assert list(line.tokens) == [tokenizer.decode([i]) for i in rows[line.row, start : start + 8]]
 
 
+def test_tables_do_not_depend_on_where_shards_and_buckets_end(
+    made: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, rows, folder, summary = made
+    monkeypatch.setattr(shards, "SHARD_PLACES", 5 * CONTEXT)
+    monkeypatch.setattr(merge, "BUCKET", 7)  # nearly every feature comes in several parts
+    assert index(sae, language_model("llama"), rows, SITE, tmp_path / "features", SETTINGS)[1] == summary
+    for name in ("features.parquet", "contexts.parquet"):
+        assert pq.read_table(tmp_path / "features" / name).equals(pq.read_table(folder / name))
+
+
 def test_logits_and_neighbours_are_their_matrix_products(made: tuple) -> None:
     sae, _, folder, _ = made
     lm = language_model("llama")
@@ -109,9 +122,7 @@ def test_a_site_that_does_not_write_the_residual_stream_has_no_logits(tmp_path: 
     rows = random_rows(lm, 6)
     sae = SparseAutoencoder(32, 16, 2)
     sae.initialise(torch.randn(100, 32))
-    build_features(
-        sae, lm, rows, "blocks.1.attn.hook_z", tmp_path, SETTINGS, "inputs"
-    )  # as wide as the residual stream
+    index(sae, lm, rows, "blocks.1.attn.hook_z", tmp_path, SETTINGS)  # as wide as the residual stream
     table = pq.read_table(tmp_path / "features.parquet").to_pandas()
     assert all(len(tokens) == 0 for tokens in table.top_logit_tokens)
 
@@ -120,7 +131,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     lm, sae = language_model("gpt2"), SparseAutoencoder(32, 16, 2)
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(SaelabError, match=r"holds thesis\.txt, which is no part of a feature database"):
-        build_features(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS, "inputs")
+        index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
@@ -130,33 +141,19 @@ def test_no_activity_at_all_still_makes_whole_tables(tmp_path: Path) -> None:
     sae.initialise(torch.randn(100, 32))
     with torch.no_grad():
         sae.b_enc.fill_(-1e9)
-    summary = build_features(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS, "inputs")
+    _, summary = index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
     assert summary["never_active"] == 16
     assert pq.read_table(tmp_path / "contexts.parquet").num_rows == 0
 
 
 def test_ties_go_to_the_earlier_position_and_order_is_kept() -> None:
-    features, places = torch.tensor([0, 0, 1], dtype=torch.int32), torch.tensor([2, 5, 4])
-    activity = Activity(torch.tensor([1.0, 1.0, 3.0]), features, places, torch.tensor([0, 2, 3]), 8)
+    places = torch.tensor([2, 3, 5, 4], dtype=torch.int32)
+    activity = Activity(torch.tensor([1.0, 0.5, 1.0, 3.0]), places, torch.tensor([0, 3, 4]), first=7)
+    assert activity.features.tolist() == [7, 7, 7, 8] and activity.stop == 9
     entries, ranks = strongest_entries(activity, context=4, per_feature=5)
-    assert entries.tolist() == [0, 1, 2] and ranks.tolist() == [0, 1, 0]
+    assert entries.tolist() == [0, 2, 3] and ranks.tolist() == [0, 1, 0]
     one_row, _ = strongest_entries(activity, context=8, per_feature=5)
-    assert one_row.tolist() == [0, 2]
-
-
-def test_activity_is_sorted_by_feature_and_position() -> None:
-    torch.manual_seed(0)
-    lm = language_model("gpt2")
-    rows = random_rows(lm, 9)
-    sae = SparseAutoencoder(32, 16, 2)
-    sae.initialise(torch.randn(100, 32))
-    builder = ActivityBuilder(16)
-    for block in encoded(sae, lm, rows, SITE, 4):
-        builder.add(block)
-    activity = builder.build()
-    key = activity.features.long() * rows.numel() + activity.positions
-    assert bool((key.diff() > 0).all())
-    assert activity.offsets[-1] == len(activity.values)
+    assert one_row.tolist() == [0, 3]
 
 
 def test_an_output_that_is_normalised_before_it_is_added_has_no_logits(tmp_path: Path) -> None:
@@ -175,7 +172,7 @@ def test_an_output_that_is_normalised_before_it_is_added_has_no_logits(tmp_path:
     sae.initialise(torch.randn(100, 32))
     lengths = {}
     for site in ("mlp.hook_out", "hook_mlp_out", "attn.hook_out", "hook_attn_out", "hook_resid_mid"):
-        build_features(sae, lm, random_rows(lm, 6), f"blocks.1.{site}", tmp_path / site, SETTINGS, "inputs")
+        index(sae, lm, random_rows(lm, 6), f"blocks.1.{site}", tmp_path / site, SETTINGS)
         table = pq.read_table(tmp_path / site / "features.parquet").to_pandas()
         lengths[site] = set(map(len, table.top_logit_tokens))
     assert lengths == {

@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from saelab.activations.cache.layout import activations_file, files_of
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
+from saelab.features.index import Index
 from saelab.memory import Need
 from saelab.runs import job, plan
 from saelab.runs.cache import cache
 from saelab.runs.config import RunSettings, settings_from
 from saelab.runs.feed import cache_group_tokens
-from saelab.runs.plan import Plan, plan_cache, plan_training
+from saelab.runs.job import settings_of
+from saelab.runs.plan import Plan, plan_cache, plan_index, plan_training
+from saelab.runs.stages import index
 from saelab.runs.train import resume, train
 from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.training.needs import STATE_TEXT
@@ -220,6 +223,35 @@ def test_states_and_checkpoint_of_a_run_take_the_disk_that_was_planned(tmp_path:
     assert needs(plan_training(chosen, resumed=True))["states"] == planned["states"] - present
 
 
+@pytest.mark.parametrize("k", [1, 16])
+def test_a_feature_database_takes_the_disk_that_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    (tmp_path / "text.txt").write_text(text(8000))
+    chosen = settings(
+        tmp_path, corpus={"source": str(tmp_path / "text.txt"), "held_out": 0.5}, features={"tokens": 6000}
+    )
+    chosen = settings_of(chosen, [f"sae.k={k}"])
+    planned = needs(plan_index(chosen))
+    run = train(chosen)
+    written: list[int] = []
+    finish = Index.finish
+
+    def measured(self: Index) -> Any:
+        self.shards.finish()
+        written.append(sum(map(len, files_of_folder(run / "features" / "unfinished").values())))
+        return finish(self)
+
+    monkeypatch.setattr(Index, "finish", measured)
+    index(run)
+    facts = sum(map(len, files_of_folder(run / "features" / "facts").values()))
+    tables = sum(path.stat().st_size for path in (run / "features").glob("*.parquet"))
+    manifest = (run / "features" / "facts" / "manifest.json").stat().st_size
+    assert facts - manifest <= planned["facts"] <= 1.2 * facts
+    assert written[0] <= planned["shards"] <= 1.2 * written[0]
+    assert tables <= planned["tables"] <= 8 * tables  # how far text can be compressed is not known before
+
+
 def test_a_model_that_is_in_memory_is_not_needed_once_more(tmp_path: Path) -> None:
     fresh, loaded = (needs(plan_training(settings(tmp_path), loaded=loaded)) for loaded in (False, True))
     assert fresh.keys() - loaded.keys() == {"model"}
@@ -241,7 +273,8 @@ import json, sys
 from pathlib import Path
 from saelab.runs.cache import cache
 from saelab.runs.job import settings_of
-from saelab.runs.plan import plan_cache, plan_training
+from saelab.runs.plan import plan_cache, plan_index, plan_training
+from saelab.runs.stages import index
 from saelab.runs.train import train
 
 def status(name):
@@ -250,10 +283,15 @@ def status(name):
 what, config, *overrides = sys.argv[1:]
 settings = settings_of(config, overrides)
 out = Path(settings.out)
-plan = plan_training(settings) if what == "train" else plan_cache(settings, out, settings.training.tokens)
+plan, run = {
+    "train": (lambda: plan_training(settings), lambda: train(settings)),
+    "cache": (lambda: plan_cache(settings, out, settings.training.tokens), lambda: cache(settings, out)),
+    "index": (lambda: plan_index(settings), lambda: index(out, overrides)),
+}[what]
+plan = plan()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = status("VmRSS")
-train(settings) if what == "train" else cache(settings, out)
+run()
 print(json.dumps([status("VmHWM") - before, plan.total("memory")]))
 """
 
@@ -268,12 +306,15 @@ print(json.dumps([status("VmHWM") - before, plan.total("memory")]))
         ("train", "mutual_choice", []),
         ("cache", "quickstart", ["training.tokens=300000"]),
         ("cache", "quickstart", ["training.tokens=40000", "cache.gradients=true"]),
+        ("index", "quickstart", []),
     ],
 )
 def test_a_plan_bounds_what_the_process_grows_by_and_is_at_most_twice_that(
     tmp_path: Path, what: str, config: str, overrides: list[str]
 ) -> None:
     command = [what, config, "device=cpu", "training.tokens=20480", f"out={tmp_path / 'out'}", *overrides]
+    if what == "index":
+        subprocess.run([sys.executable, "-c", CHILD, "train", *command[1:]], check=True)
     done = subprocess.run([sys.executable, "-c", CHILD, *command], capture_output=True, text=True, check=True)
     growth, planned = json.loads(done.stdout.splitlines()[-1])
     assert growth <= planned <= 2 * growth

@@ -17,6 +17,9 @@ import torch
 import saelab
 from saelab.activations import source
 from saelab.errors import SaelabError
+from saelab.features import shards
+from saelab.features.facts import open_facts
+from saelab.features.layout import DTYPES
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
 from saelab.sae.model import SparseAutoencoder
@@ -193,8 +196,8 @@ def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None
 
 
 def results(run: Path) -> dict[str, bytes]:
-    files = [run / "eval.json", *sorted((run / "features").iterdir())]
-    assert len(files) == 4
+    files = [run / "eval.json", *sorted(path for path in (run / "features").rglob("*") if path.is_file())]
+    assert len(files) == 4 + 1 + len(DTYPES)  # eval.json, two tables, the summary, the manifest and the arrays
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -246,6 +249,63 @@ def test_run_encodes_the_held_out_text_once_and_only_what_is_missing(
     tokens.clear()
     saelab.run(config)
     assert not tokens
+
+
+def test_an_index_that_was_stopped_continues_and_evaluation_still_sees_all_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, said = small(tmp_path) | {"features": {"tokens": 1500, "window": 12, "rows_per_forward": 8}}, []
+    config["eval"] = config["eval"] | {"rows_per_forward": 8}
+    whole = results(saelab.run(config, [f"out={tmp_path / 'whole'}"]))
+    monkeypatch.setattr(shards, "SHARD_PLACES", 16 * CONTEXT)
+    run = saelab.train(config)
+    encode, tokens, most = SparseAutoencoder.encode, [], [5]
+
+    def stopped(self: SparseAutoencoder, x: torch.Tensor, *args, **kwargs):
+        if len(tokens) == most[0]:
+            raise KeyboardInterrupt
+        tokens.append(len(x))
+        return encode(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(SparseAutoencoder, "encode", stopped)
+    for _ in range(2):  # blocks 0 to 4, then 4 to 5: shards of two blocks are kept
+        with pytest.raises(KeyboardInterrupt):
+            saelab.index(run, say=said.append)
+        tokens.clear()
+        most[0] = 2
+    most[0] = 10**9
+    saelab.run(config, say=said.append)
+    assert [line.split(" of ")[0] for line in said if "encoded already" in line] == [
+        "features: 32",
+        "features: 48",
+    ]
+    assert sum(tokens) == json.loads(whole["eval.json"])["tokens"]  # once for both, and for evaluation from the start
+    assert results(run) == whole
+    tokens.clear()
+    saelab.index(run)
+    assert sum(tokens) == json.loads(whole["summary.json"])["n_tokens"]  # a finished database leaves no shards
+
+
+def test_the_entries_of_the_database_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    run = saelab.run(small(tmp_path), ["sae.allocation=mutual_choice"])
+    evaluation, facts = json.loads((run / "eval.json").read_text()), open_facts(run / "features")
+    entries = sum(len(facts.activations(feature).places) for feature in range(facts.n_features))
+    assert facts.n_tokens == evaluation["tokens"] and entries == round(evaluation["l0"] * facts.n_tokens)
+    job, sae = Job(settings_of(run / "config.yaml")), saelab.load(run)
+    rows, site = job.held_out(1500), job.settings.site
+    keep = job.lm.ordinary(rows)
+    z = torch.zeros(*rows.shape, sae.n_features)
+    z[keep] = sae.encode(job.lm.activations(rows, [site])[site][keep]).to_dense()
+    assert (facts.rows == rows.numpy()).all()
+    found = torch.zeros_like(z)
+    for row in range(len(rows)):
+        for position in range(CONTEXT):
+            features, values = facts.at(row, position)
+            found[row, position, torch.from_numpy(features.copy()).long()] = torch.from_numpy(values)
+    assert ((found > 0) == (z > 0)).double().mean() > 0.9999  # rows that share a forward pass change the last bits
+    both = (found > 0) & (z > 0)
+    bound = 2**-10 * z + 2**-24 * torch.from_numpy(facts.maxima.copy())
+    assert bool(((found - z).abs() <= bound)[both].all())
 
 
 def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -> None:
