@@ -4,6 +4,7 @@ import atexit
 import inspect
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ os.environ.update(dict.fromkeys(OFFLINE, "1"))
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder of the process that started them
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="saelab-tests-hf-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+
+# A script's background job ignores SIGINT, `nohup` ignores SIGHUP, and so would the commands that tests send them to.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def block_network(log: str) -> None:
