@@ -124,9 +124,9 @@ def choose_column(rows: Iterator[Row], about: str, requested: str | None) -> tup
     """
     columns: dict[str, Any] = {}
     for row in islice(rows, _FIRST_ROWS):
-        columns |= {name: value for name, value in _columns(row).items() if columns.get(name) is None}
+        columns |= {name: value for name, value in _columns(row).items() if _is_empty(columns.get(name))}
         column = requested or next((name for name in ("text", *_IDS_COLUMNS) if name in columns), None)
-        if column is not None and columns.get(column) is not None:
+        if column is not None and not _is_empty(columns.get(column)):
             break
     if not columns:
         raise SaelabError(f"corpus: {about} holds no rows")

@@ -280,10 +280,10 @@ class Corpus:
                 f"corpus: {document.where()} holds {len(ids)} token ids and the context is {self.context}; the rows of "
                 f"a tokenised corpus are taken as they are, all of one length: set `context: {len(ids)}`"
             )
-        foreign = next((i for i in ids if type(i) is not int or not 0 <= i < n_ids), None)
-        if foreign is not None:
+        foreign = [i for i in ids if type(i) is not int or not 0 <= i < n_ids]
+        if foreign:
             raise SaelabError(
-                f"corpus: {document.where()} holds the token id {foreign!r}, but the model has 0 to {n_ids - 1} (its "
+                f"corpus: {document.where()} holds the token id {foreign[0]!r}, but the model has 0 to {n_ids - 1} (its "
                 f"tokenizer, 0 to {self._encoder.n_ids - 1}); use a corpus that was tokenised for this model, or one "
                 "of text"
             )

@@ -134,6 +134,11 @@ def _attention(choice: str, model_class: Any, config: Any) -> Literal["sdpa", "e
         raise SaelabError(
             f"sdpa attention is not possible with {model_class.__name__}, {why}; set model.attention=auto or eager"
         )
-    if choice == "eager" and config.model_type == "falcon" and config.alibi:
+    if choice == "eager" and adds_biases_twice(config):
         raise SaelabError("transformers' eager attention adds Falcon's position biases twice; set model.attention=auto")
     return "sdpa" if fused and choice != "eager" else "eager"
+
+
+def adds_biases_twice(config: Any) -> bool:
+    """Whether transformers' eager attention adds the position biases twice, as in a Falcon with ALiBi."""
+    return config.model_type == "falcon" and config.alibi

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError, brief
+from saelab.lm.architecture import adds_biases_twice
 from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, with_changed_tokens
 from saelab.lm.model import LanguageModel
 from saelab.lm.sites import bridge_of, general_name, read_values
@@ -75,6 +76,8 @@ def _measured(model: nn.Module) -> SiteMeanings:
     for sizes, layers in ATTEMPTS:
         try:
             config = smaller(model.config, sizes, layers)
+            if adds_biases_twice(config):
+                config._attn_implementation = "eager"  # the bridge's attention adds them twice, too
             small, rewired = random_model(config), random_model(config)
             rewired.load_state_dict(small.state_dict())
             rewired.set_attn_implementation("eager")  # type: ignore[operator]

@@ -169,8 +169,10 @@ def test_rows_resume_beside_empty_documents(tmp_path, tokenizer):
     check_resuming(lambda: opened(path, tokenizer), lane=1, lanes=2)
 
 
-def test_empty_rows_of_token_ids(tmp_path, tokenizer):
-    corpus = opened(write(tmp_path / "a.jsonl", [None, *tokenised(), []], "input_ids"), tokenizer)
+@pytest.mark.parametrize("column", [None, "input_ids"])
+def test_empty_rows_of_token_ids(tmp_path, tokenizer, column):
+    path = write(tmp_path / "a.jsonl", [[], *tokenised(), None], "input_ids")
+    corpus = opened(path, tokenizer, text_column=column)
     rows = [*corpus.train_rows(seed=0), *corpus.held_out_rows(10**9)]
     assert sorted(row.tolist() for row in rows) == sorted(tokenised())
     assert corpus.empty_documents().startswith("2 of 52 documents are empty")

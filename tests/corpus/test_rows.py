@@ -223,6 +223,8 @@ def test_token_ids_of_another_length_or_tokenizer_are_refused(tmp_path, tokenize
     refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", str(len(tokenizer) + 5), "tokenizer")
     bad[20] = [0, -1] + [1] * 14
     refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "-1")
+    bad[20] = [0, None] + [1] * 14
+    refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "None")
     bad[20] = [0, 1.5] + [1] * 14
     refuses(write(tmp_path / "b.jsonl", bad, "input_ids"), tokenizer, "line 21", "1.5")
     bad[20] = "text"

@@ -16,6 +16,7 @@ from saelab.lm.selfcheck import in_residual_stream, site_meanings
 from saelab.lm.settings import ModelSettings
 from saelab.lm.sites import Site, bridge_of, general_name, resolve_sites
 from saelab.memory import no_numbers
+from tests.lm.shaped import shaped_folder
 from tests.tiny import language_model, model_folder, random_rows
 
 SIZES = {"vocab_size": 90, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -121,6 +122,12 @@ def test_without_a_small_model_only_the_named_setting_helps(monkeypatch: pytest.
         load_language_model(ModelSettings(name), "cpu")
     lm = load_language_model(ModelSettings(name, self_check=False), "cpu")
     assert lm.width("blocks.0.hook_resid_post") == 32 and not in_residual_stream(lm, "blocks.0.hook_resid_post")
+
+
+def test_biases_that_the_bridge_adds_twice_dispute_no_name() -> None:
+    lm = load_language_model(ModelSettings(str(shaped_folder("falcon alibi"))), "cpu")
+    assert lm.attention == "sdpa"
+    assert lm.width("blocks.1.hook_mlp_out") == 32 and in_residual_stream(lm, "blocks.1.hook_resid_post")
 
 
 def test_a_model_that_only_the_bridge_cannot_run_is_checked_against_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
