@@ -283,9 +283,9 @@ class Corpus:
         foreign = [i for i in ids if type(i) is not int or not 0 <= i < n_ids]
         if foreign:
             raise SaelabError(
-                f"corpus: {document.where()} holds the token id {foreign[0]!r}, but the model has 0 to {n_ids - 1} (its "
-                f"tokenizer, 0 to {self._encoder.n_ids - 1}); use a corpus that was tokenised for this model, or one "
-                "of text"
+                f"corpus: {document.where()} holds the token id {foreign[0]!r}, but the model has 0 to {n_ids - 1} "
+                f"(its tokenizer, 0 to {self._encoder.n_ids - 1}); use a corpus that was tokenised for this model, or "
+                "one of text"
             )
         return ids
 
