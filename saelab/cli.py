@@ -99,7 +99,8 @@ def train(
         raise SaelabError("CONFIG: what to train? For example: saelab train quickstart")
     else:
         folder = stage.train(config, overrides or [], force=force, track=progress.bar, say=_say)
-    typer.echo(os.fsencode(folder))  # the bytes of its name, whatever they are
+    # The bytes of its name, whatever they are; but a stream in place of standard output may take text only.
+    typer.echo(os.fsencode(folder) if hasattr(sys.stdout, "buffer") else printable(str(folder)))
 
 
 @app.command()

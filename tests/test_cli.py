@@ -1,11 +1,13 @@
 """The command as a user types it: a mistake is one message and exit code 2, and nothing is left behind."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,14 @@ def test_names_that_the_system_or_a_terminal_does_not_take(
         cli.main()
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and message in error
+
+
+def test_a_stream_that_takes_text_only_gets_the_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saelab.runs.train.train", lambda *_, **__: Path("runs/one"))
+    monkeypatch.setattr(sys, "argv", ["saelab", "train", "quickstart"])
+    with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0 and out.getvalue() == "runs/one\n"
 
 
 def test_the_old_name_of_index_still_works_and_says_so(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def first_inputs(sample: Tensor, job: Job) -> tuple[Inputs, Tensor]:
 def concentration_notes(found: Concentration, corpus: Corpus) -> Iterator[str]:
     """What to say if few tokens or dimensions hold much of the variance."""
     if found.sink_variance >= NOTED_SINKS:
-        cause = "" if corpus.begins_with_bos else "; the first token of a row is one, as the rows do not begin with BOS"
+        cause = "" if corpus.begins_with_bos else "; often the first token of a row that does not begin with BOS"
         yield (
             f"note: {found.sink_share:.2%} of the tokens have norms above {SINK:g} times the median (attention sinks"
             f"{cause}) and hold {found.sink_variance:.1%} of the variance, so training and FVU are mostly about them; "

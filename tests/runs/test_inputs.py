@@ -58,7 +58,7 @@ def test_sinks_are_said_before_training_with_their_cause_and_the_setting_and_rec
     said: list[str] = []
     run = saelab.train(with_sinks(tmp_path), say=said.append)
     (note,) = [line for line in said if "attention sinks" in line]
-    assert note.startswith("note: 3.1") and "do not begin with BOS" in note
+    assert note.startswith("note: 3.1") and "does not begin with BOS" in note
     assert "activations.max_norm=10" in note and said.index(note) < len(said) - 1
     found = record(run)["first_activations"]
     assert found == saelab.load(run).metadata["saelab"]["first_activations"]
