@@ -251,6 +251,8 @@ def locked(path: Path) -> Iterator[None]:
     block's end removes the file; one that a kill leaves locks nothing.
     """
     path = path.resolve()
+    if not path.name:
+        raise SaelabError(f"{path}: is the root of all folders, which cannot be replaced; choose another folder")
     lock = path.with_name(f".{path.name}.lock")
     made = [folder for folder in lock.parents if not folder.exists()]
     handle = None
@@ -278,11 +280,15 @@ def locked(path: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> int:
     """The file `path`, made if it is missing, opened and locked. Raises BlockingIOError if it is locked already."""
+    removed = 0
     while True:
         make_folder(path.parent)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has just removed the folder
+        except FileNotFoundError:  # another process has just removed the folder, or, as in /proc, nothing can be made
+            removed += 1
+            if removed == 100:
+                raise
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

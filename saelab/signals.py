@@ -25,9 +25,22 @@ def stop(number: int) -> NoReturn:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """In this block each of the signals ends the process by `stop`."""
-    with _handled(stop):
-        yield
+    """In this block each of the signals ends the process by `stop`.
+
+    The block's end repeats it: a library may catch what `stop` raises, and fail later in another way.
+    """
+    received: list[int] = []
+
+    def on_signal(number: int) -> None:
+        received.append(number)
+        stop(number)
+
+    try:
+        with _handled(on_signal):
+            yield
+    finally:
+        if received:
+            stop(received[0])
 
 
 @contextmanager

@@ -336,6 +336,24 @@ def test_a_folder_that_cannot_be_made_cannot_be_locked(tmp_path: Path) -> None:
         locked(tmp_path / "file" / "folder"),
     ):
         pass
+    with pytest.raises(SaelabError, match=r"^/: is the root of all folders"), locked(Path("/")):
+        pass
+
+
+def test_a_folder_in_which_nothing_can_be_made_ends_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In /proc the system answers as if the folder had just been removed."""
+
+    def nothing(*arguments: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "open", nothing)
+    with (
+        pytest.raises(SaelabError, match=r"run: cannot be made \(No such file or directory\)"),
+        locked(tmp_path / "run"),
+    ):
+        pass
 
 
 def test_json_comes_back_and_what_is_no_json_object_is_named(tmp_path: Path) -> None:

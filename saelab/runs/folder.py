@@ -180,7 +180,8 @@ def check_run(run: Path) -> None:
     """Raises SaelabError if `run` is not a run folder with a checkpoint."""
     if (run / SETTINGS).is_file() and unfinished(run) and not has_checkpoint(run):
         raise SaelabError(
-            f"{run}: its training has not written a checkpoint yet; `saelab train --resume {run}` goes on"
+            f"{run}: its training has not written a checkpoint yet; wait for it, or, if it was stopped, go on with "
+            f"`saelab train --resume {run}`"
         )
     if not (run / SETTINGS).is_file() or not has_checkpoint(run):
         raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")

@@ -54,7 +54,9 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
     }
     _check_taken(run, stage, changed)
     unfinished = folder.unfinished(run)
-    if unfinished:
+    if not folder.training_record(run):
+        say(f"note: {run / folder.TRAINING} is missing or damaged, so whether the training was complete is not known")
+    elif unfinished:
         say(f"note: {unfinished}; `saelab train --resume {run}` goes on with it")
     job = Job(settings, say)
     sae = load(run, job.lm.device)

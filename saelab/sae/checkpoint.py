@@ -96,7 +96,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
             float(ours.get("beta", 0.0)),
         )
     except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError) as error:
-        raise SaelabError(f"{folder}: the checkpoint is damaged: {error!r}") from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+        raise SaelabError(
+            f"{folder}: the checkpoint is damaged ({reason[:200]}); restore it from a copy, or train the run again"
+        ) from error
     if "W_enc" in tensors:
         tensors["W_enc"] = tensors["W_enc"].T
     _check_shape(folder, "W_enc", tensors.get("W_enc"), (n_features, d_in))  # before memory is allocated

@@ -17,6 +17,7 @@ import pytest
 from saelab.activations.cache.layout import MANIFEST, UNFINISHED
 from saelab.runs.config import load_config
 from saelab.runs.resume import states
+from saelab.signals import stopping
 from tests.faults.tools import the_one_error
 from tests.runs.test_stages import small
 
@@ -201,3 +202,18 @@ def test_a_cache_that_a_signal_stops_continues(commands: Commands, config: Path,
     assert code == 143 and "finished shards are kept" in output and not (out / MANIFEST).exists()
     code, output = commands.start("cache", config, *small_shards, cwd=tmp_path).end()
     assert code == 0 and "continuing after them" in output and (out / MANIFEST).exists()
+
+
+def test_a_signal_that_a_library_swallows_still_ends_the_command() -> None:
+    """Some imports catch everything, and then fail in another way."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def command() -> None:
+        with stopping():
+            with suppress(SystemExit):
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise RecursionError("half of a module is missing")
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) == before

@@ -203,8 +203,14 @@ def test_an_unfinished_run_is_said_to_be_one(here: Path) -> None:
         assert said[0].startswith(note)
         said.clear()
     assert figures(run)["training_complete"] is False and figures(run)["trained_tokens"] == 4000
+    (run / "train.json").write_text(json.dumps(record)[:20])
+    saelab.evaluate(run, say=said.append)
+    assert said[0].startswith(f"note: {run / 'train.json'} is missing or damaged, so whether the training was complete")
+    (run / "train.json").write_text(json.dumps(record | {"complete": False}))
     shutil.rmtree(run / "sae")
-    with pytest.raises(SaelabError, match=r"has not written a checkpoint yet; `saelab train --resume .*run` goes on"):
+    with pytest.raises(
+        SaelabError, match=r"no.* checkpoint yet; wait for it, or, .* with `saelab train --resume .*run`"
+    ):
         saelab.evaluate(run)
 
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_an_error_with_the_reason(saved: P
         {"metadata": {"saelab": {"beta": "x"}}},
         {"d_in": None},
     ):
-        with pytest.raises(SaelabError, match="the checkpoint is damaged"):
+        with pytest.raises(SaelabError, match=r"the checkpoint is damaged \(.+\); restore it from a copy, or train"):
             saelab.load(damaged(change))
     for size in (10**30, -1, 0):
         with pytest.raises(SaelabError, match=r"W_enc is of shape|k is"):
