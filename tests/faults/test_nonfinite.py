@@ -16,7 +16,6 @@ from saelab.activations.cache.layout import UNFINISHED
 from saelab.activations.cache.reader import Cache, open_cache
 from saelab.activations.stream import ActivationBatch, Pass
 from saelab.errors import SaelabError
-from saelab.features.index import build_features
 from saelab.features.settings import FeatureSettings
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
@@ -32,6 +31,7 @@ from tests.faults.tools import (
     the_one_error,
     tree,
 )
+from tests.features.made import index
 from tests.tiny import model_folder, random_rows
 
 OTHER = "blocks.1.attn.hook_z"
@@ -279,7 +279,7 @@ def test_weights_of_an_autoencoder_that_are_not_finite_are_refused(name: str, br
     rows = random_rows(lm, 6)
     for attempt in (
         lambda: saelab.fidelity(sae, lm, rows),
-        lambda: build_features(sae, lm, rows, SITE, tmp_path / "features", FeatureSettings(), ""),
+        lambda: index(sae, lm, rows, SITE, tmp_path / "features", FeatureSettings()),
     ):
         with pytest.raises(SaelabError, match=rf"^the autoencoder: 1 of [0-9,]+ values of {name} are NaN or infinite"):
             attempt()
