@@ -33,7 +33,7 @@ class ModelSettings:
 
     self_check: bool = True
     """Whether the names and values of sites are checked when a model is loaded and when a site is first read
-    (selfcheck.py, layout.py); takes less than a second. Without it a site may hold something else than its name says."""
+    (selfcheck.py, layout.py); takes less than a second. Without it a site may hold other values than its name says."""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
