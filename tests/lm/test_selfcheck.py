@@ -100,11 +100,11 @@ def test_a_name_that_leads_to_another_module_is_disputed(monkeypatch: pytest.Mon
         bridge, sites = bridge_of(model)
         return bridge, sites | {"blocks.0.hook_mlp_out": sites["blocks.0.hook_attn_out"]}
 
+    lm = language_model("llama")  # other tests use it, so it is loaded before the bridge is wrong
     monkeypatch.setattr(selfcheck, "bridge_of", wrong)
     monkeypatch.setattr(selfcheck, "_known", {})
-    disputed = site_meanings(language_model("llama").model).disputed
+    disputed = site_meanings(lm.model).disputed
     assert set(disputed) == {"blocks.N.hook_mlp_out"}
-    lm = language_model("llama")
     lm = LanguageModel("wrong", lm.model, lm.tokenizer, lm.sites, "", disputed=disputed)
     with pytest.raises(SaelabError, match=r"site: blocks\.2\.hook_mlp_out of wrong is not what its name says: its mod"):
         lm.activations(random_rows(lm, 1), ["blocks.2.hook_mlp_out"])
