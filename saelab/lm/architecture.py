@@ -69,7 +69,6 @@ def read_architecture(folder: Path, attention: str = "auto") -> Architecture:
             f"it {what or 'is not a language model'} ({kind}), and saelab reads models that predict the next token of "
             "text; name a text model, such as the one that it was made from"
         )
-    config.architectures = [model_class.__name__]  # TransformerLens goes by it
     return Architecture(model_class, config, _attention(attention, model_class, config), renamed)
 
 
@@ -125,9 +124,8 @@ def _text_model(config: Any) -> tuple[Any, Any, dict[str, str] | None]:
 
 
 def _attention(choice: str, model_class: Any, config: Any) -> Literal["sdpa", "eager"]:
-    capped = (
-        getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    )  # sdpa would leave the cap out
+    # sdpa would leave the cap out
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     fused = getattr(model_class, "_supports_sdpa", False) and not capped
     if choice == "sdpa" and not fused:
         why = "which caps its attention scores" if capped else "for which transformers does not have it"

@@ -252,11 +252,11 @@ class LanguageModel:
             return
         rows, changed = self._measuring_rows()
         before = self._values(rows, new)
-        after = self._values(changed, new) if self._self_check else {}
+        after = self._values(changed, new) if self._self_check else dict.fromkeys(before)
         for site in new:
-            if site not in before:
+            if site not in before or site not in after:
                 raise self._never_runs(site)
-            layout = layout_of(before[site], after.get(site))
+            layout = layout_of(before[site], after[site])
             if isinstance(layout, str):
                 raise SaelabError(f"site: {site} of {self.name} {layout}; choose another site")
             self._layouts[site] = layout

@@ -134,9 +134,7 @@ def _at_block(values: dict[str, Tensor], site: str) -> tuple[list[Tensor], list[
     stream = [at[name] for name in _STREAM if name in at]
     added = [later - earlier for earlier, later in combinations(stream, 2)]
     if len(stream) == 2:  # attention and MLP side by side: what one adds is the rest of what the other adds
-        added += [
-            total - at[name] for total in added for name in _ADDED if name in at and at[name].shape == total.shape
-        ]
+        added += [total - at[name] for total in added for name in _ADDED if name in at]
     return stream, added
 
 

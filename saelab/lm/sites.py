@@ -43,7 +43,7 @@ def bridge_of(model: nn.Module) -> tuple[Any, dict[str, Site]]:
     from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
     config: Any = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__]  # TransformerLens goes by it
     names = {id(module): name for name, module in model.named_modules()}
     # Without a tokenizer or a processor: reading those takes time, and to get one TransformerLens may run pip.
     bridge = build_bridge_from_module(
