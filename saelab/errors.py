@@ -23,8 +23,12 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def brief(error: Exception) -> str:
-    """A library's error on one line of at most 300 characters, to quote in our own messages."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """A library's error on one line of at most 300 characters, to quote in our own messages.
+
+    The text of a KeyError is the key and says nothing without the name of the error.
+    """
+    text = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, brief
 from saelab.files import current_folder, expanded, make_folder, read_json, translate_errors, write_json
 from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
@@ -91,14 +91,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         ours = _object(metadata, "saelab")
         architecture = _checked_architecture(config, n_features, folder)
         # without a budget of its own, as from another trainer, nothing limits the active features
-        k, beta = (
-            int(config["k"] if architecture == "topk" else ours.get("k", n_features)),
-            float(ours.get("beta", 0.0)),
-        )
+        k = int(config["k"] if architecture == "topk" else ours.get("k", n_features))
+        beta = float(ours.get("beta", 0.0))
     except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
         raise SaelabError(
-            f"{folder}: the checkpoint is damaged ({reason[:200]}); restore it from a copy, or train the run again"
+            f"{folder}: the checkpoint is damaged ({brief(error)}); restore it from a copy, or train the run again"
         ) from error
     if "W_enc" in tensors:
         tensors["W_enc"] = tensors["W_enc"].T

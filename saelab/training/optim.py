@@ -16,8 +16,9 @@ from saelab.sae.model import SparseAutoencoder
 _BLOCK_ROWS = 2048
 """Decoder rows at a time: their products stay in the cache, 6 MB at d_in 768."""
 THRESHOLD_RATE = 10.0
-"""Learning rate of trained thresholds, in units of that of the weights. At the same rate thresholds lag behind the
-pre-activations, which get sparser, and L0 stays a fifth below its target on the demo model (docs/training.md)."""
+"""Learning rate of trained thresholds, as a multiple of that of the weights. At the same rate thresholds follow the
+pre-activations, which get sparser, too slowly: L0 stays a fifth below its target on the demo model (docs/training.md).
+"""
 _FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
 
 
