@@ -23,7 +23,7 @@ FIGURES = [
     ("cosine_without_sinks", "Cosine without sinks", "", "over all other tokens"),
     ("ce_spliced_without_sinks", "CE, spliced without sinks", "nats per token", "sinks are left clean"),
     ("delta_ce_without_sinks", "delta CE without sinks", "nats per token", "CE spliced without sinks - CE clean"),
-    ("top_variance", "Variance in few dimensions", "share", "in the largest 1% of dimensions, over all but sinks"),
+    ("top_variance", "Variance in few dimensions", "share", "in the largest 1% of them, over all tokens but sinks"),
     ("ce_clean", "CE, clean", "nats per token", "cross-entropy of the next token in the unchanged model"),
     ("ce_spliced", "CE, spliced", "nats per token", "with the reconstruction in place of the activations"),
     ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: the loss added by the reconstruction"),
