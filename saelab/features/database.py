@@ -1,215 +1,217 @@
-"""Reads the tables of the feature database, for the explorer, notebooks and analyses; facts.py reads its arrays.
+"""The feature database of a run, opened once: what the explorer, notebooks and analyses read.
 
-Everything was computed when the database was written. Reading needs only pyarrow and pandas, no torch and no language
-model, so a page opens at once. A database is named by its folder, `features` in a run folder.
+    database = open_database("runs/quickstart/features")
+    database.feature(7)                                # draws itself in a notebook
+    database.table.page({"density": (1e-4, 1e-2)}, sort="maximum")
+    database.search("import numpy").features           # the features that are active on this text
+    database.examples(7, "near misses")
+    database.at(3, 100)                                # the features on token 100 of row 3
+
+Everything was computed when the database was written. Reading needs numpy, no torch and no language model.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from saelab.errors import SaelabError
-from saelab.features.layout import CONTEXTS, FEATURES, SUMMARY
-from saelab.files import read_json, translate_read_errors
+from saelab.features.arrays import Arrays, open_arrays
+from saelab.features.examples import Example, Kind, find_examples
+from saelab.features.facts import ActiveFeatures, Facts
+from saelab.features.layout import QUANTILES
+from saelab.features.search import Found, search
+from saelab.features.table import Table
+from saelab.features.vocabulary import Vocabulary
 
-# Between the tokens of one feature in a searched text, so that no search matches across two tokens.
-_SEPARATOR = "\x1f"
-_UNREADABLE = (OSError, ValueError, pa.ArrowException)
-_SCALARS = ["feature", "density", "n_active", "mean_activation", "max_activation"]
+NEIGHBOURS = {
+    "decoder": ("decoder_neighbours", "decoder_cosines"),
+    "encoder": ("encoder_neighbours", "encoder_cosines"),
+    "coactive": ("coactive_neighbours", "coactive_phi"),
+}
+"""Kinds of neighbours, with their columns of features and scores."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Facts about a whole feature database."""
+class TokenValue(NamedTuple):
+    """A token and a number: its logit, or its share of a feature's activation."""
 
-    n_tokens: int
-    """N: ordinary held-out tokens, encoded in inference mode. Densities are fractions of N."""
-    n_features: int
-    never_active: int
-    """Features that are active on none of the N tokens: dead, as reported."""
-    site: str
-    model: str
-    d_in: int
+    token: int
+    text: str
+    value: float
+
+
+class Neighbour(NamedTuple):
+    """Another feature, and how similar it is: a cosine, or phi of co-activation."""
+
+    feature: int
+    value: float
+    jaccard: float | None = None
+    """Tokens on which both are active, as a share of those on which either is; for co-activation."""
+
+
+class Neuron(NamedTuple):
+    """A dimension of the site that a feature writes to."""
+
+    index: int
+    weight: float
+    share: float
+    """Share of the sum of absolute weights of the feature's decoder row."""
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature. Pairs are (token or feature, value), strongest first."""
+    """One feature. Lists are strongest first."""
 
     index: int
+    n_tokens: int
+    """N: ordinary tokens of the text."""
+    n_active: int
     density: float
     """Fraction of the N tokens on which the feature is active."""
-    n_active: int
-    mean_activation: float
-    """Mean over the tokens on which the feature is active; 0 if there is none."""
-    max_activation: float
-    histogram: list[int]
-    """Tokens in each of equal bins of activation from 0 to `max_activation`; zeros are not counted."""
-    top_logits: list[tuple[str, float]]
-    bottom_logits: list[tuple[str, float]]
-    neighbours: list[tuple[int, float]]
-    """Other features by the cosine of their decoder rows."""
+    mean: float
+    """Mean activation over the tokens on which the feature is active; 0 if there is none."""
+    maximum: float
+    mean_square: float
+    """Mean of the squared activation over all N tokens."""
+    skew: float
+    """Third standardised moment of the activation over all N tokens; 0 if it is constant."""
+    kurtosis: float
+    """Fourth standardised moment of the activation over all N tokens; 3 for a normal one, 0 if it is constant."""
+    quantiles: dict[float, float]
+    """Activation at or below which this share of the feature's activations lie."""
+    histogram: np.ndarray
+    """Tokens in each of equal bins of activation from 0 to `maximum`, ``[bins]``; zeros are not counted."""
+    first: tuple[int, int] | None
+    """Row and position of the first activation in the text."""
+    last: tuple[int, int] | None
+    token_entropy: float
+    """Entropy of the feature's activation over token ids, in bits; 0 if it is active on one token id only."""
+    top_tokens: list[TokenValue]
+    """Token ids with the largest shares of the sum of its activations."""
+    encoder_norm: float
+    decoder_norm: float
+    encoder_decoder_cosine: float
+    top_logits: list[TokenValue]
+    """Tokens whose logits the decoder row raises most; empty if the site is not in the residual stream."""
+    bottom_logits: list[TokenValue]
+    logit_histogram: np.ndarray
+    """Tokens of the vocabulary in equal bins of logit over `logit_range`, ``[bins]``."""
+    logit_range: tuple[float, float]
+    neighbours: dict[str, list[Neighbour]]
+    """By kind: decoder, encoder (cosines of rows), coactive (phi)."""
+    neurons: list[Neuron]
 
     @property
     def never_active(self) -> bool:
         return self.n_active == 0
 
+
+@dataclass(frozen=True, eq=False)
+class Database:
+    """An open feature database; `open_database` makes it. Methods raise SaelabError if a file is damaged."""
+
+    arrays: Arrays
+    facts: Facts
+    """The text and all activations."""
+    table: Table
+    vocabulary: Vocabulary
+
     @property
-    def bin_centres(self) -> np.ndarray:
-        """The middle of each bin of `histogram` ``[bins]``."""
-        edges = np.linspace(0.0, self.max_activation, len(self.histogram) + 1)
-        return (edges[:-1] + edges[1:]) / 2
+    def folder(self) -> Path:
+        return self.arrays.folder
+
+    @property
+    def n_tokens(self) -> int:
+        """N: ordinary held-out tokens, encoded in inference mode. Densities are fractions of N."""
+        return self.facts.n_tokens
+
+    @property
+    def n_features(self) -> int:
+        return len(self.table)
+
+    @property
+    def site(self) -> str:
+        return self.arrays.manifest["site"]
+
+    @property
+    def model(self) -> str:
+        return self.arrays.manifest["model"]
+
+    def feature(self, index: int) -> Feature:
+        """One feature. Raises SaelabError if there is no feature of that index."""
+        self.facts.check(index)
+        columns = {name: self.table[name] for name in self.table.names}
+        row = {name: column[index] for name, column in columns.items()}
+        context = self.facts.rows.shape[1]
+
+        def tokens(ids: str, values: str) -> list[TokenValue]:
+            pairs = zip(row[ids].tolist(), row[values].tolist(), strict=True)
+            return [TokenValue(token, self.vocabulary.text(token), value) for token, value in pairs if token >= 0]
+
+        def where(place: int) -> tuple[int, int] | None:
+            return divmod(place, context) if place >= 0 else None
+
+        def neighbours(kind: str) -> list[Neighbour]:
+            features, values = NEIGHBOURS[kind]
+            jaccard = row["coactive_jaccard"].tolist() if kind == "coactive" else [None] * len(row[values])
+            found = zip(row[features].tolist(), row[values].tolist(), jaccard, strict=True)
+            return [Neighbour(*each) for each in found if each[0] >= 0]
+
+        neurons = zip(*(row[name].tolist() for name in ("neurons", "neuron_weights", "neuron_shares")), strict=True)
+        n_active, low_high = int(row["n_active"]), row["logit_range"].tolist()
+        return Feature(
+            index=index,
+            n_tokens=self.n_tokens,
+            n_active=n_active,
+            density=n_active / self.n_tokens,
+            mean=float(row["mass"]) / max(1, n_active),
+            maximum=float(self.facts.maxima[index]),
+            mean_square=float(row["mean_square"]),
+            skew=float(row["skew"]),
+            kurtosis=float(row["kurtosis"]),
+            quantiles=dict(zip(QUANTILES, row["quantiles"].tolist(), strict=True)),
+            histogram=np.array(row["histogram"]),
+            first=where(int(row["first_place"])),
+            last=where(int(row["last_place"])),
+            token_entropy=float(row["token_entropy"]),
+            top_tokens=tokens("top_tokens", "top_token_shares"),
+            encoder_norm=float(row["encoder_norm"]),
+            decoder_norm=float(row["decoder_norm"]),
+            encoder_decoder_cosine=float(row["encoder_decoder_cosine"]),
+            top_logits=tokens("top_logit_tokens", "top_logits"),
+            bottom_logits=tokens("bottom_logit_tokens", "bottom_logits"),
+            logit_histogram=np.array(row["logit_histogram"]),
+            logit_range=(low_high[0], low_high[1]),
+            neighbours={kind: neighbours(kind) for kind in NEIGHBOURS},
+            neurons=[Neuron(*neuron) for neuron in neurons if neuron[0] >= 0],
+        )
+
+    def examples(
+        self, feature: int, kind: Kind = "top", n: int = 20, window: int = 32, low: float = 0.0, high: float = np.inf
+    ) -> list[Example]:
+        """Windows of text around some activations of a feature, or around tokens where it could be active and is not.
+
+        See `saelab.features.examples.find_examples`. Raises SaelabError if there is no such feature.
+        """
+        return find_examples(self.facts, self.table, self.vocabulary, feature, kind, n, window, low, high)
+
+    def search(self, query: str) -> Found:
+        """The features that a query names; see `saelab.features.search.search`."""
+        return search(self.facts, self.table, self.vocabulary, query)
+
+    def at(self, row: int, position: int) -> ActiveFeatures:
+        """The features that are active on a token. Raises SaelabError if there is no such row or position."""
+        return self.facts.at(row, position)
+
+    def verify(self) -> None:
+        """Raises SaelabError if a file differs from its sha256 in the manifest. Reads all files."""
+        self.arrays.verify()
 
 
-@dataclass(frozen=True)
-class Context:
-    """A window of text around one of a feature's strongest activations, at most one per row of text."""
+def open_database(folder: Path | str) -> Database:
+    """The feature database in `folder`, `features` in a run folder. Reads sizes only.
 
-    rank: int
-    """0 is the strongest."""
-    row: int
-    position: int
-    """Position of the peak in its row."""
-    activation: float
-    """Activation at the peak."""
-    peak: int
-    """Index of the peak in `tokens`."""
-    tokens: list[str]
-    activations: list[float]
-    """Activation of the feature on each of `tokens`; 0 if inactive."""
-
-
-def summary(folder: Path | str) -> Summary:
-    """Facts about the whole feature database (`summary.json`). Raises SaelabError if they are missing or damaged."""
-    _require_features(folder)
-    path = Path(folder) / SUMMARY
-    found = read_json(path, _remake(folder))
-    try:
-        whole = {name: int(found[name]) for name in ("n_tokens", "n_features", "never_active", "d_in")}
-        return Summary(**whole, site=str(found["site"]), model=str(found["model"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SaelabError(f"{path} is not the summary of a feature database: {error!r}. {_remake(folder)}") from error
-
-
-def feature_table(folder: Path | str) -> pd.DataFrame:
-    """One line per feature, sorted by it.
-
-    Columns: `feature`, `density` (fraction of the N tokens), `n_active`, `mean_activation`, `max_activation`,
-    `top_logit_tokens` (the tokens it promotes, strongest first) and `peak_tokens` (the different tokens at the peaks of
-    its top contexts, strongest first), the last two lists of text.
+    Raises SaelabError if it is missing, damaged or of another version.
     """
-    table = _parquet(folder, FEATURES, [*_SCALARS, "top_logit_tokens"])
-    frame = table.select(_SCALARS).to_pandas()
-    frame["top_logit_tokens"] = [tokens or [] for tokens in table["top_logit_tokens"].to_pylist()]
-    peaks = _peak_tokens(_parquet(folder, CONTEXTS, ["feature", "peak", "tokens"]))
-    frame["peak_tokens"] = [peaks.get(index, []) for index in frame["feature"]]
-    return frame
-
-
-def feature(folder: Path | str, index: int) -> Feature:
-    """One feature. Raises SaelabError if there is no feature of that index."""
-    lists = ["top_logit_tokens", "top_logits", "bottom_logit_tokens", "bottom_logits"]
-    columns = [*_SCALARS, "histogram", *lists, "neighbours", "neighbour_cosines"]
-    found = _parquet(folder, FEATURES, columns, ("feature", "=", index)).to_pylist()
-    if not found:
-        last = summary(folder).n_features - 1
-        raise SaelabError(f"There is no feature {index} in {folder}: its features are 0 to {last}.")
-    line = found[0]
-
-    def pairs(names: str, values: str) -> list:
-        return list(zip(line[names] or [], line[values] or [], strict=False))
-
-    return Feature(
-        index=line["feature"],
-        density=line["density"],
-        n_active=line["n_active"],
-        mean_activation=line["mean_activation"],
-        max_activation=line["max_activation"],
-        histogram=line["histogram"] or [],
-        top_logits=pairs("top_logit_tokens", "top_logits"),
-        bottom_logits=pairs("bottom_logit_tokens", "bottom_logits"),
-        neighbours=pairs("neighbours", "neighbour_cosines"),
-    )
-
-
-def contexts(folder: Path | str, index: int) -> list[Context]:
-    """The top contexts of a feature, strongest first; none if it was never active."""
-    columns = ["rank", "row", "position", "activation", "peak", "tokens", "activations"]
-    lines = _parquet(folder, CONTEXTS, columns, ("feature", "=", index)).to_pylist()
-    lines = [line | {"tokens": line["tokens"] or [], "activations": line["activations"] or []} for line in lines]
-    return sorted((Context(**line) for line in lines), key=lambda context: context.rank)
-
-
-def search_tokens(table: pd.DataFrame, text: str) -> pd.Series:
-    """Which lines of a `feature_table` contain `text`, in any case, in a token they promote or peak on: booleans."""
-    tokens = table["top_logit_tokens"] + table["peak_tokens"]
-    joined = [_SEPARATOR.join(of_one) for of_one in tokens]
-    hits = _contains(pa.array(joined, pa.large_string()), text).to_numpy(zero_copy_only=False)
-    return pd.Series(hits, index=table.index, dtype=bool)
-
-
-def search_contexts(folder: Path | str, text: str) -> np.ndarray:
-    """Indices of the features with `text`, in any case and over any number of tokens, in a top context; sorted."""
-    table = _parquet(folder, CONTEXTS, ["feature", "tokens"])
-    tokens = table["tokens"].cast(pa.large_list(pa.large_string()))
-    windows = pc.call_function("binary_join", [tokens, pa.scalar("", pa.large_string())])
-    return np.unique(table["feature"].filter(_contains(windows, text)).to_numpy())
-
-
-def density_histogram(table: pd.DataFrame, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Features counted by the log10 of their density: edges ``[bins + 1]``, counts ``[bins]``, of those ever active."""
-    density = table["density"].to_numpy()
-    logs = np.log10(density[density > 0])
-    counts, edges = np.histogram(logs, bins=bins, range=(min(-4.0, *logs) if len(logs) else -4.0, 0.0))
-    return edges, counts
-
-
-def _contains(strings: pa.Array | pa.ChunkedArray, text: str) -> pa.Array | pa.ChunkedArray:
-    """Which of the strings contain `text`, in any case."""
-    options = pc.MatchSubstringOptions(text, ignore_case=True)
-    return pc.call_function("match_substring", [strings], options)
-
-
-def _peak_tokens(table: pa.Table) -> dict[int, list[str]]:
-    """The different tokens at the peaks of each feature's contexts, in the table's order."""
-    found: dict[int, dict[str, None]] = {}
-    for batch in table.to_batches():
-        starts, stops = batch["tokens"].offsets.to_numpy()[:-1], batch["tokens"].offsets.to_numpy()[1:]
-        peaks = starts + batch["peak"].to_numpy()
-        inside = (peaks >= starts) & (peaks < stops)
-        strings = batch["tokens"].values.take(pa.array(peaks[inside])).to_pylist()
-        for index, token in zip(batch["feature"].to_numpy()[inside].tolist(), strings, strict=True):
-            found.setdefault(index, {})[token] = None
-    return {index: list(different) for index, different in found.items()}
-
-
-def _require_features(folder: Path | str) -> None:
-    missing = [name for name in (FEATURES, CONTEXTS, SUMMARY) if not (Path(folder) / name).is_file()]
-    if missing:
-        run = Path(folder).parent
-        raise SaelabError(f"{run} has no features yet ({missing[0]} is missing). `saelab index {run}` makes them.")
-
-
-def _remake(folder: Path | str) -> str:
-    return f"`saelab index {Path(folder).parent}` makes it again."
-
-
-def _parquet(folder: Path | str, name: str, columns: list[str], where: tuple | None = None) -> pa.Table:
-    _require_features(folder)
-    path = Path(folder) / name
-    # An open file, not a path: pyarrow takes a path such as "run=3/..." for a partitioned data set. And a pyarrow file:
-    # its threads may release a Python file after the interpreter's end, which aborts the process.
-    with (
-        translate_read_errors(path, "a Parquet file of the feature database", _remake(folder), _UNREADABLE),
-        pa.OSFile(str(path)) as file,
-    ):
-        table = pq.read_table(file, columns=columns, filters=[where] if where else None)
-    lacking = [column for column in columns if column not in table.column_names]
-    if lacking:
-        raise SaelabError(f"{path} has no column {', '.join(lacking)}. {_remake(folder)}")
-    return table
+    arrays = open_arrays(folder)
+    return Database(arrays, Facts(arrays), Table(arrays), Vocabulary(arrays))
