@@ -17,28 +17,31 @@ from saelab.errors import SaelabError
 ICON = Path(__file__).with_name("icon.svg")
 
 
+PAGES = [
+    st.Page(state.RUNS, title="Runs", icon=":material/stacks:", url_path="runs"),
+    st.Page(state.RUN, title="Run", icon=":material/monitoring:", url_path="run"),
+    st.Page(state.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),
+    st.Page(state.FEATURE, title="Feature", icon=":material/center_focus_strong:", url_path="feature"),
+    st.Page(state.PROMPT, title="Prompt", icon=":material/text_fields:", url_path="prompt"),
+    st.Page(state.STEER, title="Steer", icon=":material/tune:", url_path="steer"),
+    st.Page(state.COMPARE, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
+    st.Page(state.MAP, title="Map", icon=":material/scatter_plot:", url_path="map"),
+]
+
+
 def home() -> None:
-    """The bare address: continues to the feature that the link names, or to the overview."""
+    """The bare address: continues to the feature or the run that the link names, or to the runs."""
     link = st.query_params.to_dict()
-    st.switch_page(state.FEATURE if "feature" in link else state.OVERVIEW, query_params=link)
+    page = state.FEATURE if "feature" in link else state.RUN if "run" in link else state.RUNS
+    st.switch_page(page, query_params=link)
 
 
 def main() -> None:
     st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
-    page = st.navigation(
-        [
-            st.Page(home, title="saelab", default=True, visibility="hidden"),
-            st.Page(state.OVERVIEW, title="Overview", icon=":material/monitoring:", url_path="overview"),
-            st.Page(state.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),
-            st.Page(state.FEATURE, title="Feature", icon=":material/center_focus_strong:", url_path="feature"),
-        ]
-    )
+    page = st.navigation([st.Page(home, title="saelab", default=True, visibility="hidden"), *PAGES])
     st.html(STYLE)
     try:
-        state.keep_filters()
         state.pick_run(sys.argv[1:] or ["runs"])
-        if page.url_path in ("overview", "features"):
-            st.query_params.pop("feature", None)  # the browser's back button may have left it there
         page.run()
     except SaelabError as error:
         state.show_error(error)

@@ -6,35 +6,22 @@ The session remembers the last run and feature for links that name none, such as
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import streamlit as st
 
 from saelab.errors import SaelabError
-from saelab.features import database
+from saelab.features.database import Database, open_database
+from saelab.features.layout import MANIFEST
 from saelab.runs import folder
 from saelab.runs.folder import RunInfo
 
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
-OVERVIEW, FEATURES, FEATURE = "views/overview.py", "views/features.py", "views/feature.py"
-
-IN_TOKENS, IN_CONTEXTS = "tokens", "context text"
-LOWEST_DENSITY = -7.0  # log10
-# The filters of the table of features with their initial values; they persist while another page is open.
-FILTERS = {
-    "search": "",
-    "search_in": IN_TOKENS,
-    "density_range": (LOWEST_DENSITY, 0.0),
-    "show_never_active": False,
-}
+RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
+PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
 
 T = TypeVar("T")
-
-
-def keep_filters() -> None:
-    """Keep the filters' values: Streamlit forgets a widget that a page has not drawn, unless its value is set."""
-    for key, first in FILTERS.items():
-        st.session_state[key] = st.session_state.get(key, first)
 
 
 def pick_run(folders: Sequence[str]) -> None:
@@ -108,16 +95,26 @@ def link_to(index: int) -> dict[str, str]:
     return {"run": st.session_state["run_name"], "feature": str(index)}
 
 
-def read(reader: Callable[..., T], *arguments: object) -> T:
-    """The result of `reader`, a function of `runs.folder` or `features.database`, for the current run.
+def database() -> Database:
+    """The feature database of the current run, opened once. Raises SaelabError if there is none, or a damaged one."""
+    path = folder.features(current_run().path)
+    return _database(str(path), _stamp([path / MANIFEST]))
 
-    Cached until a file of the run changes.
-    """
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _database(path: str, stamp: tuple) -> Database:
+    return open_database(path)
+
+
+def read(reader: Callable[..., T], *arguments: object) -> T:
+    """The result of `reader`, a function of `runs.folder`, for the current run; cached until a file of it changes."""
     run = current_run().path
-    stats = [path.stat() if path.is_file() else None for path in folder.shown_files(run)]
-    stamp = tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
-    path = folder.features(run) if reader.__module__ == database.__name__ else run
-    return _read(reader, reader.__name__, str(path), stamp, *arguments)
+    return _read(reader, reader.__name__, str(run), _stamp(folder.shown_files(run)), *arguments)
+
+
+def _stamp(paths: Sequence[Path]) -> tuple:
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    return tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
 
 
 @st.cache_data(max_entries=200, show_spinner=False)
