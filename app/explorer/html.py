@@ -4,13 +4,11 @@ Tokens come from a corpus and are untrusted. Every piece of text passes `escape`
 goes into an element or an attribute, and none of it reaches Markdown. Numbers are only formatted here.
 """
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from html import escape
 
 from saelab.features.database import Context
+from saelab.features.marks import number, pieces, visible
 
 # One hue, mixed with the theme's background; even at full strength, text stays legible in light and dark themes.
 HUE = "255, 140, 0"
@@ -43,36 +41,6 @@ STYLE = f"""<style>
   background: linear-gradient(90deg, rgba({HUE}, {WEAKEST}), rgba({HUE}, {STRONGEST})); }}
 </style>"""
 
-_MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
-_WHITESPACE = re.compile(r"[\n\r\t]| {2,}")
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp")  # categories of Unicode
-_PRINTED = " \u200d"  # exceptions: the space, and the character that joins emoji
-
-
-@lru_cache(maxsize=100_000)  # tables show the same few thousand tokens repeatedly
-def visible(token: str) -> str:
-    """A token as plain text with visible white space: "␣def", "↵", "␣×8", and "∅" for an empty token."""
-    text = "".join(shown for shown, _ in _pieces(token))
-    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    if before == len(text):
-        return "␣" * before or "∅"
-    return "␣" * before + text.strip(" ") + "␣" * after
-
-
-def typed(text: str) -> str:
-    """Search text with the marks of `visible` turned back into white space: "↵" becomes a line break."""
-    text = re.sub(r"␣×(\d{1,3})", lambda match: " " * int(match[1]), text).replace("␣", " ")
-    for character, mark in _MARKS.items():
-        text = text.replace(mark, character)
-    return text
-
-
-def number(value: float) -> str:
-    """Three significant digits: "12.3", "0.0450", "1,234", "0"."""
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
-
 
 def shading(share: float) -> str:
     """The background colour of an activation that is this share, 0 to 1, of the strongest; "" for none."""
@@ -86,8 +54,8 @@ def token_html(token: str, activation: float, strongest: float, *, peak: bool = 
     colour = shading(activation / strongest if strongest > 0 else 0.0)
     style = f' style="background: {colour}"' if colour else ""
     hover = f"{visible(token)}   {number(activation) if activation else 'not active'}"
-    pieces = _pieces(token, breaks) or [("∅", True)]
-    inner = "".join(f'<span class="sl-mark">{escape(text)}</span>' if mark else escape(text) for text, mark in pieces)
+    shown = pieces(token, breaks) or [("∅", True)]
+    inner = "".join(f'<span class="sl-mark">{escape(text)}</span>' if mark else escape(text) for text, mark in shown)
     return f'<span class="sl-token{" sl-peak" if peak else ""}" title="{escape(hover)}"{style}>{inner}</span>'
 
 
@@ -139,31 +107,3 @@ def tokens_html(tokens: Iterable[str]) -> str:
     """A few tokens on one line."""
     inner = "  ".join(f"<span>{escape(visible(token))}</span>" for token in tokens)
     return f'<div class="sl-text sl-dim">{inner}</div>'
-
-
-def _pieces(token: str, breaks: bool = False) -> list[tuple[str, bool]]:
-    """The token in pieces: (text to show, whether it is a mark for something invisible)."""
-    found: list[tuple[str, bool]] = []
-    position = 0
-    for match in _WHITESPACE.finditer(token):
-        found += _printable(token[position : match.start()])
-        position = match.end()
-        run = match[0]
-        if breaks and run != "\r":
-            found += [("↵", True), ("\n", False)] if run == "\n" else [(run, False)]
-        else:
-            found.append((_MARKS.get(run) or f"␣×{len(run)}", True))
-    return found + _printable(token[position:])
-
-
-def _printable(text: str) -> list[tuple[str, bool]]:
-    """Text with invisible characters as codes: some would change the page, such as the direction of its text."""
-    found: list[tuple[str, bool]] = []
-    plain = ""
-    for character in text:
-        if unicodedata.category(character) in _INVISIBLE and character not in _PRINTED:
-            found += [(plain, False)] * bool(plain) + [(f"\\u{ord(character):04x}", True)]
-            plain = ""
-        else:
-            plain += character
-    return found + [(plain, False)] * bool(plain)

@@ -3,10 +3,10 @@
 import pandas as pd
 import streamlit as st
 from explorer import charts, state
-from explorer.html import typed, visible
 from explorer.state import IN_CONTEXTS, IN_TOKENS, LOWEST_DENSITY
 
 from saelab.features import database
+from saelab.features.marks import typed, visible
 
 
 def filtered(table: pd.DataFrame, never_active: int) -> pd.DataFrame:

@@ -4,7 +4,9 @@
     database.feature(7)                                # draws itself in a notebook
     database.table.page({"density": (1e-4, 1e-2)}, sort="maximum")
     database.search("import numpy").features           # the features that are active on this text
-    database.examples(7, "near misses")
+    database.examples(7)                               # windows of text around its strongest activations
+    database.intervals(7)                              # its activations between deciles, each with examples
+    database.near_misses(7)                            # text on which it could be active and is not
     database.at(3, 100)                                # the features on token 100 of row 3
 
 Everything was computed when the database was written. Reading needs numpy, no torch and no language model.
@@ -20,6 +22,8 @@ from saelab.features.arrays import Arrays, open_arrays
 from saelab.features.examples import Example, Kind, find_examples
 from saelab.features.facts import ActiveFeatures, Facts
 from saelab.features.layout import QUANTILES
+from saelab.features.near_misses import NearMisses, near_misses
+from saelab.features.ranges import Interval, RangeTokens, intervals, tokens_in_range
 from saelab.features.search import Found, search
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
@@ -187,13 +191,41 @@ class Database:
         )
 
     def examples(
-        self, feature: int, kind: Kind = "top", n: int = 20, window: int = 32, low: float = 0.0, high: float = np.inf
+        self,
+        feature: int,
+        kind: Kind = "top",
+        n: int = 20,
+        window: int = 32,
+        low: float = 0.0,
+        high: float = np.inf,
+        distinct: bool = False,
     ) -> list[Example]:
-        """Windows of text around some activations of a feature, or around tokens where it could be active and is not.
+        """Windows of text around some activations of a feature.
 
         See `saelab.features.examples.find_examples`. Raises SaelabError if there is no such feature.
         """
-        return find_examples(self.facts, self.table, self.vocabulary, feature, kind, n, window, low, high)
+        return find_examples(self.facts, self.table, self.vocabulary, feature, kind, n, window, low, high, distinct)
+
+    def intervals(self, feature: int, n: int = 5, window: int = 32) -> list[Interval]:
+        """A feature's activations between two neighbouring deciles, strongest first, each with `n` examples.
+
+        See `saelab.features.ranges.intervals`. Raises SaelabError if there is no such feature.
+        """
+        return intervals(self.facts, self.vocabulary, feature, n, window)
+
+    def tokens_in_range(self, feature: int, low: float, high: float, n: int = 10) -> RangeTokens:
+        """The token ids of a feature's activations from `low` up to `high`, both included.
+
+        See `saelab.features.ranges.tokens_in_range`. Raises SaelabError if there is no such feature.
+        """
+        return tokens_in_range(self.facts, self.table, feature, low, high, n)
+
+    def near_misses(self, feature: int, n: int = 10, window: int = 32) -> NearMisses:
+        """Windows of text on which a feature could be active and is not, `n` of each of two kinds.
+
+        See `saelab.features.near_misses.near_misses`. Raises SaelabError if there is no such feature.
+        """
+        return near_misses(self.facts, self.table, self.vocabulary, feature, n, window)
 
     def search(self, query: str) -> Found:
         """The features that a query names; see `saelab.features.search.search`."""

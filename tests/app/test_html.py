@@ -1,7 +1,6 @@
 import re
 from html.parser import HTMLParser
 
-import pytest
 from explorer import html
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,39 +84,6 @@ def test_the_logit_lens_and_tables_contain_only_our_elements(words):
     assert Inventory(html.tokens_html(words)).elements == {"div", "span"}
 
 
-@given(tokens)
-def test_every_token_is_visible(token):
-    shown = html.visible(token)
-    assert shown and shown.strip() == shown
-    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        (" def", "␣def"),
-        ("\n", "↵"),
-        ("\t", "⇥"),
-        ("        ", "␣×8"),
-        ("", "∅"),
-        (" ", "␣"),
-        ("a b", "a b"),
-        ("\n    x", "↵␣×4x"),
-        ("🦊", "🦊"),
-        ("\u202egnp", "\\u202egnp"),
-        ("x  ", "x␣×2"),
-        ("\u00a0", "\\u00a0"),
-    ],
-)
-def test_how_white_space_is_shown(token, shown):
-    assert html.visible(token) == shown
-
-
-@given(st.text("ab\n\t\r ", max_size=12))
-def test_a_shown_token_can_be_typed_to_search_for_it(token):
-    assert html.typed(html.visible(token)) == (token or "∅")
-
-
 @given(st.lists(st.text("ab \n", min_size=1, max_size=4), min_size=1, max_size=10))
 def test_line_breaks_are_marked_and_kept_or_only_marked(words):
     compact = Inventory(html.contexts_html([context(words)], 2.0)).text
@@ -137,11 +103,3 @@ def test_only_active_tokens_are_shaded_and_the_peak_is_marked_once():
     spans = re.findall(r'<span class="sl-token[^>]*>', page)
     assert [("background" in span) for span in spans] == [False, True, True, False]
     assert [("sl-peak" in span) for span in spans] == [False, False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(0, "0"), (12.345, "12.3"), (0.045, "0.0450"), (1234.5, "1,234"), (5.0, "5.00"), (123.4, "123"), (-2.0, "-2.00")],
-)
-def test_numbers_have_three_digits(value, shown):
-    assert html.number(value) == shown

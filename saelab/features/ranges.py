@@ -1,0 +1,80 @@
+"""A feature's activations from the weakest to the strongest: ten intervals with examples, and the tokens of a range.
+
+The strongest examples alone make a feature look cleaner than it is: half of its activations, or more, may lie on
+something else.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from saelab.features.examples import Example, drawn, example_at, in_range, strongest_first, top_places
+from saelab.features.facts import Facts
+from saelab.features.table import Table
+from saelab.features.vocabulary import Vocabulary
+
+DECILES = tuple(tenth / 10 for tenth in range(1, 10))
+
+
+class Interval(NamedTuple):
+    """A range of a feature's activations."""
+
+    low: float
+    """The smallest of its activations."""
+    high: float
+    """The largest."""
+    share: float
+    """Share of the feature's activations that lie in it."""
+    examples: list[Example]
+    """Drawn at random from it; strongest first."""
+
+
+class RangeTokens(NamedTuple):
+    """The tokens on which a feature's activations in a range lie."""
+
+    n: int
+    """Activations in the range."""
+    peak_share: float
+    """Share of them on the token id of the feature's strongest activation; 0 if there are none."""
+    tokens: np.ndarray
+    """Their most frequent token ids, most frequent first, ``[m]`` int64; ties go to the lower id."""
+    shares: np.ndarray
+    """Share of them on each of `tokens`, ``[m]`` float64."""
+
+
+def intervals(facts: Facts, vocabulary: Vocabulary, feature: int, n: int, window: int) -> list[Interval]:
+    """The activations between two neighbouring deciles, strongest interval first, each with `n` examples.
+
+    The ranges are disjoint and cover all activations of the feature. An activation that equals a decile lies below it;
+    so there are fewer than ten intervals if many activations are equal. Raises SaelabError if there is no such feature.
+    """
+    active = facts.activations(feature)
+    if not len(active.values):
+        return []
+    group = np.searchsorted(np.quantile(active.values, DECILES, method="inverted_cdf"), active.values)
+    found = []
+    for inside in (group == k for k in reversed(range(len(DECILES) + 1))):
+        if inside.any():
+            values = active.values[inside]
+            chosen = strongest_first(active, drawn(active.places[inside], feature, n))
+            examples = [example_at(facts, vocabulary, active, place, window) for place in chosen.tolist()]
+            found.append(Interval(float(values.min()), float(values.max()), len(values) / len(group), examples))
+    return found
+
+
+def tokens_in_range(facts: Facts, table: Table, feature: int, low: float, high: float, n: int) -> RangeTokens:
+    """The tokens of a feature's activations from `low` up to `high`, both included; the `n` most frequent ones.
+
+    Raises SaelabError if there is no such feature.
+    """
+    active = facts.activations(feature)
+    ids = facts.rows.reshape(-1)
+    inside = ids[active.places[in_range(active, low, high)]]
+    if not len(inside):
+        return RangeTokens(0, 0.0, np.empty(0, np.int64), np.empty(0))
+    tokens, counts = np.unique(inside, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:n]
+    peak = ids[top_places(table, feature)[0]]
+    return RangeTokens(
+        len(inside), float((inside == peak).mean()), tokens[most].astype(np.int64), counts[most] / len(inside)
+    )
