@@ -63,7 +63,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
     def info(path: Path) -> RunInfo:
         name = root.resolve().name if path == root else path.relative_to(root).as_posix()
-        has_features = all(table.is_file() for table in _database(path))
+        has_features = (features(path) / database.MANIFEST).is_file()
         return RunInfo(path, name, (path / EVALUATION).is_file(), has_features)
 
     return [info(path) for path in below(root, depth)]
@@ -71,7 +71,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
 def shown_files(run: Path) -> list[Path]:
     """The files of a run that the explorer reads, including missing ones."""
-    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, *_database(run)]
+    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, features(run) / database.MANIFEST]
 
 
 def settings_text(run: Path | str) -> str:
@@ -150,7 +150,7 @@ def evaluation_inputs(run: Path) -> str | None:
 
 def features_inputs(run: Path) -> str | None:
     """Hash of what the feature database was made from; None if it is missing or damaged."""
-    return _found(features(run) / database.SUMMARY).get("inputs")
+    return _found(features(run) / database.MANIFEST).get("inputs")
 
 
 def features(run: Path | str) -> Path:
@@ -159,7 +159,7 @@ def features(run: Path | str) -> Path:
 
 
 def _database(run: Path) -> list[Path]:
-    return [features(run) / file for file in (database.FEATURES, database.CONTEXTS, database.SUMMARY)]
+    return [features(run) / file for file in (database.FEATURES, database.CONTEXTS, database.MANIFEST)]
 
 
 def weights(run: Path) -> Path:
