@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saelab.activations.stream import read_activations
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.settings import EvalSettings
+    from saelab.analysis.steering import Intervention, steer
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
@@ -55,6 +56,7 @@ _HOME = {
     "Fidelity": "saelab.analysis.fidelity",
     "FromCache": "saelab.activations.source",
     "FromModel": "saelab.activations.source",
+    "Intervention": "saelab.analysis.steering",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
     "RunSettings": "saelab.runs.config",
@@ -84,6 +86,7 @@ _HOME = {
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
+    "steer": "saelab.analysis.steering",
     "train": "saelab.runs.train",
 }
 
@@ -100,6 +103,7 @@ __all__ = [
     "Fidelity",
     "FromCache",
     "FromModel",
+    "Intervention",
     "LanguageModel",
     "ModelSettings",
     "RunSettings",
@@ -129,6 +133,7 @@ __all__ = [
     "save_run",
     "save_sae",
     "settings_of",
+    "steer",
     "train",
 ]
 
