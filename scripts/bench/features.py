@@ -59,6 +59,7 @@ def measure(
         processes.label = "once"
         record["made_up"] = processes.ours(ours_features.made_up, folder=work / "big", **big)
         record["queries"] = processes.ours(ours_features.queries, folder=work / "big")
+        record["queries"]["feature_page_cold"] = processes.ours(ours_features.cold, folder=work / "big")
         record["paint"] = processes.ours(paint.paint, run=run)
         if peers:
             with processes.row("sae_dashboard"):

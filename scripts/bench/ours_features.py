@@ -198,10 +198,19 @@ def queries(folder: str, repeats: int = 50) -> dict[str, Any]:
     words = [" token1", " token20", "token300 token1", " token4000", "/token1[0-9] /", "token:token5"]
     found["search"] = _timed(database.search, words)
     found["own_bytes"] = _own_memory() - before
-    del database  # pages that are mapped stay in the page cache
-    cold = [(feature, folder) for feature in features[::5]]
-    found["feature_page_cold"] = _timed(_opened_page, cold, first=lambda: _drop(Path(folder)))
     return found
+
+
+def cold(folder: str, questions: int = 10) -> dict[str, float]:
+    """Median and largest seconds of opening a database and asking for a feature's page, out of the page cache."""
+    path = Path(folder)
+    n_features = open_database(path).n_features
+    features = np.random.default_rng(0).integers(0, n_features, questions).tolist()
+    features[0] = 0  # the densest
+    _feature_page(open_database(path), 1)  # loads the code
+
+    # a database is closed before its files can leave the page cache: mapped pages stay
+    return _timed(lambda feature: _feature_page(open_database(path), feature), features, first=lambda: _drop(path))
 
 
 def _feature_page(database: Database, index: int) -> None:
@@ -213,11 +222,6 @@ def _feature_page(database: Database, index: int) -> None:
         tokens = database.table["top_logit_tokens"][[each.feature for each in neighbours]][:, :3]
         for token in tokens.ravel().tolist():
             database.vocabulary.text(token)
-
-
-def _opened_page(question: tuple[int, str]) -> None:
-    feature, folder = question
-    _feature_page(open_database(folder), feature)
 
 
 def _table_page(database: Database, ranges: dict[str, tuple[float, float]]) -> None:
