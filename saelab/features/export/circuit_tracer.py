@@ -24,10 +24,10 @@ def write(database: Database, features: Sequence[int], path: Path) -> None:
 
     Raises OSError, and SaelabError if there is no such feature or if the site is in no layer of the language model.
     """
-    of = layer(database)
+    number = layer(database)
     with replace_folder(path) as folder:
         for index in features:
-            (folder / f"{paired(of, index)}.json").write_text(json.dumps(details(database, index)))
+            (folder / f"{paired(number, index)}.json").write_text(json.dumps(details(database, index)))
 
 
 def paired(first: int, second: int) -> int:
