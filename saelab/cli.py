@@ -204,6 +204,25 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
     )
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="html, neuronpedia, circuit-tracer, csv or parquet")],
+    features: Annotated[str | None, typer.Option(metavar="LIST", help="such as 1,5-9 (default: all)")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="file or folder (default: in RUN/exports)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
+) -> None:
+    """Export features: a page that needs nothing else, other tools' JSON, or the table. A page needs --features.
+
+    Example: saelab export runs/quickstart --to html --features 1,5-9
+
+    Example: saelab export runs/quickstart --to parquet --out features.parquet
+    """
+    from saelab.runs.export import export as write
+
+    _print(f"{write(run, to, features, out, force=force)}")
+
+
 @app.command(hidden=True)
 def features(run: Path, overrides: _Overrides = None) -> None:
     """The name of `saelab index` in earlier versions; it goes with the next release."""

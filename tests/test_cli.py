@@ -43,7 +43,7 @@ def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
-    for command in ("demo", "run", "train", "cache", "plan", "eval", "index", "app"):
+    for command in ("demo", "run", "train", "cache", "plan", "eval", "index", "export", "app"):
         assert command in top.stdout
         assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
 
@@ -68,6 +68,8 @@ def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
         (["train", "quickstart", "activations.cache=new"], "new: no activation cache"),
         (["eval", "."], "not a run folder"),
         (["index", "runs"], "not a run folder"),
+        (["export", "runs", "--to", "csv"], "There is no feature database in runs/features"),
+        (["export", "runs", "--to", "pickle"], "--to: there is no 'pickle'"),
         (["app", "missing"], "no such folder"),
     ],
 )

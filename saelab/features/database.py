@@ -12,12 +12,13 @@
 Everything was computed when the database was written. Reading needs numpy, no torch and no language model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from saelab.features import card
 from saelab.features.arrays import Arrays, open_arrays
 from saelab.features.examples import Example, Kind, find_examples
 from saelab.features.facts import ActiveFeatures, Facts
@@ -104,10 +105,15 @@ class Feature:
     neighbours: dict[str, list[Neighbour]]
     """By kind: decoder, encoder (cosines of rows), coactive (phi)."""
     neurons: list[Neuron]
+    database: "Database" = field(repr=False)
+    """The database that it was read from."""
 
     @property
     def never_active(self) -> bool:
         return self.n_active == 0
+
+    def _repr_html_(self) -> str:
+        return card.STYLE + card.card(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +146,11 @@ class Database:
     @property
     def model(self) -> str:
         return self.arrays.manifest["model"]
+
+    @property
+    def lens(self) -> str | None:
+        """What of the final norm the logits include, in words; None if the site is not in the residual stream."""
+        return self.arrays.manifest["lens"]
 
     def feature(self, index: int) -> Feature:
         """One feature. Raises SaelabError if there is no feature of that index."""
@@ -188,6 +199,7 @@ class Database:
             logit_range=(low_high[0], low_high[1]),
             neighbours={kind: neighbours(kind) for kind in NEIGHBOURS},
             neurons=[Neuron(*neuron) for neuron in neurons if neuron[0] >= 0],
+            database=self,
         )
 
     def examples(

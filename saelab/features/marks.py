@@ -73,6 +73,6 @@ def _printable(text: str) -> list[tuple[str, bool]]:
             found += [(plain, False)] * bool(plain) + [(f"\\u{ord(character):04x}", True)]
             plain = ""
         else:
-            alone = not plain and unicodedata.combining(character)  # it would strike through what stands before it
-            plain += f"◌{character}" if alone else character
+            bare = not plain and unicodedata.combining(character)  # it would strike through what stands before it
+            plain += f"◌{character}" if bare else character
     return found + [(plain, False)] * bool(plain)

@@ -109,16 +109,16 @@ def _tokens_of(facts: Facts, table: Table, feature: int) -> list[int]:
 
 def _same_token(
     active: Activations,
-    of: list[int],
+    token_ids: list[int],
     tokens: np.ndarray,
     rows: np.ndarray,
     feature: int,
     taken: _Windows,
     n: int,
 ) -> list[int]:
-    """`n` places with a token id in `of`, earlier ids first, on which the feature is not active; adds their windows."""
+    """`n` places with one of `token_ids`, earlier ones first, where the feature is not active; adds their windows."""
     chosen: list[int] = []
-    for token in of:
+    for token in token_ids:
         row, position = (tokens == token).nonzero()
         places = rows[row] * tokens.shape[1] + position
         places = places[~np.isin(places, active.places, assume_unique=True)]

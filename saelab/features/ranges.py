@@ -1,7 +1,7 @@
 """A feature's activations from the weakest to the strongest: ten intervals with examples, and the tokens of a range.
 
-The strongest examples alone make a feature look cleaner than it is: half of its activations, or more, may lie on
-something else.
+The strongest examples make a feature look cleaner than it is: half of its activations, or more, may lie on something
+else.
 """
 
 from typing import NamedTuple
