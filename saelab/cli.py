@@ -189,7 +189,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], override
 
 @app.command()
 def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: _Overrides = None) -> None:
-    """Write a run's feature database from held-out text: densities, top contexts, logits, neighbours.
+    """Write a run's feature database from held-out text: all activations, statistics, logits, neighbours.
 
     Example: saelab index runs/quickstart features.tokens=1e6
     """
@@ -197,10 +197,10 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
     from saelab.runs.folder import features
     from saelab.runs.stages import index as stage
 
-    summary = stage(run, overrides or [], track=progress.bar, say=_say)
+    made = stage(run, overrides or [], track=progress.bar, say=_say)
     _print(
-        f"{summary['n_features']:,} features on {summary['n_tokens']:,} held-out tokens, {summary['never_active']:,} "
-        f"never active; tables in {features(run)}"
+        f"{made['n_features']:,} features on {made['n_tokens']:,} held-out tokens, {made['never_active']:,} never "
+        f"active; the database is in {features(run)}"
     )
 
 

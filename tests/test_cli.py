@@ -116,7 +116,7 @@ def test_the_demos_steps_need_no_network(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "quickstart"
     assert json.loads((run / "train.json").read_text())["complete"]
     assert json.loads((run / "eval.json").read_text())["fvu"] < 1
-    assert (run / "features" / "summary.json").is_file()
+    assert (run / "features" / "manifest.json").is_file()
     assert "FVU" in result.stdout and "c_dec" in result.stdout and "never active on 4," in result.stdout
     begin = time.monotonic()
     again = saelab("run", "quickstart", *small, cwd=tmp_path)  # what demo is, but for the explorer

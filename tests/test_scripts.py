@@ -13,7 +13,7 @@ import pytest
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.features import database
+from saelab.features.database import open_database
 from saelab.runs import folder
 from tests.runs.test_stages import small
 
@@ -62,9 +62,9 @@ def test_train_py_leaves_the_run_that_saelab_run_leaves(method: str, tmp_path: P
 
     (found,) = folder.find_runs(run)
     assert found.has_eval and found.has_features
-    evaluation, summary = folder.evaluation(run), database.summary(folder.features(run))
+    evaluation, database = folder.evaluation(run), open_database(folder.features(run))
     assert evaluation is not None and evaluation["fvu"] < 1 and "delta_ce" in printed
-    assert summary.n_features == 64 and len(database.feature_table(folder.features(run))) == 64
+    assert database.n_features == len(database.table["mass"]) == 64
     assert len(folder.metrics(run)) == 9 and "sae:" in folder.settings_text(run)
     assert folder.training_record(run)["complete"] and folder.training_record(run)["tokens"] == 40_000
 

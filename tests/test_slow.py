@@ -48,8 +48,8 @@ features: {{tokens: 1e3}}
 """)
     check("train", "mine.yaml", cwd=tmp_path)
     assert "FVU" in check("eval", "runs/mine", cwd=tmp_path)
-    assert "64 features" in check("features", "runs/mine", "features.window=8", cwd=tmp_path)
-    assert (tmp_path / "runs" / "mine" / "features" / "contexts.parquet").is_file()
+    assert "64 features" in check("features", "runs/mine", "features.tokens=900", cwd=tmp_path)
+    assert (tmp_path / "runs" / "mine" / "features" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from saelab.errors import SaelabError
-from saelab.features.layout import FORMAT, MANIFEST, SIZES, VERSION, arrays
+from saelab.features.layout import EARLIER, FORMAT, MANIFEST, SIZES, VERSION, arrays
 from saelab.files import current_folder, read_json, translate_read_errors
 
 
@@ -48,6 +48,8 @@ def open_arrays(folder: Path | str) -> Arrays:
     """
     folder = current_folder(Path(folder))
     path = folder / MANIFEST
+    if not path.is_file() and any((folder / name).exists() for name in EARLIER):
+        raise SaelabError(f"{folder}: made by an earlier saelab, in a format that is not read. {_remake(folder)}")
     if not path.is_file():
         raise SaelabError(f"There is no feature database in {folder}. `saelab index {folder.parent}` makes it.")
     manifest = read_json(path, _remake(folder))

@@ -160,6 +160,8 @@ class Database:
         context = self.facts.rows.shape[1]
 
         def tokens(ids: str, values: str) -> list[TokenValue]:
+            if row[ids].max() >= len(self.vocabulary):
+                raise self.arrays.damaged(f"table.{ids}", f"has token ids above {len(self.vocabulary) - 1}")
             pairs = zip(row[ids].tolist(), row[values].tolist(), strict=True)
             return [TokenValue(token, self.vocabulary.text(token), value) for token, value in pairs if token >= 0]
 

@@ -1,37 +1,33 @@
 """Writes the feature database of a run: one pass over held-out text, of which a stopped one continues.
 
 `open_index` opens the database in the making. The blocks of the pass go to `add`, which keeps them in shards on disk
-(shards.py); `finish` merges the shards (merge.py), computes the tables while it does, and puts the new database in the
-place of the old one.
+(shards.py); `finish` merges the shards (facts_writer.py), adds the columns that need no text, and puts the new database
+in the place of the old one.
 """
 
 import hashlib
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import torch
 from torch import Tensor
 
 from saelab.encoded import Block
 from saelab.errors import SaelabError
-from saelab.features.contexts import ContextsFile
-from saelab.features.layout import CONTEXTS, FACTS, FEATURES, MOST_PLACES, SUMMARY, UNFINISHED, VERSION
-from saelab.features.merge import write_facts
+from saelab.features import coactivation
+from saelab.features.array_files import ArrayWriter
+from saelab.features.coactivation import coactive_columns
+from saelab.features.facts_writer import write_activations, write_text
+from saelab.features.layout import EARLIER, FORMAT, MANIFEST, MOST_PLACES, SIZES, UNFINISHED, VERSION, WEIGHTS, arrays
 from saelab.features.settings import FeatureSettings
-from saelab.features.shards import ShardWriter, Totals, total
-from saelab.features.statistics import Statistics
-from saelab.features.weights import displayed_vocabulary, neighbours, top_logits
+from saelab.features.shards import Shard, ShardWriter, Totals, total
+from saelab.features.token_bytes import token_bytes
+from saelab.features.weights import weight_columns
 from saelab.files import recover_folder, replace_folder, translate_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
-
-_ROW_GROUP = 1024
-"""Features in a row group of the table: a reader of one feature decodes one group, so those are small."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,6 @@ class Index:
     """Token ids ``[rows, context]``, on the CPU."""
     site: str
     folder: Path
-    settings: FeatureSettings
     inputs: str
     shards: ShardWriter
 
@@ -58,40 +53,56 @@ class Index:
         self.shards.add(block)
 
     def finish(self) -> dict[str, Any]:
-        """Write the database and put it in the place of an earlier one; returns its summary.
+        """Write the database and put it in the place of an earlier one; returns its manifest.
 
         Raises SaelabError if it cannot be written, or if the rows have no ordinary token; the shards are then kept.
         """
         shards = self.shards.finish()
-        totals = total(shards)
-        statistics = Statistics(totals)
-        vocabulary = displayed_vocabulary(self.lm.tokenizer, len(self.lm.unembedding))
-        summary = self._summary(totals)
-        extra = totals.counts.clamp_max(self.settings.contexts) * self.settings.window  # cells of the contexts' windows
         kept = "what is encoded is kept"
         with translate_errors(self.folder, kept=kept), replace_folder(self.folder) as unfinished:
-            facts = unfinished / FACTS
-            facts.mkdir()
-            with closing(ContextsFile(unfinished / CONTEXTS, self.rows, self.settings, vocabulary)) as contexts:
-                for activity in write_facts(facts, shards, totals, self.rows, self.inputs, extra):
-                    statistics.add(activity)
-                    contexts.add(activity)
-            of_weights = top_logits(self.sae, self.lm, self.site, vocabulary) | neighbours(self.sae.W_dec)
-            _write_table(unfinished / FEATURES, statistics, of_weights, self.sae.n_features)
-            write_json(unfinished / SUMMARY, summary)
-        return summary
+            return self._write(unfinished, shards, total(shards))
 
-    def _summary(self, totals: Totals) -> dict[str, Any]:
-        return {
-            "inputs": self.inputs,
-            "n_tokens": totals.tokens,
+    def _write(self, folder: Path, shards: list[Shard], totals: Totals) -> dict[str, Any]:
+        vocabulary = token_bytes(self.lm.tokenizer, len(self.lm.unembedding))
+        counted = {
+            "rows": self.rows.shape[0],
+            "context": self.rows.shape[1],
             "n_features": self.sae.n_features,
+            "entries": int(totals.counts.sum()),
+            "vocabulary": len(vocabulary),
+            "vocabulary_bytes": sum(map(len, vocabulary)),
+            "pairs": 0,  # known once they are written
+        }
+        writer, rows = ArrayWriter(folder, counted), self.rows.numpy()
+        write_text(writer, rows, self._occurrences(len(vocabulary)), vocabulary)
+        write_activations(writer, shards, totals, rows)
+        mapped = writer.mapped("by_feature", "by_token")
+        writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
+        lens = None
+        writer.write_columns(list(WEIGHTS), (columns for _, columns in weight_columns(self.sae, lens)))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "inputs": self.inputs,
+            **writer.sizes,
+            "n_tokens": totals.tokens,
             "never_active": int((totals.counts == 0).sum()),
-            "k": self.sae.k,
             "site": self.site,
             "model": self.lm.name,
             "d_in": self.sae.d_in,
+            "k": self.sae.k,
+            "lens": lens,
         }
+        files = {f"{name}.npy": writer.files[f"{name}.npy"] for name in arrays(writer.sizes)}
+        write_json(folder / MANIFEST, manifest | {"files": files})
+        return manifest
+
+    def _occurrences(self, vocabulary: int) -> np.ndarray:
+        """Occurrences of each token id among the ordinary tokens, ``[vocabulary]`` int64."""
+        counts = torch.zeros(vocabulary, dtype=torch.long)
+        for ids in self.rows.split(max(1, (1 << 20) // self.rows.shape[1])):
+            counts += torch.bincount(ids[self.lm.ordinary(ids)], minlength=vocabulary)
+        return counts.numpy()
 
 
 def open_index(
@@ -116,8 +127,6 @@ def open_index(
             f"most {MOST_PLACES:,}; set features.tokens to less"
         )
     rows = rows.cpu()
-    contexts, window = min(settings.contexts, len(rows)), min(settings.window, rows.shape[1])  # as many as there can be
-    settings = replace(settings, contexts=contexts, window=window)
     identity = {
         "version": VERSION,
         "inputs": inputs,
@@ -129,7 +138,7 @@ def open_index(
     }
     with translate_errors(folder):
         recover_folder(folder)  # a killed writer may have been about to replace the database
-    return Index(sae, lm, rows, site, folder, settings, inputs, ShardWriter(folder / UNFINISHED, identity))
+    return Index(sae, lm, rows, site, folder, inputs, ShardWriter(folder / UNFINISHED, identity))
 
 
 def _tokens_hash(rows: Tensor) -> str:
@@ -140,21 +149,10 @@ def _tokens_hash(rows: Tensor) -> str:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raises SaelabError if `folder` holds anything but a feature database."""
+    """Raises SaelabError if `folder` contains anything but a feature database."""
+    known = {MANIFEST, UNFINISHED, *EARLIER, *(f"{name}.npy" for name in arrays(dict.fromkeys(SIZES, 0)))}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name not in (FEATURES, CONTEXTS, SUMMARY, FACTS, UNFINISHED) and path.suffix != ".tmp":
+        if path.name not in known and path.suffix != ".tmp":
             raise SaelabError(
-                f"{folder}: holds {path.name}, which is no part of a feature database; choose another folder"
+                f"{folder}: contains {path.name}, which is no part of a feature database; choose another folder"
             )
-
-
-def _write_table(path: Path, statistics: Statistics, of_weights: Mapping[str, pa.Array], n_features: int) -> None:
-    """Write features.parquet: a line per feature, with its statistics and what its weights say."""
-    writer = None
-    for first in range(0, n_features, _ROW_GROUP):
-        columns = statistics.columns(first, min(first + _ROW_GROUP, n_features))
-        table = pa.table(columns | {name: column.slice(first, _ROW_GROUP) for name, column in of_weights.items()})
-        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-        writer.write_table(table)
-    assert writer is not None, "an autoencoder has features"
-    writer.close()

@@ -8,6 +8,8 @@ UNFINISHED = "unfinished"
 IDENTITY = "identity.json"
 FORMAT = "saelab features"
 VERSION = 2
+EARLIER = ("facts", "features.parquet", "contexts.parquet", "summary.json")
+"""Files of version 1."""
 
 MOST_PLACES = 2**31 - 1
 SMALLEST_VALUE = 2.0**-24

@@ -5,14 +5,12 @@ autoencoder without a budget the L0 is not known before it is trained, so its ta
 """
 
 import math
-from collections.abc import Mapping
 
-from saelab.features.layout import DTYPES, shapes
+from saelab.features.facts_writer import FEATURE_ENTRIES, PAIRS
+from saelab.features.layout import SIZES, arrays
 from saelab.features.merge import BUCKET
 from saelab.features.settings import FeatureSettings
 from saelab.features.shards import SHARD_ENTRIES, SHARD_PLACES
-from saelab.features.statistics import BINS
-from saelab.features.weights import COSINES, LIST_LENGTH, LOGIT_ROWS
 from saelab.memory import Need, Place, no_numbers, size
 from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
@@ -21,15 +19,15 @@ from saelab.sae.settings import SaeSettings
 _SHARD_ENTRY_BYTES = 72
 """Bytes per entry of a shard: while it is sorted by feature, or by token."""
 _BUCKET_ENTRY_BYTES = 192
-"""Bytes per entry of a bucket, and per token of its contexts: merged, counted, searched for peaks, compressed."""
-_LISTED_BYTES = 32
-"""Bytes per token or neighbour in a list of a feature: its id, its text, its value."""
+"""Bytes per entry of a bucket: merged, counted, sorted by value and by token id."""
+_PAIR_BYTES = 64
+"""Bytes per pair of feature and token id that is in memory: collected, and sorted by token id."""
+_TOTALS_BYTES = 48
+"""Bytes per feature for its number of entries and its maximum, and sums over these."""
 _WORD_BYTES = 200
-"""Bytes per token of the vocabulary, as Python strings and for Arrow."""
-_CELL_BYTES = 4
-"""Most bytes on disk per token of a context, compressed: its text and activation; 3.5 if tokens are random."""
-_FEATURE_BYTES = 800
-"""Most bytes on disk of a feature's line in the table, compressed."""
+"""Bytes per token of the vocabulary, as Python objects."""
+_TOKEN_BYTES = 16
+"""Most bytes of text per token of a vocabulary, on average; 5 to 8 in usual ones."""
 
 
 def index_needs(
@@ -46,7 +44,7 @@ def index_needs(
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
     First the text is read, which takes `text_bytes`; then it is encoded, which takes `pass_bytes` of the model on
-    `where`; then shards are merged; then neighbours are searched. What a step frees is counted once.
+    `where`; then shards are merged; then the columns of the weights are computed. What a step frees is counted once.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
@@ -54,47 +52,50 @@ def index_needs(
     entries, shard_places = math.ceil(places * l0), min(places, SHARD_PLACES + forward)
     shard = min(math.ceil(shard_places * l0), SHARD_ENTRIES + math.ceil(forward * l0))
     shards = math.ceil(entries / max(1, shard - math.ceil(forward * l0)))
-    cells = min(n_features * settings.contexts, entries) * min(settings.window, context)
-    bucket = max(min(BUCKET, entries + cells), settings.contexts * settings.window)
+    pairs = min(entries, vocabulary * n_features)
+    pair_files = math.ceil(pairs / PAIRS)
+    bucket = min(BUCKET, entries + n_features * FEATURE_ENTRIES)
     with no_numbers():
         weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, d_in).parameters())
-    listed, encoding = 4 * LIST_LENGTH, encoding_bytes(sae, d_in, forward, where)
-    sorting, merging = shard * _SHARD_ENTRY_BYTES, bucket * _BUCKET_ENTRY_BYTES + vocabulary * _WORD_BYTES
-    cosines = 4 * n_features * d_in + 4 * max(n_features, min(COSINES, n_features**2))
+    encoding = encoding_bytes(sae, d_in, forward, where)
+    sorting, held = shard * _SHARD_ENTRY_BYTES, min(pairs, PAIRS + BUCKET)
+    merging = bucket * _BUCKET_ENTRY_BYTES + held * _PAIR_BYTES + vocabulary * _WORD_BYTES
     encoded = {where: pass_bytes + encoding}  # freed before merging
     freed = encoded.get("memory", 0)
-    merged = {"memory": max(freed, merging)}
+    sizes = {"rows": rows, "context": context, "n_features": n_features, "entries": entries, "pairs": pairs}
+    files = _file_bytes(sizes | {"vocabulary": vocabulary, "vocabulary_bytes": _TOKEN_BYTES * vocabulary})
     return [
         Need("autoencoder", weights, where, f"{n_features:,} features of {d_in:,} dimensions x 4 bytes"),
         Need("encoding", encoding, where, f"{forward:,} tokens at once"),
         Need("text to index", 8 * places, "memory", f"{places:,} places x 8 bytes, read and joined"),
         _more("text", text_bytes, freed + sorting, "memory"),
         Need("shard", sorting, "memory", f"{shard:,} entries x {_SHARD_ENTRY_BYTES} bytes"),
-        Need(
-            "statistics",
-            n_features * (4 * BINS + 40 + listed * _LISTED_BYTES),
-            "memory",
-            f"{n_features:,} features with {BINS} bins and {listed} tokens and neighbours",
-        ),
+        Need("totals", n_features * _TOTALS_BYTES, "memory", f"{n_features:,} features x {_TOTALS_BYTES} bytes"),
         _more("merging", merging, freed, "memory"),
-        _more("neighbours", max(cosines, 4 * LOGIT_ROWS * vocabulary), merged.get(where, encoded[where]), where),
         Need(
             "facts",
-            _facts_bytes({"rows": rows, "context": context, "n_features": n_features, "entries": entries}),
+            files["tokens"] + files["by_feature"] + files["by_token"],
             "disk",
-            f"{entries:,} entries x 12 bytes ({settings.tokens:,} tokens, L0 {l0:g})",
+            f"{entries:,} entries x 12 bytes ({settings.tokens:,} tokens, L0 {l0:g}), {places:,} places x 12",
         ),
         Need(
-            "tables",
-            n_features * _FEATURE_BYTES + cells * _CELL_BYTES,
+            "vocabulary",
+            files["vocabulary"] + files["by_vocabulary"],
             "disk",
-            f"{n_features:,} features x {_FEATURE_BYTES} bytes, {cells:,} tokens of contexts x {_CELL_BYTES}",
+            f"at most {pairs:,} pairs of feature and token id x 8 bytes, {vocabulary:,} tokens x {24 + _TOKEN_BYTES}",
         ),
+        Need("table", files["table"], "disk", f"{n_features:,} features x {files['table'] // n_features:,} bytes"),
         Need(
             "shards",
             8 * entries + shards * (12 * n_features + 1024),
             "disk",
             f"{entries:,} entries x 8 bytes in {shards:,} shards of {size(12 * n_features)} besides, until the end",
+        ),
+        Need(
+            "sorted pairs",
+            8 * pairs + pair_files * (8 * vocabulary + 1024),
+            "disk",
+            f"at most {pairs:,} pairs x 8 bytes in {pair_files:,} files of {size(8 * vocabulary)} besides, for a time",
         ),
     ]
 
@@ -103,7 +104,11 @@ def _more(what: str, needed: int, free: int, where: Place) -> Need:
     return Need(what, max(0, needed - free), where, f"{size(needed)}, less {size(free)} that other steps need")
 
 
-def _facts_bytes(sizes: Mapping[str, int]) -> int:
-    """Bytes of the arrays of a database, with a header of 128 bytes each."""
-    widths = {name: int(dtype[-1]) for name, dtype in DTYPES.items()}
-    return sum(128 + widths[name] * math.prod(shape) for name, shape in shapes(**sizes).items())
+def _file_bytes(sizes: dict[str, int]) -> dict[str, int]:
+    """Bytes of the arrays of a database, by group (such as ``by_feature``), with a header of 128 bytes each."""
+    assert sizes.keys() == set(SIZES)
+    groups: dict[str, int] = {}
+    for name, (dtype, shape) in arrays(sizes).items():
+        group = name.split(".")[0]
+        groups[group] = groups.get(group, 0) + 128 + int(dtype[-1]) * math.prod(shape)
+    return groups

@@ -1,6 +1,9 @@
 """The codes of a pass on disk, in shards that are whole or not there, so that a stopped pass continues (FORMAT.md).
 
 Memory: a shard takes 12 bytes per entry while it is filled and about 44 while it is sorted.
+
+A file of sorted entries (`write_sorted`) has the tensors ``offsets`` (of the entries of each key), ``indices`` and
+``values``. A shard is one whose keys are features and whose indices are places.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +19,7 @@ from torch import Tensor
 from saelab.encoded import Block
 from saelab.errors import SaelabError
 from saelab.features.layout import IDENTITY
+from saelab.features.ordering import offsets_of, stable_order
 from saelab.files import make_folder, read_json, translate_errors, write_json
 from saelab.tensors import write_tensors
 
@@ -24,44 +29,57 @@ SHARD_ENTRIES = 1 << 22
 
 
 class Entries(NamedTuple):
-    """The entries of consecutive features in one shard, sorted by feature, then by place."""
+    """The entries of consecutive keys, sorted by key, then by index."""
 
-    counts: Tensor
-    """Number of entries of each feature, int64."""
-    places: Tensor
-    values: Tensor
+    counts: np.ndarray
+    """Number of entries of each key, int64."""
+    indices: np.ndarray
+    """int32"""
+    values: np.ndarray
+    """float32"""
+
+    def owners(self) -> np.ndarray:
+        """Number of each entry's key among these keys, ``[entries]`` int64."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A finished shard: the entries of the rows from `first` up to `stop`."""
+class SortedFile:
+    """A finished file of entries that are sorted by key, then by index."""
 
     path: Path
+
+    def entries(self, first: int, stop: int) -> Entries:
+        """The entries of the keys from `first` up to `stop`."""
+        with safe_open(self.path, "pt") as file:  # its slices may be empty, unlike those of "np"
+            offsets = file.get_slice("offsets")[first : stop + 1].numpy()
+            part = slice(int(offsets[0]), int(offsets[-1]))
+            indices, values = (file.get_slice(name)[part].numpy() for name in ("indices", "values"))
+            return Entries(np.diff(offsets), indices, values)
+
+
+@dataclass(frozen=True)
+class Shard(SortedFile):
+    """A finished shard: the entries of the rows from `first` up to `stop`, by feature and place."""
+
     first: int
     stop: int
     tokens: int
     """Ordinary tokens of these rows."""
 
-    def entries(self, first: int, stop: int) -> Entries:
-        """The entries of the features from `first` up to `stop`."""
-        with safe_open(self.path, "pt") as file:
-            offsets = file.get_slice("offsets")[first : stop + 1]
-            part = slice(int(offsets[0]), int(offsets[-1]))
-            return Entries(offsets.diff(), file.get_slice("places")[part], file.get_slice("values")[part])
-
-    def totals(self) -> tuple[Tensor, Tensor]:
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of entries and maximum of each feature, both ``[n_features]``."""
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor("offsets").diff(), file.get_tensor("maxima")
+        with safe_open(self.path, "np") as file:
+            return np.diff(file.get_tensor("offsets")), file.get_tensor("maxima")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Totals:
     """Sums and maxima over all shards."""
 
-    counts: Tensor
+    counts: np.ndarray
     """Number of entries of each feature, ``[n_features]`` int64."""
-    maxima: Tensor
+    maxima: np.ndarray
     """Largest activation of each feature, ``[n_features]`` float32; 0 if it is never active."""
     tokens: int
     """Ordinary tokens of the text."""
@@ -72,9 +90,29 @@ def total(shards: Sequence[Shard]) -> Totals:
     counts, maxima = shards[0].totals()
     for shard in shards[1:]:
         more, larger = shard.totals()
-        counts += more
-        maxima = torch.maximum(maxima, larger)
+        counts, maxima = counts + more, np.maximum(maxima, larger)
     return Totals(counts, maxima, sum(shard.tokens for shard in shards))
+
+
+def write_sorted(
+    path: Path,
+    keys: np.ndarray,
+    indices: np.ndarray,
+    values: np.ndarray,
+    n_keys: int,
+    more: Mapping[str, np.ndarray],
+    facts: Mapping[str, int],
+) -> np.ndarray:
+    """Write entries, whose indices rise for each key, sorted by key; returns the number of each key's, ``[n_keys]``.
+
+    Raises SaelabError if the file cannot be written.
+    """
+    order = stable_order(keys)
+    counts = np.bincount(keys, minlength=n_keys)
+    arrays = {"offsets": offsets_of(counts), "indices": indices[order], "values": values[order], **more}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    write_tensors(path, tensors, {name: str(number) for name, number in facts.items()})
+    return counts
 
 
 class ShardWriter:
@@ -127,13 +165,10 @@ class ShardWriter:
         features = torch.cat([*self._features, empty.int()])
         shard = Shard(self._folder / _name(len(self._shards)), first, self._stop, self._tokens)
         self._start_shard()
-        order = torch.argsort(features, stable=True)  # reading order stays within a feature
-        offsets = torch.zeros(self._n_features + 1, dtype=torch.long)
-        torch.cumsum(torch.bincount(features, minlength=self._n_features), 0, out=offsets[1:])
         maxima = torch.zeros(self._n_features).scatter_reduce_(0, features.long(), values, "amax")
-        tensors = {"offsets": offsets, "places": places[order], "values": values[order], "maxima": maxima}
         facts = {"first": first, "stop": shard.stop, "tokens": shard.tokens}
-        write_tensors(shard.path, tensors, {name: str(number) for name, number in facts.items()})
+        columns = (features.numpy(), places.numpy(), values.numpy())
+        write_sorted(shard.path, *columns, self._n_features, {"maxima": maxima.numpy()}, facts)
         self._shards.append(shard)
 
 

@@ -112,9 +112,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     return settings_from(raw, overrides, str(path))
 
 
+_GONE = ("contexts", "window")
+"""Settings of the feature database in the run folders of earlier versions, without an effect now."""
+
+
 def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "config") -> RunSettings:
     """Settings from a mapping, with overrides. Raises SaelabError naming every bad field and the nearest good ones."""
     tree: dict[str, Any] = copy.deepcopy(dict(raw))
+    if isinstance(tree.get("features"), dict):
+        tree["features"] = {name: value for name, value in tree["features"].items() if name not in _GONE}
     for override in overrides:
         _override(tree, override)
     for section in _SHORT:

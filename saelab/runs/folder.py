@@ -63,15 +63,14 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
     def info(path: Path) -> RunInfo:
         name = root.resolve().name if path == root else path.relative_to(root).as_posix()
-        has_features = (features(path) / database.MANIFEST).is_file()
-        return RunInfo(path, name, (path / EVALUATION).is_file(), has_features)
+        return RunInfo(path, name, (path / EVALUATION).is_file(), _database(path).is_file())
 
     return [info(path) for path in below(root, depth)]
 
 
 def shown_files(run: Path) -> list[Path]:
     """The files of a run that the explorer reads, including missing ones."""
-    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, features(run) / database.MANIFEST]
+    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, _database(run)]
 
 
 def settings_text(run: Path | str) -> str:
@@ -150,7 +149,7 @@ def evaluation_inputs(run: Path) -> str | None:
 
 def features_inputs(run: Path) -> str | None:
     """Hash of what the feature database was made from; None if it is missing or damaged."""
-    return _found(features(run) / database.MANIFEST).get("inputs")
+    return _found(_database(run)).get("inputs")
 
 
 def features(run: Path | str) -> Path:
@@ -158,8 +157,9 @@ def features(run: Path | str) -> Path:
     return current_folder(Path(run) / FEATURES)
 
 
-def _database(run: Path) -> list[Path]:
-    return [features(run) / file for file in (database.FEATURES, database.CONTEXTS, database.MANIFEST)]
+def _database(run: Path) -> Path:
+    """The manifest of the feature database, which is written last."""
+    return features(run) / database.MANIFEST
 
 
 def weights(run: Path) -> Path:

@@ -49,7 +49,7 @@ _SAME = """
     sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.freeze
     training.batch training.lr training.warmup training.decay training.clip
     eval.tokens eval.ce_tokens eval.rows_per_forward
-    features.tokens features.contexts features.window features.rows_per_forward
+    features.tokens features.rows_per_forward
 """
 SAME = frozenset(_SAME.split())
 """Settings that must not differ. A new setting belongs in one of the three sets."""

@@ -44,7 +44,7 @@ def evaluate(run: str | Path, overrides: Iterable[str] = (), *, track: Track = s
 
 
 def index(run: str | Path, overrides: Iterable[str] = (), *, track: Track = silent, say: Say = quiet) -> dict[str, Any]:
-    """Write the feature database of a run folder from held-out text; returns its summary.
+    """Write the feature database of a run folder from held-out text; returns its manifest.
 
     `overrides` may set `features.*` and the device. Raises SaelabError as `evaluate` does, and for another text.
     """

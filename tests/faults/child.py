@@ -95,7 +95,7 @@ def writer_of_databases() -> Write:
         torch.manual_seed(facts["seed"])
         sae = SparseAutoencoder(32, 48, 3)
         sae.initialise(torch.randn(100, 32))
-        settings = FeatureSettings(contexts=2, window=4, rows_per_forward=4)
+        settings = FeatureSettings(rows_per_forward=4)
         with counted(kill_at(calls)) as seen:
             first_row, _ = made.index(sae, lm, rows, site, Path(folder), settings, str(facts))
         return {"calls": seen(), "first_row": first_row}

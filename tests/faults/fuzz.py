@@ -28,7 +28,7 @@ VALID: dict[str, Any] = {
     "sae": {"n_features": 16, "k": 2},
     "training": {"tokens": 300, "batch": 50},
     "eval": {"tokens": 100, "ce_tokens": 50},
-    "features": {"tokens": 100, "contexts": 3},
+    "features": {"tokens": 100},
 }
 METHODS: list[dict[str, Any]] = [
     {},
@@ -181,7 +181,7 @@ def bad_argument(draw: st.DrawFn) -> Case:
         plan·c.yaml·--out·@ train·c.yaml·--force·site=@ train·--resume·@ train·--resume·run·@ cache·c.yaml·--out·@
         cache·--verify·--out·@
         app·run·--port·# eval·run·eval.tokens=# train·--resume·run·training.tokens=# plan·c.yaml·--tokens·#
-        cache·c.yaml·--out·new·--tokens·# index·run·features.window=#
+        cache·c.yaml·--out·new·--tokens·# index·run·features.tokens=#
     """
     pattern = draw(st.sampled_from(words(patterns))).split("·")
     settings = [word.partition("=")[0] for word in pattern if "=" in word]
@@ -255,7 +255,7 @@ def bad_corpus(draw: st.DrawFn) -> Case:
 def bad_run(draw: st.DrawFn) -> Case:
     """A file of the run folder is damaged."""
     files = words("config.yaml train.json eval.json metrics.jsonl sae/cfg.json sae/sae_weights.safetensors")
-    files += words("state/*/state.json state/*/state.safetensors features/summary.json features/features.parquet")
+    files += words("state/*/state.json state/*/state.safetensors features/manifest.json features/table.mass.npy")
     pattern, how = draw(st.sampled_from(files)), draw(st.sampled_from(words("gone folder content value value value")))
     spot, value = draw(st.floats(0, 1, exclude_max=True)), draw(st.sampled_from(VALUES))
     content = draw(st.sampled_from([b"", b"{}", b"[]", b"null", b"\xff\xfe", b"3", b"x: y\n"]) | st.binary(max_size=20))

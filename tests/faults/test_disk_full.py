@@ -256,7 +256,7 @@ def test_an_index_that_cannot_write_keeps_the_earlier_database_and_continues(
         total = write(str(tmp_path / str(seed)), {"seed": seed}, None)["calls"]
     databases = [tree(tmp_path / "1"), tree(tmp_path / "2")]
     found = []
-    for k in range(1, total + 1, 5):
+    for k in range(1, total + 1, total // 16):
         folder = shutil.copytree(tmp_path / "1", tmp_path / f"fails at {k}")
 
         def fail(at: int, name: str, arguments: tuple[Any, ...], k: int = k) -> None:

@@ -4,15 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from saelab.codes import Codes
 from saelab.encoded import Block, Reader, read_together
-from saelab.features.activity import Activity
+from saelab.features.array_files import ArrayWriter
+from saelab.features.facts_writer import write_activations, write_text
 from saelab.features.index import open_index
-from saelab.features.layout import FACTS
-from saelab.features.merge import write_facts
 from saelab.features.settings import FeatureSettings
 from saelab.features.shards import ShardWriter, total
 from saelab.lm.model import LanguageModel
@@ -28,7 +27,7 @@ def index(
     settings: FeatureSettings,
     inputs: str = "inputs",
 ) -> tuple[int, dict[str, Any]]:
-    """Write the database of `rows`, as `saelab index` does; returns the first row that was encoded, and the summary."""
+    """Write the database of `rows` as `saelab index` does; returns the first row that was encoded, and the manifest."""
     made = open_index(sae, lm, rows, site, folder, settings, inputs)
     reader = Reader(made.add, len(rows), settings.rows_per_forward, made.first_row)
     read_together(sae, lm, rows, site, [reader])
@@ -47,14 +46,21 @@ def blocks(z: Tensor, rows: Tensor, rows_per_forward: int, first_row: int = 0) -
             yield Block(ids, start, positions, x, Codes.from_mask(x > 0, x))
 
 
-def facts(folder: Path, z: Tensor, rows: Tensor, rows_per_forward: int = 2, extra: int = 0) -> list[Activity]:
-    """Write the shards and facts of z to a new `folder`; returns the activations as they were merged."""
-    n_features = z.shape[2]
-    identity = {"n_features": n_features, "rows": len(rows), "context": rows.shape[1], "inputs": "inputs"}
+def write(
+    folder: Path, z: Tensor, rows: Tensor, vocabulary: list[bytes], rows_per_forward: int = 2
+) -> dict[str, np.ndarray]:
+    """Write what saelab's writer makes of the activations z to a new `folder`; returns the arrays, by name."""
+    identity = {"n_features": z.shape[2], "rows": len(rows), "context": rows.shape[1], "inputs": "inputs"}
     writer = ShardWriter(folder / "unfinished", identity | {"rows_per_forward": rows_per_forward})
     for block in blocks(z, rows, rows_per_forward, writer.first_row):
         writer.add(block)
     shards = writer.finish()
-    (folder / FACTS).mkdir()
-    costs = torch.full((n_features,), extra)
-    return list(write_facts(folder / FACTS, shards, total(shards), rows, "inputs", costs))
+    totals = total(shards)
+    sizes = {"rows": rows.shape[0], "context": rows.shape[1], "n_features": z.shape[2], "pairs": 0}
+    sizes |= {"entries": int(totals.counts.sum()), "vocabulary": len(vocabulary)}
+    (folder / "made").mkdir()
+    arrays = ArrayWriter(folder / "made", sizes | {"vocabulary_bytes": sum(map(len, vocabulary))})
+    ordinary = np.bincount(rows[rows != 0], minlength=len(vocabulary))
+    write_text(arrays, rows.numpy(), ordinary, vocabulary)
+    write_activations(arrays, shards, totals, rows.numpy())
+    return {path.name.removesuffix(".npy"): np.load(path) for path in (folder / "made").iterdir()}

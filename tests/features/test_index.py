@@ -1,30 +1,145 @@
-"""The feature database equals a brute-force pass over dense activations."""
+"""What is written equals the formulas of dense.py on dense activations, whatever the sizes of shards and buckets."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from saelab.encoded import encoded
 from saelab.errors import SaelabError
-from saelab.features import merge, shards
-from saelab.features.activity import Activity
-from saelab.features.contexts import strongest_entries
+from saelab.features import facts_writer, merge, shards
+from saelab.features.arrays import open_arrays
+from saelab.features.database import open_database
+from saelab.features.layout import EARLIER, FACTS, MOST_PLACES, QUANTILES
+from saelab.features.quantiles import counted_quantiles, sorted_quantiles
 from saelab.features.settings import FeatureSettings
-from saelab.features.statistics import BINS
+from saelab.features.shards import Entries
+from saelab.features.statistics import COLUMNS
 from saelab.lm.model import LanguageModel
-from saelab.lm.sites import resolve_sites
 from saelab.sae.model import SparseAutoencoder
-from tests.features.made import index
-from tests.tiny import CONTEXT, language_model, random_rows
+from tests.features import dense, made
+from tests.features.made import blocks
+from tests.tiny import language_model, random_rows
 
 SITE = "blocks.1.hook_resid_post"
-SETTINGS = FeatureSettings(contexts=4, window=8, rows_per_forward=5)
+SETTINGS = FeatureSettings(rows_per_forward=5)
+WORDS = [b"<s>", b"a", b"\xe6", b" b", b"\n", b""]
+LENGTH = 8
+
+
+def activations(n_rows: int, n_features: int, density: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Made-up activations ``[rows, LENGTH, n_features]`` of many sizes, and token ids, of which 0 is special.
+
+    Feature 0 is never active, the last one on every ordinary token, and the one before it constant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, len(WORDS) - 1, (n_rows, LENGTH), generator=generator)
+    rows[-1, -1] = 1  # at least one ordinary token
+    shape = (n_rows, LENGTH, n_features)
+    z = torch.exp(5 * torch.randn(shape, generator=generator)) * (torch.rand(shape, generator=generator) < density)
+    z[::2] = z[::2].round()  # so that there are ties
+    z[..., -1] = torch.rand(shape[:2], generator=generator) + 0.5
+    z[..., -2] = 1000.1
+    z[..., 0] = 0
+    return z * (rows != 0)[..., None], rows
+
+
+def assert_equals_dense(found: dict[str, np.ndarray], z: np.ndarray, tokens: np.ndarray, words: list[bytes]) -> None:
+    """`found` are the facts and statistics of z ``[rows, context, n_features]``, of which 0 is the special token."""
+    ordinary, flat = tokens != 0, z.reshape(-1, z.shape[2])
+    expected = dense.facts_of(flat, tokens, ordinary, words)
+    columns = dense.activity(flat, tokens, ordinary)
+    expected |= {f"table.{name}": columns[name] for name in COLUMNS}
+    for name, column in expected.items():
+        if name.split(".")[-1] in ("mass", "mean_square", "skew", "kurtosis", "token_entropy", "top_token_shares"):
+            np.testing.assert_allclose(found[name], column, rtol=1e-6, atol=1e-9, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], column, err_msg=name)
+    assert {name.split(".")[-1]: found[name].dtype.str for name in ("table.mass", "tokens", "by_feature.values")} == {
+        "mass": "<f8",
+        "tokens": FACTS["tokens"][0],
+        "values": FACTS["by_feature.values"][0],
+    }
+
+
+def with_small_parts(monkeypatch: pytest.MonkeyPatch, bucket: int = 16) -> None:
+    """Let shards, buckets and files of pairs be so small that even tiny texts have several."""
+    monkeypatch.setattr(shards, "SHARD_PLACES", 5 * LENGTH)
+    monkeypatch.setattr(shards, "SHARD_ENTRIES", 40)
+    monkeypatch.setattr(merge, "BUCKET", bucket)
+    monkeypatch.setattr(facts_writer, "FEATURE_ENTRIES", 1)
+    monkeypatch.setattr(facts_writer, "PAIRS", 7)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n_rows=st.integers(1, 40),
+    n_features=st.integers(3, 9),
+    density=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    rows_per_forward=st.integers(1, 5),
+    bucket=st.sampled_from([5, 16, 60]),
+    seed=st.integers(0, 10**6),
+)
+def test_everything_equals_its_dense_formula(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    n_rows: int,
+    n_features: int,
+    density: float,
+    rows_per_forward: int,
+    bucket: int,
+    seed: int,
+) -> None:
+    with_small_parts(monkeypatch, bucket)
+    z, rows = activations(n_rows, n_features, density, seed)
+    found = made.write(tmp_path_factory.mktemp("database"), z, rows, WORDS, rows_per_forward)
+    assert_equals_dense(found, z.numpy(), rows.numpy(), WORDS)
+
+
+def test_a_larger_text_in_whole_and_in_many_parts_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z, tokens = dense.made_up(150, 16, 24, 60)
+    z *= (tokens != 0)[..., None]
+    words = [f"token {i}".encode() for i in range(60)]
+    parts = torch.from_numpy(z), torch.from_numpy(tokens)
+    whole = made.write(tmp_path / "whole", *parts, words)
+    assert_equals_dense(whole, z, tokens, words)
+    with_small_parts(monkeypatch, 100)
+    many = made.write(tmp_path / "many", *parts, words)
+    assert len(list((tmp_path / "whole" / "unfinished").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "many" / "unfinished").glob("*.safetensors"))) > 4
+    assert whole.keys() == many.keys()
+    for name, array in whole.items():
+        assert array.tobytes() == many[name].tobytes(), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(2.0**-149, 2.0**127, width=32), min_size=1, max_size=80),
+    repeat=st.integers(1, 3),
+    at=st.integers(0, 80),
+)
+def test_quantiles_by_counting_equal_those_by_sorting(values: list[float], repeat: int, at: int) -> None:
+    array = np.array(values * repeat, np.float32)
+
+    def part(values: np.ndarray) -> Entries:
+        return Entries(np.array([len(values)]), np.zeros(0, np.int32), values)
+
+    counted = counted_quantiles(lambda: [part(array[:at]), part(array[at:])], len(array))
+    expected = np.quantile(array, QUANTILES, method="inverted_cdf")[None]
+    np.testing.assert_array_equal(counted, expected)
+    np.testing.assert_array_equal(sorted_quantiles(part(array)), expected)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseAutoencoder, torch.Tensor, Path, dict]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseAutoencoder, Tensor, Path, dict[str, Any]]:
     torch.manual_seed(0)
     lm = language_model("llama")
     rows = random_rows(lm, 24)
@@ -33,152 +148,112 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseAutoencoder, t
     with torch.no_grad():
         sae.b_enc[7] = -1e6  # a feature that is never active
     folder = tmp_path_factory.mktemp("features")
-    return sae, rows, folder, index(sae, lm, rows, SITE, folder, SETTINGS)[1]
+    return sae, rows, folder, made.index(sae, lm, rows, SITE, folder, SETTINGS)[1]
 
 
-def dense(sae: SparseAutoencoder, rows: torch.Tensor) -> np.ndarray:
-    """Activations ``[rows, context, n_features]``, zero at special positions."""
-    lm = language_model("llama")
-    z = torch.zeros(*rows.shape, sae.n_features)
-    keep = lm.ordinary(rows)
-    z[keep] = sae.encode(lm.activations(rows, [SITE])[SITE][keep]).to_dense()
-    return z.numpy()
-
-
-def test_statistics_are_those_of_the_dense_activations(made: tuple) -> None:
-    sae, rows, folder, summary = made
-    z = dense(sae, rows)
-    n = int(language_model("llama").ordinary(rows).sum())
-    table = pq.read_table(folder / "features.parquet").to_pandas()
-    assert summary["n_tokens"] == n and summary["n_features"] == len(table) == 48
-    active = (z > 0).sum((0, 1))
-    np.testing.assert_array_equal(table.n_active, active)
-    np.testing.assert_allclose(table.density, active / n)
-    np.testing.assert_allclose(table.max_activation, z.max((0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(table.mean_activation, z.sum((0, 1)) / np.maximum(active, 1), rtol=1e-4)
-    assert summary["never_active"] == (active == 0).sum() >= 1 and active[7] == 0
-    histogram = np.stack(table.histogram)
-    assert histogram.shape == (48, BINS)
-    np.testing.assert_array_equal(histogram.sum(1), active)  # conserved
-    for f in range(48):
-        expected = np.histogram(z[..., f][z[..., f] > 0], bins=BINS, range=(0, max(z[..., f].max(), 1e-9)))[0]
-        assert np.abs(histogram[f] - expected).sum() <= 2  # a value on an edge may round into the next bin
-
-
-def test_contexts_are_the_strongest_activations_one_per_row(made: tuple) -> None:
-    sae, rows, folder, _ = made
-    z = dense(sae, rows)
-    tokenizer = language_model("llama").tokenizer
-    table = pq.read_table(folder / "contexts.parquet").to_pandas()
-    assert table[["feature", "rank"]].equals(table[["feature", "rank"]].sort_values(["feature", "rank"]))
-    assert not (table.feature == 7).any()
-    for f in range(48):
-        best = np.sort(z[..., f].max(1))[::-1][:4]
-        mine = table[table.feature == f]
-        np.testing.assert_allclose(mine.activation, best[best > 0], rtol=1e-5)
-        assert mine.row.is_unique
-    for line in table.itertuples():
-        start = line.position - line.peak
-        assert 0 <= start <= CONTEXT - 8 and len(line.tokens) == len(line.activations) == 8
-        np.testing.assert_allclose(line.activations, z[line.row, start : start + 8, line.feature], rtol=1e-5)
-        assert (
-            line.activations[line.peak]
-            == line.activation
-            == pytest.approx(z[line.row, line.position, line.feature], rel=1e-5)
-        )
-        assert list(line.tokens) == [tokenizer.decode([i]) for i in rows[line.row, start : start + 8]]
-
-
-def test_tables_do_not_depend_on_where_shards_and_buckets_end(
-    made: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_database_of_a_model_has_the_activations_of_its_pass(
+    whole: tuple[SparseAutoencoder, Tensor, Path, dict[str, Any]],
 ) -> None:
-    sae, rows, folder, summary = made
-    monkeypatch.setattr(shards, "SHARD_PLACES", 5 * CONTEXT)
-    monkeypatch.setattr(merge, "BUCKET", 7)  # nearly every feature comes in several parts
-    assert index(sae, language_model("llama"), rows, SITE, tmp_path / "features", SETTINGS)[1] == summary
-    for name in ("features.parquet", "contexts.parquet"):
-        assert pq.read_table(tmp_path / "features" / name).equals(pq.read_table(folder / name))
-
-
-def test_logits_and_neighbours_are_their_matrix_products(made: tuple) -> None:
-    sae, _, folder, _ = made
+    sae, rows, folder, manifest = whole
     lm = language_model("llama")
-    table = pq.read_table(folder / "features.parquet").to_pandas()
-    logits = (sae.W_dec @ lm.unembedding.T).detach()
-    cosines = (sae.W_dec @ sae.W_dec.T).detach().fill_diagonal_(-2)
-    for f in range(48):
-        top, bottom = logits[f].topk(10), logits[f].topk(10, largest=False)
-        np.testing.assert_allclose(table.top_logits[f], top.values, rtol=1e-4)
-        np.testing.assert_allclose(table.bottom_logits[f], bottom.values, rtol=1e-4)
-        assert list(table.top_logit_tokens[f]) == [lm.tokenizer.decode([i]) for i in top.indices]
-        near = cosines[f].topk(10)
-        assert list(table.neighbours[f]) == near.indices.tolist()
-        np.testing.assert_allclose(table.neighbour_cosines[f], near.values, rtol=1e-4, atol=1e-6)
+    z = torch.zeros(rows.numel(), 48)
+    for block in encoded(sae, lm, rows, SITE, SETTINGS.rows_per_forward):
+        z[block.positions] = block.codes.to_dense()
+    database = open_database(folder)
+    database.verify()
+    ordinary = lm.ordinary(rows).numpy()
+    words = [database.vocabulary.bytes(token) for token in range(len(lm.unembedding))]
+    expected = dense.facts_of(z.detach().numpy(), rows.numpy(), ordinary, words)
+    for name, array in expected.items():
+        np.testing.assert_allclose(database.arrays[name], array, rtol=1e-6, err_msg=name)
+    columns = dense.activity(z.detach().numpy(), rows.numpy(), ordinary)
+    for name in COLUMNS:
+        np.testing.assert_allclose(database.table[name], columns[name], rtol=1e-6, err_msg=name)
+    assert manifest["n_tokens"] == ordinary.sum() and manifest["never_active"] == (z.sum(0) == 0).sum() >= 1
+    assert (database.site, database.model, manifest["d_in"], manifest["k"]) == (SITE, lm.name, 32, 3)
+    assert database.arrays.manifest == json.loads((folder / "manifest.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *database.arrays.manifest["files"]}
 
 
-def test_a_site_that_does_not_write_the_residual_stream_has_no_logits(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    lm = language_model("gpt2")
-    rows = random_rows(lm, 6)
-    sae = SparseAutoencoder(32, 16, 2)
-    sae.initialise(torch.randn(100, 32))
-    index(sae, lm, rows, "blocks.1.attn.hook_z", tmp_path, SETTINGS)  # as wide as the residual stream
-    table = pq.read_table(tmp_path / "features.parquet").to_pandas()
-    assert all(len(tokens) == 0 for tokens in table.top_logit_tokens)
+def test_a_database_of_version_1_is_refused_with_a_sentence_and_replaced(
+    whole: tuple[SparseAutoencoder, Tensor, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    sae, rows, folder, _ = whole
+    for name in EARLIER:
+        (tmp_path / "run" / "features" / name).mkdir(parents=True)
+    with pytest.raises(SaelabError, match=r"made by an earlier saelab.* `saelab index \S+run` makes it again"):
+        open_arrays(tmp_path / "run" / "features")
+    made.index(sae, language_model("llama"), rows, SITE, tmp_path / "run" / "features", SETTINGS)
+    names = {path.name for path in (tmp_path / "run" / "features").iterdir()}
+    assert names == {path.name for path in folder.iterdir()}
 
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     lm, sae = language_model("gpt2"), SparseAutoencoder(32, 16, 2)
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(SaelabError, match=r"holds thesis\.txt, which is no part of a feature database"):
-        index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
+    with pytest.raises(SaelabError, match=r"contains thesis\.txt, which is no part of a feature database"):
+        made.index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_no_activity_at_all_still_makes_whole_tables(tmp_path: Path) -> None:
+def test_no_activity_at_all_still_makes_a_whole_database(tmp_path: Path) -> None:
     lm = language_model("gpt2")
     sae = SparseAutoencoder(32, 16, 2)
     sae.initialise(torch.randn(100, 32))
     with torch.no_grad():
         sae.b_enc.fill_(-1e9)
-    _, summary = index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
-    assert summary["never_active"] == 16
-    assert pq.read_table(tmp_path / "contexts.parquet").num_rows == 0
+    _, manifest = made.index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)
+    assert manifest["never_active"] == 16 and manifest["entries"] == manifest["pairs"] == 0
+    database = open_database(tmp_path)
+    assert database.feature(3).never_active and not len(database.at(0, 5).features)
+    database.verify()
 
 
-def test_ties_go_to_the_earlier_position_and_order_is_kept() -> None:
-    places = torch.tensor([2, 3, 5, 4], dtype=torch.int32)
-    activity = Activity(torch.tensor([1.0, 0.5, 1.0, 3.0]), places, torch.tensor([0, 3, 4]), first=7)
-    assert activity.features.tolist() == [7, 7, 7, 8] and activity.stop == 9
-    entries, ranks = strongest_entries(activity, context=4, per_feature=5)
-    assert entries.tolist() == [0, 2, 3] and ranks.tolist() == [0, 1, 0]
-    one_row, _ = strongest_entries(activity, context=8, per_feature=5)
-    assert one_row.tolist() == [0, 3]
+def test_more_places_than_int32_counts_are_refused_with_the_setting(tmp_path: Path) -> None:
+    lm: LanguageModel = language_model("gpt2")
+    rows = torch.zeros(1, 1, dtype=torch.int32).expand(1 << 16, 1 << 15)
+    with pytest.raises(SaelabError, match=r"features\.tokens: .*2,147,483,648 places.* at most 2,147,483,647"):
+        made.index(None, lm, rows, "", tmp_path, FeatureSettings())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SaelabError, match="tokens: 2,147,483,648"):
+        FeatureSettings(tokens=MOST_PLACES + 1)
 
 
-def test_an_output_that_is_normalised_before_it_is_added_has_no_logits(tmp_path: Path) -> None:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    tokenizer = language_model("llama").tokenizer
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, intermediate_size=64, **heads
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_stopped_pass_continues_after_its_last_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    with_small_parts(monkeypatch)
+    z, rows = activations(23, 6, 0.3)
+    rows[8:14] = 0  # forward passes without an ordinary token give no block
+    z = z * (rows != 0)[..., None]
+    identity = {"n_features": 6, "rows": 23, "context": LENGTH, "rows_per_forward": 2, "inputs": "inputs"}
+    writer = shards.ShardWriter(tmp_path / "stopped" / "unfinished", identity)
+    for block in list(blocks(z, rows, 2))[:stop]:
+        writer.add(block)
+    continued = shards.ShardWriter(tmp_path / "stopped" / "unfinished", identity)
+    assert continued.first_row % 2 == 0 and continued.first_row == writer.first_row + sum(
+        shard.stop - shard.first for shard in continued._shards
     )
-    model = Gemma3ForCausalLM(config)
-    model.save_pretrained(tmp_path / "model")
-    lm = LanguageModel("gemma3", model, tokenizer, resolve_sites(tmp_path / "model"), "")
-    sae = SparseAutoencoder(32, 16, 2)
-    sae.initialise(torch.randn(100, 32))
-    lengths = {}
-    for site in ("mlp.hook_out", "hook_mlp_out", "attn.hook_out", "hook_attn_out", "hook_resid_mid"):
-        index(sae, lm, random_rows(lm, 6), f"blocks.1.{site}", tmp_path / site, SETTINGS)
-        table = pq.read_table(tmp_path / site / "features.parquet").to_pandas()
-        lengths[site] = set(map(len, table.top_logit_tokens))
-    assert lengths == {
-        "mlp.hook_out": {0},
-        "hook_mlp_out": {10},
-        "attn.hook_out": {0},
-        "hook_attn_out": {10},
-        "hook_resid_mid": {10},
-    }
+    found = made.write(tmp_path / "stopped", z, rows, WORDS)
+    assert_equals_dense(found, z.numpy(), rows.numpy(), WORDS)
+    for name, array in made.write(tmp_path / "whole", z, rows, WORDS).items():
+        assert array.tobytes() == found[name].tobytes(), name
+
+
+def test_shards_of_something_else_are_dropped_and_damaged_ones_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_small_parts(monkeypatch)
+    z, rows = activations(23, 6, 0.3)
+    made.write(tmp_path / "whole", z, rows, WORDS)
+    folder = tmp_path / "whole" / "unfinished"
+    identity = json.loads((folder / "identity.json").read_text())
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(names) > 3 and len(shards.open_shards(folder, identity)) == len(names)
+    (folder / names[2]).write_bytes((folder / names[2]).read_bytes()[:-1])
+    assert len(shards.open_shards(folder, identity)) == 2
+    (folder / names[1]).write_bytes((folder / names[0]).read_bytes())  # another shard under its name
+    assert len(shards.open_shards(folder, identity)) == 1
+    assert shards.open_shards(folder, identity | {"inputs": "other"}) == []
+    assert [path.name for path in folder.iterdir()] == ["identity.json"]

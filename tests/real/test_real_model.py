@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import saelab
-from saelab.features import database
+from saelab.features.database import open_database
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder as run_folder
 from tests.lm.test_splice import assert_shared_runs_are_full_runs
@@ -119,14 +119,13 @@ def test_a_short_training_learns_and_its_evaluation_is_plausible(run: Path) -> N
 def test_the_features_agree_with_the_evaluation(run: Path, lm: LanguageModel) -> None:
     features, found = run_folder.features(run), run_folder.evaluation(run)
     assert found is not None
-    table, summary = database.feature_table(features), database.summary(features)
-    assert len(table) == summary.n_features == found["n_features"] and summary.n_tokens == found["tokens"]
-    assert table["n_active"].sum() / summary.n_tokens == pytest.approx(found["l0"])
-    assert (table["n_active"] == 0).sum() == summary.never_active == found["never_active"]
-    assert torch.allclose(torch.tensor(table["density"] * summary.n_tokens), torch.tensor(table["n_active"] * 1.0))
+    database = open_database(features)
+    table = database.table
+    assert database.n_features == found["n_features"] and database.n_tokens == found["tokens"]
+    assert table["n_active"].sum() / database.n_tokens == pytest.approx(found["l0"])
+    assert (table["n_active"] == 0).sum() == database.arrays.manifest["never_active"] == found["never_active"]
 
-    strongest = table.sort_values("max_activation").iloc[-1]
-    contexts = database.contexts(features, int(strongest["feature"]))
-    assert contexts[0].activation == pytest.approx(strongest["max_activation"])
+    strongest = database.feature(int(table["maximum"].argmax()))
+    assert database.examples(strongest.index)[0].activation == strongest.maximum
     words = {lm.tokenizer.decode(token) for token in range(len(lm.tokenizer))}
-    assert words.issuperset(strongest["top_logit_tokens"])
+    assert words.issuperset(each.text for each in strongest.top_logits)

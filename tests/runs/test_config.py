@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from saelab.errors import SaelabError
+from saelab.features.settings import FeatureSettings
 from saelab.runs.config import find_config, load_config, settings_from
 
 BASE = {"out": "runs/x", "site": "blocks.0.hook_resid_post"}
@@ -71,7 +72,7 @@ def test_overrides_reach_sections_and_their_short_forms(tmp_path: Path) -> None:
         ({"training": {"tokens": "1e6.5"}}, r"training.tokens: must be a whole number, .* not '1e6.5'"),
         ({"training": {"tokens": 10**400}}, r"training.tokens: 1000+\.\.\.0+ is too large"),
         ({"training": {"tokens": 1e300}}, r"training.tokens: 1e\+300 is too large"),
-        ({"features": {"contexts": 2**63 - 1}}, r"features.contexts: 9223372036854775807 is too large"),
+        ({"features": {"tokens": 2**63 - 1}}, r"features.tokens: 9223372036854775807 is too large"),
         ({"seed": 2**63}, r"seed: 9223372036854775808 is too large"),
         ({"sae": {"n_features": 2**31}}, r"sae.n_features: 2147483648 is not between 1 and 2,147,483,647"),
         (
@@ -210,3 +211,10 @@ def test_files_that_are_not_configs(tmp_path: Path) -> None:
     binary.write_text("a: [1\n")
     with pytest.raises(SaelabError, match="cannot be read as YAML"):
         load_config(binary)
+
+
+def test_a_run_of_an_earlier_version_is_read_without_the_settings_that_are_gone() -> None:
+    earlier = BASE | {"features": {"contexts": 20, "window": 32, "tokens": 5}}
+    assert settings_from(earlier).features == FeatureSettings(tokens=5)
+    with pytest.raises(SaelabError, match=r"features\.window: no such setting"):
+        settings_from(earlier, ["features.window=8"])

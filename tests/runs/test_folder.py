@@ -60,7 +60,7 @@ def test_a_corrupt_evaluation_is_named_and_the_stage_that_makes_it_treats_it_as_
     assert folder.evaluation_inputs(run) is None
     (run / "train.json").write_bytes(content)
     assert folder.training_record(run) == {}
-    (run / "features" / "summary.json").write_bytes(content)
+    (run / "features" / "manifest.json").write_bytes(content)
     assert folder.features_inputs(run) is None
 
 
@@ -71,10 +71,10 @@ def test_records_that_are_there_are_read(run):
 
 def test_folders_that_a_kill_left_under_their_old_name_are_found(tmp_path):
     run = write_run(tmp_path / "run")
+    (run / "sae").rename(tmp_path / "sae")
     with pytest.raises(SaelabError, match="not a run folder with a checkpoint"):
         folder.check_run(run)
-    (run / "sae").mkdir()
-    (run / "sae" / "cfg.json").write_text("{}")
+    (tmp_path / "sae").rename(run / "sae")
     for name in ("sae", "features"):
         (run / name).rename(run / f"{name}.old.tmp")
     folder.check_run(run)

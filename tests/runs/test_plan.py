@@ -1,6 +1,7 @@
 """What a plan says is what the tensors, the files and, for a whole run, the process come to."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -235,21 +236,33 @@ def test_a_feature_database_takes_the_disk_that_was_planned(
     planned = needs(plan_index(chosen))
     run = train(chosen)
     written: list[int] = []
-    finish = Index.finish
+    pairs: list[int] = []
+    finish, remove = Index.finish, shutil.rmtree
 
     def measured(self: Index) -> Any:
         self.shards.finish()
         written.append(sum(map(len, files_of_folder(run / "features" / "unfinished").values())))
         return finish(self)
 
+    def removed(path: Path, **named: Any) -> None:
+        pairs.append(sum(map(len, files_of_folder(Path(path)).values())))
+        remove(path, **named)
+
     monkeypatch.setattr(Index, "finish", measured)
+    monkeypatch.setattr("saelab.features.facts_writer.shutil.rmtree", removed)
     index(run)
-    facts = sum(map(len, files_of_folder(run / "features" / "facts").values()))
-    tables = sum(path.stat().st_size for path in (run / "features").glob("*.parquet"))
-    manifest = (run / "features" / "facts" / "manifest.json").stat().st_size
-    assert facts - manifest <= planned["facts"] <= 1.2 * facts
+    sizes = {path.name.removesuffix(".npy"): path.stat().st_size for path in (run / "features").glob("*.npy")}
+    groups: dict[str, int] = {}
+    for name, size in sizes.items():
+        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + size
+    facts = groups["tokens"] + groups["by_feature"] + groups["by_token"]
+    assert facts <= planned["facts"] <= 1.2 * facts
+    assert groups["table"] == planned["table"]
     assert written[0] <= planned["shards"] <= 1.2 * written[0]
-    assert tables <= planned["tables"] <= 8 * tables  # how far text can be compressed is not known before
+    # how many pairs a text has is not known before, and this one repeats itself
+    words = groups["vocabulary"] + groups["by_vocabulary"]
+    assert words <= planned["vocabulary"] <= 10 * words
+    assert pairs[0] <= planned["sorted pairs"] <= 10 * pairs[0]
 
 
 def test_a_model_that_is_in_memory_is_not_needed_once_more(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,8 +17,8 @@ import saelab
 from saelab.activations import source
 from saelab.errors import SaelabError
 from saelab.features import shards
-from saelab.features.facts import open_facts
-from saelab.features.layout import DTYPES
+from saelab.features.database import open_database
+from saelab.features.layout import COLUMNS, FACTS
 from saelab.runs import feed, folder, stages
 from saelab.runs.job import Job, settings_of
 from saelab.sae.model import SparseAutoencoder
@@ -32,7 +31,7 @@ SMALL = {
     "sae": {"n_features": 64, "k": 4},
     "training": {"tokens": 6000, "batch": 200, "lr": 3e-3},
     "eval": {"tokens": 1500, "ce_tokens": 600},
-    "features": {"tokens": 1500, "window": 12},
+    "features": {"tokens": 1500},
 }
 
 
@@ -62,10 +61,10 @@ def test_train_eval_and_features_on_another_model_and_corpus(kind: str, tmp_path
     assert written["fvu"] == result.fvu < 1 and 0 < result.l0 <= 4 and result.tokens >= 1500
     assert any("fewer than 300,000" in line for line in said)
 
-    summary = saelab.index(run)
-    table = pq.read_table(run / "features" / "features.parquet")
-    assert summary["n_features"] == table.num_rows == 64
-    assert sum(table["n_active"].to_pylist()) == pytest.approx(summary["n_tokens"] * result.l0, rel=0.05)
+    manifest = saelab.index(run)
+    database = open_database(run / "features")
+    assert manifest["n_features"] == database.n_features == 64
+    assert database.table["n_active"].sum() == pytest.approx(database.n_tokens * result.l0, rel=0.05)
 
     names = {folder.SETTINGS, folder.METRICS, folder.TRAINING, folder.CHECKPOINT, folder.EVALUATION, folder.FEATURES}
     names.add(folder.STATE)
@@ -181,7 +180,7 @@ def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None
     assert [line for line in said if "up to date" in line] and len([line for line in said if "up to date" in line]) == 3
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     said.clear()
-    stages.run(config, ["features.window=8"], say=said.append)
+    stages.run(config, ["features.tokens=1400"], say=said.append)
     assert len([line for line in said if "up to date" in line]) == 2
     with pytest.raises(SaelabError, match="--force"):  # trained with other settings: must not be replaced
         stages.run(config, ["sae.k=5"])
@@ -197,7 +196,7 @@ def test_run_reuses_what_is_valid_and_redoes_what_is_not(tmp_path: Path) -> None
 
 def results(run: Path) -> dict[str, bytes]:
     files = [run / "eval.json", *sorted(path for path in (run / "features").rglob("*") if path.is_file())]
-    assert len(files) == 4 + 1 + len(DTYPES)  # eval.json, two tables, the summary, the manifest and the arrays
+    assert len(files) == 2 + len(FACTS) + len(COLUMNS)  # eval.json, the manifest and the arrays
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -235,8 +234,8 @@ def test_run_encodes_the_held_out_text_once_and_only_what_is_missing(
     monkeypatch.setattr(SparseAutoencoder, "encode", counted)
     saelab.run(config)
     n = json.loads((run / "eval.json").read_text())["tokens"]
-    assert sum(tokens) == n == json.loads((run / "features" / "summary.json").read_text())["n_tokens"]
-    for file, present in (("eval.json", "features"), ("features/summary.json", "evaluation")):
+    assert sum(tokens) == n == json.loads((run / "features" / "manifest.json").read_text())["n_tokens"]
+    for file, present in (("eval.json", "features"), ("features/manifest.json", "evaluation")):
         before = results(run)
         (run / file).unlink()
         tokens.clear(), said.clear()
@@ -254,7 +253,7 @@ def test_run_encodes_the_held_out_text_once_and_only_what_is_missing(
 def test_an_index_that_was_stopped_continues_and_evaluation_still_sees_all_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, said = small(tmp_path) | {"features": {"tokens": 1500, "window": 12, "rows_per_forward": 8}}, []
+    config, said = small(tmp_path) | {"features": {"tokens": 1500, "rows_per_forward": 8}}, []
     config["eval"] = config["eval"] | {"rows_per_forward": 8}
     whole = results(saelab.run(config, [f"out={tmp_path / 'whole'}"]))
     monkeypatch.setattr(shards, "SHARD_PLACES", 16 * CONTEXT)
@@ -283,12 +282,12 @@ def test_an_index_that_was_stopped_continues_and_evaluation_still_sees_all_of_th
     assert results(run) == whole
     tokens.clear()
     saelab.index(run)
-    assert sum(tokens) == json.loads(whole["summary.json"])["n_tokens"]  # a finished database leaves no shards
+    assert sum(tokens) == json.loads(whole["manifest.json"])["n_tokens"]  # a finished database leaves no shards
 
 
 def test_the_entries_of_the_database_are_those_of_the_evaluation(tmp_path: Path) -> None:
     run = saelab.run(small(tmp_path), ["sae.allocation=mutual_choice"])
-    evaluation, facts = json.loads((run / "eval.json").read_text()), open_facts(run / "features")
+    evaluation, facts = json.loads((run / "eval.json").read_text()), open_database(run / "features").facts
     entries = sum(len(facts.activations(feature).places) for feature in range(facts.n_features))
     assert facts.n_tokens == evaluation["tokens"] and entries == round(evaluation["l0"] * facts.n_tokens)
     job, sae = Job(settings_of(run / "config.yaml")), saelab.load(run)
