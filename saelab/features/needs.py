@@ -7,12 +7,12 @@ autoencoder without a budget the L0 is not known before it is trained, so its ta
 import math
 from collections.abc import Mapping
 
-from saelab.features.layout import DTYPES, shapes
+from saelab.features.layout import DTYPES, LIST_LENGTH, shapes
 from saelab.features.merge import BUCKET
 from saelab.features.settings import FeatureSettings
 from saelab.features.shards import SHARD_ENTRIES, SHARD_PLACES
 from saelab.features.statistics import BINS
-from saelab.features.weights import COSINES, LIST_LENGTH, LOGIT_ROWS
+from saelab.features.weights import weight_bytes
 from saelab.memory import Need, Place, no_numbers, size
 from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
@@ -46,7 +46,7 @@ def index_needs(
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
     First the text is read, which takes `text_bytes`; then it is encoded, which takes `pass_bytes` of the model on
-    `where`; then shards are merged; then neighbours are searched. What a step frees is counted once.
+    `where`; then shards are merged; then the weights' columns are computed. What a step frees is counted once.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
@@ -60,7 +60,6 @@ def index_needs(
         weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, d_in).parameters())
     listed, encoding = 4 * LIST_LENGTH, encoding_bytes(sae, d_in, forward, where)
     sorting, merging = shard * _SHARD_ENTRY_BYTES, bucket * _BUCKET_ENTRY_BYTES + vocabulary * _WORD_BYTES
-    cosines = 4 * n_features * d_in + 4 * max(n_features, min(COSINES, n_features**2))
     encoded = {where: pass_bytes + encoding}  # freed before merging
     freed = encoded.get("memory", 0)
     merged = {"memory": max(freed, merging)}
@@ -77,7 +76,7 @@ def index_needs(
             f"{n_features:,} features with {BINS} bins and {listed} tokens and neighbours",
         ),
         _more("merging", merging, freed, "memory"),
-        _more("neighbours", max(cosines, 4 * LOGIT_ROWS * vocabulary), merged.get(where, encoded[where]), where),
+        _more("weights", weight_bytes(n_features, d_in, vocabulary), merged.get(where, encoded[where]), where),
         Need(
             "facts",
             _facts_bytes({"rows": rows, "context": context, "n_features": n_features, "entries": entries}),
