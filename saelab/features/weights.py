@@ -28,8 +28,8 @@ def weight_bytes(n_features: int, d_in: int, vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the first of some consecutive features, and their columns; all features, in order.
+def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the columns of consecutive features, feature 0 first.
 
     `lens` is the `logit_lens` of the site that the autoencoder reconstructs. Columns of logits are empty without it, or
     if it is of another width. `encoder_decoder_cosine` is 0 if d_in and d_out differ.
@@ -52,7 +52,7 @@ def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[tuple[
         columns |= _neurons(decoder)
         columns |= {} if lens is None else _logits(lens, decoder)
         columns["decoder_map"] = (units["decoder"].double() - mean) @ axes
-        yield first, {name: _column(name, columns.get(name), len(decoder)) for name in WEIGHTS}
+        yield {name: _column(name, columns.get(name), len(decoder)) for name in WEIGHTS}
 
 
 def _rows(width: int, vocabulary: int) -> int:

@@ -36,8 +36,7 @@ def folded(lens: Lens) -> np.ndarray:
 
 def columns(sae: SparseAutoencoder, lens: Lens | None) -> dict[str, np.ndarray]:
     blocks = list(weight_columns(sae, lens))
-    assert [first for first, _ in blocks] == list(np.cumsum([0, *(len(b["neurons"]) for _, b in blocks[:-1])]))
-    joined = {name: np.concatenate([block[name] for _, block in blocks]) for name in WEIGHTS}
+    joined = {name: np.concatenate([block[name] for block in blocks]) for name in WEIGHTS}
     for name, (dtype, *width) in WEIGHTS.items():
         assert joined[name].dtype == dtype and joined[name].shape == (sae.n_features, *width)
     return joined
