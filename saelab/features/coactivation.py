@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from saelab.features.layout import ACTIVITY
-from saelab.features.weights import empty
+from saelab.features.layout import ACTIVITY, LIST_LENGTH
 
 COLUMNS = ("coactive_neighbours", "coactive_phi", "coactive_jaccard")
 
@@ -15,4 +14,5 @@ def coactive_columns(arrays: Mapping[str, np.ndarray], n_tokens: int) -> Iterato
     n_features = len(arrays["by_feature.maxima"])
     for first in range(0, n_features, 1024):
         n = min(1024, n_features - first)
-        yield {name: empty(ACTIVITY[name][0], (n, *ACTIVITY[name][1:])) for name in COLUMNS}
+        fill = {name: -1 if name == COLUMNS[0] else 0 for name in COLUMNS}
+        yield {name: np.full((n, LIST_LENGTH), fill[name], ACTIVITY[name][0]) for name in COLUMNS}

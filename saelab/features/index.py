@@ -26,6 +26,7 @@ from saelab.features.shards import Shard, ShardWriter, Totals, total
 from saelab.features.token_bytes import token_bytes
 from saelab.features.weights import weight_columns
 from saelab.files import recover_folder, replace_folder, translate_errors, write_json
+from saelab.lm.lens import logit_lens
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
@@ -78,8 +79,8 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = None
-        writer.write_columns(list(WEIGHTS), (columns for _, columns in weight_columns(self.sae, lens)))
+        lens = logit_lens(self.lm, self.site)
+        writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -91,7 +92,7 @@ class Index:
             "model": self.lm.name,
             "d_in": self.sae.d_in,
             "k": self.sae.k,
-            "lens": lens,
+            "lens": lens and lens.words,
         }
         files = {f"{name}.npy": writer.files[f"{name}.npy"] for name in arrays(writer.sizes)}
         write_json(folder / MANIFEST, manifest | {"files": files})

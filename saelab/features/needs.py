@@ -11,6 +11,7 @@ from saelab.features.layout import SIZES, arrays
 from saelab.features.merge import BUCKET
 from saelab.features.settings import FeatureSettings
 from saelab.features.shards import SHARD_ENTRIES, SHARD_PLACES
+from saelab.features.weights import weight_bytes
 from saelab.memory import Need, Place, no_numbers, size
 from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
@@ -72,6 +73,12 @@ def index_needs(
         Need("shard", sorting, "memory", f"{shard:,} entries x {_SHARD_ENTRY_BYTES} bytes"),
         Need("totals", n_features * _TOTALS_BYTES, "memory", f"{n_features:,} features x {_TOTALS_BYTES} bytes"),
         _more("merging", merging, freed, "memory"),
+        _more(
+            "weights",
+            weight_bytes(n_features, d_in, vocabulary),
+            max(freed, merging) if where == "memory" else encoded[where],
+            where,
+        ),
         Need(
             "facts",
             files["tokens"] + files["by_feature"] + files["by_token"],

@@ -178,7 +178,7 @@ def weights(W_enc: np.ndarray, W_dec: np.ndarray, W_U: np.ndarray | None) -> dic
     n_features = len(W_dec)
     table = _empty("WEIGHTS", n_features)
     table["encoder_norm"], table["decoder_norm"] = (np.linalg.norm(W, axis=1) for W in (W_enc, W_dec))
-    unit_enc, unit_dec = W_enc / table["encoder_norm"][:, None], W_dec / table["decoder_norm"][:, None]
+    unit_enc, unit_dec = (W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-12) for W in (W_enc, W_dec))
     table["encoder_decoder_cosine"] = (unit_enc * unit_dec).sum(1)
     for kind, unit in (("encoder", unit_enc), ("decoder", unit_dec)):
         cosines = unit @ unit.T
@@ -187,8 +187,9 @@ def weights(W_enc: np.ndarray, W_dec: np.ndarray, W_U: np.ndarray | None) -> dic
         table[f"{kind}_neighbours"][:, : near.shape[1]] = near
         table[f"{kind}_cosines"][:, : near.shape[1]] = np.take_along_axis(cosines, near, 1)
     neurons = np.argsort(-np.abs(W_dec), axis=1, kind="stable")[:, :NEURONS]
-    table["neurons"], table["neuron_weights"] = neurons, np.take_along_axis(W_dec, neurons, 1)
-    table["neuron_shares"] = np.abs(table["neuron_weights"]) / np.abs(W_dec).sum(1, keepdims=True)
+    n, largest = neurons.shape[1], np.take_along_axis(W_dec, neurons, 1)
+    table["neurons"][:, :n], table["neuron_weights"][:, :n] = neurons, largest
+    table["neuron_shares"][:, :n] = np.abs(largest) / np.maximum(np.abs(W_dec).sum(1, keepdims=True), 1e-12)
     if W_U is not None:
         logits = W_dec @ W_U.T
         for end, order in (("top", -logits), ("bottom", logits)):
