@@ -7,7 +7,7 @@ goes into an element or an attribute, and none of it reaches Markdown. Numbers a
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from saelab.features.database import Context
+from saelab.features.examples import Example
 from saelab.features.marks import number, pieces, visible
 
 # One hue, mixed with the theme's background; even at full strength, text stays legible in light and dark themes.
@@ -59,12 +59,12 @@ def token_html(token: str, activation: float, strongest: float, *, peak: bool = 
     return f'<span class="sl-token{" sl-peak" if peak else ""}" title="{escape(hover)}"{style}>{inner}</span>'
 
 
-def contexts_html(contexts: Iterable[Context], strongest: float, *, breaks: bool = False) -> str:
+def contexts_html(contexts: Iterable[Example], strongest: float, *, breaks: bool = False) -> str:
     """Contexts in rows: the activation at the peak, the text, and its position. `strongest` gets full shading."""
     return "".join(
         f'<div class="sl-context"><span class="sl-value">{number(context.activation)}</span><span class="sl-text">'
         + "".join(
-            token_html(token, activation, strongest, peak=i == context.peak, breaks=breaks)
+            token_html(token, activation, strongest, peak=i == context.index, breaks=breaks)
             for i, (token, activation) in enumerate(zip(context.tokens, context.activations, strict=True))
         )
         + f'</span><span class="sl-dim">row {context.row}, token {context.position}</span></div>'
