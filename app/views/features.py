@@ -59,12 +59,12 @@ def draw_facet(database: Database, listing: Listing, column: str, title: str) ->
         low, high = getattr(listing, column)
         first, last = np.searchsorted(edges, [low * 1.0001, high * 0.9999], side="right") - 1
         chosen = (max(0, int(first)), min(len(counts) - 1, max(int(first), int(last))))
-    changed = draw_histogram(counts, edges, key=f"{column}-bars", title=title, noun="features", chosen=chosen)
-    if changed is not None:
-        everything = changed == (0, len(counts) - 1)
-        ends = (float(edges[changed[0]]), float(edges[changed[1] + 1]))
-        state.change(page=None, **{column: None if everything else ends})
-        st.rerun()
+
+    def choose(bins: tuple[int, int] | None) -> None:
+        ends = (float(edges[bins[0]]), float(edges[bins[1] + 1])) if bins else None
+        state.change(page=None, **{column: ends})
+
+    draw_histogram(counts, edges, key=f"{column}_bars", title=title, noun="features", chosen=chosen, on_chosen=choose)
 
 
 def draw_filters(database: Database, listing: Listing) -> None:
@@ -114,7 +114,14 @@ def draw_list(database: Database, listing: Listing, found: Listed) -> None:
     page = min(state.value("page", 1, limits=(1, 1e9)), max(1, -(-total // SIZE)))
     first = (page - 1) * SIZE
     matched = found.found is not None and found.found.shares is not None
-    event = draw_rows(
+
+    def sort_by(key: str) -> None:
+        sort = SORTS[key]
+        again = sort == listing.sort
+        rising = listing.order == "desc" if again else sort == "feature"
+        state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)
+
+    opened = draw_rows(
         database,
         rows_of(database, found, found.features[first : first + SIZE]),
         [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else COLUMNS,
@@ -126,18 +133,11 @@ def draw_list(database: Database, listing: Listing, found: Listed) -> None:
         total=total,
         size=SIZE,
         remember=True,
+        on_sorted=sort_by,
+        on_turned=lambda step: state.change(page=page + int(step)),
     )
-    if event.opened is not None:
-        st.switch_page(state.FEATURE, query_params=state.link(**listing.parameters, feature=int(event.opened)))
-    if event.sorted in SORTS:
-        sort = SORTS[event.sorted]
-        again = sort == listing.sort
-        rising = (again and listing.order == "desc") or (not again and sort == "feature")
-        state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)
-        st.rerun()
-    if event.turned is not None:
-        state.change(page=page + int(event.turned))
-        st.rerun()
+    if opened is not None:
+        st.switch_page(state.FEATURE, query_params=state.link(**listing.parameters, feature=opened))
 
 
 def page() -> None:

@@ -1,6 +1,9 @@
 """A histogram in which the reader can choose a range, by dragging or with the arrow keys."""
 
+from collections.abc import Callable
+
 import numpy as np
+import streamlit as st
 
 from explorer.components.mount import component, packed, rounded
 
@@ -24,12 +27,13 @@ def draw_histogram(
     noun: str,
     log: bool = False,
     chosen: tuple[int, int] | None = None,
-    brush: bool = True,
-) -> tuple[int, int] | None:
-    """Draw counts ``[bins]`` between edges ``[bins + 1]``; returns the range of bins that the reader has just chosen.
+    on_chosen: Callable[[tuple[int, int] | None], None] | None = None,
+) -> None:
+    """Draw counts ``[bins]`` between edges ``[bins + 1]``.
 
-    Both ends of the range are included; all bins mean that the choice was taken back, None that nothing was chosen.
-    `chosen` is the range to show. `noun` is what is counted. `log` gives the counts a logarithmic axis.
+    `chosen` is the range of bins to show, both ends included. `on_chosen` is called with the range that the reader has
+    just chosen, None for all, before the page is drawn again; without it, no range can be chosen. `noun` is what is
+    counted. `log` gives the counts a logarithmic axis.
     """
     data = {
         "counts": np.asarray(counts).tolist(),
@@ -38,10 +42,15 @@ def draw_histogram(
         "noun": noun,
         "log": log,
         "chosen": list(chosen) if chosen else None,
-        "brush": brush,
+        "brush": on_chosen is not None,
     }
-    changed = _mount(key=key, data=packed(data), on_range_change=lambda: None).range
-    if changed is None:
-        return None
-    low, high = (int(changed[0]), int(changed[1])) if len(changed) == 2 else (0, len(counts) - 1)
-    return (low, high) if 0 <= low <= high < len(counts) else None
+
+    def changed() -> None:
+        ends = st.session_state[key].range
+        if ends is None or on_chosen is None:
+            return
+        low, high = (int(ends[0]), int(ends[1])) if len(ends) == 2 else (0, len(counts) - 1)
+        if 0 <= low <= high < len(counts):
+            on_chosen(None if (low, high) == (0, len(counts) - 1) else (low, high))
+
+    _mount(key=key, data=packed(data), on_range_change=changed)

@@ -1,10 +1,11 @@
 """A table of features. Each row is a link; headers sort."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import streamlit as st
 
 from explorer.components.mount import component, marked, packed
 from saelab.features.database import Database
@@ -25,17 +26,6 @@ class Column(NamedTuple):
     label: str
     sortable: bool = False
     hint: str = ""
-
-
-class Event(NamedTuple):
-    """What the reader has just done."""
-
-    opened: int | None
-    """The feature to open."""
-    sorted: str | None
-    """Key of the column to sort by."""
-    turned: int | None
-    """Pages to go on: -1 or 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +52,16 @@ def draw_rows(
     total: int = 0,
     size: int = 0,
     remember: bool = False,
-) -> Event:
-    """Draw features as rows; returns what the reader has just done.
+    on_opened: Callable[[int], None] | None = None,
+    on_sorted: Callable[[str], None] | None = None,
+    on_turned: Callable[[int], None] | None = None,
+) -> int | None:
+    """Draw features as rows; returns the feature that the reader has just opened.
 
     `link` is the address of a feature without its index. A page of `size` rows starts with number `first` of `total`;
-    0 for no paging. With `remember`, the browser keeps the position in the table for Back and reload.
+    0 for no paging. With `remember`, the browser keeps the position in the table for Back and reload. Before the page
+    is drawn again, `on_opened` is called with the opened feature, `on_sorted` with the key of a header that was
+    pressed, and `on_turned` with the pages to go on, -1 or 1.
     """
     keys = {column.key for column in columns}
     data = {
@@ -80,9 +75,18 @@ def draw_rows(
         "size": size,
         "remember": remember,
     }
-    empty = {f"on_{event}_change": lambda: None for event in Event._fields}
-    result = _mount(key=key, data=packed(data), **empty)
-    return Event(*(result.get(event) for event in Event._fields))
+    acts = {"opened": on_opened, "sorted": on_sorted, "turned": on_turned}
+
+    def called(event: str) -> Callable[[], None]:
+        def call() -> None:
+            value, act = st.session_state[key][event], acts[event]
+            if value is not None and act is not None:
+                act(value)
+
+        return call
+
+    result = _mount(key=key, data=packed(data), **{f"on_{event}_change": called(event) for event in acts})
+    return None if result.opened is None else int(result.opened)
 
 
 def percent(share: float) -> str:

@@ -65,7 +65,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
     write(token, d.texts[line.tokens[k]], Infinity, false);
     const silent = d.what === "activation" ? "not active" : `${d.what} 0`;
     const value = activation > 0 ? `${d.what} ${number(activation)}` : silent;
-    const rank = activation > 0 && share !== undefined ? `, at or above ${share}% of its activations` : "";
+    const above = share === 100 ? ", its largest" : `, at or above ${share}% of its activations`;
+    const rank = activation > 0 && share !== undefined ? above : "";
     const place = line.row === undefined ? `token ${line.start + k}` : `row ${line.row}, token ${line.start + k}`;
     card.replaceChildren(token, make("div", "", value + rank), make("div", "dim", `id ${line.ids[k]} · ${place}`));
     const others = line.others?.[k] ?? [];

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import streamlit as st
 
 from explorer.components.mount import component, marked, packed, rounded
 from saelab.features.database import Database
@@ -50,14 +51,17 @@ def draw_tokens(
     names: Callable[[Iterable[int]], dict[int, str]],
     what: str = "activation",
     legend: bool = True,
+    on_opened: Callable[[int], None] | None = None,
     on_pinned: Callable[[], None] | None = None,
 ) -> int | None:
     """Draw lines of tokens; returns the feature that the reader has just opened from a token's card.
 
     Hovering over a token, or walking to it with the arrow keys, shows a card; a click or Enter pins it. `strongest` is
     the activation with full shading; `what` names the values. `link` is the address of a feature without its index; a
-    click with a modifier key follows it. `names` gives a token to show beside each of the other features. With
-    `on_pinned`, a click on a token also reaches Python: ``st.session_state[key].pinned`` is then [line, token].
+    click with a modifier key follows it. `names` gives a token to show beside each of the other features.
+
+    `on_opened` is called with the opened feature before the page is drawn again. With `on_pinned`, a click on a token
+    also reaches Python: ``st.session_state[key].pinned`` is then [line, token].
     """
     texts: dict[str, int] = {}
     folded = [sum(1 for _ in _following(lines, index)) for index in range(len(lines))]
@@ -72,8 +76,8 @@ def draw_tokens(
             "peak": line.peak,
             "side": line.side,
             "heading": line.heading,
-            "alike": int(line.alike),
-            "more": more,
+            "alike": line.alike or None,
+            "more": more or None,
         }
         if line.percentiles is not None:
             shares = zip(line.percentiles, line.activations > 0, strict=True)
@@ -83,7 +87,7 @@ def draw_tokens(
                 [x for pair in zip(other.features.tolist(), rounded(other.values), strict=True) for x in pair]
                 for other in line.others
             ]
-        sent.append({name: value for name, value in facts.items() if value not in (None, "", 0)})
+        sent.append({name: value for name, value in facts.items() if value is not None and value != ""})
     shown = {int(feature) for line in lines for other in line.others for feature in other.features}
     data = {
         "lines": sent,
@@ -95,12 +99,21 @@ def draw_tokens(
         "legend": legend,
         "report": on_pinned is not None,
     }
-    callbacks = {"on_opened_change": lambda: None} | ({"on_pinned_change": on_pinned} if on_pinned else {})
+
+    def opened() -> None:
+        feature = st.session_state[key].opened
+        if feature is not None and on_opened is not None:
+            on_opened(int(feature))
+
+    callbacks = {"on_opened_change": opened} | ({"on_pinned_change": on_pinned} if on_pinned else {})
     return _mount(key=key, data=packed(data), **callbacks).opened
 
 
-def lines_of(database: Database, feature: int, examples: Sequence[Example]) -> list[Line]:
-    """Lines of examples of a feature. Examples with the same text around the peak follow the first one, folded."""
+def lines_of(database: Database, feature: int, examples: Sequence[Example], heading: str = "") -> list[Line]:
+    """Lines of examples of a feature, under a heading.
+
+    Examples with the same text around the peak follow the first one, folded.
+    """
     active = database.facts.activations(feature)
     groups: dict[tuple[int, ...], list[Example]] = {}
     for example in examples:
@@ -117,10 +130,11 @@ def lines_of(database: Database, feature: int, examples: Sequence[Example]) -> l
             example.row,
             example.index,
             number(example.activation),
-            alike=i > 0,
+            heading if example is examples[0] else "",
+            alike=example is not group[0],
         )
         for group in groups.values()
-        for i, example in enumerate(group)
+        for example in group
     ]
 
 
