@@ -15,6 +15,7 @@ from saelab.errors import SaelabError
 
 # A local file, because Streamlit loads its own page icons from another server.
 ICON = Path(__file__).with_name("icon.svg")
+LAYOUT = Path(__file__).with_name("style.css")
 
 
 PAGES = {
@@ -48,8 +49,16 @@ def draw_sidebar() -> None:
     with st.sidebar:
         for path, page in PAGES.items():  # Streamlit's own list of pages has links without the run
             st.page_link(path, label=page.title, icon=page.icon, query_params=state.link(), width="stretch")
-        st.session_state["run_picker"] = state.link().get("run")
-        st.selectbox("Run", list(state.runs()), None, key="run_picker", placeholder="choose a run", on_change=picked)
+        name = state.link().get("run")
+        st.session_state["run_picker"] = name
+        st.selectbox(
+            "Run",
+            list(state.runs()),
+            index=None if name is None else 0,
+            key="run_picker",
+            placeholder="choose a run",
+            on_change=picked,
+        )
 
 
 def draw_breadcrumb(title: str) -> None:
@@ -66,6 +75,7 @@ def main() -> None:
     first = st.Page(home, title="saelab", default=True, visibility="hidden")
     page = st.navigation([first, *PAGES.values()], position="hidden")
     st.html(STYLE)
+    st.html(LAYOUT)
     if page.url_path == first.url_path:
         return page.run()
     problems = state.find_runs(sys.argv[1:] or ["runs"])

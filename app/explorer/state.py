@@ -14,7 +14,6 @@ The link is text from elsewhere: `value` and `bound` return the default for what
 among the runs that were found; a name from the link is never part of a path.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,7 +105,7 @@ def _parsed(text: str | None, like: object) -> object:
         numbers = tuple(float(part) for part in (text.split(",") if pair else [text]))
     except ValueError:
         return None
-    rising = len(numbers) == (2 if pair else 1) and numbers[0] <= numbers[-1] and all(map(math.isfinite, numbers))
+    rising = len(numbers) == (2 if pair else 1) and numbers[0] <= numbers[-1]  # not true of nan
     return None if not rising else numbers if pair else numbers[0]
 
 
