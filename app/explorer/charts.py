@@ -68,8 +68,8 @@ def ranks(x: np.ndarray, y: np.ndarray, title_x: str, title_y: str) -> go.Figure
 def curve(metrics: pd.DataFrame, x: str, y: str, title: str) -> go.Figure:
     """A line chart of one column of the training metrics against another."""
     known = metrics[y].notna()
-    values = metrics[y][known].to_numpy(float)
-    points = _grouped(metrics[x][known].to_numpy(float)), _grouped(values)
+    values = np.asarray(metrics[y][known], float)
+    points = _grouped(np.asarray(metrics[x][known], float)), _grouped(values)
     figure = go.Figure(go.Scatter(x=points[0], y=points[1], mode="lines", line={"color": COLOUR, "width": 1.6}))
     figure.update_traces(hovertemplate="%{x:,.0f}: %{y:.4g}<extra></extra>")
     figure.update_layout(title={"text": title, "font": {"size": 14}, "x": 0})
