@@ -1,7 +1,7 @@
 """The explorer of runs: `streamlit run app/main.py -- RUN [RUN ...]`, where RUN is a run folder or a folder of runs.
 
-Pages only draw; every number comes from `saelab.features`. Streamlit runs this file again at each click: it finds the
-run that the link or the sidebar names, then runs the page. Text from elsewhere is always escaped.
+Pages only draw; every number comes from saelab. Streamlit runs this file again at each click: it finds the run that the
+link names, then runs the page. Text from elsewhere is always escaped.
 """
 
 import sys
@@ -15,18 +15,22 @@ from saelab.errors import SaelabError
 
 # A local file, because Streamlit loads its own page icons from another server.
 ICON = Path(__file__).with_name("icon.svg")
+LAYOUT = Path(__file__).with_name("style.css")
 
 
-PAGES = [
-    st.Page(state.RUNS, title="Runs", icon=":material/stacks:", url_path="runs"),
-    st.Page(state.RUN, title="Run", icon=":material/monitoring:", url_path="run"),
-    st.Page(state.FEATURES, title="Features", icon=":material/table_rows:", url_path="features"),
-    st.Page(state.FEATURE, title="Feature", icon=":material/center_focus_strong:", url_path="feature"),
-    st.Page(state.PROMPT, title="Prompt", icon=":material/text_fields:", url_path="prompt"),
-    st.Page(state.STEER, title="Steer", icon=":material/tune:", url_path="steer"),
-    st.Page(state.COMPARE, title="Compare", icon=":material/compare_arrows:", url_path="compare"),
-    st.Page(state.MAP, title="Map", icon=":material/scatter_plot:", url_path="map"),
-]
+PAGES = {
+    path: st.Page(path, title=title, icon=f":material/{icon}:", url_path=title.lower())
+    for path, title, icon in [
+        (state.RUNS, "Runs", "stacks"),
+        (state.RUN, "Run", "monitoring"),
+        (state.FEATURES, "Features", "table_rows"),
+        (state.FEATURE, "Feature", "center_focus_strong"),
+        (state.PROMPT, "Prompt", "text_fields"),
+        (state.STEER, "Steer", "tune"),
+        (state.COMPARE, "Compare", "compare_arrows"),
+        (state.MAP, "Map", "scatter_plot"),
+    ]
+}
 
 
 def home() -> None:
@@ -36,15 +40,61 @@ def home() -> None:
     st.switch_page(page, query_params=link)
 
 
+def draw_sidebar() -> None:
+    """Links to the pages of the current run, and the choice of another run."""
+
+    def picked() -> None:
+        st.query_params.from_dict({"run": st.session_state["run_picker"]})
+
+    with st.sidebar:
+        for path, page in PAGES.items():  # Streamlit's own list of pages has links without the run
+            st.page_link(path, label=page.title, icon=page.icon, query_params=state.link(), width="stretch")
+        name = state.link().get("run")
+        st.session_state["run_picker"] = name
+        st.selectbox(
+            "Run",
+            list(state.runs()),
+            index=None if name is None else 0,
+            key="run_picker",
+            placeholder="choose a run",
+            on_change=picked,
+        )
+
+
+def draw_breadcrumb(title: str) -> None:
+    """Runs / the run / the page."""
+    crumbs = {state.RUNS: "Runs", state.RUN: state.run_name()}
+    with st.container(horizontal=True, vertical_alignment="center", gap=None, key="breadcrumb"):
+        for path, label in crumbs.items():
+            st.page_link(path, label=state.plain(label), query_params=state.link())
+        st.caption(title, width="content")
+
+
 def main() -> None:
     st.set_page_config(page_title="saelab", page_icon=ICON, layout="wide")
-    page = st.navigation([st.Page(home, title="saelab", default=True, visibility="hidden"), *PAGES])
+    first = st.Page(home, title="saelab", default=True, visibility="hidden")
+    page = st.navigation([first, *PAGES.values()], position="hidden")
     st.html(STYLE)
+    st.html(LAYOUT)
+    if page.url_path == first.url_path:
+        return page.run()
+    problems = state.find_runs(sys.argv[1:] or ["runs"])
     try:
-        state.pick_run(sys.argv[1:] or ["runs"])
-        page.run()
+        state.pick_run()
     except SaelabError as error:
-        state.show_error(error)
+        problems.append(error)
+    draw_sidebar()
+    for problem in problems:
+        state.show_error(problem)
+    state.show_title(page.title)
+    overview = page.url_path == PAGES[state.RUNS].url_path
+    if state.link() and not overview:
+        draw_breadcrumb(page.title)
+    if state.link() or (overview and state.runs()):
+        try:
+            page.run()
+        except SaelabError as error:
+            state.show_error(error)
 
 
 main()

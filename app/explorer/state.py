@@ -1,13 +1,23 @@
-"""The current run and feature, which the link names (`?run=..&feature=..`), and reading their data.
+"""What the link says, the run that it names, and reading the run's data.
 
-The link decides. Anything that changes the run or the feature writes it to the link, and pages read it from there.
-The session remembers the last run and feature for links that name none, such as those in the sidebar.
+All state is in the query parameters of the link, so that a reload, Back and a copied link show the same page. All pages
+follow one way, and none uses `bind="query-params"` of Streamlit's widgets: in Streamlit 1.67 it loses the parameters of
+the page that one leaves, so that Back shows the page without its search (and twice the parameters that two pages bind).
+
+- A widget whose value belongs in the link: `st.text_input("Search", **state.bound("q", ""))`. Before it is drawn it
+  takes its value from the link; when it changes, it writes the link. Do not give it a value or an index.
+- A value without a widget: `state.value("view", "top")` reads it, `state.change(view="dead")` writes it, in a callback
+  (`on_click`, `on_change`, `on_select`). Each change is a step that Back takes back. None removes a parameter.
+- A link to a page: `st.page_link(state.FEATURE, query_params=state.link(feature=7))`.
+
+The link is text from elsewhere: `value` and `bound` return the default for what is not a value, and a run is looked up
+among the runs that were found; a name from the link is never part of a path.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import streamlit as st
 
@@ -21,44 +31,150 @@ from saelab.runs.folder import RunInfo
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
 
+SECONDS_BETWEEN_WALKS = 20
+"""Folders are searched for runs again after this time, or when a link names an unknown run."""
+
 T = TypeVar("T")
 
 
-def pick_run(folders: Sequence[str]) -> None:
-    """Draw the picker and make the run that the link names the current one. Raises SaelabError if there is none."""
-    runs, problems = _find_runs(folders)
-    if not runs:
-        nothing = SaelabError(
-            f"There is no run in {', '.join(folders)}. A finished run is a folder that contains {folder.TRAINING}; "
-            "`saelab train quickstart` makes one."
-        )
-        raise problems[0] if problems else nothing
-    remembered = st.session_state.get("run_name")
-    name = st.query_params.get("run", remembered if remembered in runs else _latest(runs))
-    known = name in runs
-    if known:
-        st.session_state["run_picker"] = name
-    else:
-        st.session_state.pop("run_picker", None)
-    with st.sidebar:
-        st.selectbox(
-            "Run",
-            list(runs),
-            index=0 if known else None,
-            placeholder="choose a run",
-            key="run_picker",
-            on_change=_picked,
-        )
-        for problem in problems:
-            show_error(problem)
-    if not known:
-        raise SaelabError(f"There is no run {name!r} here. Choose one in the sidebar: {_some(list(runs))}.")
-    st.session_state["run_name"], st.session_state["run"] = name, runs[name]
+# the link
+
+
+def link(**parameters: object) -> dict[str, str]:
+    """The query parameters of a link to a page, with the current run in it; without those that are None."""
+    run = {"run": st.session_state["run_name"]} if "run_name" in st.session_state else {}
+    return run | {name: _text(value) for name, value in parameters.items() if value is not None}
+
+
+def value(name: str, default: T, options: Sequence[T] | None = None, limits: tuple[float, float] | None = None) -> T:
+    """A parameter of the link, of the type of `default`: text, a whole number, a float, a bool or a pair of floats.
+
+    The default if the link has none, or what it has is of another type, not among the options or outside the limits.
+    """
+    found = _parsed(st.query_params.get(name), default)
+    numbers = [
+        number for number in (found if isinstance(found, tuple) else (found,)) if isinstance(number, int | float)
+    ]
+    outside = limits is not None and not all(limits[0] <= number <= limits[1] for number in numbers)
+    return default if found is None or outside or (options is not None and found not in options) else cast(T, found)
+
+
+def bound(
+    name: str,
+    default: T,
+    options: Sequence[T] | None = None,
+    limits: tuple[float, float] | None = None,
+    clears: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The arguments that bind a widget to a parameter of the link: its key, which is `name`, and its callback.
+
+    A change of the widget also removes the parameters in `clears`, such as the page of a list.
+    """
+    st.session_state[name] = value(name, default, options, limits)
+    return {"key": name, "on_change": _changed, "args": (name, default, clears)}
+
+
+def change(**parameters: object) -> None:
+    """Write parameters of the link, for callbacks. None removes one."""
+    known = st.query_params.to_dict()
+    texts = {name: _text(value) for name, value in parameters.items() if value is not None}
+    st.query_params.from_dict({name: text for name, text in known.items() if name not in parameters} | texts)
+
+
+def _changed(name: str, default: object, clears: Sequence[str]) -> None:
+    now = st.session_state[name]
+    change(**dict.fromkeys(clears), **{name: None if now == default else now})
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _parsed(text: str | None, like: object) -> object:
+    """The value of the type of `like` in a parameter; None if there is none."""
+    if text is None or like is None or isinstance(like, str):
+        return text
+    if isinstance(like, bool):
+        return {"0": False, "1": True}.get(text)
+    if isinstance(like, int):
+        return int(text) if re.fullmatch("-?[0-9]{1,12}", text) else None
+    pair = isinstance(like, tuple)
+    try:
+        numbers = tuple(float(part) for part in (text.split(",") if pair else [text]))
+    except ValueError:
+        return None
+    rising = len(numbers) == (2 if pair else 1) and numbers[0] <= numbers[-1]  # not true of nan
+    return None if not rising else numbers if pair else numbers[0]
+
+
+# the run
+
+
+def find_runs(folders: Sequence[str]) -> list[SaelabError]:
+    """Find the runs in these folders, for `runs`; returns what is wrong with the folders."""
+    found, problems = _find_runs(tuple(folders))
+    named = st.query_params.get("run")
+    if not found or (named is not None and (named not in found or not _is_run(found[named]))):
+        _find_runs.clear()  # the run may have been made, or removed, since
+        found, problems = _find_runs(tuple(folders))
+    st.session_state["runs"] = found
+    if not found and not problems:
+        text = f"There is no run in {', '.join(folders)}. A run is a folder that contains {folder.TRAINING}; "
+        problems.append(SaelabError(text + "`saelab train quickstart` makes one."))
+    return problems
+
+
+def pick_run() -> None:
+    """Make the run that the link names the current one: the one before, or the one trained last, if it names none.
+
+    Raises SaelabError if there is no run of this name.
+    """
+    remembered = st.session_state.pop("run_name", None)
+    name = st.query_params.get("run", remembered if remembered in runs() else _latest(runs()))
+    if name is None:
+        return
+    run(name)
+    st.session_state["run_name"] = name
+    # Also corrects the address after a link from a page to itself, which Streamlit leaves unchanged.
     st.query_params["run"] = name
 
 
+def runs() -> Mapping[str, RunInfo]:
+    """The runs that were found, by name."""
+    return st.session_state["runs"]
+
+
+def run(name: str) -> RunInfo:
+    """The run of this name. Raises SaelabError if there is none."""
+    if name not in runs():
+        raise SaelabError(f"There is no run {_some([name])!r} here. Choose one of these: {_some(list(runs()))}.")
+    return runs()[name]
+
+
+def run_name() -> str:
+    """The name of the current run, which is in the link."""
+    return st.session_state["run_name"]
+
+
 def current_run() -> RunInfo:
-    return st.session_state["run"]
+    return runs()[run_name()]
+
+
+def show_title(title: str) -> None:
+    """Give the browser's tab a title: the page's, with the run's name."""
+    st.set_page_config(page_title=f"{title} · {st.session_state.get('run_name', 'saelab')}")
+
+
+def go_to(index: int) -> None:
+    """Show another feature of the run; for callbacks on the feature page."""
+    change(feature=index)
+
+
+def link_to(index: int) -> dict[str, str]:
+    """The part of a link that names a feature of the current run."""
+    return link(feature=index)
 
 
 def current_feature(n_features: int, otherwise: int) -> int:
@@ -68,9 +184,9 @@ def current_feature(n_features: int, otherwise: int) -> int:
     """
     named = st.query_params.get("feature")
     shown: dict[str, int] = st.session_state.setdefault("last_features", {})
-    run = str(current_run().path)
+    path = str(current_run().path)
     if named is None:
-        index = shown.get(run, otherwise)
+        index = shown.get(path, otherwise)
         index = index if index < n_features else otherwise
     elif re.fullmatch("[0-9]{1,12}", named) and int(named) < n_features:
         index = int(named)
@@ -80,25 +196,51 @@ def current_feature(n_features: int, otherwise: int) -> int:
             f"This link does not lead to a feature: feature={_some([named])} is not a whole number from 0 to {last}. "
             "Correct the address, or choose a feature on the Features page."
         )
-    shown[run] = index
+    shown[path] = index
     st.query_params["feature"] = str(index)
     return index
 
 
-def go_to(index: int) -> None:
-    """Show another feature of the run; for callbacks on the feature page."""
-    st.query_params["feature"] = str(index)
+@st.cache_data(ttl=SECONDS_BETWEEN_WALKS, max_entries=8, show_spinner=False)
+def _find_runs(folders: tuple[str, ...]) -> tuple[dict[str, RunInfo], list[SaelabError]]:
+    found: dict[str, RunInfo] = {}
+    problems: list[SaelabError] = []
+    for searched in folders:
+        try:
+            below = folder.find_runs(searched)
+        except SaelabError as error:
+            problems.append(error)
+            continue
+        for run in below:
+            same = run.name in found and found[run.name].path.resolve() != run.path.resolve()
+            found[str(run.path) if same else run.name] = run
+    return found, problems
 
 
-def link_to(index: int) -> dict[str, str]:
-    """The part of a link that names a feature of the current run."""
-    return {"run": st.session_state["run_name"], "feature": str(index)}
+def _is_run(run: RunInfo) -> bool:
+    return (run.path / folder.TRAINING).is_file()
 
 
-def database() -> Database:
-    """The feature database of the current run, opened once. Raises SaelabError if there is none, or a damaged one."""
-    path = folder.features(current_run().path)
-    return _database(str(path), _stamp([path / MANIFEST]))
+def _latest(found: Mapping[str, RunInfo]) -> str | None:
+    """The run that was trained last, preferring runs with features; None if there is no run."""
+
+    def age(name: str) -> tuple[bool, float]:
+        record = found[name].path / folder.TRAINING
+        return found[name].has_features, record.stat().st_mtime if record.is_file() else 0.0
+
+    return max(found, key=age, default=None)
+
+
+# its data
+
+
+def database(of: RunInfo | None = None) -> Database:
+    """The feature database of a run, the current one if None, opened once.
+
+    Raises SaelabError if there is none, or a damaged one.
+    """
+    path = folder.features((of or current_run()).path)
+    return _database(str(path), stamp([path / MANIFEST]))
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -106,20 +248,27 @@ def _database(path: str, stamp: tuple) -> Database:
     return open_database(path)
 
 
-def read(reader: Callable[..., T], *arguments: object) -> T:
-    """The result of `reader`, a function of `runs.folder`, for the current run; cached until a file of it changes."""
-    run = current_run().path
-    return _read(reader, reader.__name__, str(run), _stamp(folder.shown_files(run)), *arguments)
+def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None) -> T:
+    """The result of `reader`, a function of `runs.folder`, for a run, the current one if None.
+
+    It is cached until a file of the run changes.
+    """
+    path = (of or current_run()).path
+    return _read(reader, reader.__name__, str(path), stamp(folder.shown_files(path)), *arguments)
 
 
-def _stamp(paths: Sequence[Path]) -> tuple:
+def stamp(paths: Sequence[Path]) -> tuple:
+    """Changes when one of the files changes: its argument is a cache's, which then reads them again."""
     stats = [path.stat() if path.is_file() else None for path in paths]
     return tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
 
 
-@st.cache_data(max_entries=200, show_spinner=False)
+@st.cache_data(max_entries=400, show_spinner=False)
 def _read(_reader: Callable, name: str, path: str, stamp: tuple, *arguments: object):
     return _reader(path, *arguments)  # Streamlit tells results apart by all arguments but the first
+
+
+# text from elsewhere
 
 
 def plain(text: str) -> str:
@@ -136,31 +285,6 @@ def code(text: str) -> str:
 
 def show_error(error: SaelabError) -> None:
     st.error(plain(str(error)), icon=":material/error:")
-
-
-def _find_runs(folders: Sequence[str]) -> tuple[dict[str, RunInfo], list[SaelabError]]:
-    found: dict[str, RunInfo] = {}
-    problems: list[SaelabError] = []
-    for searched in folders:
-        try:
-            runs = folder.find_runs(searched)
-        except SaelabError as error:
-            problems.append(error)
-            continue
-        for run in runs:
-            same = run.name in found and found[run.name].path.resolve() != run.path.resolve()
-            found[str(run.path) if same else run.name] = run
-    return found, problems
-
-
-def _latest(runs: dict[str, RunInfo]) -> str:
-    """The run that was trained last, preferring runs with features."""
-    return max(runs, key=lambda name: (runs[name].has_features, (runs[name].path / folder.TRAINING).stat().st_mtime))
-
-
-def _picked() -> None:
-    if st.session_state["run_picker"] is not None:
-        st.query_params.from_dict({"run": st.session_state["run_picker"]})
 
 
 def _some(names: list[str], most: int = 8, longest: int = 60) -> str:

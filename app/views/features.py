@@ -1,99 +1,157 @@
-"""The table of a run's features: search and sort it, and click on a row to open a feature."""
+"""The features of a run: search, filter and sort them; each row opens one."""
 
-import pandas as pd
+from typing import NamedTuple
+
+import numpy as np
 import streamlit as st
-from explorer import charts, state
-from explorer.state import IN_CONTEXTS, IN_TOKENS, LOWEST_DENSITY
+from explorer import state
+from explorer.components.histogram import draw_histogram
+from explorer.components.rows import Column, Row, draw_rows
+from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed
 
-from saelab.features import database
-from saelab.features.marks import typed, visible
+from saelab.features.database import Database
+
+HELP = """Features that are active on this text, those with most of their activation on it first.
+
+- `import numpy`: text, as it is, also across tokens; ␣ and ↵ stand for a space and a line break
+- `/def \\w+/`: a regular expression
+- `token:import`: a token as a whole
+- `promotes:import`: tokens that the feature makes more likely
+- `id:7,12,40-50`: features by index"""
+COLUMNS = [
+    Column("id", "feature", True),
+    Column("density", "density", True, "share of the held-out tokens on which the feature is active, and their number"),
+    Column("maximum", "max", True, "largest activation"),
+    Column("bars", "activations", False, "histogram from 0 to the maximum; heights are logarithmic"),
+    Column(
+        "tokens", "promotes / active on", False, "tokens that it makes more likely; tokens with most of its activation"
+    ),
+    Column("text", "example", False, "the match, or the strongest activation, is framed"),
+]
+SCORE = Column("score", "match", True, "share of the feature's activation that lies on the match")
+# The column of the database that each column sorts by; "" is the order of the query.
+SORTS = {"id": "feature", "density": "density", "maximum": "maximum", "score": ""}
 
 
-def filtered(table: pd.DataFrame, never_active: int) -> pd.DataFrame:
-    """Draw the filters; returns the rows that pass them."""
-    left, middle, right, last = st.columns([4, 2.2, 3, 2.4], vertical_alignment="bottom", gap="medium")
-    text = left.text_input(
-        "Search",
-        key="search",
-        placeholder="def, import numpy, ↵ ...",
-        help="Upper and lower case are the same. tokens: searches the tokens that a feature promotes and those at the "
-        "peaks of its top contexts. context text: searches all text of its top contexts, across tokens.",
-        live=True,
+class Facet(NamedTuple):
+    """Counts of features in bins of a column, logarithmic."""
+
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def facet(_database: Database, folder: str, inputs: str, column: str) -> Facet:
+    """How many features that are ever active lie in 40 bins of a column."""
+    values = np.asarray(_database.table[column])[np.asarray(_database.table["n_active"]) > 0]
+    low, high = np.log10([values.min(), values.max()]) if len(values) else (-1.0, 0.0)
+    edges = 10.0 ** np.linspace(low, max(high, low + 0.01), 41)
+    edges[0], edges[-1] = edges[0] * 0.999, edges[-1] * 1.001  # so that rounding leaves no feature out
+    edges = np.array([float(f"{edge:.5g}") for edge in edges])  # short enough for a link
+    return Facet(edges, np.histogram(values, edges)[0])
+
+
+def draw_facet(database: Database, listing: Listing, column: str, title: str) -> None:
+    """A histogram whose brush filters the list."""
+    edges, counts = facet(database, str(database.folder), database.arrays.manifest["inputs"], column)
+    chosen = None
+    if column in listing.parameters:
+        low, high = getattr(listing, column)
+        first, last = np.searchsorted(edges, [low * 1.0001, high * 0.9999], side="right") - 1
+        chosen = (max(0, int(first)), min(len(counts) - 1, max(int(first), int(last))))
+
+    def choose(bins: tuple[int, int] | None) -> None:
+        ends = (float(edges[bins[0]]), float(edges[bins[1] + 1])) if bins else None
+        state.change(page=None, **{column: ends})
+
+    draw_histogram(counts, edges, key=f"{column}_bars", title=title, noun="features", chosen=chosen, on_chosen=choose)
+
+
+def draw_filters(database: Database, listing: Listing) -> None:
+    search, shown = st.columns([3, 2], vertical_alignment="bottom", gap="medium")
+    with search:
+        st.text_input(
+            "Search",
+            placeholder="text, /regex/, token:, promotes:, id:",
+            help=HELP,
+            icon=":material/search:",
+            **state.bound("q", "", clears=("page", "sort", "order")),
+        )
+    with shown:
+        never = int(database.arrays.manifest["never_active"])
+        labels = {"active": "active", "never": f"{never:,} never active", "all": "all"}
+        st.segmented_control(
+            "Show",
+            SHOWN,
+            format_func=labels.__getitem__,
+            required=True,
+            **state.bound("show", "active", SHOWN, clears=("page",)),
+        )
+    left, right = st.columns(2, gap="medium")
+    with left:
+        draw_facet(database, listing, "density", "density")
+    with right:
+        draw_facet(database, listing, "maximum", "largest activation")
+
+
+def rows_of(database: Database, found: Listed, features: np.ndarray) -> list[Row]:
+    """The rows of some features of the list, with where each matches the query."""
+    hits = found.found
+    top = database.table["top_places"][features, 0].tolist() if len(features) else []
+    if hits is None or hits.places is None or hits.shares is None:
+        return [Row(int(feature), place) for feature, place in zip(features, top, strict=True)]
+    order = np.argsort(hits.features, kind="stable")
+    at = order[np.searchsorted(hits.features, features, sorter=order)]
+    shares, places = hits.shares[at].tolist(), hits.places[at].tolist()
+    return [
+        Row(int(feature), place, f"{100 * share:.1f}%")
+        for feature, place, share in zip(features, places, shares, strict=True)
+    ]
+
+
+def draw_list(database: Database, listing: Listing, found: Listed) -> None:
+    total = len(found.features)
+    page = min(state.value("page", 1, limits=(1, 1e9)), max(1, -(-total // SIZE)))
+    first = (page - 1) * SIZE
+    matched = found.found is not None and found.found.shares is not None
+
+    def sort_by(key: str) -> None:
+        sort = SORTS[key]
+        again = sort == listing.sort
+        rising = listing.order == "desc" if again else sort == "feature"
+        state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)
+
+    opened = draw_rows(
+        database,
+        rows_of(database, found, found.features[first : first + SIZE]),
+        [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else COLUMNS,
+        key="rows",
+        link=feature_address(listing),
+        sort=next((key for key, column in SORTS.items() if column == listing.sort and (column or matched)), ""),
+        descending=listing.order == "desc",
+        first=first,
+        total=total,
+        size=SIZE,
+        remember=True,
+        on_sorted=sort_by,
+        on_turned=lambda step: state.change(page=page + int(step)),
     )
-    where = middle.segmented_control(
-        "in", [IN_TOKENS, IN_CONTEXTS], key="search_in", required=True, label_visibility="collapsed"
-    )
-    right.slider("Density, log10", LOWEST_DENSITY, 0.0, step=0.25, format="%.1f", key="density_range")
-    low, high = st.session_state["density_range"]
-    with_dead = last.toggle(f"Show {never_active:,} never active", key="show_never_active", disabled=never_active == 0)
-
-    keep = pd.Series(True, index=table.index)
-    if text.strip():
-        if where == IN_CONTEXTS:
-            keep &= table["feature"].isin(state.read(database.search_contexts, typed(text)).tolist())
-        else:
-            keep &= database.search_tokens(table, typed(text))
-    active = table["n_active"] > 0
-    # The slider's ends mean no limit.
-    above = 10**low if low > LOWEST_DENSITY else 0.0
-    keep &= (active & table["density"].between(above, 10**high)) | (~active & with_dead)
-    return table.loc[keep]
-
-
-def draw_table(lines: pd.DataFrame) -> None:
-    shown = lines.assign(
-        density=100 * lines["density"],
-        top_logit_tokens=[[visible(token) for token in tokens] for tokens in lines["top_logit_tokens"]],
-        peak_tokens=[[visible(token) for token in tokens] for tokens in lines["peak_tokens"]],
-    )
-    number = st.column_config.NumberColumn
-    event = st.dataframe(
-        shown,
-        key="table",
-        height=620,
-        hide_index=True,
-        lazy=False,  # a table that loads in parts does not support selection
-        on_select="rerun",
-        selection_mode="single-cell",
-        column_config={
-            "feature": number("feature", width=90, format="%d"),
-            "density": number("density, %", width=100, format="%.4f", help="share of the tokens on which it is active"),
-            "n_active": number("active on", width=100, format="localized", help="number of tokens it is active on"),
-            "mean_activation": number(
-                "mean", width=80, format="%.2f", help="mean activation over the tokens it is active on"
-            ),
-            "max_activation": number("max", width=80, format="%.2f", help="largest activation"),
-            "top_logit_tokens": st.column_config.ListColumn(
-                "promotes", width=360, help="tokens whose logits it raises most"
-            ),
-            "peak_tokens": st.column_config.ListColumn(
-                "peaks on", width=360, help="tokens at the peaks of its top contexts"
-            ),
-        },
-    )
-    chosen = [row for row, _ in event["selection"]["cells"]]
-    if chosen and chosen[0] < len(lines):
-        st.switch_page(state.FEATURE, query_params=state.link_to(int(lines["feature"].to_numpy()[chosen[0]])))
+    if opened is not None:
+        st.switch_page(state.FEATURE, query_params=state.link(**listing.parameters, feature=opened))
 
 
 def page() -> None:
-    table = state.read(database.feature_table)
-    whole = state.read(database.summary)
-    st.header("Features", anchor=False)
-    edges, counts = database.density_histogram(table)
-    middles = (edges[:-1] + edges[1:]) / 2
-    figure = charts.bars(middles, counts, edges[1] - edges[0], "density, log10 of the fraction of tokens", "features")
-    charts.draw(figure, "densities", "Histogram of the features' densities")
-    lines = filtered(table, whole.never_active)
-    note = f"{len(lines):,} of {len(table):,} features"
-    if whole.never_active:
-        hidden = "" if st.session_state["show_never_active"] else " (hidden)"
-        note += f"; {whole.never_active:,} never active on {whole.n_tokens:,} tokens{hidden}"
-    st.caption(note + ". Click on a row to open the feature.")
-    if len(lines):
-        draw_table(lines)
+    database = state.database()
+    listing = current_listing()
+    draw_filters(database, listing)
+    found = listed(database, listing)
+    st.caption(
+        f"{len(found.features):,} of {database.n_features:,} features; densities are of {database.n_tokens:,} tokens"
+    )
+    if len(found.features):
+        draw_list(database, listing, found)
     else:
-        st.info("No feature passes these filters. Change the search, or widen the range of densities.")
+        st.info("No feature passes these filters. Change the search, or widen the ranges.")
 
 
 page()

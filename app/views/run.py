@@ -1,16 +1,29 @@
-"""Overview of a run: evaluation, training curves and settings."""
+"""A run: its evaluation, its training, which it follows, and how densities and active features are spread."""
 
+import time
+from html import escape
+
+import numpy as np
 import streamlit as st
-from explorer import charts, state
-from explorer.html import facts_html, number
+from explorer import charts, state, tables
+from explorer.html import facts_html
 
-from saelab.features import database
+from saelab.features.database import Database
+from saelab.features.densities import density_histogram, rank_frequency
+from saelab.features.marks import number, visible
+from saelab.features.per_token import PerToken, active_per_token
 from saelab.runs import folder
 
-# The figures of eval.json in reading order: (name, title, unit, definition).
+VIEWS = {"overview": "Overview", "dead": "Dead and under-used", "allocation": "Active features per token"}
+HEADLINE = {
+    "fvu": "FVU",
+    "fvu_without_sinks": "FVU without sinks",
+    "delta_ce": "delta CE, nats",
+    "l0": "L0",
+    "never_active": "Never active",
+}
+# The other figures of eval.json in reading order: (name, title, unit, definition).
 FIGURES = [
-    ("fvu", "FVU", "", "squared error over squared deviation from the mean, each pooled over all evaluated tokens"),
-    ("l0", "L0", "features per token", "mean number of active features"),
     ("cosine", "Cosine", "", "mean cosine between an activation vector and its reconstruction"),
     (
         "sinks",
@@ -19,14 +32,12 @@ FIGURES = [
         "evaluated tokens with norms above 10 times the median; FVU and cosine count them",
     ),
     ("sink_variance", "Variance in sinks", "share", "of the squared deviations from the mean, over all tokens"),
-    ("fvu_without_sinks", "FVU without sinks", "", "over all other tokens"),
     ("cosine_without_sinks", "Cosine without sinks", "", "over all other tokens"),
     ("ce_spliced_without_sinks", "CE, spliced without sinks", "nats per token", "sinks are left clean"),
     ("delta_ce_without_sinks", "delta CE without sinks", "nats per token", "CE spliced without sinks - CE clean"),
     ("top_variance", "Variance in few dimensions", "share", "in the largest 1% of them, over all tokens but sinks"),
     ("ce_clean", "CE, clean", "nats per token", "cross-entropy of the next token in the unchanged model"),
     ("ce_spliced", "CE, spliced", "nats per token", "with the reconstruction in place of the activations"),
-    ("delta_ce", "delta CE", "nats per token", "CE spliced - CE clean: the loss added by the reconstruction"),
     ("kl", "KL", "nats per token", "from the clean to the spliced distribution of the next token"),
     ("ce_zero_ablated", "CE, zero-ablated", "nats per token", "with zeros in place of the activations"),
     ("ce_mean_ablated", "CE, mean-ablated", "nats per token", "with the mean activation in place of every activation"),
@@ -42,13 +53,9 @@ FIGURES = [
         "share",
         "the same with mean ablation, which is the harder test",
     ),
-    ("never_active", "Never active", "features", "active on none of the evaluated tokens, in inference mode"),
-    ("never_active_share", "Never active", "share", "of all features"),
     ("share_below_1e4", "Density below 1e-4", "share", "features active on less than 0.01% of the evaluated tokens"),
     ("share_below_1e5", "Density below 1e-5", "share", "features active on less than 0.001% of the evaluated tokens"),
     ("c_dec", "c_dec", "mean absolute cosine", "between the decoder rows of two features, over all pairs of features"),
-    ("n_features", "Features", "", "number of features of the autoencoder"),
-    ("tokens", "Evaluated on", "tokens", "N: held-out tokens; no figure includes BOS or other special tokens"),
     ("ce_tokens", "CE and KL on", "tokens", "evaluated tokens that are followed by another ordinary token"),
     ("trained_tokens", "Trained on", "tokens", "how far the training was when this was evaluated"),
 ]
@@ -60,8 +67,8 @@ SINKS = (  # shown if there are any
     "ce_spliced_without_sinks",
     "delta_ce_without_sinks",
 )
-# a hash of the inputs; the site is in the caption; the mode is inference; the page's head shows an unfinished training
-NOT_SHOWN = ("inputs", "site", "mode", "training_complete")
+# a hash of the inputs; the mode is inference; the page says the others elsewhere
+NOT_SHOWN = ("inputs", "site", "mode", "training_complete", "tokens", "n_features", "never_active_share")
 
 CURVES = {
     "fvu": "FVU of the batch",
@@ -76,40 +83,63 @@ CURVES = {
     "gradient_norm": "Norm of the gradient",
     "tokens_per_second": "Tokens per second",
 }
+# Streamlit shows texts that stand alone in a page's file, so these have comments.
+FOLLOWED_FOR = 300  # seconds after the last change of a file of the training
+ENOUGH_TOKENS = 300_000  # with fewer, "never active" says little
+LONGEST = 40  # characters shown of a token in a line of text
+UNDER_USED = [1e-5, 1e-4, 1e-3]
 
 
 def shown(value: object) -> str:
+    """A figure with four significant digits; counts are whole."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "undefined" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}" if abs(value) >= 1e-3 else number(value)
+    if isinstance(value, int) or abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def with_interval(found: dict, name: str) -> str:
+    """A figure, with its interval if the evaluation has one."""
+    match found.get(f"{name}_interval"):
+        case [low, high]:
+            return f"{shown(found[name])} ({shown(low)} to {shown(high)})"
+    return shown(found[name])
 
 
 def draw_evaluation() -> None:
-    st.subheader("Evaluation", anchor=False)
     found = state.read(folder.evaluation)
     if found is None:
         st.info(f"Not evaluated yet. `saelab eval {state.code(str(state.current_run().path))}` evaluates it.")
         return
-    headline = [
-        ("fvu", "FVU"),
-        ("fvu_without_sinks", "FVU without sinks"),
-        ("delta_ce", "delta CE, nats"),
-        ("l0", "L0"),
-        ("never_active", "Never active"),
-    ]
     if not found.get("sinks"):
         found = {name: value for name, value in found.items() if name not in SINKS}
-    present = [(name, title) for name, title in headline if name in found]
-    for column, (name, title) in zip(st.columns(max(1, len(present))), present, strict=False):
-        column.metric(title, shown(found[name]))
-    rows = [(title, shown(found[name]), unit, text) for name, title, unit, text in FIGURES if name in found]
-    known = {name for name, *_ in FIGURES} | set(NOT_SHOWN)
-    rows += [(name, shown(value), "", "") for name, value in found.items() if name not in known]
-    st.html(facts_html(rows))
+    present = [name for name in HEADLINE if name in found]
+    with st.container(horizontal=True, gap="medium"):
+        for name in present:
+            share = found.get("never_active_share") if name == "never_active" else None
+            more = f" ({100 * share:.2g}%)" if isinstance(share, int | float) else ""
+            st.metric(HEADLINE[name], with_interval(found, name) + more, width="content")
+    on = f" on {found['tokens']:,} held-out tokens" if isinstance(found.get("tokens"), int) else ""
+    st.caption(f"Evaluated{on} in inference mode; no figure includes BOS or other special tokens.")
+    known = {name for name, *_ in FIGURES} | set(NOT_SHOWN) | set(HEADLINE)
+    rows = [(title, with_interval(found, name), unit, text) for name, title, unit, text in FIGURES if name in found]
+    new = [name for name in found if name not in known and not name.endswith("_interval")]
+    rows += [(name, with_interval(found, name), "", "") for name in new]
+    with st.expander("All figures, with definitions"):
+        st.html(facts_html(rows))
+
+
+def followed() -> bool:
+    """Whether the run is still training: its record is not complete, and its files change."""
+    path = state.current_run().path
+    if not folder.unfinished(path):
+        return False
+    files = [file for file in (path / folder.METRICS, path / folder.TRAINING) if file.is_file()]
+    return time.time() - max(file.stat().st_mtime for file in files) < FOLLOWED_FOR
 
 
 def draw_training() -> None:
-    st.subheader("Training", anchor=False)
     metrics = state.read(folder.metrics)
     x = next((name for name in ("tokens", "step") if name in metrics), None)
     if x is None:
@@ -117,31 +147,204 @@ def draw_training() -> None:
         return
     names = [name for name in CURVES if name in metrics]
     names += [name for name in metrics if name not in CURVES and name not in ("tokens", "step")]
+    values = {name: metrics[name].dropna().unique().tolist() for name in names}
+    constant = {name: found[0] for name, found in values.items() if len(found) == 1}
+    names = [name for name, found in values.items() if len(found) > 1]
     for start in range(0, len(names), 3):
         for column, name in zip(st.columns(3, gap="medium"), names[start : start + 3], strict=False):
             with column:
                 title = CURVES.get(name, name)
                 charts.draw(charts.curve(metrics, x, name, title), f"curve-{name}", f"{title} over training")
+    if constant:
+        said = ", ".join(f"{CURVES.get(name, name)} {shown(value)}" for name, value in constant.items())
+        st.caption(state.plain(f"Constant: {said}."))
+
+
+def draw_progress(live: bool) -> None:
+    """How far an unfinished training is; while it is live, with its curves, again every few seconds."""
+    run = state.current_run()
+    if live and not followed():
+        st.rerun()  # the training ended: the whole page has more to show
+    unfinished = state.read(folder.unfinished)
+    if unfinished and live:
+        metrics = state.read(folder.metrics)
+        tokens = f"{int(metrics['tokens'].iloc[-1]):,}" if "tokens" in metrics and len(metrics) else "0"
+        planned = folder.training_record(run.path).get("planned_tokens")
+        of = f" of {planned:,}" if isinstance(planned, int) else ""
+        st.info(f"Training: {tokens}{of} tokens. This page follows it.", icon=":material/progress_activity:")
+    elif unfinished:
+        goes_on = f"`saelab train --resume {state.code(str(run.path))}` goes on with it."
+        st.warning(f"{unfinished[0].upper()}{unfinished[1:]}. {goes_on}", icon=":material/warning:")
+    st.subheader("Training", anchor=False)
+    draw_training()
+
+
+def open_features(densities: list) -> None:
+    """Opens the features with densities from the smallest to the largest of these."""
+    if densities:
+        low, high = min(low for low, _ in densities), max(high for _, high in densities)
+        st.switch_page(state.FEATURES, query_params=state.link(density=(float(low), float(high))))
+
+
+def draw_densities(database: Database) -> None:
+    density = database.table["density"]
+    edges, counts = density_histogram(density)
+    left, right = st.columns(2, gap="large")
+    with left:
+        middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+        figure = charts.bars(middles, counts, width, "density, log10", "features")
+        # ends are rounded outwards, so that every feature of the bar is in the range
+        ends = np.stack([10 ** (edges[:-1] - 1e-9), np.minimum(10 ** (edges[1:] + 1e-9), 1)], 1)
+        figure.update_traces(customdata=ends)
+        open_features(charts.draw_selectable(figure, "densities", "Histogram of the features' densities"))
+    with right:
+        ranks, densities = rank_frequency(density)
+        figure = charts.ranks(ranks, densities, "rank of the feature", "density")
+        figure.update_traces(customdata=np.stack([densities, densities], 1))
+        open_features(charts.draw_selectable(figure, "ranks", "Density of the features by rank, log-log"))
+    st.caption(
+        f"Density: the share of {database.n_tokens:,} held-out tokens on which a feature is active. Drag across a "
+        "chart, or click on a bar, to open those features."
+    )
+
+
+def draw_dead(database: Database) -> None:
+    """Never active and under-used features, with links."""
+    n_active = database.table["n_active"]
+    dead = np.flatnonzero(n_active == 0)
+    st.subheader(f"{len(dead):,} of {database.n_features:,} features are never active", anchor=False)
+    caution = ""
+    if database.n_tokens < ENOUGH_TOKENS:
+        caution = f" These are few tokens: on {ENOUGH_TOKENS:,} or more, some of them may be active."
+    st.caption(f"On none of {database.n_tokens:,} held-out tokens, in inference mode.{caution}")
+    if len(dead):
+        page = tables.page("dead", len(dead))
+        st.html(tables.links(dead[page]))
+        st.page_link(
+            state.FEATURES, label="Open them as a list", query_params=state.link(show="never"), icon=":material/list:"
+        )
+    below = st.selectbox(
+        "Under-used: density below",
+        UNDER_USED,
+        **state.bound("below", UNDER_USED[1], UNDER_USED, clears=["under_page"]),
+        format_func=lambda density: f"{density:g}",
+        width=220,
+    )
+    density = database.table["density"]
+    rare = np.flatnonzero((n_active > 0) & (density < below))
+    rare = rare[np.argsort(density[rare], kind="stable")]
+    st.subheader(f"{len(rare):,} features are active, but on less than {below:g} of the tokens", anchor=False)
+    if len(rare):
+        st.html(tables.features(database, rare[tables.page("under", len(rare))]))
+
+
+def draw_allocation(database: Database) -> None:
+    """How many features are active on each token, and where they are most."""
+    found = per_token(database)
+    if found.constant:
+        st.info(
+            f"Every one of the {database.n_tokens:,} ordinary tokens has {number(found.mean)} active features: this "
+            "autoencoder gives each token the same number, so there is nothing to compare between tokens."
+        )
+        return
+    first, last = np.flatnonzero(found.counts)[[0, -1]]
+    group = -(-int(last - first + 1) // 100)
+    counts = np.add.reduceat(found.counts[first : last + 1], np.arange(0, last - first + 1, group))
+    lowest = first + group * np.arange(len(counts))
+    st.caption(
+        f"Active features on each of {database.n_tokens:,} ordinary tokens: {number(found.mean)} on average (L0), from "
+        f"{first:,} to {last:,}."
+    )
+    hover = "%{x}: %{y:,} tokens" if group == 1 else f"%{{x}} ± {(group - 1) / 2:g}: %{{y:,}} tokens"
+    figure = charts.bars(lowest + (group - 1) / 2, counts, group, "active features on a token", "tokens", hover)
+    charts.draw(figure, "l0", "Histogram of the number of active features per token")
+    st.subheader("Tokens by their mean number of active features", anchor=False)
+    vocabulary = database.vocabulary
+    common = np.flatnonzero(vocabulary.counts >= max(10, database.n_tokens // 10_000))
+    common = common[np.argsort(-found.by_id[common], kind="stable")]
+    left, right = st.columns(2, gap="large")
+    for column, title, ids in ((left, "most", common[:15]), (right, "fewest", common[::-1][:15])):
+        rows = [
+            (
+                shortened(vocabulary.text(int(token))),
+                number(float(found.by_id[token])),
+                f"{vocabulary.counts[token]:,} times",
+                "",
+            )
+            for token in ids
+        ]
+        with column:
+            st.caption(title)
+            st.html(facts_html(rows))
+    st.subheader("Single tokens with the most active features", anchor=False)
+    st.html(hardest(database, found))
+
+
+def hardest(database: Database, found: PerToken) -> str:
+    """The places with the most active features in their text, as HTML."""
+    rows, context, lines = database.facts.rows, database.facts.rows.shape[1], []
+    for place, l0 in zip(found.hardest.tolist(), found.hardest_l0.tolist(), strict=True):
+        row, position = divmod(place, context)
+        start = max(0, position - 12)
+        texts = [shortened(text) for text in database.vocabulary.window(rows[row, start : position + 6])]
+        at = position - start
+        text = f"{escape(''.join(texts[:at]))}<mark>{escape(texts[at])}</mark>{escape(''.join(texts[at + 1 :]))}"
+        lines.append(
+            f'<tr><td class="sl-value">{l0:,}</td><td class="sl-snippet">{text}</td>'
+            f'<td class="sl-dim">row {row}, token {position}</td></tr>'
+        )
+    return f'<table class="sl-facts"><tbody>{"".join(lines)}</tbody></table>'
+
+
+def shortened(token: str) -> str:
+    return visible(token if len(token) <= LONGEST else f"{token[:LONGEST]}…")
+
+
+def per_token(database: Database) -> PerToken:
+    return _per_token(database, str(database.folder), database.arrays.manifest["inputs"])
+
+
+@st.cache_resource(max_entries=4, show_spinner="counting active features")
+def _per_token(_database: Database, folder: str, inputs: str) -> PerToken:
+    return active_per_token(_database.facts, _database.vocabulary)
+
+
+def draw_overview(database: Database | None) -> None:
+    draw_evaluation()
+    if database is not None:
+        st.subheader("Densities", anchor=False)
+        draw_densities(database)
+    live = followed()
+    st.fragment(draw_progress, run_every=5 if live else None)(live)
+    with st.expander("Settings, with defaults and overrides (config.yaml)"):
+        st.code(state.read(folder.settings_text), language="yaml")
 
 
 def page() -> None:
     run = state.current_run()
-    st.header(state.plain(st.session_state["run_name"]), anchor=False)
-    unfinished = state.read(folder.unfinished)
-    if unfinished:
-        goes_on = f"`saelab train --resume {state.code(str(run.path))}` goes on with it."
-        st.warning(f"{unfinished[0].upper()}{unfinished[1:]}. {goes_on}", icon=":material/warning:")
-    if run.has_features:
-        whole = state.read(database.summary)
-        st.caption(
-            state.plain(f"{whole.n_features:,} features of {whole.site} ({whole.d_in} wide) of the model {whole.model}")
-        )
-    else:
+    st.header(state.plain(state.run_name()), anchor=False)
+    database = state.database() if run.has_features else None
+    if database is None:
         st.info(f"No features yet. `saelab index {state.code(str(run.path))}` makes them.")
-    draw_evaluation()
-    draw_training()
-    with st.expander("Settings, with defaults and overrides (config.yaml)"):
-        st.code(state.read(folder.settings_text), language="yaml")
+        return draw_overview(None)
+    width = database.arrays.manifest["d_in"]
+    st.caption(
+        state.plain(f"{database.n_features:,} features of {database.site} ({width} wide) of the model {database.model}")
+    )
+    view = st.segmented_control(
+        "View",
+        list(VIEWS),
+        **state.bound("view", "overview", list(VIEWS)),
+        format_func=lambda name: VIEWS[name],
+        required=True,
+        label_visibility="collapsed",
+    )
+    if view == "dead":
+        draw_dead(database)
+    elif view == "allocation":
+        draw_allocation(database)
+    else:
+        draw_overview(database)
 
 
 page()

@@ -1,1 +1,115 @@
-"""The runs page."""
+"""The runs: a card per run, sorted, and two ticked ones to compare."""
+
+import math
+from datetime import datetime
+from html import escape
+
+import streamlit as st
+from explorer import state, tables
+
+from saelab.features.marks import number
+from saelab.runs.summary import RunSummary, summarise
+
+# Figures from the lowest on, the newest and the largest first.
+SORTS = {
+    "newest": lambda name, run: -run.trained,
+    "name": lambda name, run: name,
+    "FVU": lambda name, run: unknown_last(run.fvu),
+    "delta CE": lambda name, run: unknown_last(run.delta_ce),
+    "L0": lambda name, run: unknown_last(run.l0),
+    "dead": lambda name, run: unknown_last(run.never_active),
+    "size": lambda name, run: -run.bytes,
+}
+
+
+def unknown_last(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in words: "1.2 GB"."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
+        n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.3g} {units[0]}"
+
+
+def sparkline(curve: tuple[float, ...]) -> str:
+    """The curve as a small filled drawing, with its first and last value in words."""
+    low, high = min(curve), max(curve)
+    across, up = 100 / (len(curve) - 1), 90 / ((high - low) or 1.0)
+    points = ",".join(f"{i * across:.1f}% {95 - (value - low) * up:.1f}%" for i, value in enumerate(curve))
+    words = f"FVU over training, from {number(curve[0])} to {number(curve[-1])}"
+    shape = f"polygon(0% 100%,{points},100% 100%)"
+    return f'<div class="sl-spark" role="img" aria-label="{words}" style="clip-path: {shape}"></div>'
+
+
+def figures(run: RunSummary) -> str:
+    """The figures of a card, as HTML."""
+
+    def shown(value: float | None) -> str:
+        return "–" if value is None else number(value)
+
+    share = ""
+    if run.never_active is not None and run.n_features:
+        share = f" ({100 * run.never_active / run.n_features:.1f}%)"
+    dead = f"{run.never_active:,}{share}" if run.never_active is not None else "–"
+    on = f"dead on {run.tokens:,} tokens" if run.tokens is not None else "dead"
+    facts = [
+        (shown(run.fvu), "FVU"),
+        (shown(run.delta_ce), "delta CE, nats"),
+        (shown(run.l0), "L0"),
+        (dead, on),
+        (f"{run.n_features:,}" if run.n_features is not None else "–", "features"),
+        (size(run.bytes), "on disk"),
+        (f"{datetime.fromtimestamp(run.trained):%Y-%m-%d %H:%M}", "trained"),
+    ]
+    drawn = [f"<div><b>{escape(value)}</b><span>{escape(title)}</span></div>" for value, title in facts]
+    if len(run.curve) > 1:
+        drawn.append(f"<div>{sparkline(run.curve)}<span>FVU over training</span></div>")
+    where = " · ".join(text for text in (run.model, run.site) if text)
+    return f'<div class="sl-note">{escape(where)}</div><div class="sl-figures">{"".join(drawn)}</div>'
+
+
+def tick(name: str, ticked: str) -> None:
+    """Remember the first ticked run in the link, and the pair once there is a second one."""
+    if ticked and ticked != name:
+        st.session_state["pair"] = {"run": ticked, "other": name}
+        state.change(tick=None)
+    else:
+        state.change(tick=name if st.session_state[f"tick-{name}"] else None)
+
+
+def draw_card(name: str, run: RunSummary, ticked: str) -> None:
+    with st.container(border=True, gap="small"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            st.page_link(
+                state.RUN, label=f"**{state.plain(name)}**", query_params=state.link() | {"run": name}, width="stretch"
+            )
+            st.session_state[f"tick-{name}"] = name == ticked
+            st.checkbox("compare", key=f"tick-{name}", on_change=tick, args=(name, ticked), width="content")
+        st.html(figures(run))
+        if run.unfinished:
+            st.caption(state.plain(f"{run.unfinished[0].upper()}{run.unfinished[1:]}."))
+        if run.problem:
+            st.warning(state.plain(run.problem), icon=":material/warning:")
+
+
+def page() -> None:
+    if "pair" in st.session_state:
+        st.switch_page(state.COMPARE, query_params=st.session_state.pop("pair"))
+    runs = state.runs()
+    found = {name: state.read(summarise, of=run) for name, run in runs.items()}
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.header(f"{len(found):,} run{'s' * (len(found) != 1)}", anchor=False, width="stretch")
+        order = st.selectbox("Sort by", list(SORTS), **state.bound("sort", "newest", list(SORTS)), width=160)
+    ticked = state.value("tick", "", list(found))
+    if ticked:
+        st.info(f"Tick a second run to compare it with {state.plain(ticked)}.")
+    names = sorted(found, key=lambda name: (SORTS[order](name, found[name]), name))
+    for name in names[tables.page("runs", len(names))]:
+        draw_card(name, found[name], ticked)
+
+
+page()

@@ -38,8 +38,14 @@ class RunInfo:
     path: Path
     name: str
     """Path of the run below the folder that was searched; the folder's own name if it is the run."""
-    has_eval: bool
-    has_features: bool
+
+    @property
+    def has_eval(self) -> bool:
+        return (self.path / EVALUATION).is_file()
+
+    @property
+    def has_features(self) -> bool:
+        return (features(self.path) / database.MANIFEST).is_file()
 
 
 def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
@@ -63,7 +69,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
     def info(path: Path) -> RunInfo:
         name = root.resolve().name if path == root else path.relative_to(root).as_posix()
-        return RunInfo(path, name, (path / EVALUATION).is_file(), _database(path).is_file())
+        return RunInfo(path, name)
 
     return [info(path) for path in below(root, depth)]
 
@@ -155,11 +161,6 @@ def features_inputs(run: Path) -> str | None:
 def features(run: Path | str) -> Path:
     """The folder of the feature database, which `saelab.features.database` reads; it need not exist."""
     return current_folder(Path(run) / FEATURES)
-
-
-def _database(run: Path) -> Path:
-    """The manifest of the feature database, which is written last."""
-    return features(run) / database.MANIFEST
 
 
 def weights(run: Path) -> Path:

@@ -1,0 +1,45 @@
+"""Registers a component from its JavaScript and CSS files, and packs its data."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streamlit.components import v2
+
+from saelab.features.marks import pieces
+
+HERE = Path(__file__).parent
+LONGEST = 2000
+"""Most characters of a token that are sent."""
+
+
+def component(name: str, html: str) -> Callable[..., Any]:
+    """The component whose files are `name`.js and `name`.css; shared.js and shared.css come before them."""
+
+    def read(kind: str) -> str:
+        return "".join((HERE / f"{file}.{kind}").read_text("utf-8") for file in ("shared", name))
+
+    return v2.component(f"saelab_{name}", html=html, css=read("css"), js=read("js"))
+
+
+def packed(data: dict[str, Any]) -> bytes:
+    """JSON without spaces and escapes: a third shorter than what Streamlit makes of the same dictionary."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def marked(token: str) -> str:
+    r"""A token with its marks for white space and invisible characters between \x01 and \x02.
+
+    No other control character is left. Past `LONGEST` characters, a mark says how long the token is.
+    """
+    found = pieces(token[:LONGEST]) or [("∅", True)]
+    if len(token) > LONGEST:
+        found.append((f"… {len(token):,} characters", True))
+    return "".join(f"\x01{text}\x02" if mark else text for text, mark in found)
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """Numbers with three significant digits, whole ones without a fraction."""
+    return [int(short) if short.is_integer() else short for short in (float(f"{value:.3g}") for value in values)]

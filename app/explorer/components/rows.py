@@ -1,0 +1,146 @@
+"""A table of features. Each row is a link; headers sort."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import streamlit as st
+
+from explorer.components.mount import component, marked, packed
+from saelab.features.database import Database
+from saelab.features.marks import number
+
+_mount = component("rows", '<div class="root"></div>')
+LONGEST = 60
+"""Most characters of a token in a row."""
+BEFORE, AFTER = 8, 7
+"""Tokens of a snippet before and after the one that is lit."""
+TOKENS = 5
+
+
+class Column(NamedTuple):
+    """A column of the table. `key` is id, density, maximum, bars, tokens, score or text."""
+
+    key: str
+    label: str
+    sortable: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A feature and what its row shows besides its columns of the database."""
+
+    feature: int
+    place: int = -1
+    """The place of the text that its snippet lights; -1 for none."""
+    score: str = ""
+    note: str = ""
+
+
+def draw_rows(
+    database: Database,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    *,
+    key: str,
+    link: str,
+    sort: str = "",
+    descending: bool = True,
+    first: int = 0,
+    total: int = 0,
+    size: int = 0,
+    remember: bool = False,
+    on_opened: Callable[[int], None] | None = None,
+    on_sorted: Callable[[str], None] | None = None,
+    on_turned: Callable[[int], None] | None = None,
+) -> int | None:
+    """Draw features as rows; returns the feature that the reader has just opened.
+
+    `link` is the address of a feature without its index. A page of `size` rows starts with number `first` of `total`;
+    0 for no paging. With `remember`, the browser keeps the position in the table for Back and reload. Before the page
+    is drawn again, `on_opened` is called with the opened feature, `on_sorted` with the key of a header that was
+    pressed, and `on_turned` with the pages to go on, -1 or 1.
+    """
+    keys = {column.key for column in columns}
+    data = {
+        "columns": [list(column) for column in columns],
+        "rows": _rows(database, rows, keys),
+        "link": link,
+        "sort": sort,
+        "descending": descending,
+        "first": first,
+        "total": total,
+        "size": size,
+        "remember": remember,
+    }
+    acts = {"opened": on_opened, "sorted": on_sorted, "turned": on_turned}
+
+    def called(event: str) -> Callable[[], None]:
+        def call() -> None:
+            value, act = st.session_state[key][event], acts[event]
+            if value is not None and act is not None:
+                act(value)
+
+        return call
+
+    result = _mount(key=key, data=packed(data), **{f"on_{event}_change": called(event) for event in acts})
+    return None if result.opened is None else int(result.opened)
+
+
+def percent(share: float) -> str:
+    """A density with three significant digits: "1.23%", "0.00033%"."""
+    return "0%" if share == 0 else f"{float(f'{100 * share:.3g}'):.10f}".rstrip("0").rstrip(".") + "%"
+
+
+def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]:
+    """The columns `keys` of the rows; reads only these lines of the table."""
+    table, chosen = database.table, [row.feature for row in rows]
+    of = {name: table[name][chosen] for name in ("n_active", "histogram", "top_logit_tokens", "top_tokens")}
+    maxima = database.facts.maxima[chosen]
+    sent = []
+    for i, row in enumerate(rows):
+        line: dict = {"id": row.feature}
+        n = int(of["n_active"][i])
+        if "density" in keys:
+            line |= {"density": percent(n / database.n_tokens), "n": f"{n:,}"}
+        if "maximum" in keys:
+            line["maximum"] = number(float(maxima[i]))
+        if "bars" in keys:
+            line["bars"] = _sparkline(of["histogram"][i])
+        if "tokens" in keys:
+            lists = [
+                [t for t in of[name][i].tolist() if t >= 0][:TOKENS] for name in ("top_logit_tokens", "top_tokens")
+            ]
+            line["tokens"] = [[_short(database.vocabulary.text(token)) for token in each] for each in lists]
+        if "score" in keys:
+            line |= {"score": row.score, "note": row.note}
+        if "text" in keys and row.place >= 0:
+            line |= _snippet(database, row.feature, row.place, float(maxima[i]))
+        sent.append(line)
+    return sent
+
+
+def _snippet(database: Database, feature: int, place: int, maximum: float) -> dict:
+    """Some tokens around a place, and the percentage of the feature's maximum that it has on each."""
+    facts = database.facts
+    position = place % facts.rows.shape[1]
+    first = place - min(position, BEFORE)
+    stop = min(place + AFTER + 1, place - position + facts.rows.shape[1])
+    tokens = database.vocabulary.window(facts.rows.reshape(-1)[first:stop])
+    places, values = facts.between(feature, first, stop)
+    shares = np.zeros(stop - first, int)
+    shares[places - first] = np.ceil(100 * values / maximum) if maximum > 0 else 0
+    return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "hit": place - first}
+
+
+def _short(token: str) -> str:
+    return marked(token if len(token) <= LONGEST else token[:LONGEST] + "…")
+
+
+def _sparkline(histogram: np.ndarray) -> str:
+    """Heights of the bars, logarithmic, as letters from a (none) to z."""
+    highest = max(1, int(histogram.max(initial=0)))
+    heights = np.ceil(25 * np.log1p(histogram) / np.log1p(highest)).astype(int)
+    return bytes((97 + heights).tolist()).decode()

@@ -1,0 +1,27 @@
+const make = (tag, name, text) => {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  return element;
+};
+
+const number = (value) =>
+  value === 0 ? "0" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+
+// Writes a token. \x01 and \x02 enclose a mark for white space; Python has replaced every other control character.
+const write = (element, token, longest, breaks) => {
+  let left = longest;
+  token.split(/[\x01\x02]/).forEach((piece, i) => {
+    if (!piece || left < 0) return;
+    const mark = i % 2 === 1, spaces = mark && breaks && /^␣×(\d+)$/.exec(piece);
+    const text = spaces ? " ".repeat(spaces[1]) : mark && breaks && piece === "⇥" ? "\t" : piece;
+    if (mark && text === piece) element.append(make("span", "mark", text));
+    else element.append([...text].slice(0, left).join(""));
+    if (mark && breaks && piece === "↵") element.append("\n");
+    left -= text.length;
+    if (left < 0) element.append(make("span", "mark", "…"));
+  });
+};
+
+const parsed = (data) => new TextDecoder().decode(data);
+const plainClick = (event) => event.button === 0 && !(event.metaKey || event.ctrlKey || event.shiftKey || event.altKey);

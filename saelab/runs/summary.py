@@ -1,0 +1,116 @@
+"""A run in a few figures, for a list of runs. Imports no torch."""
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saelab.errors import SaelabError
+from saelab.runs import folder, yaml12
+
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Figures of a run; None for what is not known yet."""
+
+    model: str | None
+    site: str | None
+    n_features: int | None
+    tokens: int | None
+    """N: evaluated tokens."""
+    fvu: float | None
+    delta_ce: float | None
+    """nats per token"""
+    l0: float | None
+    """features per token"""
+    never_active: int | None
+    """Features that are active on none of the N tokens."""
+    bytes: int
+    """Of all files of the run."""
+    trained: float
+    """When the record of the training was last written, in seconds since 1970; 0 without one."""
+    unfinished: str | None
+    """How far the training came, if it is not complete."""
+    curve: tuple[float, ...]
+    """FVU of the batch over training, at most `CURVE_POINTS` values."""
+    problem: str | None
+    """What is wrong with one of the run's files, and what to do."""
+
+
+def summarise(run: Path | str) -> RunSummary:
+    """The figures of a run. A damaged file is the summary's `problem`; the other files still count."""
+    run = Path(run)
+    problems: list[str] = []
+
+    def tried(reader: Any) -> Any:
+        try:
+            return reader(run)
+        except SaelabError as error:
+            problems.append(str(error))
+
+    settings = tried(_settings) or {}
+    figures = tried(folder.evaluation) or {}
+    metrics = tried(folder.metrics)
+    sae = settings.get("sae")
+    record = run / folder.TRAINING
+    return RunSummary(
+        model=_text(_at(settings.get("model"), "name")),
+        site=_text(settings.get("site")),
+        n_features=_whole(figures.get("n_features")) or _whole(_at(sae, "n_features")),
+        tokens=_whole(figures.get("tokens")),
+        fvu=_number(figures.get("fvu")),
+        delta_ce=_number(figures.get("delta_ce")),
+        l0=_number(figures.get("l0")),
+        never_active=_whole(figures.get("never_active")),
+        bytes=bytes_on_disk(run),
+        trained=record.stat().st_mtime if record.is_file() else 0.0,
+        unfinished=folder.unfinished(run),
+        curve=_curve(metrics["fvu"].dropna().tolist()) if metrics is not None and "fvu" in metrics else (),
+        problem=" ".join(problems) or None,
+    )
+
+
+def bytes_on_disk(run: Path) -> int:
+    """Bytes of all files in a run folder."""
+    total = 0
+    for parent, _, names in os.walk(run):
+        for name in names:
+            with suppress(OSError):  # removed meanwhile, as a training does with its temporary files
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _settings(run: Path) -> Mapping[str, Any]:
+    found = yaml12.parse(folder.settings_text(run), str(run / folder.SETTINGS))
+    return found if isinstance(found, dict) else {}
+
+
+def _curve(values: list[float]) -> tuple[float, ...]:
+    """At most `CURVE_POINTS` of the values, at equal distances, the first and the last among them."""
+    if len(values) <= CURVE_POINTS:
+        return tuple(values)
+    step = (len(values) - 1) / (CURVE_POINTS - 1)
+    return tuple(values[round(step * point)] for point in range(CURVE_POINTS))
+
+
+def _at(mapping: object, key: str) -> object:
+    return mapping.get(key) if isinstance(mapping, dict) else mapping
+
+
+def _number(value: object) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
