@@ -76,7 +76,7 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
 def shown_files(run: Path) -> list[Path]:
     """The files of a run that the explorer reads, including missing ones."""
-    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, _database(run)]
+    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, features(run) / database.MANIFEST]
 
 
 def settings_text(run: Path | str) -> str:
@@ -155,7 +155,7 @@ def evaluation_inputs(run: Path) -> str | None:
 
 def features_inputs(run: Path) -> str | None:
     """Hash of what the feature database was made from; None if it is missing or damaged."""
-    return _found(_database(run)).get("inputs")
+    return _found(features(run) / database.MANIFEST).get("inputs")
 
 
 def features(run: Path | str) -> Path:
