@@ -25,6 +25,8 @@ LIST_LENGTH = 10
 """Top and bottom logits, and neighbours of each kind, per feature."""
 LOGIT_BINS = 40
 NEURONS = 3
+COACTIVATION_ENTRIES = 4096
+"""Entries on which a feature counts how often others are active with it."""
 
 FACTS = {
     "tokens": ("<i4", "rows", "context"),
