@@ -49,13 +49,14 @@ def test_columns_equal_the_dense_formulas(shape: tuple[int, int, int], monkeypat
 
 
 def test_nothing_active_and_a_single_feature_have_empty_lists() -> None:
+    tokens = np.arange(8).reshape(2, 4)
     for n_features in (1, 3):
         z = np.zeros((2, 4, n_features), np.float32)
-        z[0, 1:3, 0] = 1
-        found = columns(*database(z, np.arange(8).reshape(2, 4))[::2])
-        assert (found["coactive_neighbours"] == -1).all() and not found["coactive_phi"].any()
-    z[:] = 0
-    assert (columns(*database(z, np.arange(8).reshape(2, 4))[::2])["coactive_neighbours"] == -1).all()
+        for value in (0, 1):
+            z[0, 1:3, 0] = value
+            arrays, _, n = database(z, tokens)
+            found = columns(arrays, n)
+            assert (found["coactive_neighbours"] == -1).all() and not found["coactive_phi"].any()
 
 
 def test_only_pairs_of_two_common_features_are_estimated_and_phi_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
