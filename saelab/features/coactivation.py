@@ -21,11 +21,15 @@ _BLOCK = 2**16
 """Features per block of columns."""
 
 
+def coactivation_bytes(n_features: int) -> int:
+    """Most bytes that `coactive_columns` needs, unless tokens have thousands of active features."""
+    return 256 * n_features + 30_000_000
+
+
 def coactive_columns(arrays: Mapping[str, np.ndarray], n_tokens: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns `coactive_*` of consecutive features, feature 0 first.
 
-    `arrays` are those of a database under ``by_feature`` and ``by_token``; `n_tokens` is N. Needs 180 bytes of memory
-    per feature, and some 20 MB.
+    `arrays` are those of a database under ``by_feature`` and ``by_token``; `n_tokens` is N.
     """
     arrays = {name: np.asarray(array) for name, array in arrays.items()}  # slices of mapped arrays would be slow
     counts = np.diff(arrays["by_feature.offsets"])

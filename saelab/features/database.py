@@ -97,7 +97,7 @@ class Feature:
     decoder_norm: float
     encoder_decoder_cosine: float
     top_logits: list[TokenValue]
-    """Tokens whose logits the decoder row raises most; empty if the site is not in the residual stream."""
+    """Tokens whose logits the decoder row raises most; empty if `Database.lens` is None."""
     bottom_logits: list[TokenValue]
     logit_histogram: np.ndarray
     """Tokens of the vocabulary in equal bins of logit over `logit_range`, ``[bins]``."""
@@ -149,7 +149,7 @@ class Database:
 
     @property
     def lens(self) -> str | None:
-        """What of the final norm the logits include, in words; None if the site is not in the residual stream."""
+        """What of the final norm the logits include, in words; None if there are no logits (docs/models.md)."""
         return self.arrays.manifest["lens"]
 
     def feature(self, index: int) -> Feature:

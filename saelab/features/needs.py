@@ -6,6 +6,7 @@ autoencoder without a budget the L0 is not known before it is trained, so its ta
 
 import math
 
+from saelab.features.coactivation import coactivation_bytes
 from saelab.features.facts_writer import FEATURE_ENTRIES, PAIRS
 from saelab.features.layout import SIZES, arrays
 from saelab.features.merge import BUCKET
@@ -45,7 +46,8 @@ def index_needs(
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
     First the text is read, which takes `text_bytes`; then it is encoded, which takes `pass_bytes` of the model on
-    `where`; then shards are merged; then the columns of the weights are computed. What a step frees is counted once.
+    `where`; then shards are merged; then pairs of features are counted; then the columns of the weights are computed.
+    What a step frees is counted once.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
@@ -61,6 +63,7 @@ def index_needs(
     encoding = encoding_bytes(sae, d_in, forward, where)
     sorting, held = shard * _SHARD_ENTRY_BYTES, min(pairs, PAIRS + BUCKET)
     merging = bucket * _BUCKET_ENTRY_BYTES + held * _PAIR_BYTES + vocabulary * _WORD_BYTES
+    merging = max(merging, coactivation_bytes(n_features))
     encoded = {where: pass_bytes + encoding}  # freed before merging
     freed = encoded.get("memory", 0)
     sizes = {"rows": rows, "context": context, "n_features": n_features, "entries": entries, "pairs": pairs}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.encoded import encoded
 from saelab.errors import SaelabError
-from saelab.features import facts_writer, merge, shards
+from saelab.features import coactivation, facts_writer, layout, merge, shards
 from saelab.features.arrays import open_arrays
 from saelab.features.database import open_database
 from saelab.features.layout import EARLIER, FACTS, MOST_PLACES, QUANTILES
@@ -173,6 +173,28 @@ def test_a_database_of_a_model_has_the_activations_of_its_pass(
     assert (database.site, database.model, manifest["d_in"], manifest["k"]) == (SITE, lm.name, 32, 3)
     assert database.arrays.manifest == json.loads((folder / "manifest.json").read_text())
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *database.arrays.manifest["files"]}
+
+
+def test_a_database_of_a_model_has_the_columns_of_pairs_and_of_weights(
+    whole: tuple[SparseAutoencoder, Tensor, Path, dict[str, Any]],
+) -> None:
+    sae, rows, folder, manifest = whole
+    lm, database = language_model("llama"), open_database(folder)
+    gain = lm.model.get_submodule("model.norm").weight
+    W_U = (lm.unembedding * gain).detach().numpy()
+    expected = dense.weights(sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy(), W_U)
+    z = np.zeros((rows.numel(), 48), np.float32)
+    for block in encoded(sae, lm, rows, SITE, SETTINGS.rows_per_forward):
+        z[block.positions] = block.codes.to_dense().detach().numpy()
+    columns = dense.activity(z, rows.numpy(), lm.ordinary(rows).numpy())
+    expected |= {name: columns[name] for name in coactivation.COLUMNS}
+    assert expected.keys() | set(COLUMNS) == layout.COLUMNS.keys()
+    for name, column in expected.items():
+        if name == "logit_histogram":
+            assert np.abs(database.table[name] - column).sum() <= 1e-2 * column.sum()
+        else:
+            np.testing.assert_allclose(database.table[name], column, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert manifest["lens"] == "with the gain of the final norm (RMSNorm)"
 
 
 def test_a_database_of_version_1_is_refused_with_a_sentence_and_replaced(
