@@ -180,7 +180,7 @@ def test_a_database_of_a_model_has_the_columns_of_pairs_and_of_weights(
 ) -> None:
     sae, rows, folder, manifest = whole
     lm, database = language_model("llama"), open_database(folder)
-    gain = lm.model.get_submodule("model.norm").weight
+    gain = lm.model.get_parameter("model.norm.weight")
     W_U = (lm.unembedding * gain).detach().numpy()
     expected = dense.weights(sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy(), W_U)
     z = np.zeros((rows.numel(), 48), np.float32)
