@@ -244,7 +244,7 @@ def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
             st.caption(f"density {100 * found.density:.3g}%, largest activation {number(found.maximum)}")
             if found.never_active:
                 continue
-            opened = draw_tokens(
+            draw_tokens(
                 lines_of(each.database, feature, each.database.examples(feature, n=6, window=20)),
                 key=key,
                 strongest=found.maximum,
@@ -252,8 +252,6 @@ def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
                 names=token_names(each.database),
                 legend=False,
             )
-            if opened is not None:
-                st.switch_page(state.FEATURE, query_params=query | {"feature": str(opened)})
 
 
 def page() -> None:

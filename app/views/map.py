@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import streamlit as st
 from explorer import charts, state
+from explorer.components.leave import leave_for
 
 from saelab.features.database import Database
 from saelab.features.marks import number, visible
@@ -15,6 +16,7 @@ MOST_POINTS = 6_000  # points that are sent; more features than these are also a
 MOST_NAMED = 1_500  # points that are sent with their tokens
 MOST_OPENED = 500  # features that a selection opens: they are in the address
 IMAGE = 96
+DRAGS = {"pan": "moves the map, clicking opens", "lasso": "selects features"}
 SPAN = 32_000  # coordinates are sent as whole numbers from -SPAN to SPAN
 SCALE = [[0, "rgb(104, 122, 196)"], [0.5, "rgb(196, 104, 128)"], [1, "rgb(238, 150, 40)"]]  # seen in both themes
 LOGARITHMIC = ("density", "n_active", "mass", "maximum", "mean", "mean_square")
@@ -149,19 +151,28 @@ def page() -> None:
     database = state.database()
     st.header("Map", anchor=False)
     columns = [name for name in SORTABLE if name != "feature"]
-    column = st.selectbox("Colour", columns, **state.bound("colour", "density", columns), width=220)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        column = st.selectbox("Colour", columns, **state.bound("colour", "density", columns), width=220)
+        drag = st.segmented_control(
+            "Dragging",
+            list(DRAGS),
+            **state.bound("drag", "pan", list(DRAGS)),
+            format_func=lambda drag: DRAGS[drag],
+            required=True,
+        )
     found = plane(database, str(database.folder), database.arrays.manifest["inputs"])
-    selection = charts.draw_selectable(figure(database, found, column), "map", "Map of the features", lasso=True)
+    selection = charts.draw_selectable(figure(database, found, column), "map", "Map of the features", drag)
     if selection["box"] or selection["lasso"]:
         draw_selected(database, inside(found, selection))
     elif selection["points"]:
-        st.switch_page(state.FEATURE, query_params=state.link(feature=int(selection["points"][0]["customdata"])))
+        leave_for(state.FEATURE, state.link(feature=int(selection["points"][0]["customdata"])))
     drawn = f"all {len(found.x):,} features"
     if len(found.drawn) < len(found.x):
         drawn = f"{len(found.drawn):,} of {len(found.x):,} features, drawn at random; the grey shade counts all of them"
     st.caption(
         f"First two principal components of the decoder rows, each of length 1. Points: {drawn}. Click on a point to "
-        "open its feature; drag around some to select all features there. Never active features have the lowest colour."
+        "open its feature, or drag a line around all features that you want as a list. Never active features have the "
+        "lowest colour."
     )
 
 

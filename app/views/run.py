@@ -7,6 +7,7 @@ import numpy as np
 import streamlit as st
 from explorer import charts, state
 from explorer.components.histogram import draw_histogram
+from explorer.components.leave import leave_for
 from explorer.components.rows import Column, Row, draw_rows
 from explorer.html import facts_html
 from explorer.listing import Listing, feature_address
@@ -219,7 +220,7 @@ def draw_densities(database: Database) -> None:
             open_features(min(chosen), max(chosen))
     if "opening" in st.session_state:
         ends = tuple(float(f"{end:.12g}") for end in st.session_state.pop("opening"))
-        st.switch_page(state.FEATURES, query_params=state.link(density=ends))
+        leave_for(state.FEATURES, state.link(density=ends))
     st.caption(
         f"Density: the share of {database.n_tokens:,} held-out tokens on which a feature is active. Drag across a "
         "chart to open those features."
@@ -231,7 +232,7 @@ def draw_features(database: Database, features: np.ndarray, columns: list[Column
     parameter = f"{name}_page"
     page = min(state.value(parameter, 1, limits=(1, 1e9)), -(-len(features) // AT_ONCE))
     first = (page - 1) * AT_ONCE
-    opened = draw_rows(
+    draw_rows(
         database,
         [Row(feature) for feature in features[first : first + AT_ONCE].tolist()],
         columns,
@@ -242,8 +243,6 @@ def draw_features(database: Database, features: np.ndarray, columns: list[Column
         size=AT_ONCE if len(features) > AT_ONCE else 0,
         on_turned=lambda step: state.change(**{parameter: page + int(step)}),
     )
-    if opened is not None:
-        st.switch_page(state.FEATURE, query_params=state.link(feature=opened))
 
 
 def draw_dead(database: Database) -> None:

@@ -6,6 +6,7 @@ from html import escape
 
 import streamlit as st
 from explorer import state
+from explorer.components.leave import leave_for
 
 from saelab.features.marks import number
 from saelab.runs.summary import RunSummary, summarise
@@ -99,7 +100,7 @@ def draw_card(name: str, run: RunSummary, ticked: str) -> None:
 
 def page() -> None:
     if "pair" in st.session_state:
-        st.switch_page(state.COMPARE, query_params=st.session_state.pop("pair"))
+        leave_for(state.COMPARE, st.session_state.pop("pair"))
     runs = state.runs()
     found = {name: state.read(summarise, of=run) for name, run in runs.items()}
     with st.container(horizontal=True, vertical_alignment="bottom"):
