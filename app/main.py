@@ -80,7 +80,7 @@ def main() -> None:
         return page.run()
     problems = state.find_runs(sys.argv[1:] or ["runs"])
     try:
-        state.pick_run()
+        state.pick_run(page.url_path)
     except SaelabError as error:
         problems.append(error)
     draw_sidebar()

@@ -1,5 +1,6 @@
 """The charts, made from numbers of saelab; Streamlit's theme colours them."""
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,21 @@ def draw(figure: go.Figure, key: str, alt: str) -> None:
     st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
 
 
-def draw_selectable(figure: go.Figure, key: str, alt: str, lasso: bool = False) -> list[Any]:
-    """Draw a chart whose points can be clicked, or selected by dragging; returns the `customdata` of the selected.
+def draw_selectable(figure: go.Figure, key: str, alt: str, drag: str = "select") -> Any:
+    """Draw a chart of points that can be selected; returns the selection.
 
-    Dragging draws a box, or with `lasso` a line around the points.
+    `drag` is what dragging does: "select" draws a box around points, "lasso" a line, and with "pan" it moves the chart,
+    and a click selects a point. The selection is a dictionary: `points`, each with its `customdata`, and the corners of
+    each `box` and `lasso`.
     """
-    figure.update_layout(dragmode="lasso" if lasso else "select", clickmode="event+select")
-    config = CONFIG | ({"displayModeBar": True, "scrollZoom": True} if lasso else {})
-    event = st.plotly_chart(figure, key=key, config=config, alt=alt, on_select="rerun")
-    return [point["customdata"] for point in event["selection"]["points"] if "customdata" in point]
+    figure.update_layout(dragmode=drag)
+    config = CONFIG if drag == "select" else CONFIG | {"displayModeBar": True, "scrollZoom": True}
+    return st.plotly_chart(figure, key=key, config=config, alt=alt, on_select="rerun")["selection"]
+
+
+def inert(text: str, longest: int = 40) -> str:
+    """Text for a label: Plotly takes labels for HTML. Long text is cut."""
+    return escape(text if len(text) <= longest else text[:longest] + "…")
 
 
 def bars(

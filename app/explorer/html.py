@@ -17,13 +17,14 @@ OTHER_HUE = "80, 140, 230"  # for tokens that a feature suppresses
 STYLE = """<style>
 .stMainBlockContainer { padding: 3.6rem clamp(1rem, 3vw, 3rem) 3rem; }
 .stMainBlockContainer > .stVerticalBlock { gap: .6rem; }
-.st-key-feature_bar { background: var(--st-background-color); padding: .4rem 0; }
-@media (min-width: 640px) { div:has(> .st-key-feature_bar) { position: sticky; top: 0; z-index: 90; } }
+.st-key-feature_bar { padding: .4rem 0; backdrop-filter: blur(1rem); }
+/* Above Streamlit's own header, which is empty there. */
+@media (min-width: 640px) { div:has(> .st-key-feature_bar) { position: sticky; top: 0; z-index: 999991; } }
 @media (max-width: 639px) { .st-key-feature_bar button :is(p, kbd) { display: none; } }
 @media (min-width: 1024px) { .stColumn:has(.st-key-rail) { position: sticky; top: 4rem; align-self: flex-start;
   max-height: calc(100vh - 5rem); overflow-y: auto; } }
 div:has(> .st-key-beside) { position: sticky; top: 0; z-index: 80; max-height: 60vh; overflow-y: auto; flex: none;
-  background: var(--st-background-color); }
+  backdrop-filter: blur(2rem); }
 .st-key-rail .sl-facts, .st-key-rail .sl-facts td.sl-value { font-size: .8rem; }
 .st-key-rail .sl-facts td { padding: .12rem .6rem .12rem 0; }
 .st-key-rail .sl-facts td:empty { display: none; }

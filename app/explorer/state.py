@@ -126,19 +126,23 @@ def find_runs(folders: Sequence[str]) -> list[SaelabError]:
     return problems
 
 
-def pick_run() -> None:
+def pick_run(page: str) -> None:
     """Make the run that the link names the current one: the one before, or the one trained last, if it names none.
 
-    Raises SaelabError if there is no run of this name.
+    `page` is the page that is drawn. Raises SaelabError if there is no run of this name.
     """
     remembered = st.session_state.pop("run_name", None)
-    name = st.query_params.get("run", remembered if remembered in runs() else _latest(runs()))
+    named = st.query_params.get("run")
+    name = named if named is not None else remembered if remembered in runs() else _latest(runs())
     if name is None:
         return
     run(name)
     st.session_state["run_name"] = name
-    # Also corrects the address after a link from a page to itself, which Streamlit leaves unchanged.
-    st.query_params["run"] = name
+    # Streamlit leaves the address unchanged after a link from a page to itself. After a link from another page it has
+    # not changed it yet, and would keep the other page with these parameters in the history.
+    if named is None or st.session_state.get("shown_page") == page:
+        st.query_params["run"] = name
+    st.session_state["shown_page"] = page
 
 
 def runs() -> Mapping[str, RunInfo]:
@@ -197,7 +201,8 @@ def current_feature(n_features: int, otherwise: int) -> int:
             "Correct the address, or choose a feature on the Features page."
         )
     shown[path] = index
-    st.query_params["feature"] = str(index)
+    if named is None:
+        change(feature=index)
     return index
 
 

@@ -1,1 +1,285 @@
-"""The compare page."""
+"""Two runs: their figures side by side, and which of their features are the same."""
+
+from html import escape
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+import numpy as np
+import plotly.graph_objects as go
+import streamlit as st
+from explorer import charts, state
+from explorer.components.pairs import draw_pairs
+from explorer.components.tokens import draw_tokens, lines_of, token_names
+
+from saelab.analysis.similarity import DecoderMatch, match_decoders
+from saelab.errors import SaelabError
+from saelab.features.database import Database
+from saelab.features.marks import number
+from saelab.runs import folder
+from saelab.runs.decoder import decoder_rows
+from saelab.runs.folder import RunInfo
+from saelab.runs.summary import RunSummary, summarise
+
+FIGURES = {
+    "fvu": "FVU",
+    "l0": "L0, features per token",
+    "delta_ce": "delta CE, nats per token",
+    "kl": "KL, nats per token",
+    "cosine": "Cosine",
+    "loss_recovered_zero": "Loss recovered, zero ablation",
+    "loss_recovered_mean": "Loss recovered, mean ablation",
+    "never_active": "Never active, features",
+    "never_active_share": "Never active, share",
+    "n_features": "Features",
+    "c_dec": "c_dec",
+    "tokens": "N, evaluated tokens",
+}
+LISTS = {"pairs": "Pairs", "died": "Only in the first", "born": "Only in the second"}
+THRESHOLDS = [0.5, 0.7, 0.9]
+SORTS = ["cosine", "a", "b", "density_a", "density_b"]
+SIZE = 200
+MOST_WORK = 2**40  # multiply-adds; some minutes on a laptop
+
+
+class Side(NamedTuple):
+    """One of the two runs."""
+
+    name: str
+    run: RunInfo
+    summary: RunSummary
+    database: Database | None
+
+
+def side(name: str) -> Side:
+    run = state.run(name)
+    return Side(name, run, state.read(summarise, of=run), state.database(run) if run.has_features else None)
+
+
+def draw_figures(a: Side, b: Side) -> None:
+    """The figures of both evaluations, and the differences."""
+    first, second = (state.read(folder.evaluation, of=each.run) or {} for each in (a, b))
+    missing = [each for each, found in ((a, first), (b, second)) if not found]
+    for each in missing:
+        path = state.code(str(each.run.path))
+        st.info(f"{state.plain(each.name)} is not evaluated yet. `saelab eval {path}` evaluates it.")
+    rows = []
+    for name, title in FIGURES.items():
+        values = [found.get(name) for found in (first, second)]
+        known = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if not known:
+            continue
+        texts = [figure(value) for value in values]
+        texts.append(figure(known[1] - known[0], "+") if len(known) == 2 else "")
+        cells = "".join(f'<td class="sl-value">{text}</td>' for text in texts)
+        rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
+    heads = "".join(f"<th>{escape(title)}</th>" for title in ("", a.name, b.name, "difference"))
+    if rows:
+        st.html(
+            f'<table class="sl-facts sl-compare"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        )
+    if first and second and first.get("tokens") != second.get("tokens"):
+        st.caption("The two are evaluated on different numbers of tokens: small differences may be the text's.")
+
+
+def figure(value: object, sign: str = "") -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–"
+    if value == 0:
+        return "0"
+    return f"{value:{sign},.0f}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:{sign}.4g}"
+
+
+def draw_pareto(a: Side, b: Side) -> None:
+    """FVU against L0 of all runs of the same model and site."""
+    runs = {name: state.read(summarise, of=run) for name, run in state.runs().items()}
+    same = {
+        name: run
+        for name, run in runs.items()
+        if (run.model, run.site) == (a.summary.model, a.summary.site) and None not in (run.fvu, run.l0)
+    }
+    if len(same) < 2:
+        return
+    plotted = go.Figure()
+    names = list(same)
+    for marked in (False, True):
+        shown = [name for name in names if (name in (a.name, b.name)) == marked]
+        plotted.add_scatter(
+            x=[same[name].l0 for name in shown],
+            y=[same[name].fvu for name in shown],
+            mode="markers+text" if marked else "markers",
+            text=[charts.inert(name) for name in shown],
+            textposition="top center",
+            marker={"color": charts.COLOUR if marked else "rgb(128, 128, 128)", "size": 12 if marked else 8},
+            hovertemplate="%{text}<br>L0 %{x:.4g}, FVU %{y:.4g}<extra></extra>",
+        )
+    plotted.update_xaxes(title="L0, features per token")
+    plotted.update_yaxes(title="FVU")
+    charts.draw(charts.compact(plotted, 330, top=24), "pareto", "FVU against L0 of the runs of this model and site")
+    left_out = len(runs) - len(same)
+    note = f"{len(same):,} evaluated runs of this model and site"
+    st.caption(note + (f"; {left_out:,} other runs are not drawn." if left_out else "."))
+
+
+def why_not(a: Side, b: Side) -> str | None:
+    """Why the features of two runs cannot be matched, in words; None if they can."""
+    for what, first, second in (
+        ("models", a.summary.model, b.summary.model),
+        ("sites", a.summary.site, b.summary.site),
+    ):
+        if first != second:
+            return f"The runs are of different {what} ({first} and {second}), so their features are not matched"
+    return None
+
+
+@st.cache_resource(max_entries=4, show_spinner="matching decoder rows")
+def matched(a: str, b: str, stamp: tuple) -> DecoderMatch:
+    first, second = decoder_rows(a), decoder_rows(b)
+    work = len(first) * len(second) * first.shape[-1]
+    if work > MOST_WORK:
+        raise SaelabError(
+            f"{len(first):,} x {len(second):,} pairs of features are too many to compare while a page waits. In a "
+            f"script, match_decoders(decoder_rows({a!r}), decoder_rows({b!r})) does it; see saelab.analysis.similarity."
+        )
+    return match_decoders(first, second)
+
+
+def chosen_list(match: DecoderMatch, shown: str, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs ``[n, 2]`` of a list, and their cosines."""
+    if shown == "born":
+        born = match.born(threshold)
+        return np.stack([match.best_of_b[born], born], 1), match.cosine_of_b[born]
+    pairs = match.pairs
+    if shown == "died":
+        died = match.died(threshold)
+        pairs = np.stack([died, match.best_of_a[died]], 1)
+    return pairs, match.cosine_of_a[pairs[:, 0]]
+
+
+def draw_match(a: Side, b: Side, match: DecoderMatch) -> None:
+    threshold = st.segmented_control(
+        "A feature has a counterpart from this cosine on",
+        THRESHOLDS,
+        **state.bound("threshold", 0.7, THRESHOLDS, clears=["page"]),
+        required=True,
+    )
+    died, born = len(match.died(threshold)), len(match.born(threshold))
+    with st.container(horizontal=True, gap="medium"):
+        st.metric("Each other's best", f"{int(match.mutual.sum()):,} pairs", width="content")
+        st.metric("Mean largest cosine, first to second", f"{match.mean_max_cosine:.3f}", width="content")
+        st.metric("Only in the first", f"{died:,} of {len(match.best_of_a):,}", width="content")
+        st.metric("Only in the second", f"{born:,} of {len(match.best_of_b):,}", width="content")
+    with st.expander("Distribution of the largest cosines"):
+        plotted = match.plot("first", "second")
+        plotted.update_layout(colorway=[charts.COLOUR, "rgb(70, 130, 210)"])
+        charts.draw(charts.compact(plotted, 240).update_layout(showlegend=True), "cosines", "Histogram of cosines")
+    shown = st.segmented_control(
+        "List",
+        list(LISTS),
+        **state.bound("list", "pairs", list(LISTS), clears=["page", "a", "b"]),
+        format_func=lambda name: LISTS[name],
+        required=True,
+        label_visibility="collapsed",
+    )
+    pairs, cosines = chosen_list(match, shown, threshold)
+    if not len(pairs):
+        st.info("There are none at this cosine.")
+        return
+    draw_list(a, b, pairs, cosines, descending=shown == "pairs")
+
+
+def draw_list(a: Side, b: Side, pairs: np.ndarray, cosines: np.ndarray, descending: bool) -> None:
+    """The chosen pair in both panes, and the list to choose from."""
+    sort = state.value("sort", "cosine", SORTS)
+    descending = state.value("order", "desc" if descending else "asc", ["asc", "desc"]) == "desc"
+    keys = {"cosine": lambda: cosines, "a": lambda: pairs[:, 0], "b": lambda: pairs[:, 1]}
+    for each, key, column in ((a, "density_a", 0), (b, "density_b", 1)):
+        if each.database is not None:
+            keys[key] = lambda table=each.database.table, column=column: table["n_active"][pairs[:, column]]
+    values = np.asarray(keys.get(sort, keys["cosine"])())
+    order = np.argsort(-values if descending else values, kind="stable")
+    page = min(state.value("page", 1, limits=(1, 1e9)), -(-len(pairs) // SIZE))
+    rows = order[(page - 1) * SIZE : page * SIZE]
+    n_a, n_b = a.summary.n_features or 0, b.summary.n_features or 0
+    pair = state.value("a", -1, limits=(0, n_a - 1)), state.value("b", -1, limits=(0, n_b - 1))
+    if min(pair) < 0:
+        first = pairs[rows[0]].tolist()
+        pair = first[0], first[1]
+    draw_panes(a, b, pair)
+
+    def sort_by(name: str) -> None:
+        again = name == sort
+        turned = not descending if again else name == "cosine"
+        state.change(sort=name, order="desc" if turned else "asc", page=None)
+
+    draw_pairs(
+        a.database,
+        b.database,
+        pairs[rows],
+        cosines[rows],
+        key="pair_rows",
+        names=(a.name, b.name),
+        chosen=pair,
+        sort=sort,
+        descending=descending,
+        first=(page - 1) * SIZE,
+        total=len(pairs),
+        size=SIZE,
+        on_opened=lambda opened: state.change(a=opened[0], b=opened[1]),
+        on_sorted=sort_by,
+        on_turned=lambda step: state.change(page=page + step),
+    )
+
+
+def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
+    """The strongest examples of both features of a pair, side by side."""
+    columns = st.columns(2, gap="large")
+    for column, each, feature, key in zip(columns, (a, b), pair, ("tokens_a", "tokens_b"), strict=True):
+        with column, st.container(border=True):
+            query = {"run": each.name, "feature": str(feature)}
+            st.page_link(state.FEATURE, label=f"**Feature {feature}** of {state.plain(each.name)}", query_params=query)
+            if each.database is None:
+                st.caption("This run has no feature database.")
+                continue
+            found = each.database.feature(feature)
+            st.caption(f"density {100 * found.density:.3g}%, largest activation {number(found.maximum)}")
+            if found.never_active:
+                continue
+            draw_tokens(
+                lines_of(each.database, feature, each.database.examples(feature, n=6, window=20)),
+                key=key,
+                strongest=found.maximum,
+                link=f"feature?{urlencode({'run': each.name})}&feature=",
+                names=token_names(each.database),
+                legend=False,
+            )
+
+
+def page() -> None:
+    others = [name for name in state.runs() if name != state.run_name()]
+    st.header("Compare", anchor=False)
+    if not others:
+        st.info("There is no other run here to compare with.")
+        return
+    named = st.query_params.get("other")
+    if named is not None and named not in others:
+        state.run(named)  # raises SaelabError if there is no such run; otherwise the two are the same
+    other = st.selectbox(
+        "with", others, **state.bound("other", others[0], others, clears=["a", "b", "page"]), width=360
+    )
+    a, b = side(state.run_name()), side(other)
+    st.caption(f"First: {state.plain(a.name)}; second: {state.plain(b.name)}; differences are second minus first.")
+    left, right = st.columns(2, gap="large")
+    with left:
+        draw_figures(a, b)
+    with right:
+        draw_pareto(a, b)
+    st.subheader("The same features", anchor=False)
+    reason = why_not(a, b)
+    if reason:
+        st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))
+        return
+    weights = [folder.weights(each.run.path) for each in (a, b)]
+    draw_match(a, b, matched(str(a.run.path), str(b.run.path), state.stamp(weights)))
+
+
+page()

@@ -121,7 +121,7 @@ def draw_list(database: Database, listing: Listing, found: Listed) -> None:
         rising = listing.order == "desc" if again else sort == "feature"
         state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)
 
-    opened = draw_rows(
+    draw_rows(
         database,
         rows_of(database, found, found.features[first : first + SIZE]),
         [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else COLUMNS,
@@ -136,8 +136,6 @@ def draw_list(database: Database, listing: Listing, found: Listed) -> None:
         on_sorted=sort_by,
         on_turned=lambda step: state.change(page=page + int(step)),
     )
-    if opened is not None:
-        st.switch_page(state.FEATURE, query_params=state.link(**listing.parameters, feature=opened))
 
 
 def page() -> None:

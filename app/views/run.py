@@ -5,8 +5,12 @@ from html import escape
 
 import numpy as np
 import streamlit as st
-from explorer import charts, state, tables
+from explorer import charts, state
+from explorer.components.histogram import draw_histogram
+from explorer.components.leave import leave_for
+from explorer.components.rows import Column, Row, draw_rows
 from explorer.html import facts_html
+from explorer.listing import Listing, feature_address
 
 from saelab.features.database import Database
 from saelab.features.densities import density_histogram, rank_frequency
@@ -88,6 +92,13 @@ FOLLOWED_FOR = 300  # seconds after the last change of a file of the training
 ENOUGH_TOKENS = 300_000  # with fewer, "never active" says little
 LONGEST = 40  # characters shown of a token in a line of text
 UNDER_USED = [1e-5, 1e-4, 1e-3]
+AT_ONCE = 50
+COLUMNS = [
+    Column("id", "feature"),
+    Column("density", "density"),
+    Column("maximum", "max"),
+    Column("tokens", "promotes / active on"),
+]
 
 
 def shown(value: object) -> str:
@@ -179,37 +190,63 @@ def draw_progress(live: bool) -> None:
     draw_training()
 
 
-def open_features(densities: list) -> None:
-    """Opens the features with densities from the smallest to the largest of these."""
-    if densities:
-        low, high = min(low for low, _ in densities), max(high for _, high in densities)
-        st.switch_page(state.FEATURES, query_params=state.link(density=(float(low), float(high))))
+def open_features(low: float, high: float) -> None:
+    """Open the features whose density lies from `low` up to `high`; for callbacks, too."""
+    st.session_state["opening"] = (low, high)
 
 
 def draw_densities(database: Database) -> None:
     density = database.table["density"]
     edges, counts = density_histogram(density)
+    # the ends are rounded outwards, so that every feature of a bar is in its range
+    low, high = 10 ** (edges[:-1] - 1e-9), np.minimum(10 ** (edges[1:] + 1e-9), 1)
     left, right = st.columns(2, gap="large")
     with left:
-        middles, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
-        figure = charts.bars(middles, counts, width, "density, log10", "features")
-        # ends are rounded outwards, so that every feature of the bar is in the range
-        ends = np.stack([10 ** (edges[:-1] - 1e-9), np.minimum(10 ** (edges[1:] + 1e-9), 1)], 1)
-        figure.update_traces(customdata=ends)
-        open_features(charts.draw_selectable(figure, "densities", "Histogram of the features' densities"))
+        draw_histogram(
+            counts,
+            10**edges,
+            key="densities",
+            title="Features by density",
+            noun="features",
+            on_chosen=lambda bins: open_features(low[bins[0]], high[bins[1]]) if bins else None,
+        )
     with right:
         ranks, densities = rank_frequency(density)
         figure = charts.ranks(ranks, densities, "rank of the feature", "density")
-        figure.update_traces(customdata=np.stack([densities, densities], 1))
-        open_features(charts.draw_selectable(figure, "ranks", "Density of the features by rank, log-log"))
+        figure.update_traces(customdata=densities)
+        selection = charts.draw_selectable(figure, "ranks", "Density of the features by rank, log-log")
+        chosen = [point["customdata"] for point in selection["points"]]
+        if chosen:
+            open_features(min(chosen), max(chosen))
+    if "opening" in st.session_state:
+        ends = tuple(float(f"{end:.12g}") for end in st.session_state.pop("opening"))
+        leave_for(state.FEATURES, state.link(density=ends))
     st.caption(
         f"Density: the share of {database.n_tokens:,} held-out tokens on which a feature is active. Drag across a "
-        "chart, or click on a bar, to open those features."
+        "chart to open those features."
+    )
+
+
+def draw_features(database: Database, features: np.ndarray, columns: list[Column], name: str) -> None:
+    """A table of features, some at a time; NAME_page of the link is the number of the page."""
+    parameter = f"{name}_page"
+    page = min(state.value(parameter, 1, limits=(1, 1e9)), -(-len(features) // AT_ONCE))
+    first = (page - 1) * AT_ONCE
+    draw_rows(
+        database,
+        [Row(feature) for feature in features[first : first + AT_ONCE].tolist()],
+        columns,
+        key=f"{name}_rows",
+        link=feature_address(Listing()),
+        first=first,
+        total=len(features),
+        size=AT_ONCE if len(features) > AT_ONCE else 0,
+        on_turned=lambda step: state.change(**{parameter: page + int(step)}),
     )
 
 
 def draw_dead(database: Database) -> None:
-    """Never active and under-used features, with links."""
+    """Never active and under-used features."""
     n_active = database.table["n_active"]
     dead = np.flatnonzero(n_active == 0)
     st.subheader(f"{len(dead):,} of {database.n_features:,} features are never active", anchor=False)
@@ -218,11 +255,8 @@ def draw_dead(database: Database) -> None:
         caution = f" These are few tokens: on {ENOUGH_TOKENS:,} or more, some of them may be active."
     st.caption(f"On none of {database.n_tokens:,} held-out tokens, in inference mode.{caution}")
     if len(dead):
-        page = tables.page("dead", len(dead))
-        st.html(tables.links(dead[page]))
-        st.page_link(
-            state.FEATURES, label="Open them as a list", query_params=state.link(show="never"), icon=":material/list:"
-        )
+        with st.container(width=640):
+            draw_features(database, dead, [Column("id", "feature"), Column("tokens", "promotes")], "dead")
     below = st.selectbox(
         "Under-used: density below",
         UNDER_USED,
@@ -235,7 +269,8 @@ def draw_dead(database: Database) -> None:
     rare = rare[np.argsort(density[rare], kind="stable")]
     st.subheader(f"{len(rare):,} features are active, but on less than {below:g} of the tokens", anchor=False)
     if len(rare):
-        st.html(tables.features(database, rare[tables.page("under", len(rare))]))
+        with st.container(width=800):
+            draw_features(database, rare, COLUMNS, "under")
 
 
 def draw_allocation(database: Database) -> None:

@@ -5,11 +5,13 @@ from datetime import datetime
 from html import escape
 
 import streamlit as st
-from explorer import state, tables
+from explorer import state
+from explorer.components.leave import leave_for
 
 from saelab.features.marks import number
 from saelab.runs.summary import RunSummary, summarise
 
+AT_ONCE = 100
 # Figures from the lowest on, the newest and the largest first.
 SORTS = {
     "newest": lambda name, run: -run.trained,
@@ -98,7 +100,7 @@ def draw_card(name: str, run: RunSummary, ticked: str) -> None:
 
 def page() -> None:
     if "pair" in st.session_state:
-        st.switch_page(state.COMPARE, query_params=st.session_state.pop("pair"))
+        leave_for(state.COMPARE, st.session_state.pop("pair"))
     runs = state.runs()
     found = {name: state.read(summarise, of=run) for name, run in runs.items()}
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -108,7 +110,11 @@ def page() -> None:
     if ticked:
         st.info(f"Tick a second run to compare it with {state.plain(ticked)}.")
     names = sorted(found, key=lambda name: (SORTS[order](name, found[name]), name))
-    for name in names[tables.page("runs", len(names))]:
+    pages = -(-len(names) // AT_ONCE)
+    shown = 1
+    if pages > 1:
+        shown = st.number_input(f"Page, of {pages}", 1, pages, **state.bound("page", 1, limits=(1, pages)), width=160)
+    for name in names[(shown - 1) * AT_ONCE : shown * AT_ONCE]:
         draw_card(name, found[name], ticked)
 
 

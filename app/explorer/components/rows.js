@@ -24,11 +24,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
       const link = line.querySelector("a");
       link.tabIndex = i ? -1 : 0;
       link.onclick = (event) => {
-        root.leaving = true;
-        keep(i);
-        if (!plainClick(event)) { root.leaving = false; return; }
+        if (d.remember) keep(i);
+        if (!plainClick(event)) return;
         event.preventDefault();
-        setTriggerValue("opened", row.id);
+        if (d.opens) setTriggerValue("opened", row.id);
+        else follow(link.href);
       };
       return link;
     });
@@ -116,8 +116,6 @@ export default function ({ data, parentElement, setTriggerValue }) {
     requestAnimationFrame(back);
     setTimeout(back, 200); // what stands above the table has its height by then
     if (saved?.row !== undefined && links[saved.row]) focus(links, saved.row);
-    main.onscroll = () => { if (!root.leaving && root.isConnected && root.address === location.href) keep(); };
+    main.onscroll = () => { if (root.isConnected && root.address === location.href) keep(); };
   }
-
-  return () => { root.leaving = true; };
 }

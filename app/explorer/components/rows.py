@@ -55,13 +55,13 @@ def draw_rows(
     on_opened: Callable[[int], None] | None = None,
     on_sorted: Callable[[str], None] | None = None,
     on_turned: Callable[[int], None] | None = None,
-) -> int | None:
-    """Draw features as rows; returns the feature that the reader has just opened.
+) -> None:
+    """Draw features as rows, each a link.
 
     `link` is the address of a feature without its index. A page of `size` rows starts with number `first` of `total`;
     0 for no paging. With `remember`, the browser keeps the position in the table for Back and reload. Before the page
-    is drawn again, `on_opened` is called with the opened feature, `on_sorted` with the key of a header that was
-    pressed, and `on_turned` with the pages to go on, -1 or 1.
+    is drawn again, `on_sorted` is called with the key of a header that was pressed, `on_turned` with the pages to go
+    on, -1 or 1, and `on_opened`, if given, with the feature of a row, instead of following its link.
     """
     keys = {column.key for column in columns}
     data = {
@@ -74,6 +74,7 @@ def draw_rows(
         "total": total,
         "size": size,
         "remember": remember,
+        "opens": on_opened is not None,
     }
     acts = {"opened": on_opened, "sorted": on_sorted, "turned": on_turned}
 
@@ -85,8 +86,7 @@ def draw_rows(
 
         return call
 
-    result = _mount(key=key, data=packed(data), **{f"on_{event}_change": called(event) for event in acts})
-    return None if result.opened is None else int(result.opened)
+    _mount(key=key, data=packed(data), **{f"on_{event}_change": called(event) for event in acts})
 
 
 def percent(share: float) -> str:

@@ -25,3 +25,10 @@ const write = (element, token, longest, breaks) => {
 
 const parsed = (data) => new TextDecoder().decode(data);
 const plainClick = (event) => event.button === 0 && !(event.metaKey || event.ctrlKey || event.shiftKey || event.altKey);
+
+// Follows a link within the app. Streamlit then shows the page of the new address, as it does for Back;
+// st.switch_page would leave an entry in the history that has the old page with the new parameters.
+const follow = (href) => {
+  history.pushState(null, "", href);
+  dispatchEvent(new PopStateEvent("popstate", { state: null }));
+};

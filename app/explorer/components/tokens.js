@@ -20,9 +20,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
     legend.append(make("span", "scale"), number(d.strongest));
     label.append(box, " line breaks");
     box.onchange = () => { localStorage.setItem("saelab-breaks", box.checked ? "1" : "0"); draw(); };
-    if (d.legend) bar.append(legend);
-    bar.append(label);
-    lines.replaceChildren(bar);
+    bar.append(legend, label);
+    lines.replaceChildren(...(d.legend ? [bar] : []));
     spans = d.lines.map((line, l) => {
       if (line.heading) lines.append(make("div", "heading", line.heading));
       const row = lines.appendChild(make("div", line.alike ? "line alike" : "line"));
@@ -78,7 +77,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
       link.onclick = (event) => {
         if (!plainClick(event)) return;
         event.preventDefault();
-        setTriggerValue("opened", others[i]);
+        if (d.opens) setTriggerValue("opened", others[i]);
+        else follow(link.href);
       };
       const name = make("span", "dim token");
       write(name, d.names[others[i]] ?? "", 40, false);
@@ -129,9 +129,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   }
 
   draw();
-  on(lines, "pointerover", (event) => {
+  on(lines, "pointermove", (event) => { // not pointerover, which also comes when a card closes above a token
     const span = event.target.closest(".token");
-    if (span && !pinned && event.pointerType !== "touch") show(span);
+    if (span && span !== shown && !pinned && event.pointerType !== "touch") show(span);
   });
   on(lines, "pointerleave", () => { if (shown && !pinned) show(null); });
   on(lines, "click", (event) => {

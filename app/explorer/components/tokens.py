@@ -13,7 +13,9 @@ from saelab.features.facts import ActiveFeatures
 from saelab.features.marks import number
 from saelab.features.token_facts import percentiles, strongest_others
 
-_mount = component("tokens", '<div class="root"><div></div><div class="card" popover="manual"></div></div>')
+_mount = component(
+    "tokens", '<div class="root"><div class="lines"></div><div class="card" popover="manual"></div></div>'
+)
 AROUND = 3
 """Examples are alike if their tokens are the same from this many before to this many after the peak."""
 
@@ -53,15 +55,16 @@ def draw_tokens(
     legend: bool = True,
     on_opened: Callable[[int], None] | None = None,
     on_pinned: Callable[[], None] | None = None,
-) -> int | None:
-    """Draw lines of tokens; returns the feature that the reader has just opened from a token's card.
+) -> None:
+    """Draw lines of tokens.
 
     Hovering over a token, or walking to it with the arrow keys, shows a card; a click or Enter pins it. `strongest` is
-    the activation with full shading; `what` names the values. `link` is the address of a feature without its index; a
-    click with a modifier key follows it. `names` gives a token to show beside each of the other features.
+    the activation with full shading; `what` names the values. `names` gives a token to show beside each of the other
+    features on the card. `link` is the address of a feature without its index, which they lead to.
 
-    `on_opened` is called with the opened feature before the page is drawn again. With `on_pinned`, a click on a token
-    also reaches Python: ``st.session_state[key].pinned`` is then [line, token].
+    With `on_opened`, a plain click on one of these features calls it with the feature, before the page is drawn again,
+    instead of following the link. With `on_pinned`, a click on a token also reaches Python:
+    ``st.session_state[key].pinned`` is then [line, token].
     """
     texts: dict[str, int] = {}
     folded = [sum(1 for _ in _following(lines, index)) for index in range(len(lines))]
@@ -97,6 +100,7 @@ def draw_tokens(
         "what": what,
         "link": link,
         "legend": legend,
+        "opens": on_opened is not None,
         "report": on_pinned is not None,
     }
 
@@ -106,7 +110,7 @@ def draw_tokens(
             on_opened(int(feature))
 
     callbacks = {"on_opened_change": opened} | ({"on_pinned_change": on_pinned} if on_pinned else {})
-    return _mount(key=key, data=packed(data), **callbacks).opened
+    _mount(key=key, data=packed(data), **callbacks)
 
 
 def lines_of(database: Database, feature: int, examples: Sequence[Example], heading: str = "") -> list[Line]:
