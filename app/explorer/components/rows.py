@@ -131,7 +131,7 @@ def _snippet(database: Database, feature: int, place: int, maximum: float) -> di
     tokens = database.vocabulary.window(facts.rows.reshape(-1)[first:stop])
     places, values = facts.between(feature, first, stop)
     shares = np.zeros(stop - first, int)
-    shares[places - first] = np.ceil(100 * values / maximum) if maximum > 0 else 0
+    shares[places - first] = np.minimum(np.ceil(100 * values / maximum), 100) if maximum > 0 else 0
     return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "hit": place - first}
 
 
