@@ -3,6 +3,7 @@
 Examples, the feature beside it and its neighbours are fragments: what the reader chooses draws one of them again.
 """
 
+import json
 import random
 
 import numpy as np
@@ -16,6 +17,7 @@ from explorer.html import bars_html, facts_html
 from explorer.listing import SIZE, Listed, Listing, current_listing, feature_address, listed
 
 from saelab.features.database import NEIGHBOURS, Database, Feature
+from saelab.features.export import circuit_tracer, html
 from saelab.features.layout import BINS, LOGIT_BINS
 from saelab.features.marks import number
 
@@ -239,8 +241,7 @@ def draw_lens(database: Database, feature: Feature) -> None:
     down.html(bars_html(feature.bottom_logits))
     edges = np.linspace(*feature.logit_range, LOGIT_BINS + 1)
     draw_histogram(feature.logit_histogram, edges, key="logit_bars", title="Logits", noun="tokens", log=True)
-    folded = database.arrays.manifest["lens"]
-    st.caption(state.plain(f"The decoder row times the unembedding; {folded}."))
+    st.caption(state.plain(f"The decoder row times the unembedding; {database.lens}."))
 
 
 @st.fragment(key="neighbours")
@@ -289,6 +290,32 @@ def draw_numbers(database: Database, feature: Feature) -> None:
         st.subheader("Neurons", anchor=False, help="dimensions of the site with the largest weights in its decoder row")
         lines = [(f"{each.index}", f"{each.weight:+.3f}", f"{100 * each.share:.1f}%", "") for each in feature.neurons]
         st.html(facts_html(lines))
+    draw_downloads(database, feature.index)
+
+
+def draw_downloads(database: Database, index: int) -> None:
+    """The feature as a file; it is made when it is asked for."""
+
+    def details() -> str:
+        return json.dumps(circuit_tracer.details(database, index))
+
+    def page() -> str:
+        return html.page(database, [index])
+
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        for label, kind, make, help in (
+            ("HTML", "html", page, "a page without scripts, with intervals and near misses"),
+            ("JSON", "json", details, "in the format of circuit-tracer's feature details"),
+        ):
+            st.download_button(
+                label,
+                make,
+                f"feature-{index}.{kind}",
+                "application/json" if kind == "json" else "text/html",
+                on_click="ignore",
+                icon=":material/download:",
+                help=help,
+            )
 
 
 # another feature beside it

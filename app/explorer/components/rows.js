@@ -70,7 +70,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       row.text.forEach((token, i) => {
         const span = snippet.appendChild(make("span", i === row.hit ? "token hit" : "token"));
         if (row.shares[i] > 0) { span.classList.add("on"); span.style.setProperty("--share", row.shares[i] / 100); }
-        write(span, token, 40, false);
+        write(span, token, 24, false);
       });
     }
   }

@@ -14,8 +14,10 @@ from saelab.features.marks import number
 _mount = component("rows", '<div class="root"></div>')
 LONGEST = 60
 """Most characters of a token in a row."""
-BEFORE, AFTER = 8, 7
-"""Tokens of a snippet before and after the one that is lit."""
+BEFORE = 24
+"""Most characters of a snippet before the token that is lit, so that a narrow column shows it."""
+AROUND = 8
+"""Most tokens of a snippet before and after it."""
 TOKENS = 5
 
 
@@ -125,13 +127,16 @@ def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]
 def _snippet(database: Database, feature: int, place: int, maximum: float) -> dict:
     """Some tokens around a place, and the percentage of the feature's maximum that it has on each."""
     facts = database.facts
-    position = place % facts.rows.shape[1]
-    first = place - min(position, BEFORE)
-    stop = min(place + AFTER + 1, place - position + facts.rows.shape[1])
-    tokens = database.vocabulary.window(facts.rows.reshape(-1)[first:stop])
+    row, position = divmod(place, facts.rows.shape[1])
+    first = max(0, position - AROUND)
+    tokens = database.vocabulary.window(facts.rows[row, first : position + AROUND + 1])
+    while sum(len(token) for token in tokens[: position - first]) > BEFORE:
+        tokens, first = tokens[1:], first + 1
+    first = place - position + first
+    stop = first + len(tokens)
     places, values = facts.between(feature, first, stop)
     shares = np.zeros(stop - first, int)
-    shares[places - first] = np.ceil(100 * values / maximum) if maximum > 0 else 0
+    shares[places - first] = np.minimum(np.ceil(100 * values / maximum), 100) if maximum > 0 else 0
     return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "hit": place - first}
 
 
