@@ -64,7 +64,7 @@ def draw_source(database: Database | None) -> str | int | None:
     return text or None
 
 
-def draw_shades(text: ShortText) -> tuple[str, int]:
+def draw_shades(text: ShortText, database: Database | None) -> tuple[str, int]:
     """Draw the choice of what shades the tokens; returns it, and the feature that may be it."""
     options = [name for name in SHADES if name != ERROR or text.errors is not None]
     strongest = int(text.features[text.values.argmax()]) if len(text.values) else 0
@@ -73,7 +73,8 @@ def draw_shades(text: ShortText) -> tuple[str, int]:
             "Shade tokens by", options, required=True, **state.bound("shade", options[0], options)
         )
         if shade == FEATURE:
-            feature = st.number_input("Feature", 0, None, width=150, **state.bound("of", strongest, None, (0, 2**31)))
+            last = (live.live().sae.n_features if database is None else database.n_features) - 1
+            feature = st.number_input("Feature", 0, last, width=150, **state.bound("of", strongest, None, (0, last)))
             return FEATURE, int(feature)
     return str(shade), strongest
 
@@ -265,7 +266,7 @@ def page() -> None:
     bos = state.value("bos", True) if isinstance(source, str) else None
     text = read(source, bos, database)
     chosen = state.value("token", len(text) - 1, None, (0, len(text) - 1))
-    shade = draw_shades(text)
+    shade = draw_shades(text, database)
     draw_line(text, shade, chosen, "prompt_tokens", on_pinned=pinned)
     st.caption(f"{len(text)} tokens. Click on a token to list its features.")
     draw_features_of(text, chosen, database, bos)

@@ -109,6 +109,24 @@ def test_a_typed_text_lists_the_features_of_the_chosen_token_in_three_orders(at,
     assert aimed[0][1]["logit"] == f"{live.logit_effects(text, 3, other)[features.tolist().index(aimed[0][0])]:+.2f}"
 
 
+def test_tokens_are_shaded_by_error_l0_a_feature_or_similarity(at, live) -> None:
+    text = live.read(TEXT)
+    assert text.norms is not None and text.errors is not None
+
+    def shades(**link: str) -> tuple[np.ndarray, dict]:
+        (line,) = components(at("prompt", text=TEXT, **link))["prompt_tokens"]["lines"]
+        return np.array(line["activations"]), line
+
+    np.testing.assert_allclose(shades()[0][1:], (text.errors / text.norms.clip(1e-9))[1:], rtol=5e-3)
+    assert shades(shade="L0")[0].tolist() == text.l0.tolist()
+    np.testing.assert_allclose(shades(shade="similarity", token="2")[0], text.similarity()[2], rtol=5e-3, atol=1e-6)
+    feature = int(text.at(2)[0][0])
+    values, line = shades(shade="feature", of=str(feature), token="2")
+    np.testing.assert_allclose(values, text.of(feature), rtol=5e-3)
+    assert line["peak"] == 2 and len(line["percentiles"]) == len(text)
+    assert feature not in line["others"][2][::2] and set(line["others"][2][::2]) <= set(text.at(2)[0].tolist())
+
+
 def test_widgets_write_the_link_and_another_text_forgets_the_token(at, live) -> None:
     app = at("prompt", text=TEXT, token="3")
     app.toggle(key="bos").set_value(False).run()
@@ -168,7 +186,14 @@ def test_without_a_database_a_text_is_still_read(at, live) -> None:
 
 
 @pytest.mark.parametrize(
-    "link", [{"token": "999"}, {"lock": "-3"}, {"row": "9999", "from": "held-out"}, {"shade": "x", "sort": "<b>"}]
+    "link",
+    [
+        {"token": "999"},
+        {"lock": "-3"},
+        {"row": "9999", "from": "held-out"},
+        {"shade": "x", "sort": "<b>"},
+        {"shade": "feature", "of": "64"},
+    ],
 )
 def test_a_link_that_makes_no_sense_shows_the_page(at, link) -> None:
     app = at("prompt", text=TEXT, **link)
