@@ -38,8 +38,11 @@ def live() -> Live:
 
 
 def read(text: str, bos: bool = True) -> ShortText:
-    """The features on a typed text. Raises SaelabError as `live` and `saelab.runs.live.Live.read` do."""
-    return _read(live(), *_version(), text[:MOST_CHARACTERS], bos)
+    """The features on a typed text. Raises SaelabError as `live` and `saelab.runs.live.Live.read` do, and if the text
+    is longer than a link should be."""
+    if len(text) > MOST_CHARACTERS:
+        raise SaelabError(f"The text has {len(text):,} characters, more than {MOST_CHARACTERS:,}; shorten it.")
+    return _read(live(), *_version(), text, bos)
 
 
 def database() -> Database | None:
@@ -106,7 +109,6 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
     text = st.text_input(
         "Test on your own text",
         live=PAUSE,
-        max_chars=MOST_CHARACTERS,
         label_visibility="collapsed",
         placeholder="Type a text to see this feature on it; the first one loads the language model",
         **state.bound("text", ""),

@@ -185,6 +185,11 @@ def test_without_a_database_a_text_is_still_read(at, live) -> None:
     assert set(rows[0][1]) == {"activation", "logit"}
 
 
+def test_a_text_that_is_too_long_is_one_sentence(at) -> None:
+    assert message(at("prompt", text="fox " * 70)).endswith("takes at most 64; shorten it.")
+    assert message(at("prompt", text="x" * 2001)) == "The text has 2,001 characters, more than 2,000; shorten it."
+
+
 @pytest.mark.parametrize(
     "link",
     [
