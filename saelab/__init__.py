@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
     from saelab.analysis.fidelity import Fidelity, fidelity
-    from saelab.analysis.settings import EvalSettings
-    from saelab.analysis.steering import Intervention, steer
+    from saelab.analysis.settings import EvalSettings, Intervention
+    from saelab.analysis.steering import steer
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
@@ -56,7 +56,7 @@ _HOME = {
     "Fidelity": "saelab.analysis.fidelity",
     "FromCache": "saelab.activations.source",
     "FromModel": "saelab.activations.source",
-    "Intervention": "saelab.analysis.steering",
+    "Intervention": "saelab.analysis.settings",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
     "RunSettings": "saelab.runs.config",

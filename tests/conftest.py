@@ -105,5 +105,38 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     assert not attempts, f"reached for the network: {sorted(set(attempts))}"
 
 
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an autoencoder of 64 features on the tiny GPT-2, without a database; tests do not change it.
+
+    Its weights are those that a training starts from.
+    """
+    import json
+
+    import saelab
+    from tests.tiny import CONTEXT, language_model, model_folder, random_rows, text
+
+    folder, site, lm = tmp_path_factory.mktemp("trained"), "blocks.1.hook_resid_post", language_model("gpt2")
+    (folder / "book.txt").write_text(text(100))
+    settings = saelab.settings_of(
+        {
+            "model": str(model_folder("gpt2")),
+            "site": site,
+            "corpus": str(folder / "book.txt"),
+            "context": CONTEXT,
+            "device": "cpu",
+            "sae": {"n_features": 64, "k": 4},
+            "out": str(folder / "tiny"),
+        }
+    )
+    rows = random_rows(lm, 8)
+    sae = saelab.new_autoencoder(settings.sae, lm.activations(rows, [site])[site][lm.ordinary(rows)], seed=0)
+    sae.metadata |= {"hook_name": site, "saelab": {"model_fingerprint": lm.fingerprint}}
+    with saelab.create_run(settings) as run:
+        saelab.save_sae(sae, run / "sae")
+        (run / "train.json").write_text(json.dumps({"complete": True, "tokens": 10_000}))
+    return run
+
+
 def pytest_report_header() -> str:
     return f"saelab tests: {os.environ['OMP_NUM_THREADS']} torch threads, {sys.executable}"

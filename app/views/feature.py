@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import streamlit as st
-from explorer import state
+from explorer import live, state
 from explorer.components.copy_link import draw_copy_link
 from explorer.components.histogram import draw_histogram
 from explorer.components.rows import Column, Row, draw_rows
@@ -370,6 +370,7 @@ def page() -> None:
         )
     left, right = st.columns([5, 3], gap="large")
     with left:
+        live.draw_test_box(index, on_opened=lambda other: show_beside(other, index))
         if not feature.never_active:
             draw_examples(index)
     with right, st.container(key="rail"):

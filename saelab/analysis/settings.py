@@ -1,6 +1,7 @@
-"""Settings of an evaluation."""
+"""Settings of an evaluation, and of steering."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from saelab.errors import SettingError
 
@@ -18,3 +19,19 @@ class EvalSettings:
         for name in ("tokens", "ce_tokens", "rows_per_forward"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+
+
+Mode = Literal["add", "clamp", "ablate"]
+"""Ways of changing an activation; `saelab.analysis.steering` defines them."""
+Where = Literal["all", "new"]
+"""Tokens to steer: all ordinary ones, or only those that the model writes."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of one feature's activation."""
+
+    feature: int
+    mode: Mode = "add"
+    value: float = 0.0
+    """In units of activation; `ablate` does not use it."""

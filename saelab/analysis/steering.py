@@ -19,12 +19,13 @@ n new tokens after p take some n (p + n / 2) tokens' work for the clean and for 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.settings import Intervention, Mode, Where
 from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -33,20 +34,8 @@ from saelab.sae.model import SparseAutoencoder
 if TYPE_CHECKING:
     import pandas as pd
 
-Mode = Literal["add", "clamp", "ablate"]
-Where = Literal["all", "new"]
 Forward = Callable[[Tensor], Tensor]
 """Token ids ``[1, tokens]`` to logits ``[1, tokens, vocabulary]``."""
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """A change of one feature's activation."""
-
-    feature: int
-    mode: Mode = "add"
-    value: float = 0.0
-    """In units of activation; `ablate` does not use it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,14 +50,7 @@ class Vocabulary:
 
     def window(self, tokens: Sequence[int] | np.ndarray) -> list[str]:
         """The text of each of consecutive tokens."""
-        pieces = self._pieces(tokens)
-        try:  # where no token splits a character, each is text by itself
-            return [str(piece, "utf-8") for piece in pieces]
-        except UnicodeDecodeError:
-            text = b"".join(pieces).decode("utf-8", "surrogateescape")
-        starts = np.cumsum([0, *map(len, pieces)])
-        cuts = np.searchsorted(character_starts(text), starts).tolist()
-        return [show_lone_bytes(text[first:stop]) for first, stop in pairwise(cuts)]
+        return as_text(self._pieces(tokens))
 
     def _pieces(self, tokens: Sequence[int] | np.ndarray) -> list[memoryview]:
         ids = np.asarray(tokens, np.int64)
@@ -74,6 +67,17 @@ class Vocabulary:
     @property
     def _content(self) -> memoryview:
         return np.asarray(self.arrays["vocabulary.bytes"]).data
+
+
+def as_text(pieces: Sequence[bytes | memoryview]) -> list[str]:
+    """The text of each of consecutive tokens, from their bytes."""
+    try:  # where no token splits a character, each is text by itself
+        return [str(piece, "utf-8") for piece in pieces]
+    except UnicodeDecodeError:
+        text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    starts = np.cumsum([0, *map(len, pieces)])
+    cuts = np.searchsorted(character_starts(text), starts).tolist()
+    return [show_lone_bytes(text[first:stop]) for first, stop in pairwise(cuts)]
 
 
 def character_starts(text: str) -> np.ndarray:

@@ -23,9 +23,10 @@ _TOKEN_IDS = 256
 """Token ids whose logits are compared with the unembedding's products."""
 _LARGE, _SMALL = 16.0, 0.25
 """Root mean squares of the compared logits: one that a soft-cap would change, and one far below it."""
+_NO_NORM = "without a final norm, as the model has none"
 _LAYER_NORM = "with the gain and the mean subtraction of the final norm (LayerNorm)"
 _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "without a final norm, as the model has none": lambda x: x,
+    _NO_NORM: lambda x: x,
     "with the gain of the final norm (RMSNorm)": lambda x: x / _rms(x),
     _LAYER_NORM: lambda x: _centre(x) / _rms(_centre(x)),
 }
@@ -67,6 +68,20 @@ def logit_lens(lm: LanguageModel, site: str) -> Lens | None:
     words, gain = norm
     factor, more = readout
     return Lens(", ".join([words, *more]), lm.unembedding, gain * factor, words == _LAYER_NORM)
+
+
+@torch.no_grad()
+def norm_scale(lm: LanguageModel, lens: Lens, rows: Tensor) -> Tensor:
+    """What the final norm divides the residual stream of each token by, ``[rows, context]`` float32.
+
+    Ones if the model has no final norm. The constant that a norm adds under the root is left out.
+    """
+    if lens.words.startswith(_NO_NORM):
+        return torch.ones(rows.shape, device=lm.device)
+    last = _last_name(lm)
+    assert last is not None, "there would be no lens"
+    x = lm.activations(rows, [last])[last].float()
+    return _rms(_centre(x) if lens.centred else x).squeeze(-1)
 
 
 def _norm(lm: LanguageModel, last: Site, head: Site) -> tuple[str, Tensor] | None:
@@ -137,9 +152,14 @@ def _head(lm: LanguageModel) -> Site:
 
 def _last_block(lm: LanguageModel) -> Site | None:
     """The output of the last block; None if TransformerLens numbers the blocks in another way."""
+    name = _last_name(lm)
+    return None if name is None else lm.sites[name]
+
+
+def _last_name(lm: LanguageModel) -> str | None:
     matches = (re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name) for name in lm.sites)
     numbers = [int(match[1]) for match in matches if match]
-    return lm.sites[f"blocks.{max(numbers)}.hook_resid_post"] if numbers else None
+    return f"blocks.{max(numbers)}.hook_resid_post" if numbers else None
 
 
 def _random(lm: LanguageModel, width: int, seed: int = 0) -> Tensor:

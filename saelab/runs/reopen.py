@@ -61,11 +61,7 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
     job = Job(settings, say)
     sae = load(run, job.lm.device)
     differs = _differences(run, job, sae, changed)
-    width = job.lm.width(settings.site)
-    if width != sae.d_in:
-        raise SaelabError(
-            f"site: {settings.site} of {job.lm.name} is {width:,} wide, and the autoencoder in {run} takes {sae.d_in:,}"
-        )
+    check_width(run, job, sae)
     if differs and stage == "index":
         raise SaelabError(
             f"{run}: the feature database is that of the run's own model and text, but {in_words(differs)}; `saelab "
@@ -77,6 +73,16 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
 def _by_name(override: str) -> str:
     key, _, value = override.partition("=")
     return f"{_NAMES[key]}={value}" if key in _NAMES and not value.lstrip().startswith("{") else override
+
+
+def check_width(run: Path, job: Job, sae: SparseAutoencoder) -> None:
+    """Raises SaelabError if the site has another width than the autoencoder."""
+    width = job.lm.width(job.settings.site)
+    if width != sae.d_in:
+        raise SaelabError(
+            f"site: {job.settings.site} of {job.lm.name} is {width:,} wide, and the autoencoder in {run} takes "
+            f"{sae.d_in:,}"
+        )
 
 
 def in_words(differs: Mapping[str, Any]) -> str:

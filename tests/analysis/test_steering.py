@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.analysis.steering import Intervention, Steering, activations_of, steer, steered
+from saelab.analysis.settings import Intervention
+from saelab.analysis.steering import Steering, activations_of, steer, steered
 from saelab.errors import SaelabError
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import KINDS, language_model, random_rows
