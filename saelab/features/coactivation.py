@@ -4,6 +4,9 @@ phi is the correlation of two features' "active on a token" over all N tokens. b
 is active, and by_token what else is active there: one step per entry of the feature and active feature of its token. To
 bound the steps, a feature counts on at most `COACTIVATION_ENTRIES` of its entries. A pair is counted by the rarer of
 the two, so its numbers are exact unless both features have more entries than that.
+
+A step takes 13 ns of one busy core, for 4,096 features, 1 M tokens and L0 34: a third of it reads by_token at scattered
+places, a fifth makes their indices, a fifth counts. Those 527 M steps take 7 s; without the bound they were 1.2 G.
 """
 
 from collections.abc import Iterator, Mapping
