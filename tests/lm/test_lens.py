@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from saelab.lm import lens as module
-from saelab.lm.lens import logit_lens
+from saelab.lm.lens import logit_lens, norm_scale
 from saelab.lm.model import LanguageModel
 from saelab.lm.sites import bridge_of, hook
 from tests.tiny import KINDS, language_model, random_rows
@@ -84,13 +84,11 @@ def test_the_lens_is_the_derivative_with_the_scale_of_the_norm_frozen(architectu
     rows = random_rows(lm, 2) % 90
     direction = torch.randn(rows.numel(), 32, generator=torch.Generator().manual_seed(2))
     _, x = slope(lm, rows, direction)
-    if "without" in words:
-        scale = torch.ones(len(x), 1)
-    else:  # changes at right angles to x leave its scale as it is
+    if "without" not in words:  # changes at right angles to x leave its scale as it is
         centre = (lambda v: v - v.mean(1, keepdim=True)) if lens.centred else (lambda v: v)
         along = centre(x)
         direction -= (centre(direction) * along).sum(1, keepdim=True) / along.square().sum(1, keepdim=True) * along
-        scale = along.square().mean(1, keepdim=True).sqrt()
+    scale = norm_scale(lm, lens, rows).view(-1, 1)
     found, _ = slope(lm, rows, direction)
     expected = lens.at_head(direction) @ lens.unembedding.T / scale
     if "soft-cap" in words:  # tanh(raw / 30) * 30
