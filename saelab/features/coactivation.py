@@ -26,7 +26,7 @@ _BLOCK = 2**16
 
 def coactivation_bytes(n_features: int) -> int:
     """Most bytes that `coactive_columns` needs, unless tokens have thousands of active features."""
-    return 256 * n_features + 30_000_000
+    return 300 * n_features + 30_000_000
 
 
 def coactive_columns(arrays: Mapping[str, np.ndarray], n_tokens: int) -> Iterator[dict[str, np.ndarray]]:
@@ -34,41 +34,49 @@ def coactive_columns(arrays: Mapping[str, np.ndarray], n_tokens: int) -> Iterato
 
     `arrays` are those of a database under ``by_feature`` and ``by_token``; `n_tokens` is N.
     """
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # slices of mapped arrays would be slow
-    counts = np.diff(arrays["by_feature.offsets"])
-    size = counts.astype(np.float64)
+    size = np.diff(arrays["by_feature.offsets"]).astype(np.float64)
     spread = size * (n_tokens - size)
-    ids = np.full((len(counts), LIST_LENGTH), -1, np.int32)
-    phis = np.zeros((len(counts), LIST_LENGTH))
-    least = np.zeros(len(counts))  # the last phi of each list, as it was when entrants were last merged
-    entrants: list[tuple[np.ndarray, ...]] = []
-    waiting = 0
-    # The commonest first: then the lists of a feature's partners are full of strong ones, and few pairs enter them.
-    for feature in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist():
-        others, together = _together(arrays, feature, int(counts[feature]))
-        partner = size[others]
-        commoner = (partner > size[feature]) | ((partner == size[feature]) & (others < feature))
-        others, together, partner = others[commoner], together[commoner], partner[commoner]
-        phi = n_tokens * together - size[feature] * partner
-        positive = phi > 0
-        others, phi = others[positive], phi[positive] / np.sqrt(spread[feature] * spread[others[positive]])
-        entering = phi >= least[others]
-        entrants.append((others[entering], np.full(np.count_nonzero(entering), feature), phi[entering]))
-        best = _best(others, phi)
-        ids[feature, : len(best)], phis[feature, : len(best)] = others[best], phi[best]
-        least[feature] = phis[feature, -1]
-        waiting += len(entrants[-1][0])
-        if waiting >= _WAITING:
-            _merge(ids, phis, entrants)
-            least = phis[:, -1].copy()
-            entrants, waiting = [], 0
-    _merge(ids, phis, entrants)
-    for first in range(0, len(counts), _BLOCK):
+    ids, phis = _lists({name: np.asarray(array) for name, array in arrays.items()}, size, spread, n_tokens)
+    for first in range(0, len(size), _BLOCK):
         block = slice(first, first + _BLOCK)
         own, other = size[block, None], size[ids[block]]
         together = (phis[block] * np.sqrt(spread[block, None] * spread[ids[block]]) + own * other) / n_tokens
         jaccard = np.where(ids[block] < 0, 0, together / np.maximum(own + other - together, 1))
         yield dict(zip(COLUMNS, (ids[block], phis[block].astype("f4"), jaccard.astype("f4")), strict=True))
+
+
+def _lists(
+    arrays: Mapping[str, np.ndarray], size: np.ndarray, spread: np.ndarray, n_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of each feature and their phi in float64, both ``[n_features, LIST_LENGTH]``.
+
+    `size` are the numbers of entries, `spread` size x (N - size).
+    """
+    ids, phis = np.full((len(size), LIST_LENGTH), -1, np.int32), np.zeros((len(size), LIST_LENGTH))
+    least = np.zeros(len(size))  # the last phi of each list, as it was when entrants were last merged
+    entrants: list[tuple[np.ndarray, ...]] = []
+    waiting = 0
+    # The commonest first: then the lists of a feature's partners are full of strong ones, and few pairs enter them.
+    for feature in np.argsort(-size, kind="stable")[: np.count_nonzero(size)].tolist():
+        others, together = _together(arrays, feature, int(size[feature]))
+        partner = size[others]
+        commoner = (partner > size[feature]) | ((partner == size[feature]) & (others < feature))
+        others, together = others[commoner], together[commoner]
+        phi = n_tokens * together - size[feature] * size[others]
+        others, phi = others[phi > 0], phi[phi > 0]
+        phi /= np.sqrt(spread[feature] * spread[others])
+        best = _best(others, phi)
+        ids[feature, : len(best)], phis[feature, : len(best)] = others[best], phi[best]
+        entering = phi >= least[others]
+        entrants.append((others[entering], np.full(np.count_nonzero(entering), feature), phi[entering]))
+        waiting += 1 + len(entrants[-1][0])
+        if waiting >= _WAITING:
+            _merge(ids, phis, entrants)
+            least = phis[:, -1].copy()
+            entrants, waiting = [], 0
+    if entrants:
+        _merge(ids, phis, entrants)
+    return ids, phis
 
 
 def counted_entries(entries: int) -> np.ndarray:
@@ -107,9 +115,8 @@ def _active(arrays: Mapping[str, np.ndarray], starts: np.ndarray, lengths: np.nd
     index = np.ones(int(lengths.sum()), np.int64)  # sums up to the indices of the entries: one more, or a jump
     index[:1] = starts[:1]
     index[np.cumsum(lengths[:-1])] = starts[1:] - (starts[:-1] + lengths[:-1]) + 1
-    return np.take(
-        arrays["by_token.features"], np.cumsum(index, out=index), mode="clip"
-    )  # "raise" would take twice as long
+    np.cumsum(index, out=index)
+    return np.take(arrays["by_token.features"], index, mode="clip")  # "raise" would take twice the time
 
 
 def _best(others: np.ndarray, phi: np.ndarray) -> np.ndarray:
@@ -123,8 +130,6 @@ def _best(others: np.ndarray, phi: np.ndarray) -> np.ndarray:
 
 def _merge(ids: np.ndarray, phis: np.ndarray, entrants: list[tuple[np.ndarray, ...]]) -> None:
     """Put entrants, each a list's feature, another feature and their phi, into the lists `ids` and `phis`."""
-    if not entrants:
-        return
     own, other, phi = (np.concatenate(column) for column in zip(*entrants, strict=True))
     lists = np.unique(own)
     earlier = ids[lists] >= 0
