@@ -91,10 +91,8 @@ def main() -> None:
     if state.link() and not overview:
         draw_breadcrumb(page.title)
     if state.link() or (overview and state.runs()):
-        try:
+        with state.errors_shown():
             page.run()
-        except SaelabError as error:
-            state.show_error(error)
 
 
 main()

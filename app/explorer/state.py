@@ -15,7 +15,8 @@ among the runs that were found; a name from the link is never part of a path.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -290,6 +291,15 @@ def code(text: str) -> str:
 
 def show_error(error: SaelabError) -> None:
     st.error(plain(str(error)), icon=":material/error:")
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Shows the error of a block instead of raising it, so that what comes after the block is still drawn."""
+    try:
+        yield
+    except SaelabError as error:
+        show_error(error)
 
 
 def _some(names: list[str], most: int = 8, longest: int = 60) -> str:

@@ -172,7 +172,13 @@ def draw_training() -> None:
 
 
 def draw_progress(live: bool) -> None:
-    """How far an unfinished training is; while it is live, with its curves, again every few seconds."""
+    """The fragment that is drawn again every few seconds while the training is live."""
+    with state.errors_shown():
+        draw_training_so_far(live)
+
+
+def draw_training_so_far(live: bool) -> None:
+    """The curves of the training, and if it is not finished, how far it is."""
     run = state.current_run()
     if live and not followed():
         st.rerun()  # the training ended: the whole page has more to show
@@ -345,22 +351,29 @@ def _per_token(_database: Database, folder: str, inputs: str) -> PerToken:
 
 
 def draw_overview(database: Database | None) -> None:
-    draw_evaluation()
+    with state.errors_shown():
+        draw_evaluation()
     if database is not None:
         st.subheader("Densities", anchor=False)
-        draw_densities(database)
-    live = followed()
-    st.fragment(draw_progress, run_every=5 if live else None)(live)
-    with st.expander("Settings, with defaults and overrides (config.yaml)"):
+        with state.errors_shown():
+            draw_densities(database)
+    with state.errors_shown():
+        live = followed()
+        st.fragment(draw_progress, run_every=5 if live else None)(live)
+    with st.expander("Settings, with defaults and overrides (config.yaml)"), state.errors_shown():
         st.code(state.read(folder.settings_text), language="yaml")
 
 
 def page() -> None:
     run = state.current_run()
     st.header(state.plain(state.run_name()), anchor=False)
-    database = state.database() if run.has_features else None
-    if database is None:
+    database = None
+    if run.has_features:
+        with state.errors_shown():
+            database = state.database()
+    else:
         st.info(f"No features yet. `saelab index {state.code(str(run.path))}` makes them.")
+    if database is None:
         return draw_overview(None)
     width = database.arrays.manifest["d_in"]
     st.caption(

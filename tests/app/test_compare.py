@@ -1,0 +1,111 @@
+"""The Compare page."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from saelab.analysis.similarity import match_decoders
+from saelab.features.database import open_database
+from saelab.runs.decoder import decoder_rows
+from tests.app.shown import check_inert, html, message, unescaped
+from tests.app.synthetic_run import OTHER, write_run
+
+ORDER = np.random.default_rng(0).permutation(40)[:30]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Runs `first` and `second`, of which 30 features are the same but for noise, and `third` without a database."""
+    folder = tmp_path_factory.mktemp("pair")
+    first, second = write_run(folder / "first"), write_run(folder / "second", n_features=48, seed=2)
+    write_run(folder / "third", n_features=30, seed=3, features=False)
+    path = second / "sae" / "sae_weights.safetensors"
+    tensors = load_file(path)
+    rows = decoder_rows(first)[ORDER]
+    tensors["W_dec"][:30] = rows + 0.1 * np.random.default_rng(1).standard_normal(rows.shape)
+    save_file(tensors, path)
+    return folder
+
+
+def components(app) -> dict[str, dict]:
+    keys = ("pair_rows", "tokens_a", "tokens_b")
+    found = [each.proto for each in app.get("bidi_component")]
+    return {key: json.loads(each.bytes) for key in keys for each in found if key in each.id}
+
+
+def test_figures_stand_side_by_side_with_their_differences(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="second")
+    check_inert(app)
+    page = html(app)
+    assert (
+        '<td>Features</td><td class="sl-value">40</td><td class="sl-value">48</td><td class="sl-value">+8</td>' in page
+    )
+    assert (
+        '<td>FVU</td><td class="sl-value">0.1634</td><td class="sl-value">0.1634</td><td class="sl-value">0</td>'
+        in page
+    )
+    pareto = json.loads(app.get("plotly_chart")[0].proto.spec)["data"]
+    assert pareto[0]["text"] == ["third"] and sorted(pareto[1]["text"]) == ["first", "second"]
+
+
+def test_the_same_features_are_pairs_and_the_others_are_lists(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="second", threshold="0.9")
+    match = match_decoders(decoder_rows(pair / "first"), decoder_rows(pair / "second"))
+    rows = components(app)["pair_rows"]
+    shown = list(zip(rows["sides"]["a"]["ids"], rows["sides"]["b"]["ids"], strict=True))
+    assert shown == [tuple(each) for each in match.pairs.tolist()] and len(shown) >= 30
+    assert {(int(ORDER[b]), b) for b in range(30)} <= set(shown)
+    density = open_database(pair / "second" / "features").table["density"]
+    assert [float(d) for d in rows["sides"]["b"]["density"]] == pytest.approx(density[match.pairs[:, 1]], rel=0.05)
+    figures = {metric.label: metric.value for metric in app.metric}
+    assert figures["Each other's best"] == f"{len(shown)} pairs"
+    assert figures["Only in the first"] == f"{len(match.died(0.9))} of 40" == "10 of 40"
+    assert figures["Only in the second"] == f"{len(match.born(0.9))} of 48" == "18 of 48"
+    app.segmented_control(key="list").set_value("born").run()
+    rows = components(app)["pair_rows"]
+    assert rows["sides"]["b"]["ids"] == match.born(0.9).tolist()
+    assert rows["sides"]["a"]["ids"] == match.best_of_b[match.born(0.9)].tolist()
+    app.segmented_control(key="threshold").set_value(0.5).run()
+    assert app.query_params["threshold"] == "0.5" and components(app)["pair_rows"]["total"] == len(match.born(0.5))
+
+
+def test_one_selection_shows_both_features(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="second", a=str(ORDER[3]), b="3")
+    labels = [link.proto.label for link in app.main.get("page_link")]
+    assert labels[-2:] == [f"**Feature {ORDER[3]}** of first", "**Feature 3** of second"]
+    found = components(app)
+    for key, run, feature in (("tokens_a", "first", int(ORDER[3])), ("tokens_b", "second", 3)):
+        database = open_database(pair / run / "features")
+        assert found[key]["lines"][0]["row"] == database.examples(feature)[0].row
+        assert found[key]["link"] == f"feature?run={run}&feature="
+    assert found["pair_rows"]["chosen"] == [ORDER[3], 3]
+
+
+def test_lists_are_sorted_on_the_server(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="second", sort="density_b", order="asc")
+    rows = components(app)["pair_rows"]
+    density = open_database(pair / "second" / "features").table["density"][rows["sides"]["b"]["ids"]]
+    assert (np.diff(density) >= 0).all() and rows["size"] == 200 and rows["total"] == len(density)
+
+
+def test_a_run_without_a_database_is_matched_without_examples(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="third")
+    rows = components(app)["pair_rows"]
+    assert "density" not in rows["sides"]["b"] and "density" in rows["sides"]["a"]
+    assert any("no feature database" in caption.value for caption in app.caption)
+
+
+def test_what_cannot_be_compared_is_said(explorer, pair, runs, tmp_path):
+    app = explorer(runs, page="compare", run="whole", other=OTHER)
+    assert "different models (demo and <script>" in unescaped(app.info[0].value) and not components(app)
+    elsewhere = write_run(tmp_path / "elsewhere", features=False, site="blocks.0.hook_mlp_out")
+    app = explorer(pair, elsewhere, page="compare", run="first", other="elsewhere")
+    assert "different sites (blocks.2.hook_resid_post and blocks.0.hook_mlp_out)" in unescaped(app.info[0].value)
+    assert "There is no run 'nope'" in message(explorer(pair, page="compare", run="first", other="nope"))
+    assert "no other run" in explorer(elsewhere, page="compare").info[0].value
+    (elsewhere / "sae" / "sae_weights.safetensors").write_bytes(b"no weights")
+    (elsewhere / "config.yaml").write_text((pair / "first" / "config.yaml").read_text())
+    shown = message(explorer(pair, elsewhere, page="compare", run="first", other="elsewhere"))
+    assert "sae_weights.safetensors: the decoder cannot be read" in shown

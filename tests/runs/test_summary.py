@@ -1,0 +1,49 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from saelab.errors import SaelabError
+from saelab.runs.decoder import decoder_rows
+from saelab.runs.summary import CURVE_POINTS, summarise
+
+
+def test_a_summary_has_the_figures_of_its_files(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "model: {name: demo}\nsite: blocks.0.hook_resid_post\nsae: {n_features: 12}\n"
+    )
+    (tmp_path / "train.json").write_text(json.dumps({"complete": False, "tokens": 5, "planned_tokens": 9}))
+    found = summarise(tmp_path)
+    assert (found.model, found.site, found.n_features, found.fvu) == ("demo", "blocks.0.hook_resid_post", 12, None)
+    assert found.unfinished == "this run's training stopped after 5 of 9 tokens" and found.problem is None
+    (tmp_path / "eval.json").write_text('{"fvu": 0.5, "l0": NaN, "delta_ce": "x", "never_active": 3, "n_features": 11}')
+    lines = [json.dumps({"step": step, "fvu": 1 / (1 + step)}) for step in range(1000)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = summarise(tmp_path)
+    assert (found.fvu, found.l0, found.delta_ce, found.never_active, found.n_features) == (0.5, None, None, 3, 11)
+    assert len(found.curve) == CURVE_POINTS and (found.curve[0], found.curve[-1]) == (1, 1 / 1000)
+    assert found.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_damaged_files_are_the_problem_of_a_summary_and_the_others_count(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: [")
+    (tmp_path / "eval.json").write_text('{"fvu": 0.5}')
+    (tmp_path / "metrics.jsonl").write_text("x\n{}\n")
+    found = summarise(tmp_path)
+    assert found.fvu == 0.5 and found.trained == 0
+    assert "config.yaml" in found.problem and "metrics.jsonl, line 1" in found.problem
+
+
+def test_the_rows_of_a_decoder_are_those_of_the_checkpoint(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    with pytest.raises(SaelabError, match="there is no checkpoint"):
+        decoder_rows(tmp_path)
+    (tmp_path / "sae").mkdir()
+    path = tmp_path / "sae" / "sae_weights.safetensors"
+    save_file({"W_dec": rows}, path)
+    assert np.array_equal(decoder_rows(tmp_path), rows)
+    for damaged in ({"W_enc": rows}, {"W_dec": rows * np.nan}, {"W_dec": rows[0]}):
+        save_file(damaged, path)
+        with pytest.raises(SaelabError, match=r"sae_weights\.safetensors: the decoder cannot be read"):
+            decoder_rows(tmp_path)
