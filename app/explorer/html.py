@@ -21,10 +21,13 @@ STYLE = """<style>
 /* Above Streamlit's own header, which is empty there. */
 @media (min-width: 640px) { div:has(> .st-key-feature_bar) { position: sticky; top: 0; z-index: 999991; } }
 @media (max-width: 639px) { .st-key-feature_bar button :is(p, kbd) { display: none; } }
-@media (min-width: 1024px) { .stColumn:has(.st-key-rail) { position: sticky; top: 4rem; align-self: flex-start;
+@media (min-width: 640px) { .stColumn:has(.st-key-rail) { position: sticky; top: 4rem; align-self: flex-start;
   max-height: calc(100vh - 5rem); overflow-y: auto; } }
 div:has(> .st-key-beside) { position: sticky; top: 0; z-index: 80; max-height: 60vh; overflow-y: auto; flex: none;
   backdrop-filter: blur(2rem); }
+/* On a phone the numbers stand below the examples, and what is beside them would be out of sight. */
+@media (max-width: 639px) { div:has(> .st-key-beside) { position: fixed; inset: auto 0 0; max-height: 45vh;
+  z-index: 999992; background: Canvas; } }
 .st-key-rail .sl-facts, .st-key-rail .sl-facts td.sl-value { font-size: .8rem; }
 .st-key-rail .sl-facts td { padding: .12rem .6rem .12rem 0; }
 .st-key-rail .sl-facts td:empty { display: none; }

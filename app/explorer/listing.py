@@ -10,6 +10,8 @@ import streamlit as st
 
 from explorer import state
 from saelab.features.database import Database
+from saelab.features.layout import MANIFEST
+from saelab.features.marks import typed
 from saelab.features.search import Found
 from saelab.features.table import SORTABLE
 
@@ -65,12 +67,17 @@ def current_listing() -> Listing:
 
 def listed(database: Database, listing: Listing) -> Listed:
     """The features of a list. Raises SaelabError if its query cannot be read."""
-    return _listed(database, str(database.folder), database.arrays.manifest["inputs"], listing)
+    return _listed(database, version(database), listing)
+
+
+def version(database: Database) -> tuple:
+    """Changes when the database does, for caches."""
+    return str(database.folder), state.stamp([database.folder / MANIFEST])
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def _listed(_database: Database, folder: str, inputs: str, listing: Listing) -> Listed:
-    found = _database.search(listing.q) if listing.q else None
+def _listed(_database: Database, version: tuple, listing: Listing) -> Listed:
+    found = _database.search(typed(listing.q)) if listing.q else None
     ranges: dict[str, tuple[float, float]] = {
         column: given for column in ("density", "maximum") if (given := listing.parameters.get(column))
     }

@@ -79,7 +79,7 @@ def draw(
 
     A feature that the reader opens from a token's card is passed to `on_opened`; without it, its page opens.
     """
-    opened = draw_tokens(
+    draw_tokens(
         lines,
         key=key,
         strongest=strongest,
@@ -90,8 +90,6 @@ def draw(
         on_opened=on_opened,
         on_pinned=on_pinned,
     )
-    if opened is not None and on_opened is None:
-        st.switch_page(state.FEATURE, query_params=state.link(feature=opened))
 
 
 def names(features: Iterable[int]) -> dict[int, str]:

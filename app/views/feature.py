@@ -5,6 +5,7 @@ Examples, the feature beside it and its neighbours are fragments: what the reade
 
 import json
 import random
+from html import escape
 
 import numpy as np
 import streamlit as st
@@ -17,9 +18,10 @@ from explorer.html import bars_html, facts_html
 from explorer.listing import SIZE, Listed, Listing, current_listing, feature_address, listed
 
 from saelab.features.database import NEIGHBOURS, Database, Feature
-from saelab.features.export import circuit_tracer, html
+from saelab.features.export import circuit_tracer
+from saelab.features.export import html as page_of
 from saelab.features.layout import BINS, LOGIT_BINS
-from saelab.features.marks import number
+from saelab.features.marks import cut, number, visible
 
 TOP, INTERVALS, RANGE, RANDOM, NEAR = "top", "intervals", "range", "random", "near misses"
 LABELS = {TOP: "Top", INTERVALS: "Intervals", RANGE: "Range", RANDOM: "Random", NEAR: "Near misses"}
@@ -184,8 +186,12 @@ def edges_of(feature: Feature, bins: tuple[int, int]) -> tuple[float, float]:
 def draw_range(database: Database, feature: Feature, low: float, high: float) -> None:
     """What the activations of a range have in common."""
     found = database.tokens_in_range(feature.index, low, high, 5)
-    share = f"{100 * found.peak_share:.0f}% are on the token of the strongest activation" if found.n else ""
-    st.caption(f"{found.n:,} activations from {number(low)} to {number(high)}. {share}")
+    text = f"{found.n:,} activations from {number(low)} to {number(high)}"
+    if found.n:
+        shares = zip(found.tokens.tolist(), found.shares.tolist(), strict=True)
+        most = ", ".join(f"{visible(cut(database.vocabulary.text(token)))} {share:.0%}" for token, share in shares)
+        text += f"; {found.peak_share:.0%} are on the token of the strongest one. Most are on {most}."
+    st.html(f'<div class="sl-note">{escape(text)}</div>')
 
 
 # the numbers
@@ -300,7 +306,7 @@ def draw_downloads(database: Database, index: int) -> None:
         return json.dumps(circuit_tracer.details(database, index))
 
     def page() -> str:
-        return html.page(database, [index])
+        return page_of.page(database, [index])
 
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for label, kind, make, help in (
@@ -361,6 +367,7 @@ def page() -> None:
     n_active = np.asarray(database.table["n_active"])
     index = state.current_feature(database.n_features, otherwise=int((n_active > 0).argmax()))
     feature = database.feature(index)
+    state.show_title(f"Feature {index}")
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
     if feature.never_active:

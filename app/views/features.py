@@ -7,15 +7,16 @@ import streamlit as st
 from explorer import state
 from explorer.components.histogram import draw_histogram
 from explorer.components.rows import Column, Row, draw_rows
-from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed
+from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed, version
 
 from saelab.features.database import Database
+from saelab.features.search import Found, Match, match_of
 
-HELP = """Features that are active on this text, those with most of their activation on it first.
+HELP = r"""Features that are active on this text, those with most of their activation on it first.
 
-- `import numpy`: text, as it is, also across tokens; ␣ and ↵ stand for a space and a line break
-- `/def \\w+/`: a regular expression
-- `token:import`: a token as a whole
+- `import numpy`: text in any case, also across tokens; ␣ is a space and ↵ a line break
+- `/def \w+/`: a regular expression, in this case
+- `token:import`: a token that is this text
 - `promotes:import`: tokens that the feature makes more likely
 - `id:7,12,40-50`: features by index"""
 COLUMNS = [
@@ -28,7 +29,7 @@ COLUMNS = [
     ),
     Column("text", "example", False, "the match, or the strongest activation, is framed"),
 ]
-SCORE = Column("score", "match", True, "share of the feature's activation that lies on the match")
+SCORE = Column("score", "match", True, "share of its activation that lies on the match; for promotes:, the logit")
 # The column of the database that each column sorts by; "" is the order of the query.
 SORTS = {"id": "feature", "density": "density", "maximum": "maximum", "score": ""}
 
@@ -41,7 +42,7 @@ class Facet(NamedTuple):
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def facet(_database: Database, folder: str, inputs: str, column: str) -> Facet:
+def facet(_database: Database, version: tuple, column: str) -> Facet:
     """How many features that are ever active lie in 40 bins of a column."""
     values = np.asarray(_database.table[column])[np.asarray(_database.table["n_active"]) > 0]
     low, high = np.log10([values.min(), values.max()]) if len(values) else (-1.0, 0.0)
@@ -53,7 +54,7 @@ def facet(_database: Database, folder: str, inputs: str, column: str) -> Facet:
 
 def draw_facet(database: Database, listing: Listing, column: str, title: str) -> None:
     """A histogram whose brush filters the list."""
-    edges, counts = facet(database, str(database.folder), database.arrays.manifest["inputs"], column)
+    edges, counts = facet(database, version(database), column)
     chosen = None
     if column in listing.parameters:
         low, high = getattr(listing, column)
@@ -94,26 +95,32 @@ def draw_filters(database: Database, listing: Listing) -> None:
         draw_facet(database, listing, "maximum", "largest activation")
 
 
-def rows_of(database: Database, found: Listed, features: np.ndarray) -> list[Row]:
-    """The rows of some features of the list, with where each matches the query."""
-    hits = found.found
+def rows_of(database: Database, found: Found | None, features: np.ndarray) -> list[Row]:
+    """The rows of some features of the list: where each matches the query, or else is most active."""
+    numbers = {} if found is None else {int(feature): i for i, feature in enumerate(found.features)}
+
+    def row(feature: int, top: int) -> Row:
+        number = numbers.get(feature)
+        if found is None or number is None or not has_score(found):
+            return Row(feature, Match(top, top, top) if top >= 0 else None)
+        match = match_of(database.facts, found, number) or Match(top, top, top)
+        if found.logits is not None:
+            return Row(feature, match, f"{found.logits[number]:+.2f}")
+        return Row(feature, match, f"{100 * found.shares[number]:.3g}%" if found.shares is not None else "")
+
     top = database.table["top_places"][features, 0].tolist() if len(features) else []
-    if hits is None or hits.places is None or hits.shares is None:
-        return [Row(int(feature), place) for feature, place in zip(features, top, strict=True)]
-    order = np.argsort(hits.features, kind="stable")
-    at = order[np.searchsorted(hits.features, features, sorter=order)]
-    shares, places = hits.shares[at].tolist(), hits.places[at].tolist()
-    return [
-        Row(int(feature), place, f"{100 * share:.1f}%")
-        for feature, place, share in zip(features, places, shares, strict=True)
-    ]
+    return [row(*each) for each in zip(features.tolist(), top, strict=True)]
+
+
+def has_score(found: Found | None) -> bool:
+    return found is not None and (found.shares is not None or found.logits is not None)
 
 
 def draw_list(database: Database, listing: Listing, found: Listed) -> None:
     total = len(found.features)
     page = min(state.value("page", 1, limits=(1, 1e9)), max(1, -(-total // SIZE)))
     first = (page - 1) * SIZE
-    matched = found.found is not None and found.found.shares is not None
+    matched = has_score(found.found)
 
     def sort_by(key: str) -> None:
         sort = SORTS[key]
@@ -123,7 +130,7 @@ def draw_list(database: Database, listing: Listing, found: Listed) -> None:
 
     draw_rows(
         database,
-        rows_of(database, found, found.features[first : first + SIZE]),
+        rows_of(database, found.found, found.features[first : first + SIZE]),
         [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else COLUMNS,
         key="rows",
         link=feature_address(listing),
@@ -149,7 +156,7 @@ def page() -> None:
     if len(found.features):
         draw_list(database, listing, found)
     else:
-        st.info("No feature passes these filters. Change the search, or widen the ranges.")
+        st.info("No feature matches. Change the search, or widen the ranges.")
 
 
 page()

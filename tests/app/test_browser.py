@@ -1,5 +1,6 @@
 """The Features and Feature pages in a browser: the components, the address, keys, touch, contrast."""
 
+import json
 import re
 
 import pytest
@@ -88,6 +89,9 @@ def test_examples_come_first_and_a_token_is_a_door_to_the_others_there(page, ser
     assert card.is_visible()
     page.keyboard.press("Escape")
     card.wait_for(state="hidden")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="JSON").click()
+    assert json.loads(download.value.path().read_text())["index"] == 0
     page.locator(".st-key-beside a").first.click()
     feature_shown(page, strongest[0])
     page.go_back()
@@ -113,17 +117,13 @@ def test_the_arrow_keys_walk_from_token_to_token_and_enter_pins(page, server, da
     assert page.url.endswith("feature?run=whole&feature=1")  # the keys are not those of the page
 
 
-def test_long_tokens_are_cut_with_the_rest_on_the_card(page, server):
+def test_long_tokens_are_cut_with_more_on_the_card_and_line_breaks_are_marked_or_kept(page, server):
     opened(page, server, "feature?run=whole&feature=0", ".line")
     token = page.locator(".line .token", has_text="wwwww").first
     assert len(token.inner_text()) < 150
     token.hover()
     shown = page.locator(".card:popover-open").inner_text()
     assert "w" * 2000 in shown and "10,000 characters" in shown
-
-
-def test_line_breaks_are_marked_or_kept(page, server):
-    opened(page, server, "feature?run=whole&feature=0", ".line")
     text = page.locator(".line .text").first
     assert "↵" in text.inner_text() and "\n" not in text.text_content()
     page.get_by_label("line breaks").first.check()
@@ -140,7 +140,7 @@ def test_a_range_of_the_histogram_gives_examples_from_that_range(page, server, d
     page.mouse.move(*at(0.31))
     page.mouse.up()
     page.wait_for_url("**range=5%2C15*")
-    page.wait_for_selector("text=/activations from/")
+    page.wait_for_selector("text=/activations from/")  # and what they have in common
     maximum = float(database.facts.maxima[1])
     sides = page.locator(".line:visible .side")
     sync_api.expect(sides.first).not_to_have_text(number(maximum))  # these were the top examples

@@ -1,6 +1,7 @@
 """What the Features and the Feature page decide in Python: the list, what is sent to the components, the link."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from saelab.features.database import open_database
 from saelab.features.marks import number
 from saelab.features.token_facts import percentiles, strongest_others
 from tests.app.shown import check_inert, html, message, unescaped
-from tests.app.synthetic_run import HOSTILE, NEVER_ACTIVE, SCRIPT, write_features, write_run
+from tests.app.synthetic_run import HOSTILE, NEVER_ACTIVE, OTHER, SCRIPT, write_features, write_run
 from tests.app.wide import BASE, write_wide
 from tests.features.dense import write_database
 
@@ -55,12 +56,14 @@ def test_a_row_has_the_numbers_of_the_database_and_its_strongest_activation(expl
         assert row["n"] == f"{feature.n_active:,}" and row["maximum"] == number(feature.maximum)
         assert [len(tokens) for tokens in row["tokens"]] == [5, 5]
         top = database.examples(row["id"])[0]
-        first = top.position - row["hit"]
+        hit, last = row["lit"]
+        first = top.position - hit
         expected = np.zeros(len(row["text"]))
         for i in range(len(expected)):
             found = database.at(top.row, first + i)
             expected[i] = found.values[found.features == row["id"]].sum() / feature.maximum
-        assert row["shares"] == np.ceil(100 * expected).tolist() and row["shares"][row["hit"]] == 100
+        assert row["shares"] == np.ceil(100 * expected).tolist() and row["shares"][hit] == 100
+        assert hit == last
         assert len(row["bars"]) == 50 and [bar == "a" for bar in row["bars"]] == (feature.histogram == 0).tolist()
 
 
@@ -100,6 +103,26 @@ def test_a_page_of_the_list_is_200_rows_and_few_bytes_whatever_the_number_of_fea
         app = explorer(run, page="feature", feature="300", sort="density", examples=examples)
         assert any(f" of {(BASE - 1) * 16:,}" in link.proto.label for link in app.get("page_link"))
         assert sum(len(element.proto.SerializeToString()) for element in app.get("bidi_component")) < 200 << 10
+
+
+def test_a_search_shows_the_best_first_each_with_its_match_lit(explorer, runs, database):
+    for query in ("return self", "日本語", "é", "👩‍👩‍👧", "/ret\\w+/", "token:def", "␣if"):
+        app = explorer(runs, page="features", run="whole", q=query)
+        (data,) = sent(app, "rows")
+        found = database.search(query.replace("␣", " "))
+        assert [row["id"] for row in data["rows"]] == found.features.tolist() != [], query
+        assert [row["score"] for row in data["rows"]] == [f"{100 * share:.3g}%" for share in found.shares]
+        for row in data["rows"]:
+            first, last = row["lit"]
+            assert max(row["shares"][first : last + 1]) > 0, "active on the match"
+        lit = "".join(re.sub("[\\x01\\x02]", "", text) for text in row["text"][first : last + 1])
+        plain = {"␣if": " if", "token:def": " def", "/ret\\w+/": "return"}.get(query, query)
+        assert plain in lit
+    (data,) = sent(explorer(runs, page="features", run="whole", q="promotes:numpy"), "rows")
+    assert [float(row["score"]) for row in data["rows"]] == sorted(float(row["score"]) for row in data["rows"])[::-1]
+    sorted_rows = listed(explorer(runs, page="features", run="whole", q="return self", sort="density"))
+    assert sorted(sorted_rows) == sorted(database.search("return self").features.tolist()) != sorted_rows
+    assert "regular expression" in message(explorer(runs, page="features", run="whole", q="/(/"))
 
 
 # one feature
@@ -161,7 +184,7 @@ def test_intervals_random_near_misses_and_a_range(explorer, runs, database):
     maximum, values = float(database.facts.maxima[3]), database.facts.activations(3).values
     bins = np.minimum((values / maximum * 50).astype(int), 49)
     n = int(((bins >= 2) & (bins <= 4)).sum())
-    assert any(caption.value.startswith(f"{n:,} activations from") for caption in app.caption)
+    assert f"{n:,} activations from {number(maximum * 2 / 50)} to" in html(app)
     peaks = [line["activations"][line["peak"]] for line in lines(app)]
     assert peaks and all(maximum * 2 / 50 * 0.995 <= peak <= maximum * 5 / 50 * 1.005 for peak in peaks)
     assert sent(app, "histogram")[0]["chosen"] == [2, 4]
@@ -262,6 +285,7 @@ def test_hostile_text_is_only_ever_data(explorer, runs):
     for element in app.get("bidi_component"):
         assert not [token for token in HOSTILE if len(token) > 9 and token.strip() in element.proto.js_content]
     check_inert(explorer(runs, page="features", run="whole"))
+    check_inert(explorer(runs, page="feature", run=OTHER, feature="0", examples="range", range="0,49"))
 
 
 def test_text_in_many_bytes_stays_whole(explorer, runs):

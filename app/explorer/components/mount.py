@@ -32,9 +32,10 @@ def packed(data: dict[str, Any]) -> bytes:
 def marked(token: str) -> str:
     r"""A token with its marks for white space and invisible characters between \x01 and \x02.
 
-    No other control character is left. Past `LONGEST` characters, a mark says how long the token is.
+    No other control character is left. An empty token stays empty: it mostly has a part of the character before it.
+    Past `LONGEST` characters, a mark says how long the token is.
     """
-    found = pieces(token[:LONGEST]) or [("∅", True)]
+    found = pieces(token[:LONGEST])
     if len(token) > LONGEST:
         found.append((f"… {len(token):,} characters", True))
     return "".join(f"\x01{text}\x02" if mark else text for text, mark in found)

@@ -68,7 +68,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     } else if (row.text) {
       const snippet = cell.appendChild(make("div", "snippet"));
       row.text.forEach((token, i) => {
-        const span = snippet.appendChild(make("span", i === row.hit ? "token hit" : "token"));
+        const span = snippet.appendChild(make("span", i >= row.lit[0] && i <= row.lit[1] ? "token hit" : "token"));
         if (row.shares[i] > 0) { span.classList.add("on"); span.style.setProperty("--share", row.shares[i] / 100); }
         write(span, token, 24, false);
       });

@@ -10,6 +10,7 @@ import streamlit as st
 from explorer.components.mount import component, marked, packed
 from saelab.features.database import Database
 from saelab.features.marks import number
+from saelab.features.search import Match
 
 _mount = component("rows", '<div class="root"></div>')
 LONGEST = 60
@@ -35,8 +36,8 @@ class Row:
     """A feature and what its row shows besides its columns of the database."""
 
     feature: int
-    place: int = -1
-    """The place of the text that its snippet lights; -1 for none."""
+    match: Match | None = None
+    """Where its snippet is, and the tokens of it that are lit."""
     score: str = ""
     note: str = ""
 
@@ -118,26 +119,27 @@ def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]
             line["tokens"] = [[_short(database.vocabulary.text(token)) for token in each] for each in lists]
         if "score" in keys:
             line |= {"score": row.score, "note": row.note}
-        if "text" in keys and row.place >= 0:
-            line |= _snippet(database, row.feature, row.place, float(maxima[i]))
+        if "text" in keys and row.match is not None:
+            line |= _snippet(database, row.feature, row.match, float(maxima[i]))
         sent.append(line)
     return sent
 
 
-def _snippet(database: Database, feature: int, place: int, maximum: float) -> dict:
-    """Some tokens around a place, and the percentage of the feature's maximum that it has on each."""
+def _snippet(database: Database, feature: int, match: Match, maximum: float) -> dict:
+    """Some tokens around a match, the percentage of the feature's maximum on each, and the first and last one lit."""
     facts = database.facts
-    row, position = divmod(place, facts.rows.shape[1])
+    row, position = divmod(match.place, facts.rows.shape[1])
     first = max(0, position - AROUND)
     tokens = database.vocabulary.window(facts.rows[row, first : position + AROUND + 1])
     while sum(len(token) for token in tokens[: position - first]) > BEFORE:
         tokens, first = tokens[1:], first + 1
-    first = place - position + first
+    first = match.place - position + first
     stop = first + len(tokens)
     places, values = facts.between(feature, first, stop)
     shares = np.zeros(stop - first, int)
     shares[places - first] = np.minimum(np.ceil(100 * values / maximum), 100) if maximum > 0 else 0
-    return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "hit": place - first}
+    lit = [max(0, match.first - first), match.last - first]
+    return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "lit": lit}
 
 
 def _short(token: str) -> str:

@@ -61,7 +61,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   function fill(span) {
     const [l, k] = span.at, line = d.lines[l], activation = line.activations[k];
     const token = make("div", "token full"), share = line.percentiles?.[k];
-    write(token, d.texts[line.tokens[k]], Infinity, false);
+    write(token, d.texts[line.tokens[k]] || "\x01no character of its own\x02", Infinity, false);
     const silent = d.what === "activation" ? "not active" : `${d.what} 0`;
     const value = activation > 0 ? `${d.what} ${number(activation)}` : silent;
     const above = share === 100 ? ", its largest" : `, at or above ${share}% of its activations`;
@@ -79,6 +79,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
         event.preventDefault();
         if (d.opens) setTriggerValue("opened", others[i]);
         else follow(link.href);
+        if (innerWidth < 640) show(null); // on a phone the card would cover what was opened
       };
       const name = make("span", "dim token");
       write(name, d.names[others[i]] ?? "", 40, false);
