@@ -42,17 +42,6 @@ div:has(> .st-key-beside) { position: sticky; top: 0; z-index: 80; max-height: 6
   border-bottom: 1px solid rgba(128, 128, 128, .2); }
 .sl-facts th { font-weight: 400; opacity: .76; font-size: .78rem; }
 .sl-facts td.sl-value { text-align: right; white-space: nowrap; font-weight: 600; font-size: .9rem; }
-.sl-features { width: 100%; max-width: 54rem; border-collapse: separate; border-spacing: 0 2px; font-size: .86rem; }
-.sl-features th, .sl-features td { padding: .16rem .5rem .16rem 0; text-align: right; border: 0; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-.sl-features th { font-weight: 400; font-size: .78rem; }
-.sl-features tr > :first-child { text-align: left; }
-.sl-features .sl-name { width: 60%; max-width: 0; padding-left: .4rem; text-align: left; overflow: hidden;
-  text-overflow: ellipsis; font-family: "Source Code Pro", ui-monospace, Menlo, Consolas, monospace; }
-.sl-features a { color: var(--st-link-color, inherit); }
-.sl-matrix { display: flex; overflow-x: auto; font: 10px/14px ui-monospace, Menlo, Consolas, monospace; }
-.sl-labels div { text-align: right; padding-right: .4rem; white-space: nowrap; }
-.sl-picture { flex: none; image-rendering: pixelated; outline: 1px solid rgba(128, 128, 128, .3); }
 </style>"""
 
 

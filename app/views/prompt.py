@@ -29,6 +29,7 @@ ACTIVATION, QUANTILE, WEIGHTED = "activation", "quantile", "density-weighted"
 # What a change of the text removes from the link. (Streamlit would show a string here on the page.)
 CHOSEN = ("token", "lock")
 CUTS = {1.0: "any density", 0.1: "10%", 0.01: "1%", 0.001: "0.1%"}
+MOST_ROWS = 200
 MOST_CHANGES = 40
 MOST_IN_MATRIX = 128
 
@@ -148,32 +149,58 @@ def draw_token(
     if not len(features):
         st.caption("No feature is active here. Special tokens, such as BOS, have none.")
         return
-    sort, cut = order
-    weight, shown = values, np.ones(len(values), dtype=bool)
-    density: list[float] | list[None] = [None] * len(values)
-    quantile: list[float] | list[None] = [None] * len(values)
-    if database is not None:
-        shares = database.table["density"][features]
-        actives = map(database.facts.activations, features.tolist())
-        quantile = [100 * float((active.values <= v).mean()) for active, v in zip(actives, values, strict=True)]
-        weights = {ACTIVATION: values, QUANTILE: np.array(quantile), WEIGHTED: values * -np.log10(shares.clip(1e-9, 1))}
-        weight, shown, density = weights[sort], shares <= cut, shares.tolist()
-    if not shown.all():
-        st.caption(f"{(~shown).sum()} features that are denser than {CUTS[cut]} are left out.")
+    listed, hidden = ordered(database, features, values, order)
+    if hidden:
+        st.caption(f"{hidden} features that are denser than {CUTS[order[1]]} are left out.")
+    if len(listed) > MOST_ROWS:
+        st.caption(f"The first {MOST_ROWS} of {len(listed)}.")
+        listed = listed[:MOST_ROWS]
+    names = live.names(features[listed])
     effects = None if target is None else live.live().logit_effects(text, token, target)
-    names = live.names(features)
+    if database is not None:
+        shares = database.table["density"][features[listed]].tolist()
+        ranks = quantiles(database, features[listed], values[listed]).tolist()
+    else:
+        shares = ranks = [None] * len(listed)
     draw_features(
         [
             Row(
                 int(features[i]),
                 names.get(int(features[i]), ""),
                 activation=float(values[i]),
-                quantile=quantile[i],
-                density=density[i],
+                quantile=rank,
+                density=share,
                 effect=None if effects is None else float(effects[i]),
             )
-            for i in np.argsort(-weight, kind="stable")
-            if shown[i]
+            for i, rank, share in zip(listed.tolist(), ranks, shares, strict=True)
+        ]
+    )
+
+
+def ordered(
+    database: Database | None, features: np.ndarray, values: np.ndarray, order: tuple[str, float]
+) -> tuple[np.ndarray, int]:
+    """The places of the features that are not too dense in the order to list them, and how many are too dense."""
+    if database is None:
+        return np.argsort(-values, kind="stable"), 0
+    sort, cut = order
+    density, weight = database.table["density"][features], values
+    if sort == QUANTILE:
+        weight = quantiles(database, features, values)
+    elif sort == WEIGHTED:
+        weight = values * -np.log10(density.clip(1e-9, 1))
+    found = np.argsort(-weight, kind="stable")
+    found = found[density[found] <= cut]
+    return found, len(features) - len(found)
+
+
+def quantiles(database: Database, features: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Percentage of each feature's activations at or below a value, ``[features]``; 100 if it was never active."""
+    actives = map(database.facts.activations, features.tolist())
+    return np.array(
+        [
+            100 * float((active.values <= value).mean()) if len(active.values) else 100.0
+            for active, value in zip(actives, values, strict=True)
         ]
     )
 
@@ -184,7 +211,8 @@ def draw_features_of(text: ShortText, chosen: int, database: Database | None, bo
     st.session_state["locks"] = locked >= 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
         order = draw_orders(database)
-        target = None if bos is None else draw_target(text, chosen)
+        has_effects = bos is not None and live.live().lens is not None
+        target = draw_target(text, chosen) if has_effects else None
         st.toggle(
             "Lock this token",
             key="locks",

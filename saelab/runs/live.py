@@ -94,10 +94,12 @@ class Live:
         return ShortText(np.array(token_ids), self.tokens(token_ids), offsets, features, values, norms, errors)
 
     @cached_property
-    def _lens(self) -> "Lens | None":
+    def lens(self) -> "Lens | None":
+        """From features to logits; None if the site is not in the residual stream, or logits are not linear there."""
         from saelab.lm.lens import logit_lens
 
-        return logit_lens(self.lm, self.site)
+        with self.lock:
+            return logit_lens(self.lm, self.site)
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The token that the model expects most after these."""
@@ -111,18 +113,17 @@ class Live:
 
         It is activation times decoder row, through the final norm with its scale in the clean run, times the
         unembedding of `target`: what the logit would lose without the feature if no later layer read it. In the order
-        of ``text.at(token)``. None if the site is not in the residual stream, or if the model's logits are not linear
-        there (`saelab.lm.lens`).
+        of ``text.at(token)``. None without a `lens`.
         """
         import torch
 
         from saelab.lm.lens import norm_scale
 
         features, values = text.at(token)
+        lens = self.lens
+        if lens is None:
+            return None
         with self.lock, torch.no_grad():
-            lens = self._lens
-            if lens is None:
-                return None
             directions = self.sae.W_dec[torch.from_numpy(features).to(self.lm.device)].float()
             logits = lens.at_head(directions) @ lens.unembedding[target].float()
             scale = norm_scale(self.lm, lens, torch.from_numpy(text.token_ids[None]))[0, token]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -172,8 +173,21 @@ def test_held_out_text_needs_no_model_and_a_typed_one_says_that_it_does(at, tiny
     assert not app.error and not app.exception
     assert {feature for feature, _ in listed(app)} == set(row.at(7)[0].tolist())
     assert "logit" not in listed(app)[0][1] and "quantile" in listed(app)[0][1]
-    for page in ("prompt", "steer"):  # nothing is asked yet
+    for page in ("prompt", "steer", "feature"):  # nothing is asked yet
         assert not at(page, "moved").error
+
+
+def test_a_list_of_features_has_an_end(at, live, monkeypatch) -> None:
+    text = live.read(TEXT)
+    features, values = text.at(3)
+    monkeypatch.setattr("explorer.live.read", lambda *_: text)
+    offsets = np.where(np.arange(len(text) + 1) > 3, 250, 0)
+    dense = replace(text, offsets=offsets, features=np.arange(250) % 64, values=np.ones(250))
+    app = at("prompt", text=TEXT, token="3")
+    assert len(listed(app)) == len(features) == len(values)
+    monkeypatch.setattr("explorer.live.read", lambda *_: dense)
+    app = at("prompt", text=TEXT, token="3")
+    assert len(listed(app)) == 200 and "The first 200 of 250" in captions(app)
 
 
 def test_without_a_database_a_text_is_still_read(at, live) -> None:
