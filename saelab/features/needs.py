@@ -48,7 +48,8 @@ def index_needs(
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
     The text is read, which takes `text_bytes`, and encoded, which takes `pass_bytes` of the model on `where`; shards
-    are sorted, then merged; pairs of features are counted; at last the columns of the weights are computed. Memory that a step frees is counted once.
+    are sorted, then merged; co-activation and the columns of the weights come last. Memory that a step frees is counted
+    once.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
