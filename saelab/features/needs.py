@@ -18,11 +18,13 @@ from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
 from saelab.sae.settings import SaeSettings
 
-_SHARD_ENTRY_BYTES = 72
-"""Bytes per entry of a shard: while it is sorted by feature, or by token."""
-_BUCKET_ENTRY_BYTES = 192
+_FILLED_BYTES = 12
+"""Bytes per entry of a shard that is being filled."""
+_SORTED_BYTES = 72
+"""Bytes per entry of a shard that is being sorted, by feature or by token."""
+_BUCKET_ENTRY_BYTES = 112
 """Bytes per entry of a bucket: merged, counted, sorted by value and by token id."""
-_PAIR_BYTES = 64
+_PAIR_BYTES = 40
 """Bytes per pair of feature and token id that is in memory: collected, and sorted by token id."""
 _TOTALS_BYTES = 48
 """Bytes per feature for its number of entries and its maximum, and sums over these."""
@@ -45,9 +47,9 @@ def index_needs(
 ) -> list[Need]:
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
-    First the text is read, which takes `text_bytes`; then it is encoded, which takes `pass_bytes` of the model on
-    `where`; then shards are merged; then pairs of features are counted; then the columns of the weights are computed.
-    What a step frees is counted once.
+    The text is read, which takes `text_bytes`, and encoded, which takes `pass_bytes` of the model on `where`; shards
+    are sorted, then merged; co-activation and the columns of the weights come last. Memory that a step frees is counted
+    once.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
@@ -61,27 +63,31 @@ def index_needs(
     with no_numbers():
         weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, d_in).parameters())
     encoding = encoding_bytes(sae, d_in, forward, where)
-    sorting, held = shard * _SHARD_ENTRY_BYTES, min(pairs, PAIRS + BUCKET)
-    merging = bucket * _BUCKET_ENTRY_BYTES + held * _PAIR_BYTES + vocabulary * _WORD_BYTES
-    merging = max(merging, coactivation_bytes(n_features))
-    encoded = {where: pass_bytes + encoding}  # freed before merging
-    freed = encoded.get("memory", 0)
+    sorting = shard * _SORTED_BYTES
+    merging = bucket * _BUCKET_ENTRY_BYTES + min(pairs, PAIRS + BUCKET) * _PAIR_BYTES + vocabulary * _WORD_BYTES
+    filled = shard * _FILLED_BYTES
+    peak = {where: pass_bytes + encoding}
+    peak["memory"] = peak.get("memory", 0) + filled
+
+    def more(what: str, needed: int, place: Place) -> Need:
+        """What a step needs beyond the steps before it, whose memory is free again."""
+        before, peak[place] = peak[place], max(peak[place], needed)
+        how = f"{size(needed)}, less {size(before)} that earlier steps need"
+        return Need(what, max(0, needed - before), place, how)
+
     sizes = {"rows": rows, "context": context, "n_features": n_features, "entries": entries, "pairs": pairs}
     files = _file_bytes(sizes | {"vocabulary": vocabulary, "vocabulary_bytes": _TOKEN_BYTES * vocabulary})
     return [
         Need("autoencoder", weights, where, f"{n_features:,} features of {d_in:,} dimensions x 4 bytes"),
         Need("encoding", encoding, where, f"{forward:,} tokens at once"),
         Need("text to index", 8 * places, "memory", f"{places:,} places x 8 bytes, read and joined"),
-        _more("text", text_bytes, freed + sorting, "memory"),
-        Need("shard", sorting, "memory", f"{shard:,} entries x {_SHARD_ENTRY_BYTES} bytes"),
         Need("totals", n_features * _TOTALS_BYTES, "memory", f"{n_features:,} features x {_TOTALS_BYTES} bytes"),
-        _more("merging", merging, freed, "memory"),
-        _more(
-            "weights",
-            weight_bytes(n_features, d_in, vocabulary),
-            max(freed, merging) if where == "memory" else encoded[where],
-            where,
-        ),
+        Need("shard", filled, "memory", f"{shard:,} entries x {_FILLED_BYTES} bytes"),
+        more("text", text_bytes, "memory"),
+        more("sorting", sorting, "memory"),
+        more("merging", merging, "memory"),
+        more("co-activation", coactivation_bytes(n_features), "memory"),
+        more("weights", weight_bytes(n_features, d_in, vocabulary), where),
         Need(
             "facts",
             files["tokens"] + files["by_feature"] + files["by_token"],
@@ -108,10 +114,6 @@ def index_needs(
             f"at most {pairs:,} pairs x 8 bytes in {pair_files:,} files of {size(8 * vocabulary)} besides, for a time",
         ),
     ]
-
-
-def _more(what: str, needed: int, free: int, where: Place) -> Need:
-    return Need(what, max(0, needed - free), where, f"{size(needed)}, less {size(free)} that other steps need")
 
 
 def _file_bytes(sizes: dict[str, int]) -> dict[str, int]:

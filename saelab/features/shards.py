@@ -119,7 +119,7 @@ class ShardWriter:
     """Collects the blocks of a pass into shards in `folder`: `add` from row `first_row` on, then `finish`.
 
     Shards that a stopped pass over the same text with the same `identity` finished are kept. Raises SaelabError if a
-    shard cannot be written.
+    shard cannot be written, or if an activation is infinite.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -166,6 +166,11 @@ class ShardWriter:
         shard = Shard(self._folder / _name(len(self._shards)), first, self._stop, self._tokens)
         self._start_shard()
         maxima = torch.zeros(self._n_features).scatter_reduce_(0, features.long(), values, "amax")
+        if not maxima.isfinite().all():
+            raise SaelabError(
+                f"features: feature {int(maxima.argmax())} has an infinite activation on rows {first} to "
+                f"{shard.stop - 1} of the held-out text: its weights are too large for float32. Train it again"
+            )
         facts = {"first": first, "stop": shard.stop, "tokens": shard.tokens}
         columns = (features.numpy(), places.numpy(), values.numpy())
         write_sorted(shard.path, *columns, self._n_features, {"maxima": maxima.numpy()}, facts)

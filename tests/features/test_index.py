@@ -241,6 +241,14 @@ def test_more_places_than_int32_counts_are_refused_with_the_setting(tmp_path: Pa
         FeatureSettings(tokens=MOST_PLACES + 1)
 
 
+def test_an_infinite_activation_is_an_error_that_names_the_feature(tmp_path: Path) -> None:
+    z, rows = activations(6, 5, 0.3)
+    rows[2, 3] = 1
+    z[2, 3, 1] = torch.inf
+    with pytest.raises(SaelabError, match="feature 1 has an infinite activation on rows 0 to 5"):
+        made.write(tmp_path, z, rows, WORDS)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
 def test_a_stopped_pass_continues_after_its_last_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
