@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from saelab.lm import lens as module
-from saelab.lm.lens import logit_lens
+from saelab.lm.lens import logit_lens, norm_scale
 from saelab.lm.model import LanguageModel
 from saelab.lm.sites import bridge_of, hook
 from tests.tiny import KINDS, language_model, random_rows
@@ -91,6 +91,7 @@ def test_the_lens_is_the_derivative_with_the_scale_of_the_norm_frozen(architectu
         along = centre(x)
         direction -= (centre(direction) * along).sum(1, keepdim=True) / along.square().sum(1, keepdim=True) * along
         scale = along.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(norm_scale(lm, lens, rows).flatten(), scale.flatten())
     found, _ = slope(lm, rows, direction)
     expected = lens.at_head(direction) @ lens.unembedding.T / scale
     if "soft-cap" in words:  # tanh(raw / 30) * 30
