@@ -42,9 +42,13 @@ def same(one: Steering, other: Steering) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_x_changes_by_the_change_of_the_contribution_and_keeps_its_error(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.0, 3.0], ids=["topk", "relu", "jumprelu"])
+def test_x_changes_by_the_change_of_the_contribution_and_keeps_its_error(
+    dtype: torch.dtype, threshold: float | None
+) -> None:
     torch.manual_seed(0)
     sae, x = autoencoder(), torch.randn(20, 32).to(dtype)
+    sae.threshold = None if threshold is None else torch.full((48,), threshold)
     codes = sae.encode(x)
     added, clamped, ablated = active(sae, x)
     changes = [Intervention(added, "add", 2.5), Intervention(clamped, "clamp", 7.0), Intervention(ablated, "ablate")]

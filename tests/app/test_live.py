@@ -19,6 +19,7 @@ from saelab.features.token_bytes import token_bytes
 from saelab.runs.live import Live, open_live, text_at
 from tests.app.conftest import APP, serving
 from tests.app.shown import check_inert, html, message, unescaped
+from tests.app.synthetic_run import OTHER
 from tests.features.dense import write_database
 from tests.tiny import random_rows
 
@@ -227,6 +228,16 @@ def test_text_that_looks_like_html_stays_text(at) -> None:
     app = at("steer", text=hostile, steer="1:add:1", n="2")
     app.button(key="generate").click().run()
     assert not app.exception and not app.error
+    check_inert(app)
+
+
+def test_hostile_held_out_text_stays_text_and_a_model_that_does_not_fit_is_said(explorer, runs) -> None:
+    link = {"from": "held-out", "row": "0", "matrix": "1", "token": "12", "lock": "5", "cut": "0.1"}
+    app = explorer(runs, page="prompt", run="whole", **link)
+    assert not app.exception and not app.error and len(re.findall("<table", html(app))) == 2
+    check_inert(app)
+    app = explorer(runs, page="prompt", run=OTHER, text="x")
+    assert "cannot be loaded" in message(app)
     check_inert(app)
 
 

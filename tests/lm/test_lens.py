@@ -84,11 +84,12 @@ def test_the_lens_is_the_derivative_with_the_scale_of_the_norm_frozen(architectu
     rows = random_rows(lm, 2) % 90
     direction = torch.randn(rows.numel(), 32, generator=torch.Generator().manual_seed(2))
     _, x = slope(lm, rows, direction)
+    scale = norm_scale(lm, lens, rows).view(-1, 1)
     if "without" not in words:  # changes at right angles to x leave its scale as it is
         centre = (lambda v: v - v.mean(1, keepdim=True)) if lens.centred else (lambda v: v)
         along = centre(x)
         direction -= (centre(direction) * along).sum(1, keepdim=True) / along.square().sum(1, keepdim=True) * along
-    scale = norm_scale(lm, lens, rows).view(-1, 1)
+        torch.testing.assert_close(scale, along.square().mean(1, keepdim=True).sqrt())
     found, _ = slope(lm, rows, direction)
     expected = lens.at_head(direction) @ lens.unembedding.T / scale
     if "soft-cap" in words:  # tanh(raw / 30) * 30
