@@ -206,6 +206,13 @@ def test_rows_are_links_that_keys_walk_and_headers_sort(page, server, database):
 def test_back_and_reload_keep_filter_sort_and_position(page, server):
     page.set_viewport_size({"width": 1024, "height": 600})
     opened(page, server, "features?run=whole", "tbody tr")
+    page.get_by_role("textbox", name="Search").fill("日本語")
+    page.get_by_role("textbox", name="Search").press("Enter")
+    page.wait_for_selector("th:has-text('match')")
+    assert "".join(page.locator("tbody tr").first.locator(".hit").all_inner_texts()) == "日本語"
+    page.go_back()
+    page.wait_for_selector("th:has-text('match')", state="detached")
+    assert page.get_by_role("textbox", name="Search").input_value() == "" and page.locator("tbody tr").count() == 39
     page.get_by_role("button", name="max").click()
     page.wait_for_selector("th[aria-sort]")
     page.get_by_text("all", exact=True).first.click()
