@@ -49,14 +49,14 @@ def draw_facts(feature: Feature) -> None:
     facts = {
         "density": f"{100 * feature.density:.3g}%, {feature.n_active:,} of {feature.n_tokens:,} tokens",
         "largest, mean when active": numbers(feature.maximum, feature.mean),
-        "median, 90%, 99% when active": numbers(*(feature.quantiles[share] for share in (0.5, 0.9, 0.99))),
+        "median, 90%, 99%, active": numbers(*(feature.quantiles[share] for share in (0.5, 0.9, 0.99))),
         "mean square, all tokens": number(feature.mean_square),
         "skew, kurtosis, all tokens": numbers(feature.skew, feature.kurtosis),
         "entropy over token ids": f"{feature.token_entropy:.2f} bits",
         "first active": where(feature.first),
         "last active": where(feature.last),
         "encoder, decoder norm": numbers(feature.encoder_norm, feature.decoder_norm),
-        "cosine of encoder and decoder": f"{feature.encoder_decoder_cosine:.3f}",
+        "encoder-decoder cosine": f"{feature.encoder_decoder_cosine:.3f}",
     }
     st.html(facts_html([(name, value, "", "") for name, value in facts.items()]))
 

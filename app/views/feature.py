@@ -105,6 +105,7 @@ def page() -> None:
     state.show_title(f"Feature {index}")
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
+    st.caption(state.plain(f"{database.site} of the model {database.model}, {database.n_features:,} features"))
     if feature.never_active:
         st.warning(
             f"Never active on the {database.n_tokens:,} held-out tokens, so it has no activations and no examples.",

@@ -249,6 +249,7 @@ def test_another_feature_is_shown_beside(explorer, runs, database):
 def test_numbers_and_neighbours(explorer, runs, database):
     feature = database.feature(3)
     app = explorer(runs, page="feature", run="whole", feature="3", neighbours="coactive")
+    assert unescaped(app.caption[1].value) == "blocks.2.hook_resid_post of the model demo, 40 features"
     page = html(app)
     for text in (f"{feature.n_active:,} of {feature.n_tokens:,} tokens", f"{feature.token_entropy:.2f} bits"):
         assert text in page
