@@ -97,33 +97,42 @@ def draw_filters(database: Database, listing: Listing) -> None:
 
 def rows_of(database: Database, found: Found | None, features: np.ndarray) -> list[Row]:
     """The rows of some features of the list: where each matches the query, or else is most active."""
-    numbers = {} if found is None else {int(feature): i for i, feature in enumerate(found.features)}
+    scored = found if has_scores(found) else None
+    numbers: dict[int, int] = {}
+    if scored:
+        at = np.flatnonzero(np.isin(scored.features, features)).tolist()
+        numbers = dict(zip(scored.features[at].tolist(), at, strict=True))
 
     def row(feature: int, top: int) -> Row:
-        number = numbers.get(feature)
-        if found is None or number is None or not has_score(found):
-            return Row(feature, Match(top, top, top) if top >= 0 else None)
-        match = match_of(database.facts, found, number) or Match(top, top, top)
-        if found.logits is not None:
-            return Row(feature, match, f"{found.logits[number]:+.2f}")
-        return Row(feature, match, f"{100 * found.shares[number]:.3g}%" if found.shares is not None else "")
+        strongest = Match(top, top, top) if top >= 0 else None
+        if scored is None:
+            return Row(feature, strongest)
+        number = numbers[feature]
+        return Row(feature, match_of(database.facts, scored, number) or strongest, score(scored, number))
 
     top = database.table["top_places"][features, 0].tolist() if len(features) else []
     return [row(*each) for each in zip(features.tolist(), top, strict=True)]
 
 
-def has_score(found: Found | None) -> bool:
+def has_scores(found: Found | None) -> bool:
     return found is not None and (found.shares is not None or found.logits is not None)
+
+
+def score(found: Found, number: int) -> str:
+    """The share of a feature's activation that lies on the match, or the logit of the match."""
+    if found.shares is not None:
+        return f"{100 * found.shares[number]:.3g}%"
+    return f"{found.logits[number]:+.2f}" if found.logits is not None else ""
 
 
 def draw_list(database: Database, listing: Listing, found: Listed) -> None:
     total = len(found.features)
     page = min(state.value("page", 1, limits=(1, 1e9)), max(1, -(-total // SIZE)))
     first = (page - 1) * SIZE
-    matched = has_score(found.found)
+    matched = has_scores(found.found)
 
     def sort_by(key: str) -> None:
-        sort = SORTS[key]
+        sort = SORTS.get(key, "")
         again = sort == listing.sort
         rising = listing.order == "desc" if again else sort == "feature"
         state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)

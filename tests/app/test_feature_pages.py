@@ -120,6 +120,8 @@ def test_a_search_shows_the_best_first_each_with_its_match_lit(explorer, runs, d
         assert plain in lit
     (data,) = sent(explorer(runs, page="features", run="whole", q="promotes:numpy"), "rows")
     assert [float(row["score"]) for row in data["rows"]] == sorted(float(row["score"]) for row in data["rows"])[::-1]
+    rare = sent(explorer(runs, page="features", run="whole", q="promotes:import", show="never"), "rows")
+    assert [row.get("text") for data in rare for row in data["rows"]] == [None]
     sorted_rows = listed(explorer(runs, page="features", run="whole", q="return self", sort="density"))
     assert sorted(sorted_rows) == sorted(database.search("return self").features.tolist()) != sorted_rows
     assert "regular expression" in message(explorer(runs, page="features", run="whole", q="/(/"))
@@ -247,6 +249,7 @@ def test_another_feature_is_shown_beside(explorer, runs, database):
 def test_numbers_and_neighbours(explorer, runs, database):
     feature = database.feature(3)
     app = explorer(runs, page="feature", run="whole", feature="3", neighbours="coactive")
+    assert unescaped(app.caption[1].value) == "blocks.2.hook_resid_post of the model demo, 40 features"
     page = html(app)
     for text in (f"{feature.n_active:,} of {feature.n_tokens:,} tokens", f"{feature.token_entropy:.2f} bits"):
         assert text in page
