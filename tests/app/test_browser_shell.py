@@ -142,6 +142,7 @@ def test_a_point_of_the_map_opens_its_feature_and_a_line_around_all_lists_them(p
     page.wait_for_function("document.querySelector('.hoverlayer').textContent.startsWith('feature')")
     page.mouse.click(alone[0], alone[1])
     page.wait_for_url(f"**/feature?run=whole&feature={alone[2]}")
+    page.wait_for_function(f"document.title === 'Feature {alone[2]} · whole'")
     page.go_back()
     page.wait_for_selector(BOX)
     page.get_by_text("selects features").click()
