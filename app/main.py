@@ -86,7 +86,8 @@ def main() -> None:
     draw_sidebar()
     for problem in problems:
         state.show_error(problem)
-    state.show_title(page.title)
+    feature = state.value("feature", -1) if page.url_path == PAGES[state.FEATURE].url_path else -1
+    state.show_title(page.title if feature < 0 else f"{page.title} {feature}")
     overview = page.url_path == PAGES[state.RUNS].url_path
     if state.link() and not overview:
         draw_breadcrumb(page.title)

@@ -172,16 +172,6 @@ def show_title(title: str) -> None:
     st.set_page_config(page_title=f"{title} · {st.session_state.get('run_name', 'saelab')}")
 
 
-def go_to(index: int) -> None:
-    """Show another feature of the run; for callbacks on the feature page."""
-    change(feature=index)
-
-
-def link_to(index: int) -> dict[str, str]:
-    """The part of a link that names a feature of the current run."""
-    return link(feature=index)
-
-
 def current_feature(n_features: int, otherwise: int) -> int:
     """The feature that the link names; without one, the last one shown of this run, or `otherwise`.
 
