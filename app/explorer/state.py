@@ -116,8 +116,8 @@ def _parsed(text: str | None, like: object) -> object:
 def find_runs(folders: Sequence[str]) -> list[SaelabError]:
     """Find the runs in these folders, for `runs`; returns what is wrong with the folders."""
     found, problems = _find_runs(tuple(folders))
-    named = st.query_params.get("run")
-    if not found or (named is not None and (named not in found or not _is_run(found[named]))):
+    named = [st.query_params[parameter] for parameter in ("run", "other") if parameter in st.query_params]
+    if not found or any(name not in found or not _is_run(found[name]) for name in named):
         _find_runs.clear()  # the run may have been made, or removed, since
         found, problems = _find_runs(tuple(folders))
     st.session_state["runs"] = found

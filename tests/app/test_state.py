@@ -153,6 +153,8 @@ def test_folders_are_walked_once_and_again_for_an_unknown_run(explorer, tmp_path
     app.query_params["run"] = "second"
     app.run()
     assert not app.error and app.header[0].value == "second" and str(tmp_path) in walked
+    write_run(tmp_path / "third", features=False)
+    assert explorer(tmp_path, page="compare", run="second", other="third").selectbox(key="other").value == "third"
 
 
 # damaged, unfinished and foreign files
