@@ -1,6 +1,7 @@
 """Opens the arrays of a feature database, mapped from disk. FORMAT.md specifies the files."""
 
 import hashlib
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,19 @@ class Arrays:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.found[name]
+
+    def read_ahead(self, name: str, first: int = 0, stop: int | None = None) -> None:
+        """Ask the system to read the elements from `first` up to `stop`, counted along the first axis, from the disk.
+
+        Without it, each page is read when it is first used (`_map`).
+        """
+        array = self.found[name]
+        pages = array.base
+        length = array[first:stop].nbytes
+        if isinstance(pages, mmap.mmap) and length > mmap.PAGESIZE:
+            header = len(pages) - array.nbytes
+            begin = (header + array[:first].nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            pages.madvise(mmap.MADV_WILLNEED, begin, min(length + mmap.PAGESIZE, len(pages) - begin))
 
     def verify(self) -> None:
         """Raises SaelabError if a file differs from its sha256 in the manifest. Reads all files."""
@@ -76,6 +90,9 @@ def _map(folder: Path, name: str, dtype: str, shape: tuple[int, ...], length: in
         if path.stat().st_size != length:
             raise ValueError(f"it has {path.stat().st_size:,} bytes instead of {length:,}")
         found = np.lib.format.open_memmap(path, mode="r")
+        if isinstance(found.base, mmap.mmap):
+            # Most questions read a few bytes of many files. The system would read some 100 KB around each of them.
+            found.base.madvise(mmap.MADV_RANDOM)
         if found.shape != shape or found.dtype != dtype:
             raise ValueError(f"it is {found.dtype}{list(found.shape)} instead of {dtype}{list(shape)}")
     return found

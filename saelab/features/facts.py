@@ -111,6 +111,8 @@ class Facts:
         indices, values = (np.asarray(self.arrays[f"{order}.{name}"]) for name in (of, what))
         if not 0 <= first <= stop <= len(values):
             raise self.arrays.damaged(f"{order}.offsets", "does not rise from 0 to the number of entries")
+        for name in (of, what):
+            self.arrays.read_ahead(f"{order}.{name}", first, stop)
         indices = indices[first:stop]
         if len(indices) and not (indices[0] >= 0 and indices[-1] < size and (np.diff(indices) > 0).all()):
             raise self.arrays.damaged(f"{order}.{of}", f"does not rise within 0 to {size - 1}")

@@ -91,6 +91,7 @@ def find_matches(facts: Facts, vocabulary: Vocabulary, pattern: regex.Pattern, l
 
 
 def _decoded(facts: Facts, vocabulary: Vocabulary, row: int, stop: int) -> _Chunk:
+    facts.arrays.read_ahead("tokens", row, stop)
     ids = np.asarray(facts.rows[row:stop])
     context = ids.shape[1]
     ids = ids.reshape(-1)

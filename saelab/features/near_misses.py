@@ -48,6 +48,8 @@ def near_misses(
     take = max(1, min(n_rows, searched // context))
     rows = np.arange(take) * n_rows // take
     top = top_places(table, feature)
+    if take == n_rows:
+        facts.arrays.read_ahead("tokens")
     tokens = facts.rows[rows]
     if not len(top):
         return NearMisses([], [], tokens.size)

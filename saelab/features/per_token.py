@@ -36,6 +36,8 @@ def active_per_token(facts: Facts, vocabulary: Vocabulary, n: int = 20) -> PerTo
     Raises SaelabError if the database is damaged.
     """
     arrays = facts.arrays
+    for name in ("by_token.offsets", "tokens"):
+        arrays.read_ahead(name)
     active = np.diff(arrays["by_token.offsets"])
     ids = facts.rows.reshape(-1)
     if len(active) and active.min() < 0:

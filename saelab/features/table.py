@@ -41,9 +41,9 @@ class Table:
         if column == "feature":
             return np.arange(len(self))
         if column == "density":
-            return self["n_active"] / self.arrays.manifest["n_tokens"]
+            return self._whole("n_active") / self.arrays.manifest["n_tokens"]
         if column == "mean":
-            return self["mass"] / np.maximum(self["n_active"], 1)
+            return self._whole("mass") / np.maximum(self._whole("n_active"), 1)
         if column == "maximum":
             return self.arrays["by_feature.maxima"]
         if column not in COLUMNS:
@@ -76,4 +76,9 @@ class Table:
     def _scalar(self, column: str) -> np.ndarray:
         if column not in SORTABLE:
             raise SaelabError(f"The table cannot be sorted or filtered by {column!r}.{did_you_mean(column, SORTABLE)}")
+        return self._whole(column) if column in COLUMNS else self[column]
+
+    def _whole(self, column: str) -> np.ndarray:
+        """A stored column that is about to be read from end to end."""
+        self.arrays.read_ahead(f"table.{column}")
         return self[column]

@@ -7,12 +7,12 @@ queries       a feature's page, a page of the table and searches in a database: 
               and the growth of this process's own memory (RssAnon), mapped pages left out
 """
 
+import mmap
 import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -202,15 +202,21 @@ def queries(folder: str, repeats: int = 50) -> dict[str, Any]:
 
 
 def cold(folder: str, questions: int = 10) -> dict[str, float]:
-    """Median and largest seconds of opening a database and asking for a feature's page, out of the page cache."""
-    path = Path(folder)
-    n_features = open_database(path).n_features
-    features = np.random.default_rng(0).integers(0, n_features, questions).tolist()
+    """Median and largest seconds of a feature's page of an open database whose files are not in the page cache."""
+    database = open_database(folder)
+    features = np.random.default_rng(0).integers(0, database.n_features, questions).tolist()
     features[0] = 0  # the densest
-    _feature_page(open_database(path), 1)  # loads the code
+    _feature_page(database, 1)  # loads the code
 
-    # a database is closed before its files can leave the page cache: mapped pages stay
-    return _timed(lambda feature: _feature_page(open_database(path), feature), features, first=lambda: _drop(path))
+    def drop() -> None:
+        for array in database.arrays.found.values():
+            if isinstance(array.base, mmap.mmap):
+                array.base.madvise(mmap.MADV_DONTNEED)  # pages that a process maps do not leave the cache
+        for path in Path(folder).glob("*.npy"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    return _timed(lambda feature: _feature_page(database, feature), features, first=drop)
 
 
 def _feature_page(database: Database, index: int) -> None:
@@ -244,13 +250,6 @@ def _timed(ask: Callable[[Any], object], about: list[Any], first: Callable[[], N
         ask(each)
         seconds.append(time.perf_counter() - began)
     return {"median": statistics.median(seconds), "max": max(seconds)}
-
-
-def _drop(folder: Path) -> None:
-    """Take the files out of the page cache."""
-    for path in folder.glob("*.npy"):
-        with closing(os.fdopen(os.open(path, os.O_RDONLY))) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _own_memory() -> int:

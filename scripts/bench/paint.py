@@ -30,7 +30,7 @@ def paint(run: str, repeats: int = 3) -> dict[str, float]:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         server = subprocess.Popen(
-            [sys.executable, "-m", "saelab", "app", run, "--port", str(port)],
+            [sys.executable, "-m", "saelab.cli", "app", run, "--port", str(port)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -41,7 +41,7 @@ def paint(run: str, repeats: int = 3) -> dict[str, float]:
                 page = browser.new_page(viewport={"width": 1280, "height": 800})
                 began = time.perf_counter()
                 page.goto(f"http://127.0.0.1:{port}/feature?run={Path(run).name}&feature=0", wait_until="commit")
-                page.locator(".sl-token").first.wait_for(timeout=60_000)
+                page.locator(".line .token").first.wait_for(timeout=60_000)
                 contents.append(time.perf_counter() - began)
                 first = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null")
                 paints.append(first / 1000)
