@@ -31,7 +31,7 @@ def draw_beside(index: int) -> None:
         draw_tokens(
             lines_of(database, beside, database.examples(beside, n=5, window=WINDOW)),
             key="tokens_beside",
-            strongest=other.maximum,
+            strongest=other.usual_maximum,
             link=feature_address(current_listing()),
             names=token_names(database),
             legend=False,

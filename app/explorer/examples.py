@@ -41,7 +41,7 @@ def draw_examples(index: int) -> None:
     draw_tokens(
         lines,
         key=f"tokens_{kind}",
-        strongest=feature.maximum,
+        strongest=feature.usual_maximum,
         link=feature_address(current_listing()),
         names=token_names(database),
         on_opened=lambda other: show_beside(other, index),
@@ -80,7 +80,7 @@ def examples(database: Database, feature: Feature, kind: str, bins: tuple[int, i
 
 def edges_of(feature: Feature, bins: tuple[int, int]) -> tuple[float, float]:
     """The range of activations of some bins of the histogram; the upper end of the last one is the maximum."""
-    low, high = (feature.maximum * edge / BINS for edge in (bins[0], bins[1] + 1))
+    low, high = feature.bars.edges[[bins[0], bins[1] + 1]].tolist()
     return low, high if bins[1] == BINS - 1 else float(np.nextafter(np.float32(high), np.float32(0)))
 
 
@@ -90,6 +90,6 @@ def draw_range(database: Database, feature: Feature, low: float, high: float) ->
     text = f"{found.n:,} activations from {number(low)} to {number(high)}"
     if found.n:
         shares = zip(found.tokens.tolist(), found.shares.tolist(), strict=True)
-        most = ", ".join(f"{visible(cut(database.vocabulary.text(token)))} {share:.0%}" for token, share in shares)
+        most = ", ".join(f"“{visible(cut(database.vocabulary.text(token)))}” {share:.0%}" for token, share in shares)
         text += f"; {found.peak_share:.0%} are on the token of the strongest one. Most are on {most}."
     st.html(f'<div class="sl-note">{escape(text)}</div>')

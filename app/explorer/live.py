@@ -92,6 +92,12 @@ def draw(
     )
 
 
+def scale(feature: int, values: np.ndarray) -> float:
+    """The activation from which on the shading is full: the feature's usual maximum, or the largest of `values`."""
+    known = database()
+    return (known.feature(feature).usual_maximum if known else 0.0) or float(values.max(initial=0)) or 1.0
+
+
 def names(features: Iterable[int]) -> dict[int, str]:
     """A token for each feature: the one with most of its activation. Without a database there is none."""
     known = database()
@@ -118,9 +124,8 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
     except SaelabError as error:
         state.show_error(error)
         return
-    values, known = found.of(feature), database()
-    strongest = max(float(known.facts.maxima[feature]) if known else 0.0, float(values.max()))
-    draw([line(found, values, feature)], "test_tokens", strongest or 1.0, on_opened=on_opened)
+    values = found.of(feature)
+    draw([line(found, values, feature)], "test_tokens", scale(feature, values), on_opened=on_opened)
     with st.container(horizontal=True, gap="small"):
         more = state.link(text=text, shade="feature", of=feature)
         st.page_link(state.PROMPT, label="All features of this text", query_params=more)

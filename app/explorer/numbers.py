@@ -14,7 +14,7 @@ from explorer.html import bars_html, facts_html
 from explorer.listing import current_listing, feature_address
 from saelab.features.database import NEIGHBOURS, Database, Feature
 from saelab.features.export import circuit_tracer, html
-from saelab.features.layout import BINS, LOGIT_BINS
+from saelab.features.layout import LOGIT_BINS
 from saelab.features.marks import number
 
 KINDS = {"decoder": "decoder", "encoder": "encoder", "coactive": "co-activation"}
@@ -26,12 +26,12 @@ def draw_activations(feature: Feature) -> None:
         state.change(range=bins, examples=RANGE if bins else None)
         st.rerun("examples")
 
-    edges = np.linspace(0, feature.maximum, BINS + 1)
+    counts, edges, logarithmic = feature.bars
     draw_histogram(
-        feature.histogram,
+        counts,
         edges,
         key="activation_bars",
-        title="Activations",
+        title="Activations, logarithmic" if logarithmic else "Activations",
         noun="tokens",
         log=True,
         chosen=chosen_bins(),

@@ -247,7 +247,7 @@ def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
             draw_tokens(
                 lines_of(each.database, feature, each.database.examples(feature, n=6, window=20)),
                 key=key,
-                strongest=found.maximum,
+                strongest=found.usual_maximum,
                 link=f"feature?{urlencode({'run': each.name})}&feature=",
                 names=token_names(each.database),
                 legend=False,

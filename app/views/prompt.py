@@ -68,10 +68,12 @@ def draw_source(database: Database | None) -> str | int | None:
 def draw_shades(text: ShortText, database: Database | None) -> tuple[str, int]:
     """Draw the choice of what shades the tokens; returns it, and the feature that may be it."""
     options = [name for name in SHADES if name != ERROR or text.errors is not None]
+    constant = len(np.unique(text.l0[text.l0 > 0])) < 2  # as of a TopK autoencoder
+    default = FEATURE if constant and text.errors is None else options[0]
     strongest = int(text.features[text.values.argmax()]) if len(text.values) else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
         shade = st.segmented_control(
-            "Shade tokens by", options, required=True, **state.bound("shade", options[0], options)
+            "Shade tokens by", options, required=True, **state.bound("shade", default, options)
         )
         if shade == FEATURE:
             last = (live.live().sae.n_features if database is None else database.n_features) - 1
@@ -92,7 +94,8 @@ def draw_line(text: ShortText, shade: tuple[str, int], chosen: int, key: str, **
     else:
         values = text.l0.astype(np.float32)
     line = live.line(text, values, feature if name == FEATURE else None, chosen)
-    live.draw([line], key, float(values.max()) or 1.0, SHADES[name], **options)
+    strongest = live.scale(feature, values) if name == FEATURE else float(values.max()) or 1.0
+    live.draw([line], key, strongest, SHADES[name], **options)
 
 
 def draw_orders(database: Database | None) -> tuple[str, float]:

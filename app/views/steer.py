@@ -25,7 +25,7 @@ class Change(NamedTuple):
     feature: int
     mode: Mode
     strength: float
-    """In units of the feature's maximum on the held-out text; of activation, if that is not known or 0."""
+    """In units of the feature's usual maximum on the held-out text; of activation, if that is not known or 0."""
 
     def __str__(self) -> str:
         return f"{self.feature}:{self.mode}:{self.strength:g}"
@@ -71,7 +71,7 @@ def draw_changes() -> list[Change]:
                 LARGEST,
                 step=0.5,
                 key=f"strength_{i}",
-                width=190,
+                width=230,
                 disabled=change.mode == "ablate",
                 **call,
             )
@@ -106,13 +106,15 @@ def known(feature: int) -> bool:
 def unit(feature: int) -> float:
     """The activation that strength 1 stands for."""
     database = live.database()
-    maximum = float(database.facts.maxima[feature]) if database is not None and known(feature) else 0.0
-    return maximum or 1.0
+    return (database.feature(feature).usual_maximum if database is not None and known(feature) else 0.0) or 1.0
 
 
 def strength_label(feature: int) -> str:
-    one = unit(feature)
-    return f"Strength × its maximum, {number(one)}" if one != 1.0 else "Strength, activation"
+    one, database = unit(feature), live.database()
+    if one == 1.0 or database is None:
+        return "Strength, activation"
+    far = one < float(database.facts.maxima[feature])
+    return f"Strength × its {'usual ' if far else ''}maximum, {number(one)}"
 
 
 def draw_options() -> dict[str, int | float | str]:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from saelab.features.marks import cut, number, pieces, visible
 
 if TYPE_CHECKING:
@@ -104,20 +106,22 @@ def _dim(text: str) -> str:
 
 def _histogram(feature: "Feature") -> str:
     """Bars of the number of tokens in each bin of activation."""
-    counts, most = feature.histogram, int(feature.histogram.max())
-    if not most:
+    if feature.never_active:
         return ""
-    heights = 60 * counts / most
+    counts, edges, logarithmic = feature.bars
+    most, ends = int(counts.max()), [number(float(edge)) for edge in edges[[0, -1]]]
+    heights = np.where(counts > 0, np.maximum(60 * counts / most, 1.5), 0)  # a bar of one token is seen too
     bars = "".join(
         f'<rect x="{5 * i}" y="{60 - height:.2f}" width="4" height="{height:.2f}"/>'
         for i, height in enumerate(heights.tolist())
         if height
     )
-    label = f"{len(counts)} bins of activation from 0 to {number(feature.maximum)}, at most {most:,} tokens in a bin"
+    counted = f"at most {most:,} in a bin" + (", logarithmic" if logarithmic else "")
+    label = f"tokens in {len(counts)} bins of activation from {ends[0]} to {ends[1]}, {counted}"
     return (
         f'<svg viewBox="0 0 {5 * len(counts)} 60" preserveAspectRatio="none" role="img" aria-label="{label}">{bars}'
-        f'</svg><div class="ends dim"><span>0</span><span>at most {most:,} tokens in a bin</span>'
-        f"<span>{number(feature.maximum)}</span></div>"
+        f'</svg><div class="ends dim"><span>{ends[0]}</span><span>{counted}</span>'
+        f"<span>{ends[1]}</span></div>"
     )
 
 
@@ -171,7 +175,7 @@ def _details(title: str, inner: str) -> str:
 
 
 def _examples(feature: "Feature", examples: "list[Example]") -> str:
-    return "".join(_example(example, feature.maximum) for example in examples)
+    return "".join(_example(example, feature.usual_maximum) for example in examples)
 
 
 def _example(example: "Example", strongest: float) -> str:

@@ -24,7 +24,15 @@ from saelab.features.examples import Example, Kind, find_examples
 from saelab.features.facts import ActiveFeatures, Facts
 from saelab.features.layout import QUANTILES
 from saelab.features.near_misses import NearMisses, near_misses
-from saelab.features.ranges import Interval, RangeTokens, intervals, tokens_in_range
+from saelab.features.ranges import (
+    Histogram,
+    Interval,
+    RangeTokens,
+    histogram,
+    intervals,
+    tokens_in_range,
+    usual_maximum,
+)
 from saelab.features.search import Found, search
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
@@ -111,6 +119,16 @@ class Feature:
     @property
     def never_active(self) -> bool:
         return self.n_active == 0
+
+    @property
+    def usual_maximum(self) -> float:
+        """`maximum`; if a few activations are far above all others, the largest of the others."""
+        return usual_maximum(self.database.facts, self.database.table, self.index)
+
+    @property
+    def bars(self) -> Histogram:
+        """`histogram` with its edges; if a few activations are far above all others, one with logarithmic bins."""
+        return histogram(self.database.facts, self.database.table, self.index)
 
     def _repr_html_(self) -> str:
         return card.STYLE + card.card(self)

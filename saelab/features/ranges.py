@@ -10,10 +10,13 @@ import numpy as np
 
 from saelab.features.examples import Example, drawn, example_at, in_range, strongest_first, top_places
 from saelab.features.facts import Facts
+from saelab.features.layout import BINS, QUANTILES
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
 
 DECILES = tuple(tenth / 10 for tenth in range(1, 10))
+FAR = 5
+"""An activation is far above others if it is above this many times theirs."""
 
 
 class Interval(NamedTuple):
@@ -27,6 +30,17 @@ class Interval(NamedTuple):
     """Share of the feature's activations that lie in it."""
     examples: list[Example]
     """Drawn at random from it; strongest first."""
+
+
+class Histogram(NamedTuple):
+    """A feature's activations in bins, to be drawn."""
+
+    counts: np.ndarray
+    """Activations in each bin, ``[bins]``."""
+    edges: np.ndarray
+    """``[bins + 1]``; a bin has its lower edge and not its upper one, the last bin both."""
+    logarithmic: bool
+    """Whether the bins are equal on a logarithmic scale, from the smallest activation on, and not from 0 on."""
 
 
 class RangeTokens(NamedTuple):
@@ -78,3 +92,34 @@ def tokens_in_range(facts: Facts, table: Table, feature: int, low: float, high: 
     return RangeTokens(
         len(inside), float((inside == peak).mean()), tokens[most].astype(np.int64), counts[most] / len(inside)
     )
+
+
+def usual_maximum(facts: Facts, table: Table, feature: int) -> float:
+    """The largest activation of a feature; if a few are far above all others, the largest of the others.
+
+    A model gives some tokens, mostly the first of a text, vectors hundreds of times as long as others (attention
+    sinks). On a scale that ends at such an activation, all others are next to 0. Left out are activations above `FAR`
+    times the 90% quantile, if the maximum is above `FAR` times the largest that is left. 0 if the feature is never
+    active. Raises SaelabError if there is no such feature.
+    """
+    facts.check(feature)
+    maximum = float(facts.maxima[feature])
+    far = FAR * float(table["quantiles"][feature, QUANTILES.index(0.9)])
+    if maximum <= far:
+        return maximum
+    values = facts.activations(feature).values
+    usual = float(values[values <= far].max(initial=0))
+    return usual if maximum > FAR * usual > 0 else maximum
+
+
+def histogram(facts: Facts, table: Table, feature: int) -> Histogram:
+    """A feature's activations in bins: its histogram, or one with logarithmic bins if a few are far above all others.
+
+    Raises SaelabError if there is no such feature.
+    """
+    maximum = float(facts.maxima[feature])
+    if usual_maximum(facts, table, feature) == maximum:
+        return Histogram(np.array(table["histogram"][feature]), np.linspace(0, maximum, BINS + 1), False)
+    values = facts.activations(feature).values
+    edges = np.geomspace(float(values.min()), maximum, BINS + 1).astype(np.float32)
+    return Histogram(np.histogram(values, edges)[0], edges, True)

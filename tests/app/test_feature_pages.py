@@ -192,6 +192,27 @@ def test_intervals_random_near_misses_and_a_range(explorer, runs, database):
     assert sent(app, "histogram")[0]["chosen"] == [2, 4]
 
 
+def test_a_few_huge_activations_stretch_neither_shading_nor_histogram(explorer, tmp_path):
+    """As attention sinks have them: 4,000 where all others are below 10."""
+    run = write_run(tmp_path / "run", features=False)
+    rng = np.random.default_rng(0)
+    tokens, z = rng.integers(1, 9, (30, 16)), rng.uniform(1, 9, (30, 16, 2)).astype(np.float32)
+    z[5, 1, 0] = 4000
+    write_database(run / "features", z, tokens, [f" w{i}".encode() for i in range(9)])
+    feature = open_database(run / "features").feature(0)
+    usual = float(number(feature.usual_maximum))
+    app = explorer(run, page="feature", feature="0", beside="0")
+    (bars, _), shown = sent(app, "histogram"), sent(app, "tokens")
+    assert bars["title"] == "Activations, logarithmic" and bars["edges"][-1] == 4000
+    assert bars["counts"] == feature.bars.counts.tolist()
+    assert [(each["strongest"], each["above"]) for each in shown] == [(usual, True)] * 2
+    app = explorer(run, page="feature", feature="0", examples="range", range="45,49")
+    assert [line["side"] for line in lines(app)] == ["4,000"] and not sent(app, "histogram")[1]["chosen"]
+    (row, other) = sent(explorer(run, page="features", q="id:0,1"), "rows")[0]["rows"]
+    assert row["shares"].count(100) == 1 and sorted(row["shares"])[-2] > 50 and max(other["shares"]) == 100
+    assert sent(explorer(run, page="feature", feature="1"), "tokens")[0]["above"] is False
+
+
 def test_repeated_examples_are_folded_into_the_first(explorer, tmp_path):
     run = write_run(tmp_path / "run", features=False)
     tokens = np.tile(np.arange(1, 17), (4, 1))

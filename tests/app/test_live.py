@@ -14,7 +14,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from saelab.analysis.short_text import changes
-from saelab.features.database import open_database
+from saelab.features.database import Feature, open_database
 from saelab.features.token_bytes import token_bytes
 from saelab.runs.live import Live, open_live, text_at
 from tests.app.conftest import APP, serving
@@ -174,6 +174,11 @@ def test_held_out_text_needs_no_model_and_a_typed_one_says_that_it_does(at, tiny
     assert not app.error and not app.exception
     assert {feature for feature, _ in listed(app)} == set(row.at(7)[0].tolist())
     assert "logit" not in listed(app)[0][1] and "quantile" in listed(app)[0][1]
+    shown = components(app)["prompt_tokens"]
+    assert shown["what"] == "activation", "L0 is the same on every token of a TopK autoencoder"
+    strongest = int(row.features[row.values.argmax()])
+    scale = open_database(tiny_runs / "moved" / "features").feature(strongest).usual_maximum
+    assert shown["strongest"] == pytest.approx(scale, rel=5e-3)
     for page in ("prompt", "steer", "feature"):  # nothing is asked yet
         assert not at(page, "moved").error
 
@@ -271,6 +276,18 @@ def test_a_strength_of_1_is_the_features_maximum_and_0_changes_nothing(at, live,
     bare = at("steer", "bare", text=TEXT, steer=f"{feature}:add:1.5", n="2")
     bare.button(key="generate").click().run()
     assert asked[2][0].value == 1.5 and not bare.error
+
+
+def test_a_strength_is_in_units_of_the_usual_maximum(at, monkeypatch) -> None:
+    asked = []
+    original = Live.steer
+    monkeypatch.setattr(Live, "steer", lambda self, ids, i, **o: asked.append(i) or original(self, ids, i, **o))
+    app = at("steer", text=TEXT, steer="3:add:1.5", n="2")
+    assert app.number_input(key="strength_0").label.startswith("Strength × its maximum, ")
+    monkeypatch.setattr(Feature, "usual_maximum", 0.125)
+    app.button(key="generate").click().run()
+    assert app.number_input(key="strength_0").label == "Strength × its usual maximum, 0.125"
+    assert asked[0][0].value == 1.5 * 0.125
 
 
 def test_the_features_to_steer_are_in_the_link(at) -> None:

@@ -2,7 +2,9 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from saelab.features import card
@@ -10,6 +12,7 @@ from saelab.features.database import Database, open_database
 from saelab.features.export import html
 from saelab.features.marks import number, visible
 from tests.app.synthetic_run import HOSTILE, LONG, NEVER_ACTIVE, OTHER, SCRIPT, write_run
+from tests.features.dense import write_database
 
 ATTRIBUTES = {
     "class": r"saelab-card|columns|wide|narrow|(ends )?dim|example|value|text|mark|list|bar( down)?|"
@@ -18,7 +21,7 @@ ATTRIBUTES = {
     "style": r"--share: [01](\.\d\d)?",
     "title": r"[\d.,]+",
     "href": r"#feature-\d+",
-    "aria-label": r"50 bins of activation from 0 to [\d.,]+, at most [\d,]+ tokens in a bin",
+    "aria-label": r"tokens in 50 bins of activation from [\d.,]+ to [\d.,]+, at most [\d,]+ in a bin(, logarithmic)?",
     "role": "img",
     "viewbox": r"0 0 \d+ 60",
     "preserveaspectratio": "none",
@@ -104,7 +107,18 @@ def test_the_histogram_has_a_bar_for_every_bin_with_tokens(database: Database) -
     feature = database.feature(3)
     heights = [float(height) for height in re.findall(r'<rect [^>]*height="([\d.]+)"', card.card(feature))]
     expected = feature.histogram[feature.histogram > 0] * 60 / feature.histogram.max()
-    assert heights == pytest.approx(expected.tolist(), abs=0.006)
+    assert heights == pytest.approx(expected.clip(1.5).tolist(), abs=0.006)
+
+
+def test_a_huge_activation_stretches_neither_shading_nor_histogram(tmp_path: Path) -> None:
+    tokens = np.arange(1, 31).reshape(2, 15)
+    z = np.linspace(2, 8, 30, dtype=np.float32).reshape(2, 15, 1)
+    z[1, 1] = 4000
+    database = open_database(write_database(tmp_path / "features", z, tokens, [b"t%d" % i for i in range(31)]))
+    drawn = card.card(database.feature(0))
+    assert "<span>2.00</span>" in drawn and "in a bin, logarithmic</span><span>4,000</span>" in drawn
+    shares = {title: float(share) for share, title in re.findall(r'--share: ([\d.]+)" title="([\d.,]+)"', drawn)}
+    assert shares["4,000"] == shares["8.00"] == 1 and shares["2.00"] == 0.25
 
 
 def test_whole_cards_have_intervals_and_near_misses(database: Database) -> None:

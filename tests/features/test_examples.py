@@ -147,6 +147,38 @@ def test_the_tokens_of_a_range(dense: Dense, feature: int) -> None:
     assert (nothing.n, nothing.peak_share, len(nothing.tokens)) == (0, 0, 0)
 
 
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """Feature 0 has 3 activations far above the others, feature 1 one that is no more than 5 times the others'."""
+    z, tokens = made_up(40, 32, 3, 20)
+    z = np.minimum(z, 9)
+    z[[3, 8, 20], 1] = [[300, 0, 0], [4000, 0, 0], [90, 40, 0]]
+    vocabulary = [b"t%d" % i for i in range(20)]
+    return open_database(write_database(tmp_path_factory.mktemp("far") / "features", z, tokens, vocabulary))
+
+
+def test_a_usual_maximum_leaves_out_what_is_far_above_all_other_activations(far: Database, dense: Dense) -> None:
+    assert far.feature(0).usual_maximum == np.sort(far.facts.activations(0).values)[-4] < 9.01
+    assert far.feature(1).usual_maximum == far.feature(1).maximum == 40
+    for feature in range(N_FEATURES):
+        assert dense.database.feature(feature).usual_maximum == dense.database.facts.maxima[feature]
+
+
+@pytest.mark.parametrize("feature", [0, 1])
+def test_each_bar_is_the_number_of_activations_in_its_range(far: Database, feature: int) -> None:
+    counts, edges, logarithmic = far.feature(feature).bars
+    assert logarithmic == (feature == 0) and counts.sum() == far.feature(feature).n_active
+    if logarithmic:
+        np.testing.assert_allclose(edges[1:] / edges[:-1], edges[1] / edges[0], rtol=1e-5)
+        assert edges[0] == far.facts.activations(0).values.min() and np.flatnonzero(counts)[-4:].min() > 20
+    else:
+        assert counts.tolist() == far.feature(feature).histogram.tolist()
+    assert edges[-1] == far.feature(feature).maximum
+    highest = np.append(np.nextafter(edges[1:-1].astype(np.float32), np.float32(0)), edges[-1])
+    for count, low, high in zip(counts.tolist(), edges.tolist(), highest.tolist(), strict=False):
+        assert far.tokens_in_range(feature, low, high).n == count
+
+
 def test_repeats_are_counted_and_not_shown(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 50, (6, 20))

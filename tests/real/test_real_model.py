@@ -4,10 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import real_model
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saelab
 from saelab.features.database import open_database
@@ -129,3 +132,33 @@ def test_the_features_agree_with_the_evaluation(run: Path, lm: LanguageModel) ->
     assert database.examples(strongest.index)[0].activation == strongest.maximum
     words = {lm.tokenizer.decode(token) for token in range(len(lm.tokenizer))}
     assert words.issuperset(each.text for each in strongest.top_logits)
+
+
+def test_the_database_is_what_transformers_and_the_weights_give(run: Path, config: Path) -> None:
+    """Without saelab's forward pass, encoder and lens: activations on four rows, and logits of four features."""
+    database = open_database(run_folder.features(run))
+    weights = load_file(run_folder.weights(run))
+    folder = str(config.parent / real_model.MODEL)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    special = torch.tensor(AutoTokenizer.from_pretrained(folder).all_special_ids)
+    ids = torch.from_numpy(np.array(database.facts.rows[:4])).long()
+    with torch.no_grad():
+        x = model(ids, output_hidden_states=True).hidden_states[16].flatten(0, 1)
+    strongest = ((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]).relu().topk(32)
+    expected = torch.zeros(len(x), database.n_features).scatter(1, strongest.indices, strongest.values)
+    expected[torch.isin(ids.flatten(), special)] = 0
+    found = torch.zeros_like(expected)
+    for place in range(len(x)):
+        features, values = database.at(*divmod(place, ids.shape[1]))
+        found[place, torch.tensor(features).long()] = torch.tensor(values)
+    assert ((found > 0) != (expected > 0)).sum() <= 2, "the 32nd and 33rd strongest may be equal but for rounding"
+    both = (found > 0) & (expected > 0)
+    torch.testing.assert_close(found[both], expected[both], rtol=2e-3, atol=2e-3)
+
+    table = database.table
+    for feature in range(0, 4000, 1000):
+        with torch.no_grad():
+            logits = model.lm_head.weight @ (model.model.norm.weight * weights["W_dec"][feature])
+        top = torch.tensor(table["top_logits"][feature])
+        torch.testing.assert_close(logits.topk(10).values, top, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[table["top_logit_tokens"][feature].tolist()], top, rtol=1e-4, atol=1e-5)

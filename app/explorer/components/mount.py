@@ -42,5 +42,6 @@ def marked(token: str) -> str:
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """Numbers with three significant digits, whole ones without a fraction."""
-    return [int(short) if short.is_integer() else short for short in (float(f"{value:.3g}") for value in values)]
+    """Numbers with three significant digits, from 1,000 on with all digits before the point, as `marks.number` has."""
+    short = (round(value) if 1000 <= abs(value) < 1e15 else float(f"{value:.3g}") for value in values.tolist())
+    return [int(value) if value.is_integer() else value for value in map(float, short)]

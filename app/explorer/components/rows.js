@@ -67,8 +67,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
       });
     } else if (row.text) {
       const snippet = cell.appendChild(make("div", "snippet"));
+      let hit = null; // one frame for all tokens of the match
       row.text.forEach((token, i) => {
-        const span = snippet.appendChild(make("span", i >= row.lit[0] && i <= row.lit[1] ? "token hit" : "token"));
+        if (i === row.lit[0]) hit = snippet.appendChild(make("span", "hit"));
+        const span = (i >= row.lit[0] && i <= row.lit[1] ? hit : snippet).appendChild(make("span", "token"));
         if (row.shares[i] > 0) { span.classList.add("on"); span.style.setProperty("--share", row.shares[i] / 100); }
         write(span, token, 24, false);
       });

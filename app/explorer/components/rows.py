@@ -10,6 +10,7 @@ import streamlit as st
 from explorer.components.mount import component, marked, packed
 from saelab.features.database import Database
 from saelab.features.marks import number
+from saelab.features.ranges import usual_maximum
 from saelab.features.search import Match
 
 _mount = component("rows", '<div class="root"></div>')
@@ -120,13 +121,13 @@ def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]
         if "score" in keys:
             line |= {"score": row.score, "note": row.note}
         if "text" in keys and row.match is not None:
-            line |= _snippet(database, row.feature, row.match, float(maxima[i]))
+            line |= _snippet(database, row.feature, row.match)
         sent.append(line)
     return sent
 
 
-def _snippet(database: Database, feature: int, match: Match, maximum: float) -> dict:
-    """Some tokens around a match, the percentage of the feature's maximum on each, and the first and last one lit."""
+def _snippet(database: Database, feature: int, match: Match) -> dict:
+    """Some tokens around a match, each with its percentage of full shading, and the first and last one lit."""
     facts = database.facts
     row, position = divmod(match.place, facts.rows.shape[1])
     first = max(0, position - AROUND)
@@ -136,7 +137,7 @@ def _snippet(database: Database, feature: int, match: Match, maximum: float) -> 
     first = match.place - position + first
     stop = first + len(tokens)
     places, values = facts.between(feature, first, stop)
-    shares = np.zeros(stop - first, int)
+    shares, maximum = np.zeros(stop - first, int), usual_maximum(facts, database.table, feature)
     shares[places - first] = np.minimum(np.ceil(100 * values / maximum), 100) if maximum > 0 else 0
     lit = [max(0, match.first - first), match.last - first]
     return {"text": [_short(token) for token in tokens], "shares": shares.tolist(), "lit": lit}

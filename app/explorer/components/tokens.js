@@ -17,7 +17,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const breaks = localStorage.getItem("saelab-breaks") === "1";
     const bar = make("div", "bar"), legend = make("span", "dim", `${d.what} 0`), label = make("label");
     const box = Object.assign(make("input"), { type: "checkbox", checked: breaks });
-    legend.append(make("span", "scale"), number(d.strongest));
+    legend.append(make("span", "scale"), number(d.strongest) + (d.above ? " or more" : ""));
     label.append(box, " line breaks");
     box.onchange = () => { localStorage.setItem("saelab-breaks", box.checked ? "1" : "0"); draw(); };
     bar.append(legend, label);

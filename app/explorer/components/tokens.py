@@ -59,8 +59,8 @@ def draw_tokens(
     """Draw lines of tokens.
 
     Hovering over a token, or walking to it with the arrow keys, shows a card; a click or Enter pins it. `strongest` is
-    the activation with full shading; `what` names the values. `names` gives a token to show beside each of the other
-    features on the card. `link` is the address of a feature without its index, which they lead to.
+    the activation from which on the shading is full; `what` names the values. `names` gives a token to show beside each
+    of the other features on the card. `link` is the address of a feature without its index, which they lead to.
 
     With `on_opened`, a plain click on one of these features calls it with the feature, before the page is drawn again,
     instead of following the link. With `on_pinned`, a click on a token also reaches Python:
@@ -97,6 +97,7 @@ def draw_tokens(
         "texts": list(texts),
         "names": {feature: marked(name) for feature, name in names(sorted(shown)).items()},
         "strongest": rounded(np.array([strongest]))[0],
+        "above": any(bool((line.activations > strongest).any()) for line in lines),
         "what": what,
         "link": link,
         "legend": legend,
