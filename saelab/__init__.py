@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
     from saelab.analysis.fidelity import Fidelity, fidelity
+    from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
     from saelab.analysis.steering import steer
     from saelab.codes import Codes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from saelab.runs.job import settings_of
     from saelab.runs.save import create_run, save_run
     from saelab.runs.stages import evaluate, index, run
+    from saelab.runs.sweep import sweep
     from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
     from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
@@ -80,6 +82,7 @@ _HOME = {
     "new_autoencoder": "saelab.sae.model",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
+    "plot_pareto": "saelab.analysis.pareto",
     "read_activations": "saelab.activations.stream",
     "resume": "saelab.runs.train",
     "run": "saelab.runs.stages",
@@ -87,6 +90,7 @@ _HOME = {
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
     "steer": "saelab.analysis.steering",
+    "sweep": "saelab.runs.sweep",
     "train": "saelab.runs.train",
 }
 
@@ -127,6 +131,7 @@ __all__ = [
     "new_autoencoder",
     "open_cache",
     "open_corpus",
+    "plot_pareto",
     "read_activations",
     "resume",
     "run",
@@ -134,6 +139,7 @@ __all__ = [
     "save_sae",
     "settings_of",
     "steer",
+    "sweep",
     "train",
 ]
 

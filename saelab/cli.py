@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +104,44 @@ def train(
 
 
 @app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    overrides: _Overrides = None,
+    force: _Force = False,
+) -> None:
+    """Train and evaluate every combination of the values of some settings, on one pass over the activations.
+
+    Run again, it goes on where it was stopped or killed. The results are also in OUT/sweep.json and OUT/sweep.html.
+
+    Example: saelab sweep quickstart sweep.sae.k=[16,32] sweep.training.lr=[1e-3,2e-3] out=runs/k
+
+    Example: saelab sweep sweep
+    """
+    from saelab import progress
+    from saelab.runs.sweep import sweep as stage
+
+    stage(config, overrides or [], force=force, track=progress.bar, say=_say, show=_show_sweep)
+
+
+def _show_sweep(out: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Print the summary of a sweep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(run: Mapping[str, Any], name: str, digits: int) -> str:
+        return "" if run[name] is None else f"{run[name]:.{digits}f}"
+
+    columns = (("L0", "l0", 2), ("FVU", "fvu", 4), ("delta CE (nats/token)", "delta_ce", 4))
+    columns += (("loss recovered, zero ablation", "loss_recovered_zero", 4),)
+    table = Table("run", *(title for title, _, _ in columns), "never active")
+    for run in runs:
+        never = "failed" if "failed" in run else f"{run['never_active']:,} of {run['n_features']:,}"
+        table.add_row(printable(run["run"]), *(number(run, name, digits) for _, name, digits in columns), never)
+    Console(width=120).print(table)
+    _print(f"{out}: a run folder for each; all figures in sweep.json; a plot in sweep.html, to open in a browser")
+
+
+@app.command()
 def cache(
     config: Annotated[str | None, typer.Argument(help="a YAML file, or the name of a shipped config")] = None,
     overrides: _Overrides = None,
@@ -150,20 +188,26 @@ def plan(
 ) -> None:
     """Report the memory and disk that training, a cache and the features need; exit code 2 if this machine has less.
 
+    Of a sweep: what all its runs need at once, and how many fit.
+
     Example: saelab plan gpt2_openwebtext model.dtype=bf16
     """
     from rich.console import Console
 
     from saelab.files import expanded
-    from saelab.runs.job import settings_of
-    from saelab.runs.plan import plan_cache, plan_index, plan_training
+    from saelab.runs.grid import grid
+    from saelab.runs.plan import fitting, plan_cache, plan_index, plan_training
 
-    settings, folder = settings_of(config, overrides or []), Path(expanded(out, "--out"))
+    runs, folder = [run.settings for run in grid(config, overrides or [])], Path(expanded(out, "--out"))
+    settings, many = max(runs, key=lambda run: run.sae.n_features), len(runs) > 1
     plans = {
         "training": plan_training(settings),
         "cache": plan_cache(settings, folder, int(tokens or settings.training.tokens)),
         "features": plan_index(settings),
     }
+    if many:
+        Console(width=120).print(plan_training(*runs).table(f"training of {len(runs)} runs at once"))
+        _print(f"{fitting(runs)} of {len(runs)} runs fit into memory at once. The largest of them:\n")
     for title, needs in plans.items():
         Console(width=120).print(needs.table(title))
     for needs in plans.values():

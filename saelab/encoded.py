@@ -1,11 +1,12 @@
 """Rows of text to activations of ordinary tokens and their codes, block by block.
 
 Evaluation, the feature database and every analysis read text this way. `encoded` yields the blocks to one reader;
-`read_together` gives several readers their blocks and encodes the blocks they have in common once.
+`read_together` gives several readers their blocks and encodes the blocks they have in common once; `read_all` does so
+for several autoencoders, at any sites, in the same passes of the model.
 
-Memory, besides the model and the autoencoder: one forward pass up to the site, what `encode` needs, and at most two
-blocks. A block takes 4 d_in bytes per token (twice that with gradients) and about 20 bytes per active feature of each
-token.
+Memory, besides the model and the autoencoders: one forward pass up to the last site, the activations of each site, what
+`encode` needs, and at most two blocks. A block takes 4 d_in bytes per token (twice that with gradients) and about 20
+bytes per active feature of each token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -83,9 +84,7 @@ def encoded(
     _check_weights(sae)
     starts = iter(range(0, len(rows), rows_per_forward))
     for start in track(starts, "encoding", rows.numel(), lambda start: rows[start : start + rows_per_forward].numel()):
-        block = _encode(sae, lm, rows, site, slice(start, start + rows_per_forward), gradients)
-        if block is not None:
-            yield block
+        yield from _blocks([(sae, site)], lm, rows, slice(start, start + rows_per_forward), gradients)
 
 
 def read_together(
@@ -103,42 +102,64 @@ def read_together(
     rows for each of them. Readers with equal `rows_per_forward` share all blocks except the last one of the reader with
     fewer rows. Readers with different `rows_per_forward` mostly share none. Raises SaelabError as `encoded` does.
     """
-    _check_weights(sae)
-    takers: dict[tuple[int, int], list[Callable[[Block], None]]] = {}
-    for reader in readers:
-        end = min(reader.rows, len(rows))
-        for start in range(reader.first_row, end, reader.rows_per_forward):
-            stop = min(start + reader.rows_per_forward, end)
-            takers.setdefault((start, stop), []).append(reader.add)
+    read_all(lm, rows, [(sae, site, readers)], track=track)
+
+
+def read_all(
+    lm: LanguageModel,
+    rows: Tensor,
+    readings: Sequence[tuple[Autoencoder, str, Sequence[Reader]]],
+    *,
+    track: Track = silent,
+) -> None:
+    """`read_together` of several autoencoders, each with its site and readers, in the same passes of the model."""
+    takers: dict[tuple[int, int], dict[int, list[Callable[[Block], None]]]] = {}
+    for number, (sae, _, readers) in enumerate(readings):
+        _check_weights(sae)
+        for reader in readers:
+            end = min(reader.rows, len(rows))
+            for start in range(reader.first_row, end, reader.rows_per_forward):
+                stop = min(start + reader.rows_per_forward, end)
+                takers.setdefault((start, stop), {}).setdefault(number, []).append(reader.add)
 
     spans = sorted(takers)
     total = sum(rows[start:stop].numel() for start, stop in spans)
     for start, stop in track(iter(spans), "encoding", total, lambda span: rows[slice(*span)].numel()):
-        block = _encode(sae, lm, rows, site, slice(start, stop), gradients=False)
-        if block is not None:
-            for add in takers[start, stop]:
+        here = takers[start, stop]
+        blocks = _blocks([readings[number][:2] for number in here], lm, rows, slice(start, stop))
+        for block, adds in zip(blocks, here.values(), strict=False):  # no block at all without an ordinary token
+            for add in adds:
                 add(block)
+            del block  # the next one needs the memory
 
 
 @torch.no_grad()
-def _encode(sae: Autoencoder, lm: LanguageModel, rows: Tensor, site: str, part: slice, gradients: bool) -> Block | None:
+def _blocks(
+    pairs: Sequence[tuple[Autoencoder, str]], lm: LanguageModel, rows: Tensor, part: slice, gradients: bool = False
+) -> Iterator[Block]:
+    """The block of each pair of autoencoder and site, from one pass; none at all without an ordinary token."""
     ids = rows[part].to(lm.device).long()
     keep = lm.ordinary(ids)
     if not keep.any():
-        return None
+        return
     row, position = keep.nonzero(as_tuple=True)
     row += part.start
-    slopes = None
+    slopes: dict[str, Tensor] = {}
+    sites = list(dict.fromkeys(site for _, site in pairs))
     if gradients:
-        values, found = lm.activations_and_gradients(ids, [site])
-        slopes = found[site][keep]
-        check_finite(f"{site}: {lm.name}", "gradients", slopes, row, position)
+        values, found = lm.activations_and_gradients(ids, sites)
+        slopes = {site: found[site][keep] for site in sites}
+        for site in sites:
+            check_finite(f"{site}: {lm.name}", "gradients", slopes[site], row, position)
     else:
-        values = lm.activations(ids, [site])
-    x = values[site][keep].float()
-    check_finite(f"{site}: {lm.name}", "activations", x, row, position)
-    codes = sae.encode(x) if slopes is None else cast(GradientAware, sae).encode(x, gradients=slopes)
-    return Block(ids, part.start, row * rows.shape[1] + position, x, codes)
+        values = lm.activations(ids, sites)
+    inputs = {site: values.pop(site)[keep].float() for site in sites}
+    for site in sites:
+        check_finite(f"{site}: {lm.name}", "activations", inputs[site], row, position)
+    for sae, site in pairs:
+        x = inputs[site]
+        codes = cast(GradientAware, sae).encode(x, gradients=slopes[site]) if gradients else sae.encode(x)
+        yield Block(ids, part.start, row * rows.shape[1] + position, x, codes)
 
 
 def _check_weights(sae: Autoencoder) -> None:

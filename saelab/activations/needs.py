@@ -6,6 +6,7 @@ from saelab.activations.cache.reader import Cache
 from saelab.activations.settings import StreamSettings
 from saelab.activations.shuffle import group_tokens
 from saelab.activations.source import SAMPLE_TOKENS
+from saelab.activations.stream import names_of
 from saelab.lm.model import LanguageModel
 from saelab.lm.needs import pass_bytes, site_widths
 from saelab.memory import Need, Place
@@ -34,7 +35,10 @@ def pass_need(
 def stream_needs(
     stream: StreamSettings, d_in: int, where: Place, *, batch_tokens: int, sample_tokens: int, gradients: bool
 ) -> list[Need]:
-    """Needs of `FromModel`: a group, or the sample if that is larger, the order of the group, and the sample itself."""
+    """Needs of `FromModel`: a group, or the sample if that is larger, the order of the group, and the sample itself.
+
+    d_in is the sum of the sites' widths.
+    """
     group = group_tokens(stream.buffer_tokens, batch_tokens)
     tokens, each = max(group, sample_tokens), (8 if gradients else 4) * d_in + _ORIGIN_BYTES
     return [
@@ -45,11 +49,11 @@ def stream_needs(
 
 
 def cached_needs(
-    cache: Cache, site: str, where: Place, *, batch_tokens: int, buffer_tokens: int, gradients: bool
+    cache: Cache, site: str | Sequence[str], where: Place, *, batch_tokens: int, buffer_tokens: int, gradients: bool
 ) -> list[Need]:
     """Needs of `FromCache`: two groups, the sample's batches, which are trained on later, and the sample itself.
 
-    Raises SaelabError if the cache has no such site, or no gradients.
+    Raises SaelabError if the cache has no such site (one or several), or no gradients.
     """
     tokens, each = cache.group_capacity(buffer_tokens), cache.token_bytes(site, gradients=gradients)
     sample_tokens = min(SAMPLE_TOKENS, cache.tokens)
@@ -62,7 +66,7 @@ def cached_needs(
             "memory",
             f"{ahead:,} tokens x {each + _ORIGIN_BYTES:,} bytes, kept from the sample",
         ),
-        _sample_need(sample_tokens, cache.sites[site], where),
+        _sample_need(sample_tokens, sum(cache.sites[name] for name in names_of(site)), where),
     ]
 
 

@@ -1,7 +1,7 @@
 """The sources of training batches: the model or a cache. A source can report its position and continue from it."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +15,14 @@ from torch import Tensor
 from saelab.activations.cache.reader import Cache, Cursor
 from saelab.activations.settings import StreamSettings
 from saelab.activations.shuffle import Group, cut_group, group_tokens
-from saelab.activations.stream import ActivationBatch, barren_rows, check_losses, nothing_kept, read_activations
+from saelab.activations.stream import (
+    ActivationBatch,
+    barren_rows,
+    check_losses,
+    names_of,
+    nothing_kept,
+    read_activations,
+)
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -26,7 +33,7 @@ SAMPLE_TOKENS = 32_768
 
 
 class Source(Protocol):
-    """Shuffled batches of activations without end."""
+    """Shuffled batches of activations without end, of one site or of several side by side."""
 
     def sample(self) -> Tensor:
         """The first activations, about `SAMPLE_TOKENS`, ``[tokens, d_in]`` float32 on the model's device.
@@ -68,7 +75,7 @@ class FromModel:
         self,
         lm: LanguageModel,
         corpus: Corpus,
-        site: str,
+        site: str | Sequence[str],
         stream: StreamSettings,
         *,
         batch_tokens: int,
@@ -88,7 +95,7 @@ class FromModel:
         """
         if gradients:
             check_losses(corpus)
-        self._site, self._lm_name = site, lm.name
+        self._of = f"{', '.join(names_of(site))} of {lm.name}"
         self._batch_tokens, self._seed, self._sample_tokens = batch_tokens, seed, sample_tokens
         self._group = Group(group_tokens(stream.buffer_tokens, batch_tokens))
         self._gradients, self._rows_per_forward = gradients, stream.rows_per_forward
@@ -122,10 +129,8 @@ class FromModel:
         self._next_group(track)
 
     def __repr__(self) -> str:
-        of = f"{self._site} of {self._lm_name}"
-        return (
-            f"FromModel({of}, batches of {self._batch_tokens:,} tokens, group {self._number}, epoch {self._rows.epoch})"
-        )
+        batches = f"batches of {self._batch_tokens:,} tokens"
+        return f"FromModel({self._of}, {batches}, group {self._number}, epoch {self._rows.epoch})"
 
     def sample(self) -> Tensor:
         for _ in self._collect(self._sample_tokens):
@@ -206,7 +211,7 @@ class FromCache:
     def __init__(
         self,
         cache: Cache,
-        site: str,
+        site: str | Sequence[str],
         *,
         batch_tokens: int,
         seed: int,
@@ -230,7 +235,7 @@ class FromCache:
             start=Cursor(**start or {}),
         )
         self._sample_tokens, self._device = min(SAMPLE_TOKENS, cache.tokens), device
-        self._of, self._batch_tokens = f"{site} in {cache.folder}", batch_tokens
+        self._of, self._batch_tokens = f"{', '.join(names_of(site))} in {cache.folder}", batch_tokens
         self._ahead: deque[tuple[Cursor, ActivationBatch]] = deque()
         """Batches that have been read, each with its position."""
 

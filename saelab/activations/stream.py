@@ -1,7 +1,7 @@
 """Activations straight from the model, in reading order; nothing is written to disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ class ActivationBatch:
     """Activations of some tokens, with the row and position of each."""
 
     values: Tensor
-    """``[tokens, d_in]``: float32 from the model, in the cache's dtype from a cache."""
+    """``[tokens, d_in]``: float32 from the model, in the cache's dtype from a cache. Those of several sites are side by
+    side, and d_in is the sum of their widths."""
     tokens: Tensor
     """Token ids, ``[tokens]`` int64."""
     rows: Tensor
@@ -53,6 +54,14 @@ class ActivationBatch:
     def __getitem__(self, index: Tensor | slice) -> "ActivationBatch":
         """The tokens at `index`: a copy for indices, a view for a slice."""
         return ActivationBatch(*(field[index] for field in self.fields))
+
+    def columns(self, start: int, stop: int) -> "ActivationBatch":
+        """The batch of one site, whose values and gradients are the columns from `start` up to `stop` of several.
+
+        A copy, unless these are all columns: arithmetic on parts of rows may differ in the last bits.
+        """
+        gradients = None if self.gradients is None else self.gradients[:, start:stop].contiguous()
+        return replace(self, values=self.values[:, start:stop].contiguous(), gradients=gradients)
 
 
 class Pass(NamedTuple):
@@ -87,6 +96,16 @@ def run_model(
         values = lm.activations(ids[read], sites)
     picked = kept[read]
     return Pass(kept, {site: values[site][picked] for site in sites}, {site: slopes[site][picked] for site in slopes})
+
+
+def names_of(site: str | Sequence[str]) -> list[str]:
+    """The names of one site, or of several, in their order."""
+    return [site] if isinstance(site, str) else list(site)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors ``[tokens, d]`` of several sites as one, ``[tokens, sum of d]``; of one site not a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def check_losses(corpus: Corpus) -> None:
@@ -139,7 +158,7 @@ def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = Fals
 def read_activations(
     lm: LanguageModel,
     rows: Iterable[np.ndarray],
-    site: str,
+    site: str | Sequence[str],
     rows_per_forward: int,
     *,
     first_row: int = 0,
@@ -148,20 +167,22 @@ def read_activations(
 ) -> Iterator[ActivationBatch]:
     """The activations that `run_model` keeps of all `rows`, in reading order, one batch per pass that gives any.
 
-    `first_row` is the number of the first row. Raises SaelabError, with site, row and position, if the model gives NaN
-    or infinity, and if `BARREN_ROWS` rows one after the other give no activation.
+    Several sites share a pass. `first_row` is the number of the first row. Raises SaelabError, with site, row and
+    position, if the model gives NaN or infinity, and if `BARREN_ROWS` rows one after the other give no activation.
     """
-    rows, first, barren = iter(rows), first_row, 0
+    rows, first, barren, sites = iter(rows), first_row, 0, names_of(site)
     while block := list(islice(rows, rows_per_forward)):
         ids = torch.from_numpy(np.stack(block))
-        kept, values, slopes = run_model(lm, ids, [site], gradients=gradients, special_tokens=special_tokens)
+        kept, values, slopes = run_model(lm, ids, sites, gradients=gradients, special_tokens=special_tokens)
         row, position = kept.nonzero(as_tuple=True)
         tokens = ids.to(lm.device).long()[kept]
-        batch = ActivationBatch(values[site].float(), tokens, row + first, position, slopes.get(site))
-        source = f"{site}: {lm.name}"
-        check_finite(source, "activations", batch.values, batch.rows, batch.positions)
-        if batch.gradients is not None:
-            check_finite(source, "gradients", batch.gradients, batch.rows, batch.positions)
+        for name in sites:
+            check_finite(f"{name}: {lm.name}", "activations", values[name], row + first, position)
+            if gradients:
+                check_finite(f"{name}: {lm.name}", "gradients", slopes[name], row + first, position)
+        joined = side_by_side([values[name].float() for name in sites])
+        slope = side_by_side([slopes[name] for name in sites]) if gradients else None
+        batch = ActivationBatch(joined, tokens, row + first, position, slope)
         barren = barren_rows(barren, len(block), len(batch), gradients=gradients)
         if len(batch):
             yield batch

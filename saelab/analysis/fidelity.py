@@ -29,8 +29,9 @@ Gradients are normalised over the rows of one forward pass, as over the batch in
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -237,13 +238,11 @@ class Evaluation:
         Raises SaelabError if the pass had no ordinary token, or none that is followed by another, and if a loss is NaN
         or infinite.
         """
-        n = self._tokens
-        if not n:
-            raise SaelabError("fidelity: the rows hold no ordinary token, only special ones; use another text")
-        others, sinks = self._sums.result()
+        return results([self], track)[0]
+
+    def _figures(self, losses: dict[str, Any]) -> Fidelity:
+        n, (others, sinks) = self._tokens, self._sums.result()
         whole, spread = others.merged(sinks), concentration(self._sums)
-        sink_norm = self._sums.sink_norm if sinks.tokens else None
-        losses = spliced_losses(self._lm, self._site, self._ce_blocks, whole.mean, sink_norm, track)
         W_dec = getattr(self._sae, "W_dec", None)
         return Fidelity(
             site=self._site,
@@ -263,6 +262,24 @@ class Evaluation:
             counts=self._fired.cpu(),
             **losses,
         )
+
+
+def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fidelity]:
+    """The figures of evaluations that were added the same rows at the same site, which share runs of the model.
+
+    Raises SaelabError as `Evaluation.result` does.
+    """
+    first = evaluations[0]
+    if not first._tokens:
+        raise SaelabError("fidelity: the rows hold no ordinary token, only special ones; use another text")
+    others, sinks = first._sums.result()
+    sink_norm = first._sums.sink_norm if sinks.tokens else None
+    blocks = [
+        (first_row, rows, [each._ce_blocks[i][2] for each in evaluations])
+        for i, (first_row, rows, _) in enumerate(first._ce_blocks)
+    ]
+    losses = spliced_losses(first._lm, first._site, blocks, others.merged(sinks).mean, sink_norm, track)
+    return [each._figures(own) for each, own in zip(evaluations, losses, strict=True)]
 
 
 def _fvu(tokens: Moments) -> float:

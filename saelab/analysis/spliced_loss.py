@@ -30,38 +30,43 @@ _RUNS = {
 def spliced_losses(
     lm: LanguageModel,
     site: str,
-    blocks: Sequence[tuple[int, Tensor, Tensor]],
+    blocks: Sequence[tuple[int, Tensor, Sequence[Tensor]]],
     mean: Tensor,
     sink_norm: float | None = None,
     track: Track = silent,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """CE of the clean, spliced, zero- and mean-ablated runs, KL and ce_tokens, by their names in `Fidelity`.
 
-    `blocks` are the number of the first row, rows ``[rows, context]`` and the reconstruction of their ordinary tokens
-    ``[tokens, d_in]``; `mean` is the mean activation ``[d_in]``. Each block takes four runs of the model, which share
-    the layers below the site (`SplicedRuns`). With `sink_norm`, a fifth run leaves tokens of larger norms clean; None
-    means that there are none, and its CE is that of the spliced run.
+    One dictionary for each autoencoder. `blocks` are the number of the first row, rows ``[rows, context]`` and each
+    autoencoder's reconstruction of their ordinary tokens ``[tokens, d_in]``; `mean` is the mean activation ``[d_in]``.
+    Each block takes three runs of the model and one for each autoencoder, which share the layers below the site
+    (`SplicedRuns`). With `sink_norm`, one more for each leaves tokens of larger norms clean; None means that there are
+    none, and its CE is that of the spliced run.
     Raises SaelabError if no position has a loss, and, with row and position, if a loss is NaN or infinite.
     """
-    names = [name for name in _RUNS if name != WITHOUT_SINKS or sink_norm is not None]
-    sums = dict.fromkeys([*names, "kl"], 0.0)
+    of_each = ["ce_spliced", *([WITHOUT_SINKS] if sink_norm is not None else [])]
+    saes = range(len(blocks[0][2])) if blocks else range(1)
+    names = ["ce_clean", *(name for _ in saes for name in of_each), "ce_zero_ablated", "ce_mean_ablated"]
+    of = [None, *(sae for sae in saes for _ in of_each), None, None]
+    shared: dict[str, float] = dict.fromkeys(("ce_clean", "ce_zero_ablated", "ce_mean_ablated"), 0.0)
+    own: list[dict[str, float]] = [dict.fromkeys([*of_each, "kl"], 0.0) for _ in saes]
     n, runs = 0, SplicedRuns(lm, site)
     total = sum(rows.numel() for _, rows, _ in blocks)
-    for first_row, rows, reconstruction in track(iter(blocks), "spliced loss", total, lambda block: block[1].numel()):
+    for first_row, rows, reconstructions in track(iter(blocks), "spliced loss", total, lambda block: block[1].numel()):
         keep = lm.scored(rows)
         row, position = keep.nonzero(as_tuple=True)
         targets = rows.roll(-1, 1)[keep]
         n += len(targets)
-        replacements: dict[str, Callable[[Tensor], Tensor]] = {
-            "ce_spliced": partial(_stand_in, reconstruction),
-            "ce_zero_ablated": torch.zeros_like,
-            "ce_mean_ablated": partial(_stand_in, mean),
-        }
-        if sink_norm is not None:
-            replacements[WITHOUT_SINKS] = partial(_stand_in_below, sink_norm, reconstruction)
-        log_p = map(partial(_log_probabilities, keep), runs(rows, replacements.values()))
+        replacements: list[Callable[[Tensor], Tensor]] = []
+        for reconstruction in reconstructions:
+            replacements.append(partial(_stand_in, reconstruction))
+            if sink_norm is not None:
+                replacements.append(partial(_stand_in_below, sink_norm, reconstruction))
+        replacements += [torch.zeros_like, partial(_stand_in, mean)]
+        log_p = map(partial(_log_probabilities, keep), runs(rows, replacements))
         clean = next(log_p)
-        for name, other in zip(names, chain([clean], log_p), strict=True):
+        for sae, name, other in zip(of, names, chain([clean], log_p), strict=True):
+            sums = shared if sae is None else own[sae]
             losses = F.nll_loss(other, targets, reduction="none").double()
             what = f"losses {_RUNS[name]}"
             check_finite(f"{site}: {lm.name}", what, losses[:, None], row + first_row, position)
@@ -73,8 +78,8 @@ def spliced_losses(
             "fidelity: no position has an ordinary token followed by another, so there is no loss; use a larger "
             "`context` or another text"
         )
-    means = {name: value / n for name, value in sums.items()}
-    return {"ce_tokens": n, WITHOUT_SINKS: means["ce_spliced"], **means}
+    means = [{name: value / n for name, value in (shared | sums).items()} for sums in own]
+    return [{"ce_tokens": n, WITHOUT_SINKS: each["ce_spliced"], **each} for each in means]
 
 
 def _stand_in(value: Tensor, x: Tensor) -> Tensor:

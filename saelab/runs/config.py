@@ -58,6 +58,11 @@ class RunSettings:
         object.__setattr__(self, "out", expanded(self.out, "out"))
 
     @property
+    def weights_seed(self) -> int:
+        """Seed of the initial weights."""
+        return self.seed if self.sae.seed is None else self.sae.seed
+
+    @property
     def writes_gradients(self) -> bool:
         """Whether `saelab cache` writes gradients: as its section says, or else if the affinity needs them."""
         return self.sae.needs_gradients if self.cache.gradients is None else self.cache.gradients
@@ -99,6 +104,11 @@ def find_config(name: str | Path) -> Path:
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     """Settings from a YAML file, then ``section.key=value`` overrides. Raises SaelabError naming every bad field."""
+    return settings_from(read_config(path), overrides, str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, its settings not yet checked. Raises SaelabError if there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -109,7 +119,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunSettings:
     if not isinstance(raw, dict):
         found = "it is empty" if raw is None else f"not {_shown(raw)}"
         raise SaelabError(f"{path}: a config is a mapping of settings, such as `site: ...`; {found}")
-    return settings_from(raw, overrides, str(path))
+    return raw
 
 
 _GONE = ("contexts", "window")
@@ -122,7 +132,9 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
     if isinstance(tree.get("features"), dict):
         tree["features"] = {name: value for name, value in tree["features"].items() if name not in _GONE}
     for override in overrides:
-        _override(tree, override)
+        set_override(tree, override)
+    if "sweep" in tree:
+        raise SaelabError(f"{where}: sweep: describes several runs; `saelab sweep` trains them")
     for section in _SHORT:
         _expand(tree, section)
     problems = _problems(tree, RunSettings, "")
@@ -134,12 +146,17 @@ def settings_from(raw: Mapping[str, Any], overrides: Iterable[str] = (), where: 
     raise SaelabError(f"{where}: " + "; ".join(problems))
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def set_override(tree: dict[str, Any], override: str) -> None:
     """Set the key of ``section.key=value`` in `tree`."""
     key, equals, value = override.partition("=")
     shown = _shown(override)
     if not equals or not all(key.split(".")):
         raise SaelabError(f"{shown}: an override is written section.key=value, for example sae.k=64")
+    set_value(tree, key, parse(value, shown), shown)
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    """Set ``section.key`` of `tree` to `value`; errors begin with `shown`."""
     *sections, last = key.split(".")
     target = tree
     for i, section in enumerate(sections):
@@ -149,7 +166,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         target = target[section]
         if not isinstance(target, dict):
             raise SaelabError(f"{shown}: {section} is a single value without keys; write {section}=VALUE")
-    target[last] = parse(value, shown)
+    target[last] = value
 
 
 def located(settings: RunSettings) -> RunSettings:
@@ -197,7 +214,7 @@ def _problems(tree: Mapping[str, Any], cls: Any, prefix: str) -> list[str]:
         if key not in fields:
             problems.append(f"{name}: no such setting.{_nearest(str(key), fields)}")
             continue
-        kinds, limit = (fields[key], *get_args(fields[key])), _LARGEST_SEED if name == "seed" else _LARGEST
+        kinds, limit = (fields[key], *get_args(fields[key])), _LARGEST_SEED if key == "seed" else _LARGEST
         section = next(filter(dataclasses.is_dataclass, kinds), None)
         if section is not None and isinstance(value, Mapping):
             problems += _problems(value, section, f"{name}.")

@@ -1,7 +1,7 @@
 """Opens the activations that a run trains on: from the language model or from a cache, as its settings say."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saelab.activations.cache.layout import difference
@@ -15,20 +15,24 @@ from saelab.runs.config import RunSettings
 from saelab.runs.job import Job
 
 
-def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) -> Source:
+def open_source(
+    job: Job, track: Track, start: Mapping[str, Any] | None = None, *, beside: Sequence[Job] = ()
+) -> Source:
     """The activations of `job`, with gradients if its affinity needs them.
 
-    With `start`, a `Source.state`, the source continues from that state. Raises SaelabError if the cache is damaged,
-    or if it was made for something else: the message names the difference.
+    With `start`, a `Source.state`, the source continues from that state. With other jobs `beside` it, which differ in
+    autoencoder and site, the source has the activations of all their `sites_of`. Raises SaelabError if the cache is
+    damaged, or if it was made for something else: the message names the difference.
     """
-    settings, gradients = job.settings, job.settings.sae.needs_gradients
+    settings, sites = job.settings, sites_of([job, *beside])
+    gradients = any(each.settings.sae.needs_gradients for each in (job, *beside))
     source = settings.activations.cache
     if source is not None:
         cache = open_cache_for(job, source)
         _check_batches(job, cache, source)
         return FromCache(
             cache,
-            settings.site,
+            sites,
             batch_tokens=settings.training.batch,
             seed=settings.seed,
             buffer_tokens=cache_group_tokens(settings, source),
@@ -39,7 +43,7 @@ def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) 
     return FromModel(
         job.lm,
         job.corpus,
-        settings.site,
+        sites,
         settings.activations.stream,
         batch_tokens=settings.training.batch,
         seed=settings.seed,
@@ -50,6 +54,11 @@ def open_source(job: Job, track: Track, start: Mapping[str, Any] | None = None) 
         track=track,
         say=job.say,
     )
+
+
+def sites_of(jobs: Sequence[Job]) -> list[str]:
+    """The sites of some jobs, each once, in the order in which `open_source` puts them side by side."""
+    return list(dict.fromkeys(job.settings.site for job in jobs))
 
 
 def open_cache_for(job: Job, source: CacheSource) -> Cache:

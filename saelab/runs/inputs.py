@@ -5,7 +5,7 @@ of their median norm.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,26 +37,25 @@ class Inputs:
     first: dict[str, Any]
     """`Concentration` of the first activations, before any is left out, as a dictionary; for the record."""
     left_out: int = 0
+    _empty: int = 0
+    """Tokens in a row of which none was left."""
 
-    def batches(self, source: Iterable[ActivationBatch], device: torch.device) -> Iterator[Batch]:
-        """The batches of `source` as inputs, on `device`; those with fewer than two tokens left are skipped.
+    def batch(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
+        """A batch of the source as inputs, on `device`; None if fewer than two tokens are left.
 
         Raises SaelabError if no token of `SAMPLE_TOKENS` in a row is left: half of the first activations were.
         """
-        empty = 0
-        for batch in source:
-            found = self._batch(batch, device)
-            empty = 0 if found is not None else empty + len(batch)
-            if found is not None:
-                yield found
-            elif empty >= SAMPLE_TOKENS:
-                raise SaelabError(
-                    f"activations.max_norm: {empty:,} tokens in a row have norms above {self.largest_norm:.4g}, the "
-                    "bound from the first activations, so no batch can be filled; shuffle the text, or set a larger "
-                    "`activations.max_norm`"
-                )
+        found = self._scaled(batch, device)
+        self._empty = 0 if found is not None else self._empty + len(batch)
+        if self._empty >= SAMPLE_TOKENS:
+            raise SaelabError(
+                f"activations.max_norm: {self._empty:,} tokens in a row have norms above {self.largest_norm:.4g}, the "
+                "bound from the first activations, so no batch can be filled; shuffle the text, or set a larger "
+                "`activations.max_norm`"
+            )
+        return found
 
-    def _batch(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
+    def _scaled(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
         values, gradients = batch.values.to(device).float(), batch.gradients
         gradients = None if gradients is None else gradients.to(device).float()
         keep = within(values, self.largest_norm)

@@ -60,6 +60,16 @@ class Job:
         self.say(f"corpus: {corpus.about}")
         return corpus
 
+    def beside(self, settings: RunSettings, say: Say) -> "Job":
+        """A job with another autoencoder or site, on the model and text of this one, which are loaded once.
+
+        Raises SaelabError if the model has no such site.
+        """
+        check_model(self.lm, [settings.site], settings.context)
+        job = Job(settings, say)
+        vars(job).update(lm=self.lm, corpus=self.corpus)
+        return job
+
     def held_out(self, tokens: int) -> Tensor:
         return torch.from_numpy(self.corpus.held_out_rows(tokens))
 
@@ -74,6 +84,8 @@ class Job:
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
+        if parts["sae"]["seed"] is None:  # the same weights as of versions without this setting
+            del parts["sae"]["seed"]
         cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))

@@ -6,7 +6,7 @@ The rooms state what they need (their needs.py); here it is added up and compare
 program itself, which is loaded by then, and what libraries use inside a single operation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,36 +104,39 @@ _ADVICE = {
 }
 
 
-def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool = False) -> Plan:
+def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = False, resumed: bool = False) -> Plan:
     """What `saelab train` needs. `loaded`: the model is in memory already; `resumed`: training goes on from a state.
+
+    `others` are runs of a sweep that are trained on the same batches and may differ in autoencoder and site.
 
     Raises SaelabError if the model, its site or the cache cannot be loaded, as training does; Uncountable if the
     model does not run without its weights.
     """
     where, needs = _device_place(settings), []
-    sae, stream, source = settings.sae, settings.activations.stream, settings.activations.cache
-    batch, gradients = settings.training.batch, sae.needs_gradients
+    runs, stream, source = [settings, *others], settings.activations.stream, settings.activations.cache
+    sites, batch = list(dict.fromkeys(run.site for run in runs)), settings.training.batch
+    gradients = any(run.sae.needs_gradients for run in runs)
     with outlined_language_model(settings.model) as lm:
-        check_model(lm, [settings.site], settings.context)
-        d_in = site_widths(lm, [settings.site])[settings.site]
+        check_model(lm, sites, settings.context)
+        widths = site_widths(lm, sites)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
         rows = stream.rows_per_forward if source is None else settings.eval.rows_per_forward
-        if source is None or allocation_of(sae).calibrated:  # thresholds are set on held-out text
+        if source is None or any(allocation_of(run.sae).calibrated for run in runs):  # thresholds: held-out text
             live = gradients and source is None
-            needs.append(pass_need(lm, [settings.site], rows, settings.context, where, gradients=live))
+            needs.append(pass_need(lm, sites, rows, settings.context, where, gradients=live))
     if source is None:
         sample = min(SAMPLE_TOKENS, settings.training.tokens)
+        d_in = sum(widths.values())
         needs += stream_needs(stream, d_in, where, batch_tokens=batch, sample_tokens=sample, gradients=gradients)
     else:
         cache, group = open_cache(source.path), cache_group_tokens(settings, source)
         sample = min(SAMPLE_TOKENS, cache.tokens)
-        needs += cached_needs(cache, settings.site, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
+        needs += cached_needs(cache, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
     sample_bytes = sum(need.bytes for need in needs if need.what == "sample")
     needs = [need for need in needs if need.what != "sample"]
     needs += training_needs(
-        sae,
+        [(run.sae, widths[run.site]) for run in runs],
         settings.training,
-        d_in,
         where,
         sample_tokens=sample,
         sample_bytes=sample_bytes,
@@ -141,10 +144,26 @@ def plan_training(settings: RunSettings, *, loaded: bool = False, resumed: bool 
         resumed=resumed,
     )
     out = Path(settings.out)
-    states = folder.bytes_of_states(out)
+    states = sum(folder.bytes_of_states(Path(run.out)) for run in runs)
     needs = [need.less(states) if need.what == "states" else need for need in needs]
     needs += [text_need(), _libraries(200_000_000)]
     return Plan(tuple(needs), _free(settings, needs, out))
+
+
+def fitting(settings: Sequence[RunSettings], *, loaded: bool = False, resumed: bool = False) -> int:
+    """How many of the runs, the first ones, fit into memory at once, at least 1; all if needs cannot be counted."""
+    least, most = 1, len(settings)
+    while least < most:  # `least` fit, more than `most` do not; all is the first guess
+        n = most if most == len(settings) else (least + most + 1) // 2
+        try:
+            plan = plan_training(*settings[:n], loaded=loaded, resumed=resumed)
+        except Uncountable:
+            return len(settings)
+        if all(plan.total(where) <= free for where, free in plan.free.items() if where != "disk"):
+            least = n
+        else:
+            most = n - 1
+    return least
 
 
 def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1) -> Plan:

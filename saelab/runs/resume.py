@@ -18,7 +18,7 @@ from saelab.runs import folder
 from saelab.runs.config import RunSettings, leaves
 from saelab.runs.job import settings_of
 from saelab.training.settings import CheckpointSettings
-from saelab.training.state import VALUES, load_state, save_state
+from saelab.training.state import VALUES, load_state, load_values, save_state
 
 FREE = frozenset(
     {
@@ -46,7 +46,7 @@ _SAME = """
     sae.affinity.beta sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
     sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
-    sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.freeze
+    sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
     training.batch training.lr training.warmup training.decay training.clip
     eval.tokens eval.ce_tokens eval.rows_per_forward
     features.tokens features.rows_per_forward
@@ -97,7 +97,7 @@ class Checkpoints:
         with translate_errors(self.folder):
             make_folder(self.folder)
             with replace_folder(path) as unfinished:
-                save_state(unfinished, {**state, "rng": torch.get_rng_state()})
+                save_state(unfinished, state)
             for older in states(self.folder.parent)[: -self.settings.keep]:
                 remove_folder(older)
         self._time, self._tokens = time.monotonic(), tokens
@@ -111,7 +111,10 @@ def states(run: Path) -> list[Path]:
 
 
 def last_state(run: Path, device: torch.device) -> dict[str, Any]:
-    """The last of the `states` of a run, of which there is one, its tensors on `device`. Sets torch's random state."""
-    state = load_state(states(run)[-1], device)
-    torch.set_rng_state(state["rng"])
-    return state
+    """The last of the `states` of a run, of which there is one, its tensors on `device`."""
+    return load_state(states(run)[-1], device)
+
+
+def last_position(run: Path) -> dict[str, Any]:
+    """The position in the source of the last of the `states` of a run. Raises SaelabError if it is damaged."""
+    return load_values(states(run)[-1])["source"]

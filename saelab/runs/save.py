@@ -93,12 +93,13 @@ def save_run(
         "saelab": {
             "inputs": inputs,
             "tokens": trained.tokens,
-            "seed": settings.seed,
             "input_scale": scale,
             "model_folded": False,
             "model_fingerprint": lm.fingerprint,
             "corpus": provenance(lm, corpus)["corpus"],
             **asdict(settings.sae),
+            "seed": settings.seed,
+            "weights_seed": settings.weights_seed,
             **trained.facts,
             **(facts or {}),
         }

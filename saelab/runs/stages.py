@@ -138,23 +138,30 @@ def _evaluation(
 
     def finish() -> Fidelity:
         result = evaluation.result(track)
-        if result.tokens < MIN_DEAD_TOKENS:
-            job.say(
-                f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} "
-                "say little about rare features"
-            )
-        trained = folder.training_record(run)
-        record = {"inputs": inputs, "trained_tokens": trained.get("tokens")}
-        record["training_complete"] = trained.get("complete")
-        path = run / folder.EVALUATION
-        if differs:
-            path = run / folder.other_evaluation(differs)
-            record["differs"] = differs
-            job.say(f"note: not as in training: {in_words(differs)}; written to {path}, and not to {folder.EVALUATION}")
-        write_json(path, record | folder.jsonable(result.to_dict()))
+        write_evaluation(job, run, inputs, result, differs)
         return result
 
     return _Result(held_out(s.tokens), s.rows_per_forward, evaluation.add, finish)
+
+
+def write_evaluation(
+    job: Job, run: Path, inputs: str, result: Fidelity, differs: Mapping[str, Any] | None = None
+) -> None:
+    """Write the evaluation `result`, which was made from `inputs` (`Job.result_inputs`), to the run folder `run`."""
+    if result.tokens < MIN_DEAD_TOKENS:
+        job.say(
+            f"note: never-active is counted on {result.tokens:,} held-out tokens; fewer than {MIN_DEAD_TOKENS:,} "
+            "say little about rare features"
+        )
+    trained = folder.training_record(run)
+    record = {"inputs": inputs, "trained_tokens": trained.get("tokens")}
+    record["training_complete"] = trained.get("complete")
+    path = run / folder.EVALUATION
+    if differs:
+        path = run / folder.other_evaluation(differs)
+        record["differs"] = differs
+        job.say(f"note: not as in training: {in_words(differs)}; written to {path}, and not to {folder.EVALUATION}")
+    write_json(path, record | folder.jsonable(result.to_dict()))
 
 
 def _database(job: Job, run: Path, sae: SparseAutoencoder, held_out: _HeldOut, track: Track) -> _Result:

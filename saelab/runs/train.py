@@ -1,28 +1,26 @@
 """The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from saelab.activations.cache.layout import difference
-from saelab.activations.source import Source
-from saelab.activations.stream import ActivationBatch, provenance
 from saelab.errors import SaelabError
-from saelab.files import appended, expanded, locked, translate_errors, write_whole
+from saelab.files import expanded, locked, translate_errors, write_whole
 from saelab.progress import Track, silent
 from saelab.runs import folder
-from saelab.runs.calibration import calibrate, calibration_rows
 from saelab.runs.feed import open_source
 from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.loop import Failures, Training, provenance_of, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
-from saelab.runs.resume import Checkpoints, last_state, resumable, resumed_settings, states
-from saelab.runs.save import check_out, save_run, write_new_run, write_settings
+from saelab.runs.resume import last_state, resumable, resumed_settings, states
+from saelab.runs.save import check_out, write_new_run, write_settings
 from saelab.sae.model import bare_autoencoder, new_autoencoder
-from saelab.signals import interruptible, stop
 from saelab.training.trainer import Trainer
 
 
@@ -64,20 +62,46 @@ def resume(
 
 def begin(job: Job, force: bool, track: Track) -> Path:
     """Train `job` from its beginning. Its run folder must be locked."""
-    settings = job.settings
-    check_out(settings, force)
-    checked_plan(lambda: plan_training(settings, loaded=job.loaded), job.say)
-    source = open_source(job, track)
-    inputs, sample = first_inputs(source.sample(), job)
-    trainer = Trainer(new_autoencoder(settings.sae, sample, seed=settings.seed), settings.training, settings.sae)
+    return _only(begin_all([job], force, track, job.say), job)
+
+
+def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failures:
+    """Train jobs, which may differ in autoencoder and site, from their beginning on the same batches.
+
+    Their run folders must be locked; `say` speaks for all. Returns the runs that failed; raises as `train_all` does.
+    """
+    job = jobs[0]
+    for each in jobs:
+        check_out(each.settings, force)
+    checked_plan(lambda: plan_training(*(each.settings for each in jobs), loaded=job.loaded), say)
+    source = open_source(job.beside(job.settings, say), track, beside=jobs[1:])
+    trainings: list[Training] = []
+    failed: Failures = {}
+    sample, columns = source.sample(), site_columns(jobs)
+    for site, (start, stop) in columns.items():
+        here = [each for each in jobs if each.settings.site == site]
+        try:
+            inputs, scaled = first_inputs(sample[:, start:stop].contiguous(), here[0])
+        except SaelabError as error:
+            failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
+            continue
+        for each in here:
+            sae = new_autoencoder(each.settings.sae, scaled, seed=each.settings.weights_seed)
+            trainer = Trainer(sae, each.settings.training, each.settings.sae)
+            trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
+        del scaled
     del sample  # the first step needs the memory
-    write_new_run(settings, inputs=job.training_inputs(), force=force)
-    return _run(job, trainer, source, inputs, 0.0, track)
+    for training in trainings:
+        write_new_run(training.job.settings, inputs=training.job.training_inputs(), force=force)
+    if not trainings:
+        source.close()
+        return failed
+    return failed | train_all(trainings, columns, source, track, say)
 
 
 def go_on(job: Job, track: Track) -> Path:
     """Train `job` from the last state in its run folder, which must be locked."""
-    settings, run = job.settings, Path(job.settings.out)
+    run = Path(job.settings.out)
     if not states(run):
         # the weights of a script, or of an earlier version, are not replaced
         if folder.has_checkpoint(run) or folder.training_record(run).get("inputs") is None:
@@ -86,120 +110,64 @@ def go_on(job: Job, track: Track) -> Path:
             )
         job.say(f"{run}: no state was saved so far; training starts again")
         return begin(job, True, track)
-    checked_plan(lambda: plan_training(settings, loaded=job.loaded, resumed=True), job.say)
-    state = last_state(run, job.lm.device)
-    differs = difference(state["provenance"], _provenance(job))
+    return _only(go_on_all([job], track, job.say), job)
+
+
+def go_on_all(jobs: Sequence[Job], track: Track, say: Say) -> Failures:
+    """Train jobs, which may differ in autoencoder and site, from their last states, all at the same batch.
+
+    Their run folders must be locked; `say` speaks for all. Returns the runs that failed; raises as `train_all` does.
+    """
+    job, position = jobs[0], None
+    plan = [each.settings for each in jobs]
+    checked_plan(lambda: plan_training(*plan, loaded=job.loaded, resumed=True), say)
+    trainings: list[Training] = []
+    failed: Failures = {}
+    for each in jobs:
+        try:
+            training, position = _resumed(each)
+        except SaelabError as error:
+            failed[Path(each.settings.out)] = error
+            continue
+        if not training.trainer.finished:
+            trainings.append(training)
+        elif folder.training_record(training.run).get("complete"):
+            done = f"{training.trainer.tokens:,} tokens"
+            each.say(f"{training.run}: all {done} are trained on; training.tokens=N trains on more")
+        else:  # it was stopped after the last step
+            with resumable(training.run):
+                training.finish(track)
+    for training in trainings:
+        run, trainer = training.run, training.trainer
+        training.job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
+        with translate_errors(run):
+            write_settings(run, training.job.settings)
+            write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
+    if not trainings:
+        return failed
+    first, *others = going = [training.job for training in trainings]
+    source = open_source(first.beside(first.settings, say), track, position, beside=others)
+    return failed | train_all(trainings, site_columns(going), source, track, say)
+
+
+def _resumed(job: Job) -> tuple[Training, dict[str, Any]]:
+    """The training of `job` as its last state left it, and the position in the source."""
+    settings, run, device = job.settings, Path(job.settings.out), job.lm.device
+    state = last_state(run, device)
+    differs = difference(state["provenance"], provenance_of(job))
     if differs:
         raise SaelabError(f"{run}: was trained on something else than its settings name now: its {differs}")
-    trainer = Trainer(
-        bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(job.lm.device), settings.training, settings.sae
-    )
+    sae = bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(device)
+    trainer = Trainer(sae, settings.training, settings.sae)
     trainer.load_state_dict(state.pop("trainer"))  # frees its copy of the weights
-    if trainer.finished:
-        if folder.training_record(run).get("complete"):
-            job.say(f"{run}: all {trainer.tokens:,} tokens are trained on; training.tokens=N trains on more")
-        else:  # it was stopped after the last step
-            with resumable(run):
-                _finish(job, trainer, Inputs.from_state(state), state["seconds"], track)
-        return run
-    job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
-    with translate_errors(run):
-        write_settings(run, settings)
-        write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
-    source = open_source(job, track, state["source"])
-    return _run(job, trainer, source, Inputs.from_state(state), state["seconds"], track)
+    return Training(job, trainer, Inputs.from_state(state), state["rng"], state["seconds"]), state["source"]
 
 
-def _run(job: Job, trainer: Trainer, source: Source, inputs: Inputs, seconds: float, track: Track) -> Path:
-    """Train to the end, or until a signal; write states on the way and the checkpoint at the end."""
-    settings, run, say, device = job.settings, Path(job.settings.out), job.say, job.lm.device
-    checkpoints, began = Checkpoints(run, settings.training.checkpoint), time.monotonic() - seconds
-    left = settings.training.tokens - trainer.tokens
-
-    def save() -> Path:
-        state = {"trainer": trainer.state_dict(), "source": source.state(), "provenance": _provenance(job)}
-        state |= inputs.state() | {"seconds": time.monotonic() - began}
-        return checkpoints.save(trainer.steps, trainer.tokens, state)
-
-    def batches() -> Iterator[ActivationBatch]:
-        while not (trainer.finished or stopped_by()):
-            yield next(source)
-
-    with resumable(run), appended(run / folder.METRICS) as log, interruptible(say) as stopped_by:
-        between_steps = True
-        try:
-            for batch in track(inputs.batches(batches(), device), "training", left, lambda batch: len(batch.x)):
-                between_steps = False
-                line = trainer.step(batch)
-                between_steps = True
-                if line is not None:
-                    line["tokens_per_second"] = trainer.tokens / (time.monotonic() - began)
-                    log(json.dumps(folder.jsonable(line)))
-                if checkpoints.due(trainer.tokens) and not trainer.finished:
-                    save()
-            path = save()
-            if not trainer.finished:
-                say(f"stopped after {trainer.tokens:,} tokens; `saelab train --resume {run}` goes on (state: {path})")
-        except (SaelabError, OSError):  # bad data, a full disk, output that nobody reads: save the weights so far
-            if between_steps and trainer.steps:
-                save()
-            _save(job, trainer, inputs, time.monotonic() - began, {})
-            raise
-        finally:
-            source.close()
-        _finish(job, trainer, inputs, time.monotonic() - began, track)
-        number = stopped_by()
-    if number is not None:
-        stop(number)
-    return run
-
-
-def _finish(job: Job, trainer: Trainer, inputs: Inputs, seconds: float, track: Track) -> None:
-    """Set the thresholds that inference needs, and write the checkpoint."""
-    trainer.release()
-    _save(job, trainer, inputs, seconds, _calibrated(job, trainer, inputs, track))
-    if inputs.left_out:
-        job.say(f"note: {inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
-    if trainer.finished:
-        job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {Path(job.settings.out) / folder.CHECKPOINT}")
-    job.report_empty_documents()
-
-
-def _save(job: Job, trainer: Trainer, inputs: Inputs, seconds: float, facts: dict[str, Any]) -> None:
-    facts = inputs.state() | facts
-    save_run(
-        job.settings, job.lm, job.corpus, trainer, inputs.scale, facts, inputs=job.training_inputs(), seconds=seconds
-    )
-
-
-def _calibrated(job: Job, trainer: Trainer, inputs: Inputs, track: Track) -> dict[str, Any]:
-    """Set thresholds on held-out text after that of evaluation, if inference needs them; returns facts to record."""
-    densities, settings = trainer.trained().densities, job.settings
-    if densities is None:
-        return {}
-    rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
-    facts = calibrate(
-        trainer.sae,
-        job.lm,
-        rows,
-        settings.site,
-        densities,
-        scale=inputs.scale,
-        largest_norm=inputs.largest_norm,
-        rows_per_forward=settings.eval.rows_per_forward,
-        track=track,
-    )
-    if facts["rough_thresholds"]:
-        job.say(
-            f"note: {facts['rough_thresholds']:,} features expect fewer than 10 hits in calibration; their thresholds "
-            "are rough"
-        )
-    return facts
-
-
-def _provenance(job: Job) -> dict[str, Any]:
-    facts = provenance(job.lm, job.corpus, special_tokens=job.settings.activations.special_tokens)
-    return json.loads(json.dumps(facts))
+def _only(failed: Failures, job: Job) -> Path:
+    """The run folder of `job`. Raises its error if it is among those that failed."""
+    for error in failed.values():
+        raise error
+    return Path(job.settings.out)
 
 
 def _lines_before(metrics: Path, steps: int) -> str:

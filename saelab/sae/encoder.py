@@ -34,15 +34,15 @@ class Scratch:
     """Buffers reused across steps; fresh allocations would cost a page fault per 4 KB."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         size = 1
         for length in shape:
             size *= length
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != dtype or buffer.device != device:
-            self._buffers[name] = buffer = torch.empty(size, dtype=dtype, device=device)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size or buffer.device != device:
+            self._buffers[name, dtype] = buffer = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
     def bf16(self, name: str, rows: Tensor) -> Tensor:

@@ -158,6 +158,10 @@ class SparseAutoencoder(nn.Module):
             None if request is None else strongest if request.mask is not None else next(found) for request in requests
         ]
 
+    def share_buffers(self, other: "SparseAutoencoder") -> None:
+        """Use the buffers of `other` for the dense products of a training step: both take steps in turn."""
+        self._scratch = other._scratch
+
     @torch.no_grad()
     def initialise(self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None) -> None:
         """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.

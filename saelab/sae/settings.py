@@ -152,6 +152,8 @@ class SaeSettings:
     """Initial value of b_dec: mean or geometric_median of the first activations."""
     unit_norm: bool = True
     """Whether decoder rows keep length 1."""
+    seed: int | None = None
+    """Seed of the initial weights. Default: the run's seed, which also decides the order of the text."""
     freeze: str = "none"
     """Weights that are not trained: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is never
     trained is the control that a trained one must beat."""

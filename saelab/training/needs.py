@@ -1,6 +1,7 @@
 """The memory and disk that training an autoencoder needs, apart from the source of its activations."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,9 +19,8 @@ STATE_TEXT = 65_536
 
 
 def training_needs(
-    sae: SaeSettings,
+    saes: Sequence[tuple[SaeSettings, int]],
     settings: TrainingSettings,
-    d_in: int,
     where: Place,
     *,
     sample_tokens: int,
@@ -30,58 +30,108 @@ def training_needs(
 ) -> list[Need]:
     """Needs of a `Trainer` on its device, `where`, from initialisation to calibration, and of its files.
 
-    `resumed`: it starts from a state instead of a sample of `sample_tokens`, which takes `sample_bytes` until the first
-    step and is counted here, since most of a step's memory is not in use by then. No setting makes a transcoder, so
-    d_out is d_in.
+    `saes` are the settings and d_in of an autoencoder, or of several that take each step in turn: what a step needs is
+    there once, and each has weights, gradients and moments. `resumed`: they start from states instead of a sample of
+    `sample_tokens`, which takes `sample_bytes` until the first step and is counted here, since most of a step's memory
+    is not in use by then. No setting makes a transcoder, so d_out is d_in.
     """
-    with no_numbers():
-        trainer = Trainer(bare_autoencoder(sae, d_in), settings, sae)
-        parameters, trained = list(trainer.sae.parameters()), trainer.optimiser.trained
-        weights, gradients = _nbytes(parameters), _nbytes(trained)
-        statistics = trainer.usage.state_bytes() + trainer.allocation.state_bytes(sae.n_features)
-        largest = max(parameter.nbytes for parameter in parameters)
-    shapes = " + ".join(" x ".join(f"{n:,}" for n in parameter.shape) for parameter in parameters)
-    sizes = f"({shapes}) x 4 bytes"
-    of_trained = "the autoencoder" if gradients == weights else f"the autoencoder without {sae.freeze}"
-    step = step_needs(sae, d_in, settings.batch, where)
+    parts = [_Part.of(sae, settings, d_in, where) for sae, d_in in saes]
+    weights, gradients = sum(part.weights for part in parts), sum(part.gradients for part in parts)
+    sizes = " + ".join(dict.fromkeys(part.sizes for part in parts))
+    times = f"{len(saes)} autoencoders: " if len(saes) > 1 else ""
+    frozen = dict.fromkeys(sae.freeze for sae, _ in saes if sae.freeze != "none")
+    of_trained = "the autoencoder" + "s" * (len(saes) > 1) + (f" without {' or '.join(frozen)}" if frozen else "")
+    step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where)) for sae, d_in in saes])
     needs = [
-        Need("autoencoder", weights, where, sizes),
+        Need("autoencoder", weights, where, times + sizes),
         Need("its gradients", gradients, where, f"as {of_trained}"),
         Need("optimiser", 2 * gradients, where, f"Adam: 2 x {of_trained}"),
-        Need("statistics of features", statistics, where, f"of {sae.n_features:,} features, as in the states"),
+        Need(
+            "statistics of features",
+            sum(part.statistics for part in parts),
+            where,
+            f"of {sum(sae.n_features for sae, _ in saes):,} features, as in the states",
+        ),
         *step,
     ]
 
-    # Before the first step only the autoencoder exists; after the last step `release` has freed the gradients and the
-    # optimiser. The buffers of the step stay with the autoencoder.
+    # Before the first step only the autoencoders exist; after the last step `release` has freed the gradients and the
+    # optimiser. The buffers of the step stay with the autoencoders.
     freed = 3 * gradients + sum(need.bytes for need in step if need.what != "pre-activations")
     kept = sum(need.bytes for need in step if need.what == "pre-activations")
     if resumed:
-        needs += _reading_needs(weights, gradients, where)
+        needs += _reading_needs(max(parts, key=lambda part: part.weights), where)
     else:
-        beginning = initialisation_bytes(sae, d_in, sample_tokens, where) + sample_bytes
+        beginning = max(initialisation_bytes(sae, d_in, sample_tokens, where) for sae, d_in in saes) + sample_bytes
         needs.append(_more("initialisation", beginning, freed + kept, where))
-    needs.append(_more("thresholds", calibration_bytes(sae, calibration_tokens, where), freed, where))
+    calibration = max(calibration_bytes(sae, calibration_tokens, where) for sae, _ in saes)
+    needs.append(_more("thresholds", calibration, freed, where))
     if where == "gpu":
-        needs.append(Need("writing", largest, "memory", "a copy of the largest tensor"))
+        needs.append(Need("writing", max(part.largest for part in parts), "memory", "a copy of the largest tensor"))
 
-    counters = 4 * len(trained) + torch.get_rng_state().nbytes
-    state = weights + 2 * gradients + statistics + counters + STATE_TEXT
-    thresholds = 4 * sae.n_features * allocation_of(sae).calibrated
-    keep = settings.checkpoint.keep
+    thresholds = sum(4 * sae.n_features * allocation_of(sae).calibrated for sae, _ in saes)
+    keep, each = settings.checkpoint.keep, " + ".join(dict.fromkeys(f"{part.state:,}" for part in parts))
     needs += [
-        Need("checkpoint", weights + thresholds, "disk", f"{sizes}, {thresholds:,} bytes of thresholds"),
-        Need("states", (keep + 1) * state, "disk", f"{keep} that are kept + 1 being written, {state:,} bytes each"),
+        Need("checkpoint", weights + thresholds, "disk", f"{times}{sizes}, {thresholds:,} bytes of thresholds"),
+        Need(
+            "states",
+            (keep + 1) * sum(part.state for part in parts),
+            "disk",
+            f"{times}{keep} that are kept + 1 being written, {each} bytes each",
+        ),
     ]
     return [need for need in needs if need.bytes]
 
 
-def _reading_needs(weights: int, gradients: int, where: Place) -> list[Need]:
+@dataclass(frozen=True)
+class _Part:
+    """Bytes of one autoencoder in training."""
+
+    weights: int
+    gradients: int
+    """Of the trained weights."""
+    statistics: int
+    largest: int
+    """The largest tensor."""
+    state: int
+    """A state on the disk."""
+    sizes: str
+    """The shapes of the weights, in words."""
+
+    @classmethod
+    def of(cls, sae: SaeSettings, settings: TrainingSettings, d_in: int, where: Place) -> "_Part":
+        with no_numbers():
+            trainer = Trainer(bare_autoencoder(sae, d_in), settings, sae)
+            parameters, trained = list(trainer.sae.parameters()), trainer.optimiser.trained
+            weights, gradients = _nbytes(parameters), _nbytes(trained)
+            statistics = trainer.usage.state_bytes() + trainer.allocation.state_bytes(sae.n_features)
+            largest = max(parameter.nbytes for parameter in parameters)
+        shapes = " + ".join(" x ".join(f"{n:,}" for n in parameter.shape) for parameter in parameters)
+        counters = 4 * len(trained) + torch.get_rng_state().nbytes
+        state = weights + 2 * gradients + statistics + counters + STATE_TEXT
+        return cls(weights, gradients, statistics, largest, state, f"({shapes}) x 4 bytes")
+
+
+def _in_turn(steps: Sequence[tuple[str, list[Need]]]) -> list[Need]:
+    """Needs of steps, each with its precision, that are taken one after the other: of each kind the largest.
+
+    The buffers of pre-activations are kept from step to step, for each precision.
+    """
+    found: dict[tuple[str, str], Need] = {}
+    for precision, needs in steps:
+        for need in needs:
+            kind = need.what, precision if need.what == "pre-activations" else ""
+            if kind not in found or need.bytes > found[kind].bytes:
+                found[kind] = need
+    return list(found.values())
+
+
+def _reading_needs(part: _Part, where: Place) -> list[Need]:
     """The state while it is read: the weights, which are then copied; the optimiser keeps its tensors."""
-    needs = [Need("state, while it is read", weights, where, "as the autoencoder")]
+    needs = [Need("state, while it is read", part.weights, where, "as the autoencoder")]
     if where == "gpu":
         how = "the weights and the optimiser"
-        needs.append(Need("state, before it is moved", weights + 2 * gradients, "memory", how))
+        needs.append(Need("state, before it is moved", part.weights + 2 * part.gradients, "memory", how))
     return needs
 
 

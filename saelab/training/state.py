@@ -5,7 +5,8 @@ Tensors keep their bits, and so do numbers: JSON writes enough digits of a float
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,37 @@ def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, An
 
     Raises SaelabError if it is missing, damaged, or of another version.
     """
-    try:
-        found = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    values = load_values(folder)
+    with _readable(folder):
         with safe_open(folder / TENSORS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return _with_tensors(values, tensors, torch.device(device))
+
+
+def load_values(folder: Path) -> dict[str, Any]:
+    """The state in `folder` without its tensors. Raises SaelabError as `load_state` does."""
+    with _readable(folder):
+        found = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         version, values = found["format"], found["state"]
         if version == FORMAT:
             if found.get("checksum", _checksum(values)) != _checksum(values):  # earlier versions wrote none
                 raise ValueError(f"{VALUES} does not match its checksum")
-            return _with_tensors(values, tensors, torch.device(device))
+            return values
+    raise SaelabError(
+        f"{folder}: has version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
+    )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what a damaged state raises into a SaelabError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise SaelabError(
             f"{folder}: the state of the training cannot be read: {error!r}; delete this folder to go on from "
             "the state before it"
         ) from error
-    raise SaelabError(
-        f"{folder}: has version {version}; this saelab reads {FORMAT}. Resume with the saelab that wrote it"
-    )
 
 
 def _checksum(values: Any) -> str:

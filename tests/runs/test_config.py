@@ -8,13 +8,14 @@ import pytest
 from saelab.errors import SaelabError
 from saelab.features.settings import FeatureSettings
 from saelab.runs.config import find_config, load_config, settings_from
+from saelab.runs.grid import grid
 
 BASE = {"out": "runs/x", "site": "blocks.0.hook_resid_post"}
 
 
 def test_the_shipped_configs_are_valid_and_say_what_their_yaml_says() -> None:
     for path in sorted(find_config("quickstart").parent.glob("*.yaml")):
-        load_config(path)
+        grid(path)
     quickstart = load_config(find_config("quickstart"))
     assert (quickstart.sae.n_features, quickstart.sae.k, quickstart.site) == (4096, 32, "blocks.2.hook_resid_post")
     assert quickstart.training.tokens == 1_000_000 and isinstance(quickstart.training.tokens, int)

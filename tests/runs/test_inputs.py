@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -169,17 +168,19 @@ def batches_of(*norms: list[float]) -> Iterator[ActivationBatch]:
 
 def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tokens() -> None:
     inputs = Inputs(2.0, 5.0, {})
-    found = list(inputs.batches(batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4]), torch.device("cpu")))
+    batches = batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4])
+    found = [made for batch in batches if (made := inputs.batch(batch, torch.device("cpu"))) is not None]
     assert [batch.x[:, 1].tolist() for batch in found] == [[2, 4], [10, 8]]
     assert [batch.gradients[:, 1].tolist() for batch in found if batch.gradients is not None] == [[10, 20], [50, 40]]
     assert inputs.left_out == 4
 
 
 def test_a_source_that_gives_only_larger_norms_ends_with_an_error() -> None:
-    endless = (batch for _ in iter(int, 1) for batch in batches_of([9.0] * 1000))
-    taken = islice(endless, SAMPLE_TOKENS // 1000 + 2)
+    inputs, (large, fair) = Inputs(1.0, 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
+    for batch in [fair, *[large] * (SAMPLE_TOKENS // 1000)] * 2:  # in a row there are too few
+        inputs.batch(batch, torch.device("cpu"))
     with pytest.raises(SaelabError, match=r"^activations.max_norm: 33,000 tokens in a row have norms above 5"):
-        list(Inputs(1.0, 5.0, {}).batches(taken, torch.device("cpu")))
+        inputs.batch(large, torch.device("cpu"))
 
 
 def test_activations_that_are_all_zero_are_refused(tmp_path: Path) -> None:

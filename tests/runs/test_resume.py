@@ -43,7 +43,8 @@ METHODS = {
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Trains in another process, which a signal may end."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "runs" / "resume_child.py")],
         stdin=subprocess.PIPE,
@@ -53,9 +54,17 @@ def ask() -> Iterator[Ask]:
     )
     assert child.stdin is not None and child.stdout is not None
 
-    def send(call: str, run: Path, config: Any = None, overrides: Any = (), step: int | None = None, number: int = 9):
+    def send(
+        call: str,
+        run: Path,
+        config: Any = None,
+        overrides: Any = (),
+        step: int | None = None,
+        number: int = 9,
+        renames: int | None = None,
+    ) -> dict[str, Any]:
         line = {"call": call, "run": str(run), "config": config, "overrides": list(overrides)}
-        child.stdin.write(json.dumps(line | {"step": step, "signal": number}) + "\n")
+        child.stdin.write(json.dumps(line | {"step": step, "signal": number, "renames": renames}) + "\n")
         child.stdin.flush()
         return json.loads(child.stdout.readline())
 

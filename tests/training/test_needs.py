@@ -44,7 +44,7 @@ EVERY_METHOD = pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS
 def needs(settings: SaeSettings, resumed: bool = False) -> dict[str, int]:
     training = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
     found = training_needs(
-        settings, training, D_IN, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
+        [(settings, D_IN)], training, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
     )
     return {need.what: need.bytes for need in found}
 

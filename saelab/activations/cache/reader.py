@@ -7,7 +7,7 @@ read in the order they lie there, the next group's while this one is handed out.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from saelab.activations.cache.layout import (
     token_bytes,
 )
 from saelab.activations.shuffle import cut_group, generator
-from saelab.activations.stream import ActivationBatch
+from saelab.activations.stream import ActivationBatch, names_of, side_by_side
 from saelab.errors import SaelabError, did_you_mean
 from saelab.files import expanded
 from saelab.tensors import raw
@@ -88,7 +88,7 @@ class Cache:
 
     def batches(
         self,
-        site: str,
+        site: str | Sequence[str],
         batch_tokens: int,
         *,
         seed: int,
@@ -98,13 +98,14 @@ class Cache:
     ) -> "Shuffled":
         """Every token once per epoch, globally shuffled, epoch after epoch without end, from `start` on.
 
-        A group is cut into the fewest batches of at most `batch_tokens`, equal to within one token. Memory:
-        ``2 * buffer_tokens * (d_in * bytes of the dtype + 12)``, more with `gradients`. Raises SaelabError where the
+        A group is cut into the fewest batches of at most `batch_tokens`, equal to within one token. The order does not
+        depend on the sites. Memory: ``2 * buffer_tokens * (d_in * bytes of the dtype + 12)``, with d_in the sum of the
+        sites' widths, and more with `gradients`. Raises SaelabError where the
         cache has no such site, or no gradients.
         """
-        return Shuffled(self, self._files(site, gradients), batch_tokens, seed, buffer_tokens, start)
+        return Shuffled(self, self._files(site, gradients), gradients, batch_tokens, seed, buffer_tokens, start)
 
-    def token_bytes(self, site: str, *, gradients: bool = False) -> int:
+    def token_bytes(self, site: str | Sequence[str], *, gradients: bool = False) -> int:
         """Bytes of a token in the buffers of `batches`. Raises SaelabError as it does."""
         return token_bytes(self._files(site, gradients))
 
@@ -118,7 +119,7 @@ class Cache:
         for block in map(self._block, range(self.n_blocks)):
             held = _buffer(files, block.end - block.start)
             self._read(block, files, held, 0)
-            yield _batch(held)
+            yield _batch(held, gradients)
 
     @property
     def n_blocks(self) -> int:
@@ -130,16 +131,18 @@ class Cache:
         start = within * self._block_tokens
         return _Block(shard, within, start, min(start + self._block_tokens, shard["tokens"]))
 
-    def _files(self, site: str, gradients: bool) -> list[File]:
-        if site not in self.sites:
-            raise SaelabError(
-                f"{self.folder}: holds {', '.join(self.sites)}, not {site!r}.{did_you_mean(site, self.sites)}"
-            )
+    def _files(self, site: str | Sequence[str], gradients: bool) -> list[File]:
+        """The file of the tokens, then the activations of each site, then the gradients of each."""
+        sites, dtype = names_of(site), self.identity["dtype"]
+        for name in sites:
+            if name not in self.sites:
+                raise SaelabError(
+                    f"{self.folder}: holds {', '.join(self.sites)}, not {name!r}.{did_you_mean(name, self.sites)}"
+                )
         if gradients and not self.identity["gradients"]:
             raise SaelabError(f"{self.folder}: holds no gradients; `cache.gradients=true` writes them")
-        d_in, dtype = self.sites[site], self.identity["dtype"]
-        files = [TOKENS, activations_file(site, d_in, dtype)]
-        return [*files, gradients_file(site, d_in, dtype)] if gradients else files
+        files = [TOKENS, *(activations_file(name, self.sites[name], dtype) for name in sites)]
+        return files + [gradients_file(name, self.sites[name], dtype) for name in sites if gradients]
 
     def _read(self, block: _Block, files: list[File], held: list[Tensor], at: int) -> None:
         """Read `block` into `held` from token `at` on. Raises SaelabError where it is not as it was written."""
@@ -212,11 +215,19 @@ class Shuffled:
     """The iterator that `Cache.batches` gives. `close` it, or use it in a `with`: that ends its threads."""
 
     def __init__(
-        self, cache: Cache, files: list[File], batch_tokens: int, seed: int, buffer_tokens: int, start: Cursor
+        self,
+        cache: Cache,
+        files: list[File],
+        gradients: bool,
+        batch_tokens: int,
+        seed: int,
+        buffer_tokens: int,
+        start: Cursor,
     ) -> None:
         self.cursor = start
         """Where the next batch begins."""
-        self._cache, self._files, self._batch_tokens, self._seed = cache, files, batch_tokens, seed
+        self._cache, self._files, self._gradients = cache, files, gradients
+        self._batch_tokens, self._seed = batch_tokens, seed
         self._per_group = max(1, buffer_tokens // cache.identity["block_tokens"])
         self._loader = ThreadPoolExecutor(1, "saelab cache reader")
         self._buffers = [_buffer(files, cache.group_capacity(buffer_tokens)) for _ in range(2)]
@@ -233,7 +244,7 @@ class Shuffled:
             self._turn()
         index = self._cuts.pop()
         epoch, group, offset = self.cursor.epoch, self.cursor.group, self.cursor.offset + len(index)
-        batch = _batch([_take(column, index) for column in self._group])
+        batch = _batch([_take(column, index) for column in self._group], self._gradients)
         if not self._cuts:
             epoch, group, offset = *self._after(epoch, group), 0
         self.cursor = Cursor(epoch, group, offset)
@@ -307,10 +318,13 @@ def _take(column: Tensor, index: np.ndarray) -> Tensor:
     return torch.from_numpy(bits.take(index, axis=0, mode="clip")).view(column.dtype)
 
 
-def _batch(columns: list[Tensor]) -> ActivationBatch:
+def _batch(columns: list[Tensor], gradients: bool) -> ActivationBatch:
+    """A batch of the columns of `Cache._files`."""
     tokens, rows, positions = (column.long() for column in columns[: len(ORIGIN)])
-    values, *gradients = columns[len(ORIGIN) :]
-    return ActivationBatch(values, tokens, rows, positions, gradients[0] if gradients else None)
+    parts = columns[len(ORIGIN) :]
+    sites = len(parts) // (1 + gradients)
+    slopes = side_by_side(parts[sites:]) if gradients else None
+    return ActivationBatch(side_by_side(parts[:sites]), tokens, rows, positions, slopes)
 
 
 def _read_fully(handle: int, target: memoryview, at: int) -> None:

@@ -1,0 +1,237 @@
+"""The training loop: runs in training on the batches of one source, each with a trainer, inputs and files of its own.
+
+One run is the ordinary case. Several share the source, and with it the language model, and nothing else that a number
+could depend on: each ends as it would alone, bit for bit on a CPU with as many threads.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.activations.source import Source
+from saelab.activations.stream import ActivationBatch, provenance
+from saelab.errors import SaelabError, WriteError
+from saelab.files import appended
+from saelab.progress import Track
+from saelab.runs import folder
+from saelab.runs.calibration import calibrate, calibration_rows
+from saelab.runs.feed import sites_of
+from saelab.runs.inputs import Inputs
+from saelab.runs.job import Job, Say
+from saelab.runs.resume import Checkpoints, resumable
+from saelab.runs.save import save_run
+from saelab.signals import interruptible, stop
+from saelab.training.trainer import Trainer
+
+Failures = dict[Path, SaelabError]
+"""The errors of runs that ended by themselves, by run folder."""
+
+
+@dataclass(eq=False)
+class Training:
+    """A run in training."""
+
+    job: Job
+    trainer: Trainer
+    inputs: Inputs
+    rng: Tensor
+    """torch's random state when the next step begins."""
+    seconds: float = 0.0
+    """Time of the training before this process."""
+
+    def __post_init__(self) -> None:
+        self.run = Path(self.job.settings.out)
+        self.checkpoints = Checkpoints(self.run, self.job.settings.training.checkpoint)
+        self._began = time.monotonic() - self.seconds
+        self._level = True
+        """Whether every batch that the source gave is trained on, so that a state can be saved."""
+
+    def behind(self) -> None:
+        """The source has given a batch."""
+        self._level = False
+
+    def step(self, batch: ActivationBatch) -> str | None:
+        """Train on a batch of the source; returns a line for the log, if there is one. Raises as `Trainer.step`."""
+        self._level, line = True, None  # a batch of which too little is left for a step counts as trained on
+        inputs = self.inputs.batch(batch, self.job.lm.device)
+        if inputs is not None:
+            self._level = False
+            torch.set_rng_state(self.rng)
+            line = self.trainer.step(inputs)
+            self.rng = torch.get_rng_state()
+            self._level = True
+        if line is None:
+            return None
+        line["tokens_per_second"] = self.trainer.tokens / self.elapsed()
+        return json.dumps(folder.jsonable(line))
+
+    def elapsed(self) -> float:
+        """Seconds of training, those of earlier processes included."""
+        return time.monotonic() - self._began
+
+    def save(self, position: Mapping[str, Any]) -> Path:
+        """Write the state, with the source at `position`; returns its folder."""
+        state = {"trainer": self.trainer.state_dict(), "source": position, "provenance": provenance_of(self.job)}
+        state |= self.inputs.state() | {"seconds": self.elapsed(), "rng": self.rng}
+        return self.checkpoints.save(self.trainer.steps, self.trainer.tokens, state)
+
+    def give_up(self, position: Mapping[str, Any]) -> None:
+        """After an error (bad data, a full disk, output that nobody reads), save the weights so far."""
+        if self._level and self.trainer.steps:
+            self.save(position)
+        self._write({})
+
+    def finish(self, track: Track) -> None:
+        """Set the thresholds that inference needs, and write the checkpoint."""
+        job, trainer = self.job, self.trainer
+        trainer.release()
+        self._write(self._calibrated(track))
+        if self.inputs.left_out:
+            job.say(f"note: {self.inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
+        if trainer.finished:
+            job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {self.run / folder.CHECKPOINT}")
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        job, facts = self.job, self.inputs.state() | facts
+        inputs, seconds = job.training_inputs(), self.elapsed()
+        scale = self.inputs.scale
+        save_run(job.settings, job.lm, job.corpus, self.trainer, scale, facts, inputs=inputs, seconds=seconds)
+
+    def _calibrated(self, track: Track) -> dict[str, Any]:
+        """Set thresholds on held-out text after that of evaluation, if inference needs them; returns facts for the
+        record."""
+        job, settings, densities = self.job, self.job.settings, self.trainer.trained().densities
+        if densities is None:
+            return {}
+        rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
+        facts = calibrate(
+            self.trainer.sae,
+            job.lm,
+            rows,
+            settings.site,
+            densities,
+            scale=self.inputs.scale,
+            largest_norm=self.inputs.largest_norm,
+            rows_per_forward=settings.eval.rows_per_forward,
+            track=track,
+        )
+        if facts["rough_thresholds"]:
+            job.say(
+                f"note: {facts['rough_thresholds']:,} features expect fewer than 10 hits in calibration; their "
+                "thresholds are rough"
+            )
+        return facts
+
+
+def train_all(
+    trainings: Sequence[Training], columns: Mapping[str, tuple[int, int]], source: Source, track: Track, say: Say
+) -> Failures:
+    """Train each run on the batches of `source` to its end, or until a signal; returns the runs that failed.
+
+    `columns` are those of each site in a batch (`site_columns`), and `say` speaks for all runs. States are written on
+    the way and checkpoints at the end, all states at the same batch. A run whose gradient is not finite fails, and the
+    others go on. If the source fails or nothing can be written, every state is saved and the error is raised. After a
+    signal, `stop` raises once all is saved.
+    """
+    failed: Failures = {}
+    active = list(trainings)
+    for other in trainings[1:]:
+        other.trainer.sae.share_buffers(trainings[0].trainer.sae)
+
+    @contextmanager
+    def on_its_own(training: Training) -> Iterator[None]:
+        """In this block an error that is not one of writing ends this run only."""
+        try:
+            yield
+        except WriteError:
+            raise
+        except SaelabError as error:
+            failed[training.run] = error
+            if len(trainings) > 1:
+                training.job.say(f"error: {error}")
+
+    def batches() -> Iterator[int]:
+        """Takes a batch and trains all on it; yields its tokens."""
+        while active and not stopped_by():
+            batch = next(source)
+            for training in active:
+                training.behind()
+            sites = {training.job.settings.site for training in active}
+            parts = {site: batch.columns(*columns[site]) for site in sites}
+            for training in active:
+                with on_its_own(training):
+                    line = training.step(parts[training.job.settings.site])
+                    if line is not None:
+                        logs[training.run](line)
+            for training in [each for each in active if each.run in failed]:
+                active.remove(training)
+                training.give_up(source.state())
+            for training in [each for each in active if each.trainer.finished]:
+                active.remove(training)
+                training.save(source.state())
+            if any(training.checkpoints.due(training.trainer.tokens) for training in active):
+                for training in active:
+                    training.save(source.state())
+            yield len(batch)
+
+    left = max(training.job.settings.training.tokens - training.trainer.tokens for training in trainings)
+    with _resumable(trainings), ExitStack() as files, interruptible(say) as stopped_by:
+        logs = {each.run: files.enter_context(appended(each.run / folder.METRICS)) for each in trainings}
+        try:
+            for _ in track(batches(), "training", left, int):
+                pass
+            for training in active:
+                path, tokens = training.save(source.state()), f"{training.trainer.tokens:,} tokens"
+                training.job.say(
+                    f"stopped after {tokens}; `saelab train --resume {training.run}` goes on (state: {path})"
+                )
+        except (SaelabError, OSError):
+            for training in active:
+                training.give_up(source.state())
+            raise
+        finally:
+            source.close()
+        going = [training for training in trainings if training.run not in failed]
+        for training in going:
+            training.trainer.release()  # calibration needs the memory
+        for training in going:
+            with on_its_own(training):
+                training.finish(track)
+        trainings[0].job.report_empty_documents()
+        number = stopped_by()
+    if number is not None:
+        stop(number)
+    return failed
+
+
+@contextmanager
+def _resumable(trainings: Sequence[Training]) -> Iterator[None]:
+    """Add to the message of a WriteError how a training goes on; of several the caller knows."""
+    if len(trainings) > 1:
+        yield
+        return
+    with resumable(trainings[0].run):
+        yield
+
+
+def site_columns(jobs: Sequence[Job]) -> dict[str, tuple[int, int]]:
+    """First and last column, exclusive, of each site of `jobs` in the batches of a source that they share."""
+    columns: dict[str, tuple[int, int]] = {}
+    stop = 0
+    for site in sites_of(jobs):
+        start, stop = stop, stop + jobs[0].lm.width(site)
+        columns[site] = start, stop
+    return columns
+
+
+def provenance_of(job: Job) -> dict[str, Any]:
+    """The facts of model and text that a state records."""
+    facts = provenance(job.lm, job.corpus, special_tokens=job.settings.activations.special_tokens)
+    return json.loads(json.dumps(facts))
