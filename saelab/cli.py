@@ -207,7 +207,7 @@ def plan(
     }
     if many:
         Console(width=120).print(plan_training(*runs).table(f"training of {len(runs)} runs at once"))
-        _print(f"{fitting(runs)} of {len(runs)} runs fit into memory at once. The largest of them:\n")
+        _print(f"{fitting(runs)} of {len(runs)} runs fit into memory at once. The largest of them:")
     for title, needs in plans.items():
         Console(width=120).print(needs.table(title))
     for needs in plans.values():

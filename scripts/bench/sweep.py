@@ -1,11 +1,11 @@
 """A sweep of eight autoencoders of the quickstart's size beside the eight trained one by one; on a CPU.
 
-    python scripts/bench/sweep.py                                     # the quickstart's million tokens: an hour
+    python scripts/bench/sweep.py                                     # the quickstart's million tokens
     python scripts/bench/sweep.py --tokens 131072 --held-out 32768 --json sweep.json
 
 Language model, loading and evaluation are included in both. Every figure comes from its own process (ours_sweep.py): in
 each round the sweep is measured and then the eight runs, or the other way round; the ratio of both is taken, and the
-median of the rounds is reported. `training` leaves out loading and evaluation. The memory of the sweep is what the
+median of the rounds is reported. The second row leaves out evaluation. The memory of the sweep is what the
 process grows by at most, beside its plan.
 """
 
@@ -49,7 +49,7 @@ def measure(*, rounds: int = 1, tokens: int = 1_000_000, held_out: int = 300_000
             "ratio": statistics.median(one["together"][name] / one["one_by_one"][name] for one in found),
             "rounds": [one["together"][name] / one["one_by_one"][name] for one in found],
         }
-        for name in ("seconds", "training")
+        for name in ("seconds", "trained")
     }
     return record | run.outcome()
 
@@ -57,14 +57,14 @@ def measure(*, rounds: int = 1, tokens: int = 1_000_000, held_out: int = 300_000
 def report(record: dict[str, Any]) -> str:
     """The record as a table."""
     rows = []
-    for name, what in (("seconds", "all, s"), ("training", "training alone, s")):
+    for name, what in (("seconds", "loading, training, evaluation, s"), ("trained", "loading and training, s")):
         row = record["times"][name]
         each = " ".join(f"{ratio:.2f}" for ratio in row["rounds"])
         times = [f"{row[side]:.1f}" for side in ("together", "one_by_one")]
         rows.append([what, *times, f"{row['ratio']:.2f}", f"<= {TARGET}", each])
     memory = record["memory"]
     sizes = [f"{memory[name] / 1e6:.0f}" for name in ("growth", "planned")]
-    rows.append(["memory, MB, beside its plan", *sizes, f"{memory['growth'] / memory['planned']:.2f}", "0.9 to 1", ""])
+    rows.append(["memory and its plan, MB", *sizes, f"{memory['growth'] / memory['planned']:.2f}", "0.9 to 1.1", ""])
     size = f"{record['tokens']:,} tokens, {record['held_out']:,} held out, medians of {record['rounds']} rounds"
     head = [f"a sweep of {RUNS}", "together", "one by one", "ratio", "target", "of the rounds"]
     return "\n\n".join(filter(None, [heading(record, size), table(head, rows), failures(record)]))
