@@ -42,7 +42,10 @@ def one_by_one(tokens: int, held_out: int, number: int) -> dict[str, float]:
 
 
 def memory(tokens: int, held_out: int) -> dict[str, int]:
-    """What the sweep adds to the process at most (VmHWM), libraries included, and what its plan says."""
+    """What the sweep adds at most (VmHWM) to a process that has planned it, and what the plan says.
+
+    A plan loads most libraries, and is compared with what is free after that.
+    """
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
     def resident(name: str) -> int:
@@ -50,12 +53,11 @@ def memory(tokens: int, held_out: int) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as out:
         overrides = [*_overrides(tokens, held_out, out), *VARIED]
+        planned = plan_training(*(run.settings for run in grid("quickstart", overrides))).total("memory")
         clear.write_text("5")  # the peak begins anew
         before = resident("VmRSS")
         sweep("quickstart", overrides)
-        growth = resident("VmHWM") - before
-        runs = grid("quickstart", overrides)  # planned now: a plan loads libraries
-        return {"growth": growth, "planned": plan_training(*(run.settings for run in runs)).total("memory")}
+        return {"growth": resident("VmHWM") - before, "planned": planned}
 
 
 def _overrides(tokens: int, held_out: int, out: str) -> list[str]:

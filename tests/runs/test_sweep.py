@@ -19,6 +19,7 @@ from saelab.runs.plan import fitting, plan_training
 from saelab.runs.resume import states
 from saelab.runs.sweep import sweep
 from saelab.training.state import load_state
+from saelab.training.trainer import Trainer
 from tests.faults.tools import command
 from tests.runs.test_resume import Ask, ask, assert_same, config_of
 
@@ -144,6 +145,32 @@ def test_the_model_is_paid_once(config: dict[str, Any], monkeypatch: pytest.Monk
     assert cost[0] <= cost[1] <= cost[0] + 2 * spliced
 
 
+def test_a_signal_stops_all_at_one_step_and_the_same_command_goes_on(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["sweep"] = {"sae.k": [2, 4]}
+    whole = sweep(config, [f"out={tmp_path / 'whole'}"])
+    step, said = Trainer.step, []
+
+    def stopped(self: Trainer, batch: Any) -> Any:
+        found = step(self, batch)
+        if self.steps == 7 and self.sae.k == 2:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(config, say=said.append)
+    runs = runs_in(Path(config["out"]))
+    assert [states(run)[-1].name for run in runs] == ["000000007"] * 2
+    assert any("the same command goes on" in line for line in said)
+    sweep(config)
+    for run in runs:
+        assert_same(contents(run), contents(whole / run.name), run.name)
+
+
+@pytest.mark.slow
 def test_killed_at_any_instant_the_same_command_goes_on(config: dict[str, Any], tmp_path: Path, ask: Ask) -> None:
     """SIGKILL before a rename: among the first folders, between the states of two runs, among the last files."""
     config["sweep"] = {"sae.allocation": ["token_choice", "mutual_choice"]}
@@ -158,6 +185,7 @@ def test_killed_at_any_instant_the_same_command_goes_on(config: dict[str, Any], 
     assert (out / "sweep.json").read_bytes() == (whole / "sweep.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_at_different_states_go_on_in_groups_and_finished_ones_stay(
     config: dict[str, Any], tmp_path: Path, ask: Ask
 ) -> None:
