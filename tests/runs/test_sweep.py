@@ -1,6 +1,7 @@
 """A sweep's runs equal, to the bit, those trained and evaluated one by one, whatever stops it; what fails is named."""
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,8 @@ def test_a_run_that_fails_does_not_stop_the_others(
     for name in ("lr0.001", "lr0.002"):
         assert_same(contents(out / name), contents(alone(out / name)), name)
         assert summary[name]["fvu"] == contents(out / name)["evaluation"]["fvu"]
+    page = (out / "sweep.html").read_text()
+    assert "src=" not in "".join(re.findall("<script[^>]*>", page)) and "lr0.002" in page and "lr1e+12" not in page
 
 
 def test_what_does_not_fit_at_once_is_trained_in_turns(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
