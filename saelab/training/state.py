@@ -19,7 +19,7 @@ from saelab.files import write_json
 from saelab.tensors import write_tensors
 
 TENSORS, VALUES = "state.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 _TENSOR = "$tensor"
 """In the JSON file, an object with only this key stands for the tensor that it names."""
 
@@ -54,7 +54,7 @@ def load_values(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / VALUES).read_text(encoding="utf-8"))
         version, values = found["format"], found["state"]
         if version == FORMAT:
-            if found.get("checksum", _checksum(values)) != _checksum(values):  # earlier versions wrote none
+            if found["checksum"] != _checksum(values):
                 raise ValueError(f"{VALUES} does not match its checksum")
             return values
     raise SaelabError(
