@@ -95,7 +95,7 @@ def draw_pareto(a: Side, b: Side) -> None:
     same = {
         name: run
         for name, run in runs.items()
-        if (run.model, run.site) == (a.summary.model, a.summary.site) and None not in (run.fvu, run.l0)
+        if run.same_model(a.summary) and run.site == a.summary.site and None not in (run.fvu, run.l0)
     }
     if len(same) < 2:
         return
@@ -122,13 +122,15 @@ def draw_pareto(a: Side, b: Side) -> None:
 
 def why_not(a: Side, b: Side) -> str | None:
     """Why the features of two runs cannot be matched, in words; None if they can."""
-    for what, first, second in (
-        ("models", a.summary.model, b.summary.model),
-        ("sites", a.summary.site, b.summary.site),
-    ):
-        if first != second:
-            return f"The runs are of different {what} ({first} and {second}), so their features are not matched"
-    return None
+    first, second = a.summary, b.summary
+    if not first.same_model(second):
+        named = f"({first.model} and {second.model})" if first.model != second.model else f"of one name, {first.model}"
+        what = f"models {named}"
+    elif first.site != second.site:
+        what = f"sites ({first.site} and {second.site})"
+    else:
+        return None
+    return f"The runs are of different {what}, so their features are not matched"
 
 
 @st.cache_resource(max_entries=4, show_spinner="matching decoder rows")

@@ -14,6 +14,7 @@ from explorer.listing import Listing, feature_address
 
 from saelab.features.database import Database
 from saelab.features.densities import density_histogram, rank_frequency
+from saelab.features.layout import EARLIER
 from saelab.features.marks import number, visible
 from saelab.features.per_token import PerToken, active_per_token
 from saelab.runs import folder
@@ -368,7 +369,8 @@ def page() -> None:
     run = state.current_run()
     st.header(state.plain(state.run_name()), anchor=False)
     database = None
-    if run.has_features:
+    earlier = any((folder.features(run.path) / name).exists() for name in EARLIER)
+    if run.has_features or earlier:  # of an earlier format: the error says so
         with state.errors_shown():
             database = state.database()
     else:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SaelabError
+from saelab.files import read_json
 from saelab.runs import folder, yaml12
+from saelab.sae.layout import CONFIG
 
 CURVE_POINTS = 60
 
@@ -40,6 +42,14 @@ class RunSummary:
     """FVU of the batch over training, at most `CURVE_POINTS` values."""
     problem: str | None
     """What is wrong with one of the run's files, and what to do."""
+    fingerprint: str | None = None
+    """Of the model's files, as the checkpoint has it."""
+
+    def same_model(self, other: "RunSummary") -> bool:
+        """Whether both runs are of one model, wherever it lies: by its files, or by name if one does not know these."""
+        if self.fingerprint and other.fingerprint:
+            return self.fingerprint == other.fingerprint
+        return self.model == other.model
 
 
 def summarise(run: Path | str) -> RunSummary:
@@ -71,6 +81,7 @@ def summarise(run: Path | str) -> RunSummary:
         trained=record.stat().st_mtime if record.is_file() else 0.0,
         unfinished=folder.unfinished(run),
         curve=_curve(metrics["fvu"].dropna().tolist()) if metrics is not None and "fvu" in metrics else (),
+        fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,
     )
 
@@ -88,6 +99,12 @@ def bytes_on_disk(run: Path) -> int:
 def _settings(run: Path) -> Mapping[str, Any]:
     found = yaml12.parse(folder.settings_text(run), str(run / folder.SETTINGS))
     return found if isinstance(found, dict) else {}
+
+
+def _checkpoint(run: Path) -> Mapping[str, Any]:
+    """What the checkpoint says about itself; empty without one."""
+    path = folder.weights(run).with_name(CONFIG)
+    return read_json(path, "Train the run again.") if path.is_file() else {}
 
 
 def _curve(values: list[float]) -> tuple[float, ...]:

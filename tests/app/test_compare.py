@@ -100,6 +100,11 @@ def test_a_run_without_a_database_is_matched_without_examples(explorer, pair):
 def test_what_cannot_be_compared_is_said(explorer, pair, runs, tmp_path):
     app = explorer(runs, page="compare", run="whole", other=OTHER)
     assert "different models (demo and <script>" in unescaped(app.info[0].value) and not components(app)
+    for name in ("trained", "changed"):
+        config = write_run(tmp_path / name, features=False) / "sae" / "cfg.json"
+        config.write_text(json.dumps({"metadata": {"saelab": {"model_fingerprint": name}}}))
+    app = explorer(tmp_path, page="compare", run="trained", other="changed")
+    assert "different models of one name, demo, so" in unescaped(app.info[0].value)
     elsewhere = write_run(tmp_path / "elsewhere", features=False, site="blocks.0.hook_mlp_out")
     app = explorer(pair, elsewhere, page="compare", run="first", other="elsewhere")
     assert "different sites (blocks.2.hook_resid_post and blocks.0.hook_mlp_out)" in unescaped(app.info[0].value)

@@ -182,7 +182,7 @@ def test_a_database_of_version_1_is_none(explorer, tmp_path):
     (run / "features").mkdir()
     (run / "features" / "summary.json").write_text("{}")
     assert f"saelab index {run}" in message(explorer(run, page="features"))
-    assert "No features yet" in unescaped(explorer(run, page="run").info[0].value)
+    assert "made by an earlier saelab" in message(explorer(run, page="run"))
 
 
 def test_a_damaged_file_is_one_message_that_names_it(explorer, tmp_path):

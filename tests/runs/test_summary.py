@@ -26,6 +26,24 @@ def test_a_summary_has_the_figures_of_its_files(tmp_path):
     assert found.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_a_model_is_known_by_its_files_and_without_these_by_its_name(tmp_path):
+    def made(name, model, fingerprint=None):
+        run = tmp_path / name
+        (run / "sae").mkdir(parents=True)
+        (run / "config.yaml").write_text(f"model: {{name: {model}}}")
+        metadata = {"saelab": {"model_fingerprint": fingerprint}} if fingerprint else {}
+        (run / "sae" / "cfg.json").write_text(json.dumps({"metadata": metadata}))
+        return summarise(run)
+
+    here, moved, other = made("here", "a", "1"), made("moved", "b", "1"), made("other", "a", "2")
+    imported = made("imported", "a")
+    assert here.fingerprint == "1" and here.same_model(moved) and not here.same_model(other)
+    assert here.same_model(imported) and not moved.same_model(imported)
+    (tmp_path / "here" / "sae" / "cfg.json").write_text("[")
+    damaged = summarise(tmp_path / "here")
+    assert damaged.fingerprint is None and damaged.model == "a" and "cfg.json" in damaged.problem
+
+
 def test_damaged_files_are_the_problem_of_a_summary_and_the_others_count(tmp_path):
     (tmp_path / "config.yaml").write_text("model: [")
     (tmp_path / "eval.json").write_text('{"fvu": 0.5}')
