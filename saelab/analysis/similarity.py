@@ -73,6 +73,7 @@ class DecoderMatch:
 
         figure = go.Figure(layout={"barmode": "overlay", "xaxis_title": "cosine", "yaxis_title": "features"})
         for name, cosines in ((f"{a}, best of {b}", self.cosine_of_a), (f"{b}, best of {a}", self.cosine_of_b)):
+            cosines = np.minimum(cosines, 1)  # rounding takes equal rows above it, where no bin counts them
             counts, edges = np.histogram(cosines, 50, (min(0.0, float(cosines.min(initial=0.0))), 1.0))
             figure.add_bar(x=(edges[:-1] + edges[1:]) / 2, y=counts, name=name, opacity=0.7)
         return figure

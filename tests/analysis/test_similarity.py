@@ -60,6 +60,9 @@ def test_the_frame_and_the_plot_have_every_feature():
     frame = match.to_frame()
     assert frame["feature"].tolist() == list(range(30)) and frame["mutual"].sum() == len(match.pairs)
     assert [sum(bar.y) for bar in match.plot().data] == [30, 20]
+    same = match_decoders(a := rows(300, 24), a)
+    assert same.cosine_of_a.max() > 1  # by rounding
+    assert [sum(bar.y) for bar in same.plot().data] == [300, 300]
 
 
 def test_decoders_of_different_widths_are_refused():
