@@ -70,11 +70,11 @@ def _features(database: Database, form: Form, text: str | None, to: str) -> list
         raise SaelabError(f"--features: name the features of the page, for example: --to {to} --features 1,5-9")
     try:
         chosen = database.search(f"id:{text}").features.tolist()
+        for index in re.findall(r"\d+", text):  # the search takes a range that ends after the last feature
+            database.facts.check(int(index))
     except SaelabError as error:
         raise SaelabError(f"--features: {error}") from error
-    for index in re.findall(r"\d+", text):
-        database.facts.check(int(index))
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
 def _check_free(path: Path, form: Form, force: bool) -> None:

@@ -101,8 +101,8 @@ def test_one_process_writes_into_a_run_at_a_time(run: Path, tmp_path: Path) -> N
         ("html", None, "--features: name the features of the page"),
         ("csv", "3-x", "--features: .*'3-x' is not a feature"),
         ("csv", "", "--features: "),
-        ("csv", "3,12", "There is no feature 12"),
-        ("csv", "3-999999999999", "There is no feature 999999999999"),
+        ("csv", "3,12", "--features: There is no feature 12"),
+        ("csv", "3-999999999999", "--features: There is no feature 999999999999"),
     ],
 )
 def test_a_mistake_names_the_option(run: Path, to: str, features: str | None, message: str) -> None:
