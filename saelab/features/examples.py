@@ -62,8 +62,10 @@ def find_examples(
     - "random": any activations, drawn at random, in the order of the draw.
 
     A draw is the same every time, and a larger n adds to it. `distinct` leaves out examples that repeat the 7 tokens
-    around the marked token of an earlier one, and counts them there. Raises SaelabError if there is no such feature.
+    around the marked token of an earlier one, and counts them there. Raises SaelabError if there is no such feature, or
+    if `n` or `window` is below 1.
     """
+    check_positive(n=n, window=window)
     active = facts.activations(feature)
     if kind == "top":
         chosen = top_places(table, feature)
@@ -76,6 +78,13 @@ def find_examples(
         raise SaelabError(f"There are no examples of the kind {kind!r}: the kinds are top, range and random.")
     found = [example_at(facts, vocabulary, active, place, window) for place in chosen.tolist()]
     return (_distinct(found) if distinct else found)[:n]
+
+
+def check_positive(**numbers: int) -> None:
+    """Raises SaelabError if one of `numbers`, which their names say, is below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise SaelabError(f"{name}: {number} is not a positive number.")
 
 
 def example_at(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saelab.features.examples import Example, example_at, shuffled, top_places, window_start
+from saelab.features.examples import Example, check_positive, drawn, example_at, top_places, window_start
 from saelab.features.facts import Activations, Facts
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
@@ -40,8 +40,10 @@ def near_misses(
       scaled to length 1. Term frequencies are counts of token ids in the window, inverse document frequencies
       log(1 + N / occurrences in the text). Windows begin at multiples of `window` in their row.
 
-    Both are empty if the feature is never active. Raises SaelabError if there is no such feature.
+    Both are empty if the feature is never active. Raises SaelabError if there is no such feature, or if `n` or `window`
+    is below 1.
     """
+    check_positive(n=n, window=window)
     active = facts.activations(feature)
     n_rows, context = facts.rows.shape
     window = min(window, context)
@@ -124,7 +126,7 @@ def _same_token(
         row, position = (tokens == token).nonzero()
         places = rows[row] * tokens.shape[1] + position
         places = places[~np.isin(places, active.places, assume_unique=True)]
-        for place in places[np.argsort(shuffled(places, feature), kind="stable")].tolist():
+        for place in drawn(places, feature, len(places)).tolist():
             if len(chosen) == n:
                 return chosen
             if not taken.overlap(place):

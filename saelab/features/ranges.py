@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saelab.features.examples import Example, drawn, example_at, in_range, strongest_first, top_places
+from saelab.features.examples import Example, check_positive, drawn, example_at, in_range, strongest_first, top_places
 from saelab.features.facts import Facts
 from saelab.features.layout import BINS, QUANTILES
 from saelab.features.table import Table
@@ -60,8 +60,10 @@ def intervals(facts: Facts, vocabulary: Vocabulary, feature: int, n: int, window
     """The activations between two neighbouring deciles, strongest interval first, each with `n` examples.
 
     The ranges are disjoint and cover all activations of the feature. An activation that equals a decile lies below it;
-    so there are fewer than ten intervals if many activations are equal. Raises SaelabError if there is no such feature.
+    so there are fewer than ten intervals if many activations are equal. Raises SaelabError if there is no such feature,
+    or if `n` or `window` is below 1.
     """
+    check_positive(n=n, window=window)
     active = facts.activations(feature)
     if not len(active.values):
         return []

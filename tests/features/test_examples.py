@@ -295,6 +295,9 @@ def test_a_feature_that_does_not_exist_or_a_kind_is_an_error(database: Database)
     for read in (database.examples, database.intervals, database.near_misses):
         with pytest.raises(SaelabError, match="There is no feature 12"):
             read(12)
+        for n, window, message in ((0, 8, "n: 0 is"), (-1, 8, "n: -1 is"), (3, 0, "window: 0 is")):
+            with pytest.raises(SaelabError, match=f"{message} not a positive number"):
+                read(0, n=n, window=window)
     with pytest.raises(SaelabError, match="There is no feature -1"):
         database.tokens_in_range(-1, 0, 1)
     with pytest.raises(SaelabError, match="the kinds are top, range and random"):
