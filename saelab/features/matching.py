@@ -15,6 +15,7 @@ import regex
 
 from saelab.errors import SaelabError
 from saelab.features.facts import Facts
+from saelab.features.ordering import ranges
 from saelab.features.vocabulary import Vocabulary, character_starts
 
 CHUNK = 1 << 16
@@ -49,7 +50,7 @@ class _Chunk(NamedTuple):
 
 
 def text_pattern(text: str) -> regex.Pattern:
-    """The pattern that matches `text` in any case: the text whose case folding is that of `text`."""
+    """The pattern that matches `text` in any case: text of the same case folding. A dotted capital I is an i, too."""
     return regex.compile(regex.escape(text), regex.IGNORECASE | regex.FULLCASE)
 
 
@@ -137,9 +138,3 @@ def _spans(chunk: _Chunk, pattern: regex.Pattern, overlapping: bool, deadline: f
     if len(found) and lengths.sum() < chunk.ends[-1]:  # not all of it is ASCII
         found = character_starts("".join(chunk.stretches))[found]
     return found[np.argsort(found[:, 0], kind="stable")]  # a pattern with (?r) finds the last match first
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The integers from each start on, `counts` of them, one range after another."""
-    ends = np.cumsum(counts)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)

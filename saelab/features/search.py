@@ -10,7 +10,8 @@ import numpy as np
 
 from saelab.errors import SaelabError
 from saelab.features.facts import Facts
-from saelab.features.matching import CHUNK, Matches, find_matches, ranges, regex_pattern, text_pattern
+from saelab.features.matching import CHUNK, Matches, find_matches, regex_pattern, text_pattern
+from saelab.features.ordering import ranges
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
 
@@ -137,8 +138,8 @@ def _on_token(facts: Facts, table: Table, vocabulary: Vocabulary, text: str) -> 
 def _promoting(facts: Facts, table: Table, vocabulary: Vocabulary, text: str) -> Found:
     if facts.arrays.manifest["lens"] is None:
         raise SaelabError(
-            f"promotes:{text}: the features of {facts.arrays.folder} have no logits, because their site is not in the "
-            f"residual stream. Search for the text where they are active, as in {_EXAMPLES['token']}."
+            f"promotes:{text}: the features of {facts.arrays.folder} have no logits, because no linear map leads from "
+            f"their site to logits. Search for the text where they are active, as in {_EXAMPLES['token']}."
         )
     contains = np.array([text in other.casefold() for other in vocabulary.texts])
     tokens = np.asarray(table["top_logit_tokens"])

@@ -306,7 +306,9 @@ def test_the_time_for_a_regular_expression_is_bounded_in_all(
 def test_without_logits_promotes_says_so(tmp_path: Path) -> None:
     z, tokens = made_up(4, 8, 9, 5)
     folder = write_database(tmp_path / "features", z, tokens, [b"<s>", b"a", b"b", b"c", b"d"], lens=False)
-    with pytest.raises(SaelabError, match=r"promotes:a: the features of .* have no logits"):
+    with pytest.raises(
+        SaelabError, match=r"promotes:a: the features of .* have no logits, because no linear map leads"
+    ):
         open_database(folder).search("promotes:a")
 
 
