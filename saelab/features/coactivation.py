@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from saelab.features.layout import COACTIVATION_ENTRIES, LIST_LENGTH
+from saelab.features.ordering import group_starts
 
 COLUMNS = ("coactive_neighbours", "coactive_phi", "coactive_jaccard")
 _PART = 2**17
@@ -97,7 +98,7 @@ def _together(arrays: Mapping[str, np.ndarray], feature: int, count: int) -> tup
     steps, n_features = int(lengths.sum()), len(arrays["by_feature.offsets"]) - 1
     if steps < 2 * n_features:  # then sorting takes less time than a counter for every feature
         active = np.sort(_active(arrays, starts, lengths))
-        begins = np.flatnonzero(np.concatenate([[True], active[1:] != active[:-1]]))
+        begins = group_starts(active)
         others, together = active[begins], np.diff(begins, append=len(active))
     else:
         totals = np.zeros(n_features, np.int64)
