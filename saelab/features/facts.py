@@ -96,7 +96,13 @@ class Facts:
         return ActiveFeatures(features, values.astype(np.float32) * self.maxima[features])
 
     def on_token(self, token: int) -> ActiveFeatures:
-        """The features that are active on any occurrence of a token id, with the sums of their activations there."""
+        """The features that are active on any occurrence of a token id, with the sums of their activations there.
+
+        Raises SaelabError if there is no such token id.
+        """
+        n = len(self.arrays["vocabulary.counts"])
+        if not 0 <= token < n:
+            raise SaelabError(f"There is no token {token} in {self.arrays.folder}: its tokens are 0 to {n - 1}.")
         features, mass = self._entries("by_vocabulary", "features", token, self.n_features, "mass")
         return ActiveFeatures(features, mass)
 

@@ -78,6 +78,9 @@ def test_what_is_not_there_is_named(database: Database, tmp_path: Path) -> None:
             database.facts.activations(feature)
         with pytest.raises(SaelabError, match=f"no feature {feature} .* 0 to {N_FEATURES - 1}"):
             database.feature(feature)
+    for token in (-1, 30):
+        with pytest.raises(SaelabError, match=f"no token {token} .* 0 to 29"):
+            database.facts.on_token(token)
     for place in ((-1, 0), (20, 0), (0, -1), (0, CONTEXT)):
         with pytest.raises(SaelabError, match="rows are 0 to 19, of 8 tokens"):
             database.at(*place)
@@ -174,6 +177,7 @@ def test_reading_loads_no_torch_and_no_tables(folder: Path) -> None:
 
 def test_a_feature_is_its_line_of_the_table(database: Database, z: np.ndarray) -> None:
     found, row = database.feature(3), {name: database.table[name][3] for name in COLUMNS}
+    assert found != database.feature(3) and len({found, database.feature(3)}) == 2  # its arrays have no one truth value
     values = z[..., 3][z[..., 3] > 0]
     assert (found.index, found.n_active, found.n_tokens) == (3, len(values), database.n_tokens)
     assert found.density == len(values) / database.n_tokens and found.maximum == values.max()
