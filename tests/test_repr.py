@@ -9,9 +9,11 @@ from saelab.activations.settings import StreamSettings
 from saelab.activations.source import FromCache, FromModel
 from saelab.codes import Codes
 from saelab.corpus import CorpusSettings, open_corpus
+from saelab.features.database import open_database
 from saelab.sae.model import bare_autoencoder
 from saelab.sae.settings import AffinitySettings, SaeSettings
 from tests.activations.cache import made
+from tests.features.dense import made_up, write_database
 from tests.tiny import CONTEXT, language_model, text
 
 SITE = "blocks.1.hook_resid_post"
@@ -27,6 +29,8 @@ def test_objects_say_what_they_are_in_a_line(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "cache")
     cached = FromCache(cache, made.SITE, batch_tokens=50, seed=0, buffer_tokens=100)
     cached.close()
+    z, tokens = made_up(4, 8, 9, 5)
+    database = open_database(write_database(tmp_path / "features", z, tokens, [b"<s>", b"a", b"b", b"c", b"d"]))
     codes = Codes.from_topk(torch.rand(3, 2), torch.tensor([[0, 1]] * 3), 5)
     for shown, parts in (
         (repr(lm), (lm.name, "parameters", "float32 on cpu", "sites")),
@@ -35,6 +39,8 @@ def test_objects_say_what_they_are_in_a_line(tmp_path: Path) -> None:
         (repr(batch), ("40 tokens", "d_in 32", "float32 on cpu", "with gradients")),
         (repr(cache), (str(cache.folder), f"{cache.tokens:,} tokens", "float32", made.SITE, "with gradients")),
         (repr(cached), (made.SITE, str(cache.folder), "batches of at most 50 tokens")),
+        (repr(database), (str(database.folder), "9 features", database.site, database.model, f"{database.n_tokens} t")),
+        (repr(database.facts), (str(database.folder),)),
         (repr(codes), ("3 tokens", "5 features", "6 entries", "float32 on cpu")),
     ):
         assert all(part in shown for part in parts), shown

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, printable
 from saelab.features.layout import EARLIER, FORMAT, MANIFEST, SIZES, VERSION, arrays
 from saelab.files import current_folder, read_json, translate_read_errors
 
@@ -20,6 +20,9 @@ class Arrays:
     folder: Path
     manifest: dict[str, Any]
     found: dict[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        return f"Arrays({printable(str(self.folder))})"
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.found[name]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saelab.errors import printable
 from saelab.features import card
 from saelab.features.arrays import Arrays, open_arrays
 from saelab.features.examples import Example, Kind, find_examples
@@ -71,7 +72,7 @@ class Neuron(NamedTuple):
     """Share of the sum of absolute weights of the feature's decoder row."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Feature:
     """One feature. Lists are strongest first."""
 
@@ -143,6 +144,10 @@ class Database:
     """The text and all activations."""
     table: Table
     vocabulary: Vocabulary
+
+    def __repr__(self) -> str:
+        features = f"{self.n_features:,} features of {printable(self.site)} of {printable(self.model)}"
+        return f"Database({printable(str(self.folder))}: {features}, {self.n_tokens:,} tokens)"
 
     @property
     def folder(self) -> Path:
