@@ -44,8 +44,8 @@ def export(
     `features` are indices and ranges, such as "1,5-9". `out` is the file or folder, by default in RUN/exports. With
     `force` it may be an earlier export, which is replaced.
 
-    Raises SaelabError if there is no such form, feature or database, if `out` exists or cannot be written, and if
-    another process writes into the run.
+    Raises SaelabError if there is no such form, feature or database, if `out` exists, belongs to the run itself or
+    cannot be written, and if another process writes into the run.
     """
     if to not in FORMS:
         raise SaelabError(f"--to: there is no {to!r}; choose {', '.join(FORMS)}.{did_you_mean(to, FORMS)}")
@@ -54,7 +54,10 @@ def export(
     database = open_database(folder.features(run))
     chosen = _features(database, form, features, to)
     path = run / EXPORTS / form.name if out is None else Path(expanded(out, "--out"))
-    inside = path.resolve().is_relative_to(run.resolve())
+    target = path.resolve()
+    inside = target.is_relative_to(run.resolve())
+    if any(target.is_relative_to((run / name).resolve()) for name in folder.OWN):
+        raise SaelabError(f"--out: {path} belongs to the run itself; choose another")
     with locked(run if inside else path), translate_errors(path.parent, elsewhere="choose another --out"):
         _check_free(path, form, force)
         make_folder(path.parent)

@@ -29,6 +29,8 @@ CHECKPOINT = sae.FOLDER
 STATE = "state"
 EVALUATION = sae.EVALUATION
 FEATURES = "features"
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES)
+"""What the stages keep in a run folder; no export goes there."""
 
 
 @dataclass(frozen=True)

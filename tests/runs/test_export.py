@@ -57,7 +57,7 @@ def test_an_earlier_export_is_replaced_only_with_force(run: Path, to: str) -> No
 
 @pytest.mark.parametrize("to", ["neuronpedia", "circuit-tracer"])
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, to: str, tmp_path: Path) -> None:
-    for folder in (run, run / "features", tmp_path):
+    for folder in (run, tmp_path):
         before = content(folder)
         with pytest.raises(SaelabError, match="exists and is not a folder of such an export"):
             export(run, to, "1", out=folder, force=True)
@@ -66,7 +66,16 @@ def test_a_folder_that_is_no_export_is_never_replaced(run: Path, to: str, tmp_pa
 
 def test_a_folder_is_never_replaced_by_a_file(run: Path) -> None:
     with pytest.raises(SaelabError, match="exists and is not a file"):
-        export(run, "csv", out=run / "features", force=True)
+        export(run, "csv", out=run.parent, force=True)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "features", "features/table.csv", "exports/../sae"])
+def test_the_files_of_the_run_itself_are_never_replaced(run: Path, name: str) -> None:
+    before = content(run)
+    for to in FORMS:
+        with pytest.raises(SaelabError, match=r"--out: .* belongs to the run itself"):
+            export(run, to, "1", out=run / name, force=True)
+    assert content(run) == before
 
 
 def test_a_failure_leaves_the_earlier_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
