@@ -33,7 +33,7 @@ class RunSummary:
     never_active: int | None
     """Features that are active on none of the N tokens."""
     bytes: int
-    """Of all files of the run."""
+    """Size of all files of the run."""
     trained: float
     """When the record of the training was last written, in seconds since 1970; 0 without one."""
     unfinished: str | None
@@ -43,7 +43,7 @@ class RunSummary:
     problem: str | None
     """What is wrong with one of the run's files, and what to do."""
     fingerprint: str | None = None
-    """Of the model's files, as the checkpoint has it."""
+    """Fingerprint of the model's files, as the checkpoint has it."""
 
     def same_model(self, other: "RunSummary") -> bool:
         """Whether both runs are of one model, wherever it lies: by its files, or by name if one does not know these."""
