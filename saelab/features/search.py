@@ -17,6 +17,8 @@ from saelab.features.vocabulary import Vocabulary
 
 ENTRIES = 1 << 20
 """Entries that are read at once."""
+LONGEST = 1000
+"""Most characters of a text or a regular expression: the time of a search grows with their square."""
 
 
 class Match(NamedTuple):
@@ -57,7 +59,7 @@ def search(facts: Facts, table: Table, vocabulary: Vocabulary, query: str) -> Fo
     - ``id:7`` or ``id:7,12,40-50``: features by index, in this order.
 
     Text and tokens rank features by share: the mass on matched tokens, each counted once, over the feature's whole
-    mass. Raises SaelabError if the query is empty, cannot be read or takes too long.
+    mass. Raises SaelabError if the query is empty, too long, cannot be read or takes too long.
     """
     kind, colon, text = query.partition(":")
     if colon and kind in ("id", "token", "promotes"):
@@ -69,6 +71,8 @@ def search(facts: Facts, table: Table, vocabulary: Vocabulary, query: str) -> Fo
         return find(facts, table, vocabulary, text.casefold())
     if not query:
         raise SaelabError(f"The query is empty. Type a text, or one of {', '.join(_EXAMPLES.values())}.")
+    if len(query) > LONGEST:
+        raise SaelabError(f"The query has {len(query):,} characters, more than {LONGEST:,}. Type a part of it.")
     source = query[1:-1] if query[0] == query[-1] == "/" else ""
     pattern = regex_pattern(source) if source else text_pattern(query)
     return _on_matches(facts, table, vocabulary, find_matches(facts, vocabulary, pattern, literal=not source))
@@ -117,15 +121,19 @@ def _last_before(matches: Matches, places: np.ndarray) -> np.ndarray:
 
 
 def _indices(facts: Facts, text: str) -> np.ndarray:
-    found: list[int] = []
+    found: list[np.ndarray] = []
+    seen = np.zeros(facts.n_features, bool)
     for part in text.split(","):
         ends = re.fullmatch(r"\s*([0-9]{1,12})\s*(?:-\s*([0-9]{1,12})\s*)?", part)
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if first > last:
             raise SaelabError(f"id:{text}: {part!r} is not a feature or a range of features, such as {_EXAMPLES['id']}")
         facts.check(first)
-        found += range(first, min(last, facts.n_features - 1) + 1)
-    return np.array(list(dict.fromkeys(found)), np.int64)
+        new = first + np.flatnonzero(~seen[first : last + 1])
+        seen[new] = True
+        if len(new):  # a link may name all features again and again
+            found.append(new)
+    return np.concatenate(found)
 
 
 def _on_token(facts: Facts, table: Table, vocabulary: Vocabulary, text: str) -> Found:

@@ -1,6 +1,7 @@
 """Search equals brute force over every character, token and stored entry."""
 
 import re
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,6 +266,13 @@ def test_features_are_found_by_index_in_the_order_of_the_query(
     assert database.search(query).features.tolist() == features
 
 
+def test_features_that_are_named_again_and_again_take_no_memory(database: Database) -> None:
+    tracemalloc.start()
+    assert database.search("id:" + ",".join(["0-39"] * 20_000)).features.tolist() == [*range(40)]
+    assert tracemalloc.get_traced_memory()[1] < 3e6
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [
@@ -278,11 +286,12 @@ def test_features_are_found_by_index_in_the_order_of_the_query(
         ("id:x", "'x' is not a feature"),
         ("id:1,,2", "'' is not a feature"),
         ("id:-3", "'-3' is not a feature"),
+        ("a" * 1001, "1,001 characters, more than 1,000. Type a part"),
         ("/(/", r"/\(/ is not a regular expression: missing \) at position 1. Correct it"),
         ("/[a/", "unterminated character set"),
         ("/a{99999999999}/", "counts repeat more than 1,000,000 times"),
         ("/((a{1000}){1000}){1000}/", "counts repeat more than 1,000,000 times"),
-        (f"/{'(' * 5000}{')' * 5000}/", "nested too deeply"),
+        (f"/{'(' * 450}{')' * 450}/", "nested too deeply"),
         (r"/(?:\w|\w\w)+\d/", "takes too long: it has very many matches, or a repeat inside a repeat"),
     ],
 )
