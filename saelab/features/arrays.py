@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saelab.errors import SaelabError, printable
-from saelab.features.layout import EARLIER, FORMAT, MANIFEST, SIZES, VERSION, arrays
+from saelab.features.layout import EARLIER, FORMAT, MANIFEST, NOT_SIZES, SIZES, VERSION, arrays
 from saelab.files import current_folder, read_json, translate_read_errors
 
 
@@ -81,6 +81,7 @@ def open_arrays(folder: Path | str) -> Arrays:
         expected = arrays({size: int(manifest[size]) for size in SIZES})
         lengths = {name: int(manifest["files"][f"{name}.npy"]["bytes"]) for name in expected}
         [str(manifest["files"][f"{name}.npy"]["sha256"]) for name in expected]
+        [manifest[name] for name in NOT_SIZES]
     except (KeyError, TypeError, ValueError) as error:
         raise SaelabError(f"{path} is not a whole manifest: {error!r}. {_remake(folder)}") from error
     return Arrays(folder, manifest, {name: _map(folder, name, *expected[name], lengths[name]) for name in expected})

@@ -90,6 +90,8 @@ WEIGHTS = {
 COLUMNS = ACTIVITY | WEIGHTS
 SIZES = ("rows", "context", "n_features", "entries", "vocabulary", "vocabulary_bytes", "pairs")
 """The sizes in the manifest; `places` is rows * context."""
+NOT_SIZES = ("n_tokens", "never_active", "site", "model", "d_in", "lens")
+"""What else readers take from the manifest."""
 
 
 def arrays(sizes: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -153,7 +153,7 @@ def test_a_damaged_manifest_and_one_of_another_version_are_refused(copy: Path) -
         path.write_text(json.dumps(whole | change))
         with pytest.raises(SaelabError, match=message):
             open_database(copy)
-    for key in layout.SIZES:
+    for key in (*layout.SIZES, *layout.NOT_SIZES):
         path.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
         with pytest.raises(SaelabError, match=r"manifest\.json is not a whole manifest"):
             open_database(copy)
