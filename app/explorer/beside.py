@@ -11,6 +11,7 @@ WINDOW = 24
 
 
 @st.fragment(key="beside")
+@state.errors_shown()
 def draw_beside(index: int) -> None:
     """The feature that the reader has opened from a token or from the neighbours."""
     database = state.database()

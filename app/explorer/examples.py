@@ -21,6 +21,7 @@ SHORTER = 24
 
 
 @st.fragment(key="examples")
+@state.errors_shown()
 def draw_examples(index: int) -> None:
     """Examples of the chosen kind."""
     database = state.database()

@@ -105,6 +105,7 @@ def names(features: Iterable[int]) -> dict[int, str]:
 
 
 @st.fragment
+@state.errors_shown()
 def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) -> None:
     """A line to type in, and the activations of a feature on the text some 0.3 s after typing stops.
 
@@ -119,11 +120,7 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
     )
     if not text:
         return
-    try:
-        found = read(text)
-    except SaelabError as error:
-        state.show_error(error)
-        return
+    found = read(text)
     values = found.of(feature)
     draw([line(found, values, feature)], "test_tokens", scale(feature, values), on_opened=on_opened)
     with st.container(horizontal=True, gap="small"):

@@ -75,6 +75,7 @@ def draw_lens(database: Database, feature: Feature) -> None:
 
 
 @st.fragment(key="neighbours")
+@state.errors_shown()
 def draw_neighbours(index: int) -> None:
     """Neighbours of the chosen kind."""
     database = state.database()

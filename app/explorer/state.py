@@ -15,7 +15,7 @@ among the runs that were found; a name from the link is never part of a path.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,7 +24,7 @@ import streamlit as st
 
 from saelab.errors import SaelabError
 from saelab.features.database import Database, open_database
-from saelab.features.layout import MANIFEST
+from saelab.features.layout import COLUMNS, FACTS, MANIFEST
 from saelab.runs import folder
 from saelab.runs.folder import RunInfo
 
@@ -34,6 +34,9 @@ PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compar
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
+
+FILES = (MANIFEST, *(f"{name}.npy" for name in (*FACTS, *(f"table.{column}" for column in COLUMNS))))
+"""Files of a database."""
 
 T = TypeVar("T")
 
@@ -236,7 +239,8 @@ def database(of: RunInfo | None = None) -> Database:
     Raises SaelabError if there is none, or a damaged one.
     """
     path = folder.features((of or current_run()).path)
-    return _database(str(path), stamp([path / MANIFEST]))
+    # All files: one that became shorter since it was mapped into memory would end the server at the next look at it.
+    return _database(str(path), stamp(path / name for name in FILES))
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -253,10 +257,17 @@ def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None
     return _read(reader, reader.__name__, str(path), stamp(folder.shown_files(path)), *arguments)
 
 
-def stamp(paths: Sequence[Path]) -> tuple:
+def stamp(paths: Iterable[Path]) -> tuple:
     """Changes when one of the files changes: its argument is a cache's, which then reads them again."""
-    stats = [path.stat() if path.is_file() else None for path in paths]
-    return tuple((stat.st_mtime_ns, stat.st_size) if stat else None for stat in stats)
+    return tuple(map(_stamp, paths))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()  # a question before it would leave time in which a writer removes the file
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 @st.cache_data(max_entries=400, show_spinner=False)
@@ -285,7 +296,10 @@ def show_error(error: SaelabError) -> None:
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Shows the error of a block instead of raising it, so that what comes after the block is still drawn."""
+    """Shows the error of a block instead of raising it, so that what comes after the block is still drawn.
+
+    It also decorates a function: every fragment, because a fragment that is drawn by itself is outside of all blocks.
+    """
     try:
         yield
     except SaelabError as error:

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import streamlit as st
 from explorer import charts, state
 from explorer.components.leave import leave_for
+from explorer.listing import version
 
 from saelab.features.database import Database
 from saelab.features.marks import number, visible
@@ -33,7 +34,7 @@ class Plane(NamedTuple):
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def plane(_database: Database, folder: str, inputs: str) -> Plane:
+def plane(_database: Database, version: tuple) -> Plane:
     """The map in whole numbers. Its points are all features, or a random sample of them, the same every time."""
     positions = np.asarray(_database.table["decoder_map"], np.float32)
     largest = np.nanmax(np.abs(positions), initial=1e-9)
@@ -160,7 +161,7 @@ def page() -> None:
             format_func=lambda drag: DRAGS[drag],
             required=True,
         )
-    found = plane(database, str(database.folder), database.arrays.manifest["inputs"])
+    found = plane(database, version(database))
     selection = charts.draw_selectable(figure(database, found, column), "map", "Map of the features", drag)
     if selection["box"] or selection["lasso"]:
         draw_selected(database, inside(found, selection))

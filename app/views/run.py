@@ -10,7 +10,7 @@ from explorer.components.histogram import draw_histogram
 from explorer.components.leave import leave_for
 from explorer.components.rows import Column, Row, draw_rows
 from explorer.html import facts_html
-from explorer.listing import Listing, feature_address
+from explorer.listing import Listing, feature_address, version
 
 from saelab.features.database import Database
 from saelab.features.densities import density_histogram, rank_frequency
@@ -172,14 +172,9 @@ def draw_training() -> None:
         st.caption(state.plain(f"Constant: {said}."))
 
 
+@state.errors_shown()
 def draw_progress(live: bool) -> None:
-    """The fragment that is drawn again every few seconds while the training is live."""
-    with state.errors_shown():
-        draw_training_so_far(live)
-
-
-def draw_training_so_far(live: bool) -> None:
-    """The curves of the training, and if it is not finished, how far it is."""
+    """The curves of the training, and if it is not finished, how far it is; drawn again every few seconds if `live`."""
     run = state.current_run()
     if live and not followed():
         st.rerun()  # the training ended: the whole page has more to show
@@ -343,11 +338,11 @@ def shortened(token: str) -> str:
 
 
 def per_token(database: Database) -> PerToken:
-    return _per_token(database, str(database.folder), database.arrays.manifest["inputs"])
+    return _per_token(database, version(database))
 
 
 @st.cache_resource(max_entries=4, show_spinner="counting active features")
-def _per_token(_database: Database, folder: str, inputs: str) -> PerToken:
+def _per_token(_database: Database, version: tuple) -> PerToken:
     return active_per_token(_database.facts, _database.vocabulary)
 
 
@@ -358,9 +353,8 @@ def draw_overview(database: Database | None) -> None:
         st.subheader("Densities", anchor=False)
         with state.errors_shown():
             draw_densities(database)
-    with state.errors_shown():
-        live = followed()
-        st.fragment(draw_progress, run_every=5 if live else None)(live)
+    live = followed()
+    st.fragment(draw_progress, run_every=5 if live else None)(live)
     with st.expander("Settings, with defaults and overrides (config.yaml)"), state.errors_shown():
         st.code(state.read(folder.settings_text), language="yaml")
 

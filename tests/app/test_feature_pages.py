@@ -1,6 +1,7 @@
 """What the Features and the Feature page decide in Python: the list, what is sent to the components, the link."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -350,3 +351,7 @@ def test_a_database_that_changes_is_read_again(explorer, tmp_path):
     app.run()
     after = sent(app, "histogram")[0]["counts"]
     assert after == open_database(run / "features").feature(2).histogram.tolist() != before
+    path = run / "features" / "by_feature.values.npy"
+    os.truncate(path, path.stat().st_size - 1)
+    app.run()
+    assert f"{path} cannot be read" in message(app)

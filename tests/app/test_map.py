@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from saelab.features.database import open_database
 from tests.app.shown import check_inert
-from tests.app.synthetic_run import write_run
+from tests.app.synthetic_run import write_features, write_run
 from tests.app.wide import BASE, write_wide
 
 WIDE = 2**17
@@ -45,11 +46,20 @@ def test_the_map_has_every_feature_with_its_tokens(explorer, runs, view):
     assert len(points["text"]) == 40 and points["text"][7] == "" and points["type"] == "scattergl"
     assert not [text for text in points["text"] if "<" in text]
     database = open_database(runs / "whole" / "features")
-    found = view.plane.__wrapped__(database, "", "")
+    found = view.plane.__wrapped__(database, ())
     positions = database.table["decoder_map"] / np.abs(database.table["decoder_map"]).max() * view.SPAN
     assert np.abs(np.stack([found.x, found.y], 1) - positions).max() <= 0.5
     assert found.drawn.tolist() == list(range(40))
     assert "all 40 features" in app.caption[1].value
+
+
+def test_a_database_that_is_replaced_has_its_own_map(explorer, tmp_path):
+    run = write_run(tmp_path / "run")
+    app = explorer(run, page="map")
+    shutil.rmtree(run / "features")
+    write_features(run, 20, 5, model="demo", site="blocks.2.hook_resid_post")
+    app.run()
+    assert not app.exception and "all 20 features" in app.caption[1].value
 
 
 def test_the_colour_is_a_column(explorer, runs, view):

@@ -9,6 +9,7 @@ import tomllib
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saelab.errors import SaelabError
 from tests.app.shown import check_inert, html, message, unescaped
 from tests.app.synthetic_run import OTHER, write_run
 
@@ -198,6 +199,23 @@ def test_a_damaged_file_is_one_message_that_names_it(explorer, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     for page in ("run", "features", "feature", "map"):
         assert str(path) in message(explorer(tmp_path / "other", page=page))
+
+
+def test_an_error_of_a_part_that_is_drawn_by_itself_is_a_sentence(tmp_path, monkeypatch):
+    def damaged(*_):
+        raise SaelabError("a file is damaged")
+
+    monkeypatch.setattr("explorer.state.database", damaged)
+    monkeypatch.setattr("explorer.live.read", damaged)
+    app = script(
+        tmp_path,
+        "from explorer import beside, examples, live, numbers\n"
+        "for part in (beside.draw_beside, examples.draw_examples, live.draw_test_box, numbers.draw_neighbours):\n"
+        "    part(0)\n",
+    )
+    app.query_params["text"] = "typed"
+    app.run()
+    assert not app.exception and [error.value for error in app.error] == ["a file is damaged"] * 4
 
 
 def test_half_a_run_is_shown_as_far_as_it_is(explorer, tmp_path):
