@@ -182,8 +182,10 @@ def test_pages_fit_the_window_and_their_text_is_legible(browser, server, width, 
         "run?run=whole&view=allocation",
         "compare?run=whole&other=bare",
         "map?run=whole",
+        "feature?run=whole&feature=1",
+        "steer?run=whole&steer=1:add:1",
     ):
-        opened(page, server, path, "h2")
+        opened(page, server, path, "h2, .st-key-feature_bar, button[kind=primary]")
         wide = "document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
         assert page.evaluate(wide) <= 0, path
         assert page.evaluate("document.querySelector('.stMainBlockContainer').scrollHeight") < 20_000
