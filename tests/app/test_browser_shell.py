@@ -77,6 +77,7 @@ def test_pages_have_titles_and_links_that_keep_the_run(page, server):
     assert page.url.startswith(f"{server}/run?run=whole")
     page.go_back()
     page.wait_for_function("document.title === 'Runs · bare'")
+    page.wait_for_timeout(800)  # Streamlit loses a Back within some 0.2 s of another
     page.go_back()
     page.wait_for_function("document.title === 'Run · bare'")
     assert page.url == f"{server}/run?run=bare"
@@ -148,6 +149,7 @@ def test_a_point_of_the_map_opens_its_feature_and_a_line_around_all_lists_them(p
     page.get_by_text("selects features").click()
     page.wait_for_url("**drag=lasso*")
     settled(page)
+    page.locator(BOX).last.wait_for()
     box = page.locator(BOX).last.bounding_box()
     corners = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.02)]
     at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in corners]
