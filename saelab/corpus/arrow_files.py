@@ -22,7 +22,7 @@ def parquet_tasks(path: Path) -> list[Task]:
     try:
         with pa.OSFile(os.fsencode(path)) as file:  # a name need not be UTF-8
             metadata = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # Arrow does not check that names are UTF-8
         raise SaelabError(f"corpus: {path} is not a readable Parquet file: {brief(error)}") from error
     tasks: list[Task] = []
     first = 0

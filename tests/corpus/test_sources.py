@@ -130,6 +130,15 @@ def test_shards_with_other_columns(tmp_path, tokenizer):
     refuses(folder, tokenizer, "b.parquet, row 0", "'text'", "id, body")
 
 
+def test_parquet_with_a_damaged_name_of_a_column(tmp_path, tokenizer):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS, "source": TEXTS}), path)
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:footer] + content[footer:].replace(b"source", b"sou\xfcce"))
+    refuses(path, tokenizer, "a.parquet", "not a readable Parquet file", "utf-8")
+
+
 def test_damaged_parquet(tmp_path, tokenizer):
     path = write(tmp_path / "a.parquet")
     data = path.read_bytes()
