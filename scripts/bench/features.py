@@ -104,16 +104,18 @@ def _beside_peer(processes: Processes, run: Path, database: Path, n: int) -> dic
 
 def _tops(database: Path, n: int) -> dict[str, list[list[int]]]:
     """(row, position) of the strongest activations of the first `n` features that are active, as sae-dashboard takes
-    them: the 20 largest of all, of which several may lie in one row."""
+    them: the 20 largest, of which several may lie in one row, and none among the first 6 or last 5 tokens of one."""
     from saelab.features.database import open_database
 
     opened = open_database(database)
     context, found = opened.facts.rows.shape[1], {}
     for feature in range(opened.n_features):
-        active = opened.facts.activations(feature)
-        if len(active.places) >= 20 and len(found) < n:
-            best = (-active.values).argsort(kind="stable")[:20]
-            found[str(feature)] = [list(divmod(int(place), context)) for place in active.places[best]]
+        places, values = opened.facts.activations(feature)
+        inside = (places % context >= 6) & (places % context < context - 5)
+        places, values = places[inside], values[inside]
+        if len(places) >= 20 and len(found) < n:
+            best = (-values).argsort(kind="stable")[:20]
+            found[str(feature)] = [list(divmod(int(place), context)) for place in places[best]]
     return found
 
 
