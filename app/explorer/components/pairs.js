@@ -41,7 +41,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       buttons[to].focus();
     };
     root.replaceChildren(table);
-    if (d.total > d.size) root.append(pages(d));
+    if (d.total > d.size) root.append(pages(d, d.cosines.length, (step) => setTriggerValue("turned", step)));
   }
 
   function fill(cell, key, i, d) {
@@ -52,19 +52,5 @@ export default function ({ data, parentElement, setTriggerValue }) {
     else if (key === "cosine") cell.append(d.cosines[i]);
     else if (key.startsWith("density")) cell.append(side.density[i]);
     else side.tokens[i].forEach((token) => write(cell.appendChild(make("span", "token")), token, 24, false));
-  }
-
-  function pages(d) {
-    const box = make("nav", "pages"), last = d.first + d.cosines.length;
-    const [before, after] = [[-1, `‹ previous ${d.size}`], [1, `next ${d.size} ›`]].map(([step, label]) => {
-      const button = make("button", "", label);
-      button.onclick = () => setTriggerValue("turned", step);
-      return button;
-    });
-    before.disabled = d.first === 0;
-    after.disabled = last >= d.total;
-    const range = `${(d.first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${d.total.toLocaleString("en")}`;
-    box.append(before, make("span", "", range), after);
-    return box;
   }
 }

@@ -41,7 +41,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       focus(links, to);
     };
     root.replaceChildren(table);
-    if (d.size) root.append(pages(d));
+    if (d.size) root.append(pages(d, d.rows.length, (step) => setTriggerValue("turned", step)));
     if (d.remember) restore(links);
   }
 
@@ -86,20 +86,6 @@ export default function ({ data, parentElement, setTriggerValue }) {
     svg.ariaHidden = "true";
     path.setAttribute("d", [...heights].map((h, i) => `M${i} 25v-${h.charCodeAt(0) - 97}h1V25z`).join(""));
     return svg;
-  }
-
-  function pages(d) {
-    const box = make("nav", "pages"), last = d.first + d.rows.length;
-    const [before, after] = [[-1, `‹ previous ${d.size}`], [1, `next ${d.size} ›`]].map(([step, label]) => {
-      const button = make("button", "", label);
-      button.onclick = () => setTriggerValue("turned", step);
-      return button;
-    });
-    before.disabled = d.first === 0;
-    after.disabled = last >= d.total;
-    const range = `${(d.first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${d.total.toLocaleString("en")}`;
-    box.append(before, make("span", "", range), after);
-    return box;
   }
 
   // Where the reader was in this list, by its address: Back and a reload lead there.

@@ -32,3 +32,18 @@ const follow = (href) => {
   history.pushState(null, "", href);
   dispatchEvent(new PopStateEvent("popstate", { state: null }));
 };
+
+// The bar under a list of which a part is shown: `n` lines from number d.first on, of d.total; turned(step) turns a page.
+const pages = (d, n, turned) => {
+  const box = make("nav", "pages"), last = d.first + n;
+  const [before, after] = [[-1, `‹ previous ${d.size}`], [1, `next ${d.size} ›`]].map(([step, label]) => {
+    const button = make("button", "", label);
+    button.onclick = () => turned(step);
+    return button;
+  });
+  before.disabled = d.first === 0;
+  after.disabled = last >= d.total;
+  const range = `${(d.first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${d.total.toLocaleString("en")}`;
+  box.append(before, make("span", "", range), after);
+  return box;
+};
