@@ -20,7 +20,7 @@ from saelab.runs import folder
 from saelab.runs.live import Live, open_live
 
 MOST_CHARACTERS = 2000
-"""Of a text in the link."""
+"""Most characters of a text that a link may hold."""
 PAUSE = "300ms"
 
 

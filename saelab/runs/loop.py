@@ -53,8 +53,8 @@ class Training:
         self._level = True
         """Whether every batch that the source gave is trained on, so that a state can be saved."""
 
-    def behind(self) -> None:
-        """The source has given a batch."""
+    def expect(self) -> None:
+        """The source has given a batch, which `step` must train on before a state can be saved."""
         self._level = False
 
     def step(self, batch: ActivationBatch) -> str | None:
@@ -162,7 +162,7 @@ def train_all(
         while active and not stopped_by():
             batch = next(source)
             for training in active:
-                training.behind()
+                training.expect()
             sites = {training.job.settings.site for training in active}
             parts = {site: batch.columns(*columns[site]) for site in sites}
             for training in active:

@@ -89,7 +89,7 @@ class _Part:
 
     weights: int
     gradients: int
-    """Of the trained weights."""
+    """Bytes of the gradients of the trained weights."""
     statistics: int
     largest: int
     """The largest tensor."""
