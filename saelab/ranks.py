@@ -1,0 +1,134 @@
+"""The processes that train one autoencoder together, arranged along two axes, and what they exchange.
+
+Along `data` each process has a part of the tokens of a batch, and along `features` a part of the features: its rows of
+W_enc, b_enc and W_dec. torchrun starts the processes, and `saelab.training.distributed` arranges them. With one process
+nothing is exchanged.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saelab.errors import SaelabError
+
+
+class LostProcessError(SaelabError):
+    """Another process ended, so that nothing can be exchanged any more."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes along one axis. All of them call each method, in the same order."""
+
+    rank: int = 0
+    """Number of this process along the axis, from 0."""
+    size: int = 1
+    """Number of processes along the axis."""
+    group: Any = field(default=None, repr=False)
+    """The torch.distributed process group; None if there is one process."""
+
+    def part(self, n: int) -> slice:
+        """The part of n things, such as tokens or features, that is this process's."""
+        return self.parts(n)[self.rank]
+
+    def parts(self, n: int) -> list[slice]:
+        """The parts of n things of all processes, in order; equal to within one."""
+        return [slice(n * i // self.size, n * (i + 1) // self.size) for i in range(self.size)]
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Replace `x` by its sum over the processes; returns it."""
+        return self._reduce(x, "SUM")
+
+    def max_(self, x: Tensor) -> Tensor:
+        """Replace `x` by its maximum over the processes; returns it."""
+        return self._reduce(x, "MAX")
+
+    def min_(self, x: Tensor) -> Tensor:
+        """Replace `x` by its minimum over the processes; returns it."""
+        return self._reduce(x, "MIN")
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """`x` of each process, in order of their numbers. The sizes of the first dimension may differ."""
+        if self.size == 1:
+            return [x]
+        sizes = [int(size) for size in self._gather(torch.tensor([len(x)], device=x.device))]
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        return [found[:size] for found, size in zip(self._gather(padded), sizes, strict=True)]
+
+    def _reduce(self, x: Tensor, how: str) -> Tensor:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            exchanged(lambda: dist.all_reduce(x, getattr(dist.ReduceOp, how), group=self.group))
+        return x
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        import torch.distributed as dist
+
+        found = [torch.empty_like(x) for _ in range(self.size)]
+        exchanged(lambda: dist.all_gather(found, x.contiguous(), group=self.group))
+        return found
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train one autoencoder."""
+
+    data: Axis = Axis()
+    features: Axis = Axis()
+    every: Axis = Axis()
+    """All of them; the number of a process is ``data.rank * features.size + features.rank``."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.every.rank == 0
+
+
+ALONE = Ranks()
+
+
+def exchanged(exchange: Callable[[], object]) -> None:
+    """Run `exchange`. Raises LostProcessError if another process has ended."""
+    try:
+        exchange()
+    except RuntimeError as error:
+        raise LostProcessError("another process ended early; its own message says why") from error
+
+
+def total(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of `x` over the processes; each gets the gradient of its own `x`."""
+    return x if axis.size == 1 else _Total.apply(x, axis)
+
+
+def shared(x: Tensor, axis: Axis) -> Tensor:
+    """`x`, which all processes have; its gradient is the sum of theirs."""
+    return x if axis.size == 1 else _Shared.apply(x, axis)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return axis.sum_(x.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return ctx.axis.sum_(grad.clone()), None
