@@ -68,6 +68,10 @@ class Axis:
         """The maximum of each value over the processes."""
         return list(values) if self.size == 1 else self.max_(torch.tensor(values)).tolist()
 
+    def barrier(self) -> None:
+        """Return when all processes have called this."""
+        self.largest(0)
+
     def together(self, action: Callable[[], object]) -> None:
         """Call `action` in each process, and return when all have done so.
 
@@ -113,6 +117,10 @@ class Ranks:
         """Whether this process speaks and writes for all."""
         return self.every.rank == 0
 
+    def once(self, action: Callable[[], object]) -> None:
+        """Call `action` in the first process; the others return when it has ended. Errors are as in `Axis.together`."""
+        self.every.together(action if self.first else lambda: None)
+
 
 ALONE = Ranks()
 
@@ -122,7 +130,9 @@ def exchanged(exchange: Callable[[], object]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        raise LostProcessError("another process ended early; its own message says why") from error
+        raise LostProcessError(
+            "another process ended without a message, as one that is killed does; torchrun's report names it"
+        ) from error
 
 
 def total(x: Tensor, axis: Axis) -> Tensor:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from saelab.corpus.rows import Rows
 from saelab.errors import SaelabError
 from saelab.files import expanded, locked
 from saelab.progress import Track, silent
-from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.job import Config, Job, Say, check_spread, quiet, settings_of
 from saelab.runs.plan import checked_plan, plan_cache
-from saelab.training.distributed import own_device, process_barrier, processes
+from saelab.torchrun import processes
+from saelab.training.distributed import connected
+from saelab.training.settings import ParallelSettings
 
 _AHEAD = 4
 """Number of passes whose rows are read ahead for a model on a GPU."""
@@ -51,32 +52,28 @@ def cache(
             f"cache.lanes: is {settings.cache.lanes}, but torchrun started {world} processes, which need a lane "
             f"each; set cache.lanes={world}"
         )
-    if world > 1 and settings.model.device_map is not None:
-        raise SaelabError(
-            "model.device_map: it spreads one process over all GPUs, but under torchrun each process has one GPU; "
-            "remove it, or run without torchrun"
-        )
+    check_spread(settings, world)
     _check_folder(folder)
     if rank:
         track, say = silent, quiet
-    with process_barrier(world) as barrier:
-        if rank == 0 and not (folder / MANIFEST).exists():
+    with connected(ParallelSettings()) as ranks:
+        if ranks.first and not (folder / MANIFEST).exists():
             checked_plan(lambda: plan_cache(settings, folder, requested, local), say, lines=True)
-        job = Job(replace(settings, device=own_device(settings.device)), say)
+        job = Job(settings, say, ranks)
         identity = cache_identity(job, requested)
         if identity["gradients"]:
             check_losses(job.corpus)
-        with locked(folder) if rank == 0 else nullcontext():
-            finished = begin(folder, identity) if rank == 0 else None
-            barrier()
+        with locked(folder) if ranks.first else nullcontext():
+            finished = begin(folder, identity) if ranks.first else None
+            ranks.every.barrier()
             if finished is None and not (folder / MANIFEST).exists():
                 _write(job, folder, identity, range(rank, settings.cache.lanes, world), track)
-            barrier()
-            if rank == 0:
+            ranks.every.barrier()
+            if ranks.first:
                 manifest = finished or finish(folder, identity)
                 _repair(job, folder, manifest, contents=finished is not None, track=track)
                 _report(folder, manifest, requested, say)
-            barrier()
+            ranks.every.barrier()
     return folder
 
 

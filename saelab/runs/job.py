@@ -17,9 +17,11 @@ from saelab.errors import SaelabError
 from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
+from saelab.ranks import ALONE, Ranks
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, find_config, load_config, located, settings_from
 from saelab.sae.allocation.methods import allocation_of
+from saelab.training.distributed import own_device
 
 Config = str | Path | Mapping[str, Any] | RunSettings
 Say = Callable[[str], None]
@@ -35,11 +37,13 @@ class Job:
 
     settings: RunSettings
     say: Say = quiet
+    ranks: Ranks = ALONE
+    """The processes that do the job together; each has a Job."""
 
     @cached_property
     def lm(self) -> LanguageModel:
         self.say(f"model: {self.settings.model.name}")
-        lm = load_language_model(self.settings.model, self.settings.device)
+        lm = load_language_model(self.settings.model, own_device(self.settings.device))
         check_model(lm, [self.settings.site], self.settings.context)
         if lm.attention == "eager" and self.settings.model.attention == "auto":
             self.say(
@@ -66,7 +70,7 @@ class Job:
         Raises SaelabError if the model has no such site.
         """
         check_model(self.lm, [settings.site], settings.context)
-        job = Job(settings, say)
+        job = Job(settings, say, self.ranks)
         vars(job).update(lm=self.lm, corpus=self.corpus)
         return job
 
@@ -128,6 +132,15 @@ def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
         raise SaelabError(
             f"context: {lm.name} takes at most {lm.max_context} tokens, not {context}; set context={lm.max_context} or "
             "less"
+        )
+
+
+def check_spread(settings: RunSettings, processes: int) -> None:
+    """Raises SaelabError if each of several processes would spread its model over all GPUs."""
+    if processes > 1 and settings.model.device_map is not None:
+        raise SaelabError(
+            "model.device_map: it spreads one process over all GPUs, but under torchrun each process has one GPU; "
+            "remove it, or run without torchrun"
         )
 
 

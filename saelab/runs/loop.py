@@ -6,8 +6,8 @@ could depend on: each ends as it would alone, bit for bit on a CPU with as many 
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
 from saelab.runs.feed import sites_of
 from saelab.runs.inputs import Inputs
-from saelab.runs.job import Job, Say
-from saelab.runs.resume import Checkpoints, resumable
+from saelab.runs.job import Job, Say, quiet
+from saelab.runs.resume import Checkpoints, resumable, resuming
 from saelab.runs.save import save_run
+from saelab.sae.model import SparseAutoencoder
 from saelab.signals import interruptible, stop
+from saelab.torchrun import everywhere
 from saelab.training.trainer import Trainer
 
 Failures = dict[Path, SaelabError]
@@ -49,6 +51,7 @@ class Training:
     def __post_init__(self) -> None:
         self.run = Path(self.job.settings.out)
         self.checkpoints = Checkpoints(self.run, self.job.settings.training.checkpoint)
+        self.ranks = self.job.ranks
         self._began = time.monotonic() - self.seconds
         self._level = True
         """Whether every batch that the source gave is trained on, so that a state can be saved."""
@@ -80,39 +83,46 @@ class Training:
         """Write the state, with the source at `position`; returns its folder."""
         state = {"trainer": self.trainer.state_dict(), "source": position, "provenance": provenance_of(self.job)}
         state |= self.inputs.state() | {"seconds": self.elapsed(), "rng": self.rng}
-        return self.checkpoints.save(self.trainer.steps, self.trainer.tokens, state)
+        return self.checkpoints.save(self.trainer.steps, self.trainer.tokens, state, self.ranks)
 
-    def give_up(self, position: Mapping[str, Any]) -> None:
-        """After an error (bad data, a full disk, output that nobody reads), save the weights so far."""
+    def give_up(self, position: Mapping[str, Any], error: Exception) -> None:
+        """After an error (bad data, a full disk, output that nobody reads), save the weights so far.
+
+        Of several processes each has to take part, so nothing is saved after an error that not all raise.
+        """
+        if self.ranks.every.size > 1 and not everywhere(error):
+            return
         if self._level and self.trainer.steps:
             self.save(position)
-        self._write({})
+        whole = self.trainer.whole()
+        self.ranks.once(lambda: self._write(whole, {}))
 
     def finish(self, track: Track) -> None:
         """Set the thresholds that inference needs, and write the checkpoint."""
         job, trainer = self.job, self.trainer
         trainer.release()
-        self._write(self._calibrated(track))
+        whole = trainer.whole()
+        self.ranks.once(lambda: self._write(whole, self._calibrated(whole, track)))
         if self.inputs.left_out:
             job.say(f"note: {self.inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
         if trainer.finished:
             job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {self.run / folder.CHECKPOINT}")
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(self, sae: SparseAutoencoder, facts: dict[str, Any]) -> None:
         job, facts = self.job, self.inputs.state() | facts
         inputs, seconds = job.training_inputs(), self.elapsed()
         scale = self.inputs.scale
-        save_run(job.settings, job.lm, job.corpus, self.trainer, scale, facts, inputs=inputs, seconds=seconds)
+        save_run(job.settings, job.lm, job.corpus, self.trainer, scale, facts, sae=sae, inputs=inputs, seconds=seconds)
 
-    def _calibrated(self, track: Track) -> dict[str, Any]:
-        """Set thresholds on held-out text after that of evaluation, if inference needs them; returns facts for the
-        record."""
+    def _calibrated(self, sae: SparseAutoencoder, track: Track) -> dict[str, Any]:
+        """Set thresholds of `sae` on held-out text after that of evaluation, if inference needs them; returns facts for
+        the record."""
         job, settings, densities = self.job, self.job.settings, self.trainer.trained().densities
         if densities is None:
             return {}
         rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
         facts = calibrate(
-            self.trainer.sae,
+            sae,
             job.lm,
             rows,
             settings.site,
@@ -139,8 +149,11 @@ def train_all(
     the way and checkpoints at the end, all states at the same batch. A run whose gradient is not finite fails, and the
     others go on. If the source fails or nothing can be written, every state is saved and the error is raised. After a
     signal, `stop` raises once all is saved.
+
+    The processes of a job agree before every batch whether to save or to stop, because any of them may get the signal.
     """
     failed: Failures = {}
+    ranks = trainings[0].ranks
     active = list(trainings)
     for other in trainings[1:]:
         other.trainer.sae.share_buffers(trainings[0].trainer.sae)
@@ -159,7 +172,13 @@ def train_all(
 
     def batches() -> Iterator[int]:
         """Takes a batch and trains all on it; yields its tokens."""
-        while active and not stopped_by():
+        while active:
+            due = ranks.first and any(training.checkpoints.due(training.trainer.tokens) for training in active)
+            number, due = ranks.every.largest(stopped_by() or 0, due)
+            if number:
+                break  # a state is saved at the end
+            for training in active if due else ():
+                training.save(source.state())
             batch = next(source)
             for training in active:
                 training.expect()
@@ -172,29 +191,26 @@ def train_all(
                         logs[training.run](line)
             for training in [each for each in active if each.run in failed]:
                 active.remove(training)
-                training.give_up(source.state())
+                training.give_up(source.state(), failed[training.run])
             for training in [each for each in active if each.trainer.finished]:
                 active.remove(training)
                 training.save(source.state())
-            if any(training.checkpoints.due(training.trainer.tokens) for training in active):
-                for training in active:
-                    training.save(source.state())
             yield len(batch)
 
     left = max(training.job.settings.training.tokens - training.trainer.tokens for training in trainings)
-    with _resumable(trainings), ExitStack() as files, interruptible(say) as stopped_by:
-        logs = {each.run: files.enter_context(appended(each.run / folder.METRICS)) for each in trainings}
+    # one of several processes that gets a signal may be ended by torchrun, since another has ended: it says nothing
+    ask = say if ranks.every.size == 1 else quiet
+    with _resumable(trainings), ExitStack() as files, interruptible(ask) as stopped_by:
+        logs = {each.run: files.enter_context(_log(each)) for each in trainings}
         try:
             for _ in track(batches(), "training", left, int):
                 pass
             for training in active:
                 path, tokens = training.save(source.state()), f"{training.trainer.tokens:,} tokens"
-                training.job.say(
-                    f"stopped after {tokens}; `saelab train --resume {training.run}` goes on (state: {path})"
-                )
-        except (SaelabError, OSError):
+                training.job.say(f"stopped after {tokens}; `{resuming(training.run, ranks)}` goes on (state: {path})")
+        except (SaelabError, OSError) as error:
             for training in active:
-                training.give_up(source.state())
+                training.give_up(source.state(), error)
             raise
         finally:
             source.close()
@@ -205,10 +221,15 @@ def train_all(
             with on_its_own(training):
                 training.finish(track)
         trainings[0].job.report_empty_documents()
-        number = stopped_by()
-    if number is not None:
+        number = ranks.every.largest(stopped_by() or 0)[0]
+    if number:
         stop(number)
     return failed
+
+
+def _log(training: Training) -> AbstractContextManager[Callable[[str], None]]:
+    """Yields a function that appends a line to the log of a run; the first process has it."""
+    return appended(training.run / folder.METRICS) if training.ranks.first else nullcontext(quiet)
 
 
 @contextmanager
@@ -217,7 +238,7 @@ def _resumable(trainings: Sequence[Training]) -> Iterator[None]:
     if len(trainings) > 1:
         yield
         return
-    with resumable(trainings[0].run):
+    with resumable(trainings[0].run, trainings[0].ranks):
         yield
 
 

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from saelab.errors import SaelabError, WriteError
-from saelab.files import make_folder, remove_folder, replace_folder, translate_errors
+from saelab.files import make_folder, remove_folder, replace_folder, temporary, translate_errors
+from saelab.ranks import ALONE, Axis, ElsewhereError, LostProcessError, Ranks
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, leaves
 from saelab.runs.job import settings_of
+from saelab.sae.model import BY_FEATURE
 from saelab.training.settings import CheckpointSettings
 from saelab.training.state import VALUES, load_state, load_values, save_state
 
@@ -72,12 +74,20 @@ def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
 
 
 @contextmanager
-def resumable(run: Path) -> Iterator[None]:
-    """Add to the message of a WriteError how the training in the folder `run` goes on."""
+def resumable(run: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Add to the message of an error of writing, or of the end of another process, how the training in `run` goes
+    on."""
     try:
         yield
-    except WriteError as error:
-        raise WriteError(f"{error}: `saelab train --resume {run}` goes on from the last state") from error
+    except ElsewhereError:
+        raise
+    except (WriteError, LostProcessError) as error:
+        raise type(error)(f"{error}: `{resuming(run, ranks)}` goes on from the last state") from error
+
+
+def resuming(run: Path, ranks: Ranks = ALONE) -> str:
+    """The command that goes on with the training in the folder `run`."""
+    return f"{'torchrun ... -m ' if ranks.every.size > 1 else ''}saelab train --resume {run}"
 
 
 class Checkpoints:
@@ -93,15 +103,21 @@ class Checkpoints:
         by_time = minutes is not None and time.monotonic() - self._time >= 60 * minutes
         return by_time or (every is not None and tokens // every > self._tokens // every)
 
-    def save(self, steps: int, tokens: int, state: Mapping[str, Any]) -> Path:
-        """Write `state` and return its folder. If that fails, as on a full disk, the earlier states stay."""
+    def save(self, steps: int, tokens: int, state: Mapping[str, Any], ranks: Ranks = ALONE) -> Path:
+        """Write `state`, of which each of `ranks` has a part, and return its folder.
+
+        If that fails, as on a full disk, the earlier states stay.
+        """
         path = self.folder / f"{steps:09d}"
-        with translate_errors(self.folder):
-            make_folder(self.folder)
-            with replace_folder(path) as unfinished:
-                save_state(unfinished, state)
-            for older in states(self.folder.parent)[: -self.settings.keep]:
-                remove_folder(older)
+        if ranks.first:
+            with translate_errors(self.folder):
+                make_folder(self.folder)
+                with replace_folder(path) as unfinished:
+                    save_state(unfinished, state, ranks)
+                for older in states(self.folder.parent)[: -self.settings.keep]:
+                    remove_folder(older)
+        else:
+            save_state(temporary(path), state, ranks)
         self._time, self._tokens = time.monotonic(), tokens
         return path
 
@@ -112,9 +128,18 @@ def states(run: Path) -> list[Path]:
     return sorted(path for path in found if path.name.isdecimal() and (path / VALUES).is_file())
 
 
-def last_state(run: Path, device: torch.device) -> dict[str, Any]:
-    """The last of the `states` of a run, of which there is one, its tensors on `device`."""
-    return load_state(states(run)[-1], device)
+def last_state(run: Path, device: torch.device, features: Axis = ALONE.features) -> dict[str, Any]:
+    """The last of the `states` of a run, of which there is one, its tensors on `device`.
+
+    Of weights that processes along `features` share, and of Adam's moments of them, it has the rows of this process.
+    """
+
+    def own(name: str, rows: int) -> slice:
+        of, *above = reversed(name.split("/"))
+        by_feature = of in BY_FEATURE or bool(above) and above[0] in BY_FEATURE
+        return features.part(rows) if by_feature else slice(rows)
+
+    return load_state(states(run)[-1], device, own)
 
 
 def last_position(run: Path) -> dict[str, Any]:

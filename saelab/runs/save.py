@@ -18,6 +18,7 @@ from saelab.runs import folder
 from saelab.runs.config import RunSettings, located
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.model import SparseAutoencoder
 from saelab.training.trainer import Trainer
 
 
@@ -77,10 +78,13 @@ def save_run(
     scale: float,
     facts: Mapping[str, Any] | None = None,
     *,
+    sae: SparseAutoencoder | None = None,
     inputs: str | None = None,
     seconds: float | None = None,
 ) -> None:
     """Write the checkpoint of `trainer`, and the record of its training on `corpus`, to the run folder of `settings`.
+
+    `sae` is its whole autoencoder, if other processes have a part of it.
 
     The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
     them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
@@ -88,7 +92,7 @@ def save_run(
     SaelabError if the files cannot be written; an earlier checkpoint is kept then.
     """
     run, trained = Path(settings.out), trainer.trained()
-    sae = trainer.sae.folded(scale)
+    sae = (sae or trainer.sae).folded(scale)
     sae.metadata |= _metadata(located(settings), lm, corpus) | {
         "saelab": {
             "inputs": inputs,

@@ -1,31 +1,16 @@
-"""The processes that torchrun started: their number, the device of each, and a barrier."""
+"""torchrun's processes, connected and arranged in a mesh: some share the tokens of a batch, some the features."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 
 from saelab.errors import SaelabError
-
-
-class Processes(NamedTuple):
-    rank: int
-    """Number of this process, from 0."""
-    world: int
-    """Number of processes."""
-    local: int
-    """Number of processes on this machine."""
-
-
-def processes() -> Processes:
-    """This process and the number of torchrun's processes; without torchrun it is the only one."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
-        return Processes(0, 1, 1)  # other launchers set some of these variables too
-    return Processes(*(int(os.environ[name]) for name in names))
+from saelab.ranks import ALONE, Axis, Ranks, exchanged
+from saelab.torchrun import announce, processes, store, wait_for_all
+from saelab.training.settings import ParallelSettings
 
 
 def own_device(device: str) -> str:
@@ -35,27 +20,55 @@ def own_device(device: str) -> str:
     return device
 
 
-@contextmanager
-def process_barrier(world: int) -> Iterator[Callable[[], object]]:
-    """Connect the processes of torchrun and yield a barrier: a function that returns when all have called it.
+def mesh_shape(settings: ParallelSettings, world: int) -> tuple[int, int]:
+    """Processes that share the tokens, and that share the features, of `world` in all.
 
-    The barrier raises SaelabError if another process ends early.
+    Raises SaelabError if their product is another number.
     """
+    features = settings.features
+    data = settings.data or max(1, world // features)
+    if data * features != world:
+        number = "there is 1 process" if world == 1 else f"torchrun started {world}"
+        raise SaelabError(
+            f"parallel: data {data} times features {features} is {data * features} processes, and {number}; start "
+            f"`torchrun --nproc-per-node {data * features} -m saelab train ...`, or set parallel.data=null "
+            f"parallel.features=1, which fits any number"
+        )
+    return data, features
+
+
+@contextmanager
+def connected(settings: ParallelSettings, device: torch.device | str = "cpu") -> Iterator[Ranks]:
+    """Connect the processes of torchrun during the block; without torchrun there is one, `ALONE`.
+
+    They exchange CPU tensors, and those on the type of `device`. Raises SaelabError as `mesh_shape` does.
+    """
+    rank, world, _ = processes()
+    shape, device = mesh_shape(settings, world), torch.device(device)
     if world == 1:
-        yield lambda: None
+        yield ALONE
         return
-    import torch.distributed as distributed
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
-    # The processes exchange only barriers, and one may have to wait while another writes a whole lane.
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
-
-    def barrier() -> None:
-        try:
-            distributed.barrier()
-        except RuntimeError as error:
-            raise SaelabError("another process ended early; its own message says why") from error
-
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    wait_for_all()
+    # One may have to wait for long while another writes; the end of a process is noticed at once.
+    patience = timedelta(days=30)
+    exchanged(lambda: dist.init_process_group(backend, store=store(), rank=rank, world_size=world, timeout=patience))
     try:
-        yield barrier
-    finally:
-        distributed.destroy_process_group()
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "features"))
+        data, features = (
+            Axis(mesh.get_local_rank(name), size, mesh.get_group(name) if size > 1 else None)
+            for name, size in zip(("data", "features"), shape, strict=True)
+        )
+        yield Ranks(data, features, Axis(rank, world, dist.group.WORLD))
+    except BaseException as error:
+        announce(error)
+        if backend == "gloo":  # NCCL would wait for the process that has ended
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
