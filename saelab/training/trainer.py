@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.selection import Request, Selection
@@ -55,6 +57,7 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Any] | None:
         """Train one step on a batch scaled so that E||x||^2 = d_in; returns metrics if the step is logged, else None.
 
+        Processes that share the training (`SparseAutoencoder.ranks`) all get the whole batch, and the same metrics.
         Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, where the
         host does not wait, at the next logged step; the weights do not change in between).
         """
@@ -70,15 +73,14 @@ class Trainer:
         forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        coverage = _target_coverage(requests, found) if logged else {}
-        codes = forward.codes
+        coverage = self._target_coverage(requests, found) if logged else {}
+        counts = self._counts(forward.codes)
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
             sum(term.weight(step) * values[term.name] for term in self.terms).backward()  # type: ignore[union-attr]
         with record_function("optimiser"):
             rate = learning_rate(step, self.settings)
             norm = self.optimiser.step(rate, self.settings.clip)
-        counts = codes.firing_counts()
         self.usage.observe(counts, tokens)
         self.steps, self.tokens = step + 1, self.tokens + tokens
 
@@ -96,6 +98,20 @@ class Trainer:
             "dead": int(self.usage.dead().sum()),
             **coverage,
         }
+
+    def _counts(self, codes: Codes) -> Tensor:
+        """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
+        ranks = self.sae.ranks
+        return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
+
+    def _target_coverage(self, requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
+        """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
+        for request, entries in zip(requests, found, strict=True):
+            if request is not None and request.mask is not None and entries is not None:
+                selected = int((self._counts(entries.pattern) > 0).sum())
+                targets = int(request.mask.sum())
+                return {"targets": targets, "share_reached": selected / max(1, targets)}
+        return {}
 
     def trained(self) -> Trained:
         """Results of the training so far."""
@@ -155,13 +171,3 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     rise = (step + 1) / max(1.0, settings.warmup * settings.steps)
     fall = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.lr * min(1.0, rise, fall)
-
-
-def _target_coverage(requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
-    """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
-    for request, entries in zip(requests, found, strict=True):
-        if request is not None and request.mask is not None and entries is not None:
-            selected = int((entries.pattern.firing_counts() > 0).sum())
-            targets = int(request.mask.sum())
-            return {"targets": targets, "share_reached": selected / max(1, targets)}
-    return {}
