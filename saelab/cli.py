@@ -5,10 +5,11 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from saelab import torchrun
 from saelab.errors import SaelabError, printable
 from saelab.signals import stopping
 
@@ -31,6 +32,16 @@ def _say(message: str) -> None:
 
 def _print(message: str) -> None:
     typer.echo(printable(message))
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    started = torchrun.processes().world
+    if started > 1 and context.invoked_subcommand not in ("train", "cache"):
+        raise SaelabError(
+            f"saelab {context.invoked_subcommand}: runs in one process, and torchrun started {started}; start it "
+            "without torchrun. `saelab train` and `saelab cache` run in several"
+        )
 
 
 @app.command()
@@ -82,6 +93,8 @@ def train(
 ) -> None:
     """Train an autoencoder as a config says, or go on with a training that was stopped.
 
+    Under torchrun the processes train it together (parallel).
+
     Example: saelab train quickstart sae.k=64 out=runs/k64
 
     Example: saelab train --resume runs/k64
@@ -99,6 +112,8 @@ def train(
         raise SaelabError("CONFIG: what to train? For example: saelab train quickstart")
     else:
         folder = stage.train(config, overrides or [], force=force, track=progress.bar, say=_say)
+    if torchrun.processes().rank:
+        return
     # The bytes of its name, whatever they are; but a stream in place of standard output may take text only.
     typer.echo(os.fsencode(folder) if hasattr(sys.stdout, "buffer") else printable(str(folder)))
 
@@ -175,7 +190,8 @@ def cache(
             config, out, overrides or [], tokens=None if tokens is None else int(tokens), track=progress.bar, say=_say
         )
     except (KeyboardInterrupt, SystemExit):  # a signal
-        _say("finished shards are kept, and the same command continues after them")
+        if torchrun.processes().rank == 0:
+            _say("finished shards are kept, and the same command continues after them")
         raise
 
 
@@ -383,15 +399,26 @@ def main() -> None:
         with stopping():
             app()
     except SaelabError as error:
-        _say(f"error: {error}")
-        raise SystemExit(2) from None
+        _fail(error)
     except OSError as error:  # a path that the system refuses: its name is too long, or it may not be read
         name = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
-        _say(f"error: {name}{error.strerror or error}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _say("interrupted")
+        _fail(SaelabError(f"{name}{error.strerror or error}"))
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(lost := torchrun.hidden(ended), SaelabError):
+            _fail(lost)
+        if isinstance(ended, SystemExit):
+            raise
+        if torchrun.processes().rank == 0:
+            _say("interrupted")
         raise SystemExit(130) from None
+
+
+def _fail(error: SaelabError) -> NoReturn:
+    """Print `error`, if no other process of torchrun does, and end with exit code 2."""
+    message = torchrun.message(error)
+    if message is not None:
+        _say(f"error: {message}")
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

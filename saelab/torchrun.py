@@ -72,6 +72,10 @@ def announce(error: BaseException) -> None:
 
 def everywhere(error: BaseException) -> bool:
     """Whether every process calls this with the same error, in time."""
+    from saelab.ranks import LostProcessError
+
+    if isinstance(error, LostProcessError):
+        return False
     key = f"{_key(error)}/raised"
     store().add(key, 1)
     return _soon(lambda: store().add(key, 0) == processes().world)

@@ -94,15 +94,15 @@ class Training:
             return
         if self._level and self.trainer.steps:
             self.save(position)
-        whole = self.trainer.whole()
-        self.ranks.once(lambda: self._write(whole, {}))
+        sae = self.trainer.whole()
+        self.ranks.once(lambda: self._write(sae, {}))
 
     def finish(self, track: Track) -> None:
         """Set the thresholds that inference needs, and write the checkpoint."""
         job, trainer = self.job, self.trainer
         trainer.release()
-        whole = trainer.whole()
-        self.ranks.once(lambda: self._write(whole, self._calibrated(whole, track)))
+        sae = trainer.whole()
+        self.ranks.once(lambda: self._write(sae, self._calibrated(sae, track)))
         if self.inputs.left_out:
             job.say(f"note: {self.inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
         if trainer.finished:
@@ -160,12 +160,13 @@ def train_all(
 
     @contextmanager
     def on_its_own(training: Training) -> Iterator[None]:
-        """In this block an error that is not one of writing ends this run only."""
+        """In this block an error that is not one of writing ends this run only, if other processes have no part in
+        it."""
         try:
             yield
-        except WriteError:
-            raise
         except SaelabError as error:
+            if isinstance(error, WriteError) or ranks.every.size > 1:
+                raise
             failed[training.run] = error
             if len(trainings) > 1:
                 training.job.say(f"error: {error}")

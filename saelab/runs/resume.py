@@ -4,7 +4,7 @@ The folder `state/` of a run has the last few states, each in a folder named by 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +14,10 @@ import torch
 
 from saelab.errors import SaelabError, WriteError
 from saelab.files import make_folder, remove_folder, replace_folder, temporary, translate_errors
-from saelab.ranks import ALONE, Axis, ElsewhereError, LostProcessError, Ranks
+from saelab.ranks import ALONE, ElsewhereError, LostProcessError, Ranks
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, leaves
 from saelab.runs.job import settings_of
-from saelab.sae.model import BY_FEATURE
 from saelab.training.settings import CheckpointSettings
 from saelab.training.state import VALUES, load_state, load_values, save_state
 
@@ -128,17 +127,8 @@ def states(run: Path) -> list[Path]:
     return sorted(path for path in found if path.name.isdecimal() and (path / VALUES).is_file())
 
 
-def last_state(run: Path, device: torch.device, features: Axis = ALONE.features) -> dict[str, Any]:
-    """The last of the `states` of a run, of which there is one, its tensors on `device`.
-
-    Of weights that processes along `features` share, and of Adam's moments of them, it has the rows of this process.
-    """
-
-    def own(name: str, rows: int) -> slice:
-        of, *above = reversed(name.split("/"))
-        by_feature = of in BY_FEATURE or bool(above) and above[0] in BY_FEATURE
-        return features.part(rows) if by_feature else slice(rows)
-
+def last_state(run: Path, device: torch.device, own: Callable[[str, int], slice]) -> dict[str, Any]:
+    """The last of the `states` of a run, of which there is one, with the tensors and arguments of `load_state`."""
     return load_state(states(run)[-1], device, own)
 
 

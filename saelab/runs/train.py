@@ -1,8 +1,10 @@
 """The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,21 @@ import torch
 from saelab.activations.cache.layout import difference
 from saelab.errors import SaelabError
 from saelab.files import expanded, locked, translate_errors, write_whole
+from saelab.lm.load import resolve_device
 from saelab.progress import Track, silent
 from saelab.runs import folder
+from saelab.runs.config import RunSettings
 from saelab.runs.feed import open_source
 from saelab.runs.inputs import Inputs, first_inputs
-from saelab.runs.job import Config, Job, Say, quiet, settings_of
+from saelab.runs.job import Config, Job, Say, check_spread, quiet, settings_of
 from saelab.runs.loop import Failures, Training, provenance_of, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
 from saelab.sae.model import bare_autoencoder, new_autoencoder
+from saelab.torchrun import processes, restarted
+from saelab.training.distributed import connected, mesh_shape, own_device
+from saelab.training.state import check_common
 from saelab.training.trainer import Trainer
 
 
@@ -32,10 +39,12 @@ def train(
     An existing run folder is never overwritten without `force`. Ctrl-C, SIGTERM and SIGHUP finish the step and save the
     state, from which `resume` continues; then Ctrl-C raises KeyboardInterrupt, and the others SystemExit with 143 and
     129. Raises SaelabError for bad settings, text, models and activations, and if another process writes into the run.
+
+    Under torchrun each process calls it, and they train together as `parallel` says. If torchrun starts them again,
+    they go on from the last state.
     """
-    job = Job(settings_of(config, overrides), say)
-    with locked(Path(job.settings.out)):
-        return begin(job, force, track)
+    with _processes(settings_of(config, overrides), say, track) as (job, track):
+        return go_on(job, track) if restarted() and _begun(job) else begin(job, force, track)
 
 
 def resume(
@@ -55,9 +64,29 @@ def resume(
     run = Path(expanded(run, "RUN"))
     if not (run / folder.SETTINGS).is_file() or not (run / folder.TRAINING).is_file():
         raise SaelabError(f"{run}: not a run folder (`saelab train CONFIG` makes one)")
-    with locked(run):
-        settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
-        return go_on(Job(resumed_settings(run, replace(settings, out=str(run))), say), track)
+    settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
+    with _processes(resumed_settings(run, replace(settings, out=str(run))), say, track) as (job, track):
+        return go_on(job, track)
+
+
+@contextmanager
+def _processes(settings: RunSettings, say: Say, track: Track) -> Iterator[tuple[Job, Track]]:
+    """Yields the part of a training that this process has, and its `track`; the first process alone speaks and writes.
+
+    In the block no other command may write into the run folder.
+    """
+    check_spread(settings, processes().world)
+    with connected(settings.parallel, resolve_device(own_device(settings.device))) as ranks:
+        if not ranks.first:
+            say, track = quiet, silent
+        with locked(Path(settings.out)) if ranks.first else nullcontext():
+            yield Job(settings, say, ranks), track
+
+
+def _begun(job: Job) -> bool:
+    """Whether the first process finds the training of `job` in its run folder."""
+    same = folder.training_record(Path(job.settings.out)).get("inputs") == job.training_inputs()
+    return bool(job.ranks.every.largest(same and job.ranks.first)[0])
 
 
 def begin(job: Job, force: bool, track: Track) -> Path:
@@ -70,10 +99,15 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
 
     Their run folders must be locked; `say` speaks for all. Returns the runs that failed; raises as `train_all` does.
     """
-    job = jobs[0]
-    for each in jobs:
-        check_out(each.settings, force)
-    checked_plan(lambda: plan_training(*(each.settings for each in jobs), loaded=job.loaded), say)
+    job, ranks = jobs[0], jobs[0].ranks
+    _check_shares(jobs)
+
+    def check() -> None:
+        for each in jobs:
+            check_out(each.settings, force)
+        checked_plan(lambda: plan_training(*(each.settings for each in jobs), loaded=job.loaded), say)
+
+    ranks.once(check)
     source = open_source(job.beside(job.settings, say), track, beside=jobs[1:])
     trainings: list[Training] = []
     failed: Failures = {}
@@ -86,13 +120,15 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
             failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
             continue
         for each in here:
-            sae = new_autoencoder(each.settings.sae, scaled, seed=each.settings.weights_seed)
+            sae = new_autoencoder(each.settings.sae, scaled, seed=each.settings.weights_seed, ranks=ranks)
             trainer = Trainer(sae, each.settings.training, each.settings.sae)
             trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
         del scaled
     del sample  # the first step needs the memory
-    for training in trainings:
-        write_new_run(training.job.settings, inputs=training.job.training_inputs(), force=force)
+    for each in [training.job for training in trainings]:
+        inputs = each.training_inputs()
+        ranks.once(lambda each=each, inputs=inputs: write_new_run(each.settings, inputs=inputs, force=force))
+        ranks.every.together(lambda each=each: check_common(Path(each.settings.out)))
     if not trainings:
         source.close()
         return failed
@@ -119,8 +155,9 @@ def go_on_all(jobs: Sequence[Job], track: Track, say: Say) -> Failures:
     Their run folders must be locked; `say` speaks for all. Returns the runs that failed; raises as `train_all` does.
     """
     job, position = jobs[0], None
+    _check_shares(jobs)
     plan = [each.settings for each in jobs]
-    checked_plan(lambda: plan_training(*plan, loaded=job.loaded, resumed=True), say)
+    job.ranks.once(lambda: checked_plan(lambda: plan_training(*plan, loaded=job.loaded, resumed=True), say))
     trainings: list[Training] = []
     failed: Failures = {}
     for each in jobs:
@@ -135,14 +172,11 @@ def go_on_all(jobs: Sequence[Job], track: Track, say: Say) -> Failures:
             done = f"{training.trainer.tokens:,} tokens"
             each.say(f"{training.run}: all {done} are trained on; training.tokens=N trains on more")
         else:  # it was stopped after the last step
-            with resumable(training.run):
+            with resumable(training.run, job.ranks):
                 training.finish(track)
     for training in trainings:
-        run, trainer = training.run, training.trainer
-        training.job.say(f"{run}: training continues after {trainer.tokens:,} tokens")
-        with translate_errors(run):
-            write_settings(run, training.job.settings)
-            write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, trainer.steps))
+        training.job.say(f"{training.run}: training continues after {training.trainer.tokens:,} tokens")
+        job.ranks.once(partial(_take_up, training))
     if not trainings:
         return failed
     first, *others = going = [training.job for training in trainings]
@@ -150,15 +184,37 @@ def go_on_all(jobs: Sequence[Job], track: Track, say: Say) -> Failures:
     return failed | train_all(trainings, site_columns(going), source, track, say)
 
 
+def _check_shares(jobs: Sequence[Job]) -> None:
+    """Raises SaelabError if the processes are not as many as `jobs` say, or if one would have nothing to do."""
+    for job in jobs:
+        settings, (data, features) = job.settings, mesh_shape(job.settings.parallel, job.ranks.every.size)
+        if settings.training.batch < data:
+            raise SaelabError(
+                f"training.batch: {settings.training.batch} tokens are fewer than the {data} processes that share them"
+            )
+        if settings.sae.n_features < features:
+            raise SaelabError(
+                f"sae.n_features: {settings.sae.n_features} are fewer than the {features} processes that share them"
+            )
+
+
+def _take_up(training: Training) -> None:
+    """Write settings and log of a training that goes on."""
+    run = training.run
+    with translate_errors(run):
+        write_settings(run, training.job.settings)
+        write_whole(run / folder.METRICS, _lines_before(run / folder.METRICS, training.trainer.steps))
+
+
 def _resumed(job: Job) -> tuple[Training, dict[str, Any]]:
     """The training of `job` as its last state left it, and the position in the source."""
     settings, run, device = job.settings, Path(job.settings.out), job.lm.device
-    state = last_state(run, device)
+    sae = bare_autoencoder(settings.sae, job.lm.width(settings.site), ranks=job.ranks).to(device)
+    trainer = Trainer(sae, settings.training, settings.sae)
+    state = last_state(run, device, trainer.own_rows)
     differs = difference(state["provenance"], provenance_of(job))
     if differs:
         raise SaelabError(f"{run}: was trained on something else than its settings name now: its {differs}")
-    sae = bare_autoencoder(settings.sae, job.lm.width(settings.site)).to(device)
-    trainer = Trainer(sae, settings.training, settings.sae)
     trainer.load_state_dict(state.pop("trainer"))  # frees its copy of the weights
     return Training(job, trainer, Inputs.from_state(state), state["rng"], state["seconds"]), state["source"]
 

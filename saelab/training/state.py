@@ -43,7 +43,7 @@ def save_state(folder: Path, state: Mapping[str, Any], ranks: Ranks = ALONE) -> 
             write_part(folder / TENSORS, tensors, first=ranks.first)
 
     if ranks.every.size > 1:
-        ranks.every.together(lambda: _check_common(folder))
+        ranks.every.together(lambda: check_common(folder))
     ranks.every.together(write)
     if ranks.first:
         write_json(folder / VALUES, {"format": FORMAT, "checksum": _checksum(values), "state": values})
@@ -98,7 +98,8 @@ def _checksum(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _check_common(folder: Path) -> None:
+def check_common(folder: Path) -> None:
+    """Raises SaelabError if this process does not see `folder`, which another one has made."""
     if not folder.is_dir():
         raise SaelabError(
             f"{folder}: is not there on {socket.gethostname()}, and another process has made it; all processes need "
