@@ -7,7 +7,7 @@ nothing is exchanged.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -116,6 +116,9 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.every.rank == 0
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copy of an autoencoder is trained by the same processes
 
     def once(self, action: Callable[[], object]) -> None:
         """Call `action` in the first process; the others return when it has ended. Errors are as in `Axis.together`."""

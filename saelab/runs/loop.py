@@ -94,14 +94,14 @@ class Training:
             return
         if self._level and self.trainer.steps:
             self.save(position)
-        sae = self.trainer.whole()
+        sae = self.trainer.sae.whole()
         self.ranks.once(lambda: self._write(sae, {}))
 
     def finish(self, track: Track) -> None:
         """Set the thresholds that inference needs, and write the checkpoint."""
         job, trainer = self.job, self.trainer
         trainer.release()
-        sae = trainer.whole()
+        sae = trainer.sae.whole()
         self.ranks.once(lambda: self._write(sae, self._calibrated(sae, track)))
         if self.inputs.left_out:
             job.say(f"note: {self.inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")

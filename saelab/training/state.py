@@ -37,13 +37,14 @@ def save_state(folder: Path, state: Mapping[str, Any], ranks: Ranks = ALONE) -> 
     values = _without_tensors(state, "", tensors)
 
     def write() -> None:
+        if ranks.every.size > 1:
+            check_common(folder)
         if ranks.features.size == 1 and ranks.first:
             write_tensors(folder / TENSORS, {name: _whole(value) for name, value in tensors.items()})
         elif ranks.features.size > 1 and ranks.data.rank == 0:  # the others along `data` have the same rows
             write_part(folder / TENSORS, tensors, first=ranks.first)
 
-    if ranks.every.size > 1:
-        ranks.every.together(lambda: check_common(folder))
+    ranks.every.barrier()  # the folder is there
     ranks.every.together(write)
     if ranks.first:
         write_json(folder / VALUES, {"format": FORMAT, "checksum": _checksum(values), "state": values})
