@@ -35,6 +35,9 @@ class Axis:
     group: Any = field(default=None, repr=False)
     """The torch.distributed process group; None if there is one process."""
 
+    def __deepcopy__(self, memo: dict) -> "Axis":
+        return self  # a process group has no copy
+
     def part(self, n: int) -> slice:
         """The part of n things, such as tokens or features, that is this process's."""
         return self.parts(n)[self.rank]

@@ -258,6 +258,31 @@ class SparseAutoencoder(nn.Module):
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
+    def whole(self) -> "SparseAutoencoder | None":
+        """The autoencoder with the features of all processes, on the first of them; None on the others.
+
+        All processes call it. If none share the features it is the autoencoder itself.
+        """
+        axis, first = self.ranks.features, self.ranks.first
+        if axis.size == 1:
+            return self if first else None
+        whole = copy.deepcopy(self) if first else None
+        for name, rows in self.named_parameters():
+            if name not in BY_FEATURE:
+                continue
+            table = rows.new_empty(self.all_features, *rows.shape[1:]) if first else None
+            for start in range(0, max(part.stop - part.start for part in axis.parts(self.all_features)), _DRAWN_ROWS):
+                blocks = axis.gather(rows.data[start : start + _DRAWN_ROWS])
+                for part, block in zip(axis.parts(self.all_features), blocks, strict=True):
+                    if table is not None:
+                        table[part.start + start : part.start + start + len(block)] = block
+            if whole is not None and table is not None:
+                setattr(whole, name, nn.Parameter(table))
+        if whole is not None:
+            whole.ranks, whole.part, whole.n_features = ALONE, slice(0, self.all_features), self.all_features
+        return whole
+
+    @torch.no_grad()
     def folded(self, scale: float) -> "SparseAutoencoder":
         """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
 

@@ -15,8 +15,9 @@ from saelab.errors import SaelabError
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.losses import terms
-from saelab.sae.model import Batch, SparseAutoencoder
+from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder
 from saelab.sae.settings import SaeSettings
+from saelab.tensors import Rows
 from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings
 from saelab.training.usage import Usage
@@ -117,22 +118,46 @@ class Trainer:
         """Results of the training so far."""
         return Trained(self.tokens, self.steps, self.allocation.target(), self.allocation.facts())
 
+    def own_rows(self, name: str, rows: int) -> slice:
+        """The rows of this process of a tensor with `rows` rows, given its name in a state, such as sae/W_enc."""
+        parts = name.split("/")
+        return (
+            self.sae.part
+            if any(part in BY_FEATURE for part in parts) and rows == self.sae.all_features
+            else slice(rows)
+        )
+
     def release(self) -> None:
         """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them."""
         self.optimiser.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """State from which a new trainer with the same settings continues exactly here; tensors are not copied."""
+        """State from which a new trainer with the same settings continues exactly here; tensors are not copied.
+
+        Those that processes share the features of are `Rows`.
+        """
+        moments = self.optimiser.state_dict()
         return {
-            "sae": dict(self.sae.named_parameters()),
-            "optimiser": self.optimiser.state_dict(),
+            "sae": {name: self._rows(name, value) for name, value in self.sae.named_parameters()},
+            "optimiser": {
+                name: {kind: self._rows(name, value) for kind, value in found.items()}
+                for name, found in moments.items()
+            },
             "usage": self.usage.state_dict(),
             "allocation": self.allocation.state_dict(),
             "steps": self.steps,
             "tokens": self.tokens,
         }
 
+    def _rows(self, name: str, value: Tensor) -> Tensor | Rows:
+        """`value`, of the parameter `name`, as the rows that this process has of it."""
+        sae = self.sae
+        if sae.ranks.features.size == 1 or name not in BY_FEATURE or value.ndim == 0:  # Adam's count of steps
+            return value
+        return Rows(value, sae.part.start, sae.all_features)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, whose tensors have the rows of this process only (`own_rows`)."""
         for name, parameter in self.sae.named_parameters():
             parameter.data.copy_(state["sae"][name])
         self.optimiser.load_state_dict(state["optimiser"])

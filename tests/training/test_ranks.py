@@ -1,5 +1,6 @@
 """Processes that share a training, as threads: whatever the layout, they train what one process trains."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,9 @@ from saelab.sae.settings import (
     SparsitySettings,
 )
 from saelab.training.settings import TrainingSettings
+from saelab.training.state import load_state, save_state
 from saelab.training.trainer import Trainer
+from saelab.training.usage import Usage
 from tests.threads import run_threads
 
 D, FEATURES, BATCH, STEPS = 12, 50, 37, 16
@@ -51,18 +54,17 @@ LAYOUTS = [(3, 1), (1, 3), (2, 2)]
 class Trained(NamedTuple):
     weights: dict[str, Tensor]
     metrics: list[dict[str, Any]]
-    densities: Tensor
-    silent_for: Tensor
+    usage: Usage
 
 
-def batches(dtype: torch.dtype) -> list[Batch]:
+def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(3)
     directions = torch.nn.functional.normalize(torch.randn(40, D, generator=generator), dim=1)
     found = []
     for _ in range(STEPS):
         strength = torch.rand(BATCH, 40, generator=generator).pow(8)
         x, g = 3 * strength @ directions, torch.randn(BATCH, D, generator=generator)
-        found.append(Batch(x.to(dtype), gradients=g.to(dtype)))
+        found.append(Batch(x.double(), gradients=g.double()))
     return found
 
 
@@ -75,32 +77,74 @@ def first_weights(settings: SaeSettings) -> dict[str, Tensor]:
     return weights | ({"log_threshold": torch.full((FEATURES,), -0.5)} if settings.encoder.name == "jumprelu" else {})
 
 
-def train(settings: SaeSettings, ranks: Ranks, dtype: torch.dtype) -> tuple[Trained, SparseAutoencoder]:
-    sae = bare_autoencoder(settings, D, ranks=ranks).to(dtype)
+def trainer_for(settings: SaeSettings, ranks: Ranks) -> Trainer:
+    sae = bare_autoencoder(settings, D, ranks=ranks).double()
     for name, value in first_weights(settings).items():
         getattr(sae, name).data.copy_(value[sae.part] if name in BY_FEATURE else value)
-    trainer = Trainer(sae, TRAINING, settings)
-    metrics = [trainer.step(batch) for batch in batches(dtype)]
-    weights = {
-        name: torch.cat(ranks.features.gather(value.data)) if name in BY_FEATURE else value.data
-        for name, value in sae.named_parameters()
+    return Trainer(sae, TRAINING, settings)
+
+
+def train(settings: SaeSettings, ranks: Ranks) -> Trained:
+    trainer = trainer_for(settings, ranks)
+    metrics = [trainer.step(batch) for batch in batches()]
+    return Trained(all_weights(trainer), [m for m in metrics if m is not None], trainer.usage)
+
+
+def all_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights of all processes."""
+    axis = trainer.sae.ranks.features
+    return {
+        name: torch.cat(axis.gather(value.data)) if name in BY_FEATURE else value.data
+        for name, value in trainer.sae.named_parameters()
     }
-    usage = trainer.usage
-    return Trained(weights, [m for m in metrics if m is not None], usage.densities, usage.silent_for), sae
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=f"{where}: {name}")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_layout_trains_what_one_process_trains(method: str) -> None:
     """In float64, so that nothing but the order of sums differs."""
     settings = METHODS[method]
-    expected, _ = train(settings, ALONE, torch.float64)
+    expected = train(settings, ALONE)
     assert len(expected.metrics) == STEPS and expected.metrics[-1]["fvu"] < expected.metrics[0]["fvu"]
     assert settings.aux.name == "none" or any(metrics.get("share_reached") for metrics in expected.metrics)
     for data, features in LAYOUTS:
-        for found, _ in run_threads(lambda ranks: train(settings, ranks, torch.float64), data=data, features=features):
-            for name, value in expected.weights.items():
-                torch.testing.assert_close(found.weights[name], value, rtol=1e-8, atol=1e-10, msg=f"{data}x{features} {name}")
-            torch.testing.assert_close(found.densities, expected.densities)
-            assert torch.equal(found.silent_for, expected.silent_for)
+        for found in run_threads(lambda ranks: train(settings, ranks), data=data, features=features):
+            assert_equal(found.weights, expected.weights, f"{data} x {features}")
+            torch.testing.assert_close(found.usage.densities, expected.usage.densities)
+            assert torch.equal(found.usage.silent_for, expected.usage.silent_for)
             for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+@pytest.mark.parametrize("method", ["feature choice", "lift", "jumprelu"])
+def test_a_training_goes_on_in_another_layout(method: str, tmp_path: Path) -> None:
+    settings, half = METHODS[method], STEPS // 2
+
+    def begin(ranks: Ranks) -> None:
+        trainer = trainer_for(settings, ranks)
+        for batch in batches()[:half]:
+            trainer.step(batch)
+        save_state(tmp_path, trainer.state_dict(), ranks)
+
+    def go_on(ranks: Ranks) -> tuple[dict[str, Tensor], SparseAutoencoder | None]:
+        trainer = trainer_for(settings, ranks)
+        trainer.load_state_dict(load_state(tmp_path, own=trainer.own_rows))
+        for batch in batches()[half:]:
+            trainer.step(batch)
+        weights = all_weights(trainer)
+        trainer.release()
+        return weights, trainer.sae.whole()
+
+    expected = train(settings, ALONE).weights
+    run_threads(begin, data=2, features=2)
+    (_, whole), *others = found = run_threads(go_on, features=3)
+    for weights, _ in found:
+        assert_equal(weights, expected, "1 x 3")
+    assert whole is not None and all(other is None for _, other in others)
+    assert_equal({name: value.data for name, value in whole.named_parameters()}, expected, "the whole")
+    assert whole.encode(batches()[0].x).n_features == FEATURES

@@ -51,7 +51,11 @@ def test_the_choice_equals_the_dense_rule(rule: Rule, dtype: torch.dtype, data: 
 
 def test_the_strongest_of_a_token_are_found_where_they_are() -> None:
     values = torch.randn(TOKENS, FEATURES, generator=torch.Generator().manual_seed(0))
-    parts = run_threads(lambda ranks: strongest(values[:, ranks.features.part(FEATURES)], 4, ranks.features), features=3)
+
+    def own_choice(ranks: Ranks) -> Tensor:
+        return strongest(values[:, ranks.features.part(FEATURES)], 4, ranks.features)
+
+    parts = run_threads(own_choice, features=3)
     expected = torch.zeros_like(values, dtype=torch.bool).scatter_(1, values.topk(4).indices, True)
     assert torch.equal(torch.cat(parts, 1), expected)
 
