@@ -137,7 +137,7 @@ def exchanged(exchange: Callable[[], object]) -> None:
         exchange()
     except RuntimeError as error:
         raise LostProcessError(
-            "another process ended without a message, as one that is killed does; torchrun's report names it"
+            "another process of the job was killed, or ended without a message (torchrun's report names it)"
         ) from error
 
 

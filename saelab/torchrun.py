@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 PATIENCE = 3.0
 """Seconds in which an error that all processes raise has been raised by each."""
-_FAILED, _LOST, _CONNECTING = "saelab/failed", "saelab/lost", "saelab/connecting"
+_FAILED, _LOST, _CONNECTING = "failed", "lost", "connecting"
+_connections = 0
+"""How often this process has been connected to the others. Each time, the names in the store are new."""
 
 
 class Processes(NamedTuple):
@@ -39,26 +41,22 @@ def restarted() -> bool:
     return processes().world > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-@cache
-def store() -> Any:
-    """The store that all processes share, a torch.distributed.Store."""
-    from torch.distributed import rendezvous
+def meet() -> Any:
+    """Wait until every process has called this; returns the store that they share, a torch.distributed.Store.
 
-    return next(rendezvous("env://"))[0]
-
-
-def wait_for_all() -> None:
-    """Return when every process has called this. Raises ElsewhereError if one fails before it does.
-
-    Unlike torch's functions, it can be interrupted by a signal.
+    Raises ElsewhereError if another process fails before. Unlike torch's own functions, signals interrupt it.
     """
     from saelab.ranks import ElsewhereError
 
-    store().add(_CONNECTING, 1)
-    while store().add(_CONNECTING, 0) < processes().world:
-        if store().add(_FAILED, 0):
+    global _connections
+    _connections += 1
+    store = _store()
+    store.add(_CONNECTING, 1)
+    while store.add(_CONNECTING, 0) < processes().world:
+        if store.add(_FAILED, 0):
             raise ElsewhereError("another process failed; its own message says why")
         time.sleep(0.02)
+    return store
 
 
 def announce(error: BaseException) -> None:
@@ -67,7 +65,7 @@ def announce(error: BaseException) -> None:
 
     if not any(isinstance(each, LostProcessError) for each in _chain(error)):
         with suppress(RuntimeError):  # torchrun, and the store with it, has ended
-            store().add(_FAILED, 1)
+            _store().add(_FAILED, 1)
 
 
 def everywhere(error: BaseException) -> bool:
@@ -77,8 +75,8 @@ def everywhere(error: BaseException) -> bool:
     if isinstance(error, LostProcessError):
         return False
     key = f"{_key(error)}/raised"
-    store().add(key, 1)
-    return _soon(lambda: store().add(key, 0) == processes().world)
+    _store().add(key, 1)
+    return _soon(lambda: _store().add(key, 0) == processes().world)
 
 
 def message(error: BaseException) -> str | None:
@@ -96,12 +94,12 @@ def message(error: BaseException) -> str | None:
         return None
     try:
         if isinstance(error, LostProcessError):
-            return str(error) if not store().add(_FAILED, 0) and store().add(_LOST, 1) == 1 else None
+            return str(error) if not _store().add(_FAILED, 0) and _store().add(_LOST, 1) == 1 else None
         announce(error)
         key = f"{_key(error)}/printed"
-        if rank and _soon(lambda: store().add(key, 0) > 0):  # by process 0
+        if rank and _soon(lambda: _store().add(key, 0) > 0):  # by process 0
             return None
-        return None if store().add(key, 1) > 1 else numbered if rank else str(error)
+        return None if _store().add(key, 1) > 1 else numbered if rank else str(error)
     except RuntimeError:  # there is no store (any more)
         return numbered
 
@@ -113,6 +111,19 @@ def hidden(error: BaseException) -> BaseException:
     return next((each for each in _chain(error) if isinstance(each, LostProcessError)), error)
 
 
+def _store() -> Any:
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(f"saelab/{_connections}", _torchruns_store())
+
+
+@cache
+def _torchruns_store() -> Any:
+    from torch.distributed import rendezvous
+
+    return next(rendezvous("env://"))[0]
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """`error`, and the errors during whose handling it was raised."""
     while error is not None:
@@ -121,7 +132,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _key(error: BaseException) -> str:
-    return f"saelab/error/{hashlib.sha256(str(error).encode()).hexdigest()}"
+    return hashlib.sha256(str(error).encode()).hexdigest()
 
 
 def _soon(condition: Callable[[], bool]) -> bool:

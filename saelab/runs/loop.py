@@ -94,25 +94,29 @@ class Training:
             return
         if self._level and self.trainer.steps:
             self.save(position)
-        sae = self.trainer.sae.whole()
-        self.ranks.once(lambda: self._write(sae, {}))
+        self._write(lambda sae: {})
 
     def finish(self, track: Track) -> None:
         """Set the thresholds that inference needs, and write the checkpoint."""
         job, trainer = self.job, self.trainer
         trainer.release()
-        sae = trainer.sae.whole()
-        self.ranks.once(lambda: self._write(sae, self._calibrated(sae, track)))
+        self._write(lambda sae: self._calibrated(sae, track))
         if self.inputs.left_out:
             job.say(f"note: {self.inputs.left_out:,} tokens with larger norms were left out (activations.max_norm)")
         if trainer.finished:
             job.say(f"trained on {trainer.tokens:,} tokens; checkpoint in {self.run / folder.CHECKPOINT}")
 
-    def _write(self, sae: SparseAutoencoder, facts: dict[str, Any]) -> None:
-        job, facts = self.job, self.inputs.state() | facts
-        inputs, seconds = job.training_inputs(), self.elapsed()
-        scale = self.inputs.scale
-        save_run(job.settings, job.lm, job.corpus, self.trainer, scale, facts, sae=sae, inputs=inputs, seconds=seconds)
+    def _write(self, facts_of: Callable[[SparseAutoencoder], dict[str, Any]]) -> None:
+        """Write the checkpoint, in the first process; `facts_of` gives facts about the autoencoder for the record."""
+        job, sae = self.job, self.trainer.sae.whole()
+
+        def write() -> None:
+            if sae is not None:
+                facts, inputs = self.inputs.state() | facts_of(sae), job.training_inputs()
+                of = {"sae": sae, "inputs": inputs, "seconds": self.elapsed()}
+                save_run(job.settings, job.lm, job.corpus, self.trainer, self.inputs.scale, facts, **of)
+
+        self.ranks.every.together(write)
 
     def _calibrated(self, sae: SparseAutoencoder, track: Track) -> dict[str, Any]:
         """Set thresholds of `sae` on held-out text after that of evaluation, if inference needs them; returns facts for

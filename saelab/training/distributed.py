@@ -9,7 +9,7 @@ import torch
 
 from saelab.errors import SaelabError
 from saelab.ranks import ALONE, Axis, Ranks, exchanged
-from saelab.torchrun import announce, processes, store, wait_for_all
+from saelab.torchrun import announce, meet, processes
 from saelab.training.settings import ParallelSettings
 
 
@@ -55,10 +55,10 @@ def connected(settings: ParallelSettings, device: torch.device | str = "cpu") ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    wait_for_all()
+    store = meet()
     # One may have to wait for long while another writes; the end of a process is noticed at once.
     patience = timedelta(days=30)
-    exchanged(lambda: dist.init_process_group(backend, store=store(), rank=rank, world_size=world, timeout=patience))
+    exchanged(lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience))
     try:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "features"))
         data, features = (
