@@ -397,15 +397,18 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         with stopping():
-            app()
-    except SaelabError as error:
-        _fail(error)
-    except OSError as error:  # a path that the system refuses: its name is too long, or it may not be read
-        name = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
-        _fail(SaelabError(f"{name}{error.strerror or error}"))
+            try:
+                app()
+            except SaelabError as error:
+                _fail(error)
+            except OSError as error:  # a path that the system refuses: its name is too long, or it may not be read
+                name = f"{str(error.filename)[:100]}: " if error.filename is not None else ""
+                _fail(SaelabError(f"{name}{error.strerror or error}"))
     except (KeyboardInterrupt, SystemExit) as ended:
-        if isinstance(lost := torchrun.hidden(ended), SaelabError):
-            _fail(lost)
+        if isinstance(ended, KeyboardInterrupt) or ended.code != 2:  # a signal
+            error = torchrun.cut_short(ended)
+            if error is not None:
+                _fail(error)
         if isinstance(ended, SystemExit):
             raise
         if torchrun.processes().rank == 0:
@@ -415,6 +418,7 @@ def main() -> None:
 
 def _fail(error: SaelabError) -> NoReturn:
     """Print `error`, if no other process of torchrun does, and end with exit code 2."""
+    torchrun.outlast()
     message = torchrun.message(error)
     if message is not None:
         _say(f"error: {message}")

@@ -6,11 +6,14 @@ the command line asks for the number of processes first.
 
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
+
+from saelab.errors import SaelabError
 
 PATIENCE = 3.0
 """Seconds in which an error that all processes raise has been raised by each."""
@@ -104,11 +107,20 @@ def message(error: BaseException) -> str | None:
         return numbered
 
 
-def hidden(error: BaseException) -> BaseException:
-    """The loss of another process that `error`, a signal that then ends this one, hides; else `error` itself."""
-    from saelab.ranks import LostProcessError
+def outlast() -> None:
+    """Ignore SIGTERM from now on: torchrun sends it as soon as another process has ended, and this one has to say why.
 
-    return next((each for each in _chain(error) if isinstance(each, LostProcessError)), error)
+    It waits half a minute for the end of this process.
+    """
+    if processes().world > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def cut_short(ended: BaseException) -> SaelabError | None:
+    """The error that this process was about to report when torchrun's signal `ended` it; None if there is none."""
+    if processes().world == 1:
+        return None
+    return next((error for error in _chain(ended) if isinstance(error, SaelabError)), None)
 
 
 def _store() -> Any:

@@ -110,7 +110,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
 def test_more_processes_than_lanes_is_a_clear_error(tmp_path: Path) -> None:
     """Guaranteed: two processes on one lane of text end with a message that says what to set; nothing is written."""
     stderr = run([*TORCHRUN, made_by_command(tmp_path), "--out", tmp_path / "cache"], code=1)
-    assert "error: cache.lanes: is 1, but torchrun started 2 processes" in stderr
+    assert stderr.count("error: ") == stderr.count("error: cache.lanes: is 1, but torchrun started 2 processes") == 1
     assert "set cache.lanes=2" in stderr and not (tmp_path / "cache").exists()
 
 
@@ -121,8 +121,7 @@ def test_an_error_in_one_process_ends_the_others_without_a_traceback(tmp_path: P
     stderr = run([*TORCHRUN, config, "--tokens", "3000", "--out", tmp_path / "cache"], code=1)
     assert "holds a cache of something else: its tokens 2000, not 3000" in stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and any("another process ended early" in line for line in errors), stderr
-    assert "gloo" not in stderr
+    assert len(errors) == 1 and "gloo" not in stderr, stderr
 
 
 def test_two_commands_at_once_on_one_cache(tmp_path: Path) -> None:

@@ -51,13 +51,14 @@ def whole(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
         torch.set_num_threads(threads)
 
 
-def run(processes: int, *commands: dict[str, Any], restarts: int = 0) -> tuple[str, int]:
-    """What torchrun's processes print, without its own lines, and its exit code."""
+def run(folder: Path, processes: int, *commands: dict[str, Any], restarts: int = 0) -> tuple[str, int]:
+    """What torchrun's processes print in the working folder `folder`, without its own lines, and its exit code."""
     options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     child = [str(ROOT / "tests" / "runs" / "torchrun_child.py"), json.dumps(commands)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, *child],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -112,7 +113,9 @@ def test_two_processes_divide_tokens_then_features_and_each_message_is_printed_o
 ) -> None:
     """A signal to one process stops both after the same step, and the run goes on in another layout."""
     file, out, full = written(config, tmp_path), tmp_path / "run", small_disk("2m")
+    (elsewhere := tmp_path / "elsewhere").mkdir()
     printed, code = run(
+        tmp_path,
         2,
         command("train", file, "sae.k=0"),
         command("eval", whole),
@@ -120,11 +123,12 @@ def test_two_processes_divide_tokens_then_features_and_each_message_is_printed_o
         command("train", file, "sae.n_features=1", "sae.k=1", "parallel.features=2"),
         command("train", file, rank=1, step=7, signal=signal.SIGTERM),
         command("train", "--resume", out, "parallel.features=2"),
+        command("train", file, "out=here", rank=1, folder=str(elsewhere)),
         command(
             "train", file, f"out={full / 'run'}", "parallel.features=2", rank=1, step=7, ballast=str(full / "ballast")
         ),
     )
-    assert code == 1 and [codes(printed, i) for i in range(7)] == [{"2"}] * 4 + [{"143"}, {"0"}, {"2"}], printed
+    assert code == 1 and [codes(printed, i) for i in range(8)] == [{"2"}] * 4 + [{"143"}, {"0"}, {"2"}, {"2"}], printed
     for message in (
         "error: .*sae.k: 0",
         "error: saelab eval: runs in one process, and torchrun started 2",
@@ -132,10 +136,11 @@ def test_two_processes_divide_tokens_then_features_and_each_message_is_printed_o
         "error: sae.n_features: 1 are fewer than the 2 processes",
         rf"stopped after 1,400 tokens; `torchrun \.\.\. -m saelab train --resume {out}` goes on",
         f"{out}: training continues after 1,400 tokens",
+        "error: process 1: here: is not there on .*common file system",
         "error: .*the disk is full",
     ):
         assert len(re.findall(message, printed)) == 1, (message, printed)
-    assert printed.count("error: ") == 5 and "Traceback" not in printed
+    assert printed.count("error: ") == 6 and "Traceback" not in printed
     assert_equal(out, whole)
     assert [path.name for path in states(full / "run")] == ["000000005"]
     assert f"`torchrun ... -m saelab train --resume {full / 'run'}` goes on from the last state" in printed
@@ -146,18 +151,18 @@ def test_four_processes_are_stopped_two_go_on_and_one_is_killed_and_one_ends_it(
 ) -> None:
     out = tmp_path / "run"
     file = written(config, tmp_path, parallel={"features": 2})
-    printed, code = run(4, command("train", file, rank=0, step=7, signal=signal.SIGTERM, torchrun=True))
+    printed, code = run(tmp_path, 4, command("train", file, rank=0, step=7, signal=signal.SIGTERM, torchrun=True))
     assert code != 0 and "error: " not in printed
     assert printed.count("stopped after ") == 1 and "Traceback" not in printed
     stopped = int(states(out)[-1].name)
     assert 7 <= stopped < 30
 
-    printed, code = run(2, command("train", "--resume", out, rank=1, step=stopped + 4, signal=signal.SIGKILL))
+    printed, code = run(tmp_path, 2, command("train", "--resume", out, rank=1, rows=True))
     (error,) = re.findall("^error: .*$", printed, re.MULTILINE)
     assert code == 1 and "Traceback" not in printed
     assert "error: another process of the job was killed" in error
     assert f"`torchrun ... -m saelab train --resume {out}` goes on from the last state" in error
-    assert not list(out.rglob("*.tmp"))
+    assert not list(out.rglob("*.tmp")) and int(states(out)[-1].name) == stopped
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -170,7 +175,7 @@ def test_torchrun_starts_a_killed_process_again_and_the_command_goes_on(
     config: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     file = written(config, tmp_path)
-    printed, code = run(2, command("train", file, rank=1, step=12, signal=signal.SIGKILL), restarts=1)
+    printed, code = run(tmp_path, 2, command("train", file, rank=1, step=12, signal=signal.SIGKILL), restarts=1)
     assert code == 0, printed
     assert "training continues after 2,000 tokens" in printed
     assert printed.count("error: ") == 1

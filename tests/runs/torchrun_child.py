@@ -1,27 +1,30 @@
 """The entry point of torchrun's processes in test_torchrun.py: `saelab` commands, one after the other, with faults.
 
-``torchrun torchrun_child.py COMMANDS``: a JSON list of {"arguments": [...], "fault": {...}}, the fault optional: after
-`step` steps of its training the process `rank`, at the first attempt, sends a `signal` to itself or to torchrun, or
-fills the disk that the file `ballast` is on. Each process prints how each command ended, on standard error.
+``torchrun torchrun_child.py COMMANDS``: a JSON list of {"arguments": [...], "fault": {...}}. A fault hits the process
+`rank` at the first attempt: after `step` steps of its training it sends a `signal` to itself or to torchrun, or fills
+the disk that the file `ballast` is on; or it is killed where it would write its `rows` of a state; or it works in
+another `folder`. Each process prints how each command ended, on standard error.
 """
 
 import json
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
 
 from saelab.cli import main
+from saelab.training import state
 from saelab.training.trainer import Trainer
 
-TRAIN_STEP = Trainer.step
+HERE = os.getcwd()
+TRAIN_STEP, WRITE_PART = Trainer.step, state.write_part
 
 
 def step_with(fault: dict[str, Any]) -> Any:
     def step(trainer: Trainer, batch: Any) -> Any:
         line = TRAIN_STEP(trainer, batch)
-        mine = int(os.environ["RANK"]) == fault["rank"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if mine and trainer.steps == fault["step"]:
+        if trainer.steps == fault["step"]:
             if "ballast" in fault:
                 with suppress(OSError), open(fault["ballast"], "wb", buffering=0) as ballast:
                     while True:
@@ -33,8 +36,17 @@ def step_with(fault: dict[str, Any]) -> Any:
     return step
 
 
+def killed(*arguments: Any, **named: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 for number, command in enumerate(json.loads(sys.argv[1])):
-    Trainer.step = step_with(command["fault"]) if "fault" in command else TRAIN_STEP
+    fault = command.get("fault", {})
+    if os.environ["RANK"] != str(fault.get("rank")) or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        fault = {}
+    Trainer.step = step_with(fault) if "step" in fault else TRAIN_STEP
+    state.write_part = killed if "rows" in fault else WRITE_PART
+    os.chdir(fault.get("folder", HERE))
     sys.argv = ["saelab", *command["arguments"]]
     code: Any = 0
     try:
