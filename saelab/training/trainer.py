@@ -74,7 +74,7 @@ class Trainer:
         forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        coverage = self._target_coverage(requests, found) if logged else {}
+        coverage = _target_coverage(requests, found, self._counts) if logged else {}
         counts = self._counts(forward.codes)
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
@@ -104,15 +104,6 @@ class Trainer:
         """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
         ranks = self.sae.ranks
         return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
-
-    def _target_coverage(self, requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
-        """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
-        for request, entries in zip(requests, found, strict=True):
-            if request is not None and request.mask is not None and entries is not None:
-                selected = int((self._counts(entries.pattern) > 0).sum())
-                targets = int(request.mask.sum())
-                return {"targets": targets, "share_reached": selected / max(1, targets)}
-        return {}
 
     def trained(self) -> Trained:
         """Results of the training so far."""
@@ -196,3 +187,17 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     rise = (step + 1) / max(1.0, settings.warmup * settings.steps)
     fall = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
     return settings.lr * min(1.0, rise, fall)
+
+
+def _target_coverage(
+    requests: list[Request | None],
+    found: list[Selection | None],
+    counts: Callable[[Codes], Tensor] = Codes.firing_counts,
+) -> dict[str, Any]:
+    """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
+    for request, entries in zip(requests, found, strict=True):
+        if request is not None and request.mask is not None and entries is not None:
+            selected = int((counts(entries.pattern) > 0).sum())
+            targets = int(request.mask.sum())
+            return {"targets": targets, "share_reached": selected / max(1, targets)}
+    return {}
