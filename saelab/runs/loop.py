@@ -86,6 +86,7 @@ class Training:
         """After an error (bad data, a full disk, output that nobody reads), save the weights so far."""
         if self._level and self.trainer.steps:
             self.save(position)
+        self.trainer.release()
         self._write({})
 
     def finish(self, track: Track) -> None:

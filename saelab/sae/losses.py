@@ -40,6 +40,8 @@ class Forward:
 
     encoder: Encoder
     W_dec: Tensor
+    read: Tensor | None
+    """The copy of W_dec in bfloat16 that decoding reads; None: W_dec itself."""
     b_dec: Tensor
     centre: Tensor | None
     """Vector that is subtracted from x: b_dec, or None."""
@@ -58,7 +60,7 @@ class Forward:
         """The reconstruction from other entries, with gradients, ``[tokens, d_out]``."""
         pre = self.encoder.pre(selection.pattern, self.x, self.centre, selection.pre)
         values = self.encoder.values(pre, selection.pattern)
-        return spmm(selection.pattern.with_values(values), self.W_dec) + self.b_dec
+        return spmm(selection.pattern.with_values(values), self.W_dec, read=self.read) + self.b_dec
 
 
 class Term(NamedTuple):
@@ -142,7 +144,7 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
     known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
     centre = None if forward.centre is None else forward.centre.detach()
     values = forward.encoder.pre(pattern, forward.x.detach(), centre, known).relu() * filled
-    explained = spmm(pattern.with_values(values), forward.W_dec)
+    explained = spmm(pattern.with_values(values), forward.W_dec, read=forward.read)
     ratio = torch.linalg.vector_norm(error - explained).square() / _deviation(error)
     return torch.where(torch.isfinite(ratio) & filled.any(), ratio, 0.0)
 

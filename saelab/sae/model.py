@@ -44,6 +44,19 @@ class Batch(NamedTuple):
     gradients: Tensor | None = None
     """Gradients of the language model's loss at x, ``[tokens, d_in]``, for the gradient affinity."""
 
+    def cut(self, parts: int) -> list["Batch"]:
+        """The batch as `parts` batches, or fewer if one would have less than two tokens; the first ones are longer."""
+        parts = max(1, min(parts, len(self.x) // 2))
+        columns = [[None] * parts if each is None else each.tensor_split(parts) for each in self]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+class Tables(NamedTuple):
+    """Copies in bfloat16 that the products of a training step read instead of the weights."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+
 
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder.
@@ -86,9 +99,12 @@ class SparseAutoencoder(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The encoder, with the parameters themselves."""
+        return self._encoder(None)
+
+    def _encoder(self, read: Tensor | None) -> Encoder:
         if self.log_threshold is None:
-            return Linear(self.W_enc, self.b_enc)
-        return JumpReLU(self.W_enc, self.b_enc, self.log_threshold, self.bandwidth)
+            return Linear(self.W_enc, self.b_enc, read)
+        return JumpReLU(self.W_enc, self.b_enc, read, self.log_threshold, self.bandwidth)
 
     @property
     def rule(self) -> Rule:
@@ -129,17 +145,30 @@ class SparseAutoencoder(nn.Module):
         """The dense pre-activations of a few tokens: x ``[tokens, d_in]`` -> ``[tokens, n_features]``."""
         return torch.addmm(self.b_enc, self._centre(x), self.W_enc.T)
 
+    @torch.no_grad()
+    def rounded_tables(self) -> Tables:
+        """Copies of W_enc and W_dec in bfloat16, in buffers that the next call overwrites."""
+        return Tables(self._scratch.bf16("W_enc copy", self.W_enc), self._scratch.bf16("W_dec copy", self.W_dec))
+
     def training_pass(
-        self, batch: Batch, rule: Rule, requests: Sequence[Request | None] = (), *, bf16: bool = False
+        self,
+        batch: Batch,
+        rule: Rule,
+        requests: Sequence[Request | None] = (),
+        *,
+        bf16: bool = False,
+        tables: Tables | None = None,
     ) -> tuple[Forward, list[Selection | None]]:
         """The forward pass of a training step, differentiable; and the entries of each request, None if it is None.
 
         `rule` selects the active entries; `bf16` lets bfloat16 propose the candidates. At most one request may have a
-        mask.
+        mask. With `tables` the pass and its gradients are those of an autoencoder with these weights, summed in
+        float32; the gradients reach the parameters.
         """
         masked = next((request for request in requests if request is not None and request.mask is not None), None)
         wider = [request.rule for request in requests if request is not None and request.mask is None]
-        encoder = self.encoder
+        encoder = self._encoder(None if tables is None else tables.W_enc)
+        read = None if tables is None else tables.W_dec
         with torch.no_grad():
             aligned = alignment(batch.gradients, self.beta)
             centred, scratch = self._centre(batch.x), self._scratch
@@ -152,7 +181,10 @@ class SparseAutoencoder(nn.Module):
             pre = encoder.pre(main.pattern, batch.x, centre, main.pre)
             codes = main.pattern.with_values(encoder.values(pre, main.pattern))
             target = batch.x if batch.target is None else batch.target
-            forward = Forward(encoder, self.W_dec, self.b_dec, centre, batch.x, target, codes, pre, self.decode(codes))
+            reconstruction = spmm(codes, self.W_dec, read=read) + self.b_dec
+            forward = Forward(
+                encoder, self.W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, reconstruction
+            )
         found = iter(others)
         return forward, [
             None if request is None else strongest if request.mask is not None else next(found) for request in requests
