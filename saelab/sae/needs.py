@@ -5,6 +5,7 @@ The bytes per entry were measured on a CPU as tensors alive at once, and rounded
 
 import torch
 
+from saelab.kernels.cpu import CAST_ENTRIES
 from saelab.kernels.products import CAST_ELEMENTS
 from saelab.memory import Need, Place, no_numbers
 from saelab.sae.allocation.methods import allocation_of
@@ -29,6 +30,8 @@ _CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
 computed, not measured: it adds a sort's result, indices before and after, and two more such arrays for radix sort."""
 _CALIBRATED_BYTES = 12
 """Bytes per pre-activation of the block that calibration searches: itself, and all tensors made from it."""
+_GATHERED_BYTES = 10
+"""Bytes per number of the rows that a product on a CPU casts: in bfloat16, in float32, and times a value."""
 _FIRST_TOKENS = 4096
 """Tokens of the sample whose reconstruction sets the first scale of the encoder (`initialise`)."""
 _THRESHOLD_TOKENS = 1024
@@ -68,10 +71,12 @@ def step_needs(
     if not _has_budget(settings):
         how += ", as if all features were active: there is no budget"
     table, shape = settings.n_features * d_in, f"{settings.n_features:,} x {d_in:,}"
-    cast = table if where == "memory" else min(CAST_ELEMENTS, table)  # dense products on a CPU cast all of it
+    cast = 4 * min(CAST_ELEMENTS, table)
+    if where == "memory":  # dense products cast a whole table, sparse ones the rows of some entries
+        cast = max(4 * table, _GATHERED_BYTES * CAST_ENTRIES * d_in)
     return [
         Need("tables in bfloat16", rounded * 2 * 2 * table, where, f"2 x {shape} x 2 bytes"),
-        Need("table, cast back", rounded * 4 * cast, where, f"{cast:,} numbers of a table at a time, in float32"),
+        Need("table, cast back", rounded * cast, where, "rows of a table that a product casts to float32 at a time"),
         Need("pre-activations", tile, where, f"tiles of {dense}, one at a time, and the weights in that precision"),
         Need(
             "selection",
