@@ -116,10 +116,12 @@ class Codes:
 
     def compact(self) -> Self:
         """The same matrix without entries of value zero."""
-        keep = self.values != 0
-        kept = _ends(keep)
+        return self.where(self.values != 0)
+
+    def where(self, keep: Tensor) -> Self:
+        """The matrix with the entries for which `keep` ``[nnz]`` is true."""
         index = keep.nonzero().squeeze(1)  # found once for both
-        return type(self)(self.values[index], self.features[index], kept[self.offsets], self.n_features)
+        return type(self)(self.values[index], self.features[index], _ends(keep)[self.offsets], self.n_features)
 
     def l0(self) -> Tensor:
         """Active features per token, ``[tokens]`` int64: entries with a value above zero."""

@@ -184,6 +184,23 @@ def write_temporary(path: Path, parts: Iterable[memoryview]) -> int:
     return handle
 
 
+def write_at(path: Path, parts: Iterable[tuple[int, memoryview]]) -> None:
+    """Write each part at its offset in the file `path`, made if it is missing, and sync it to the disk.
+
+    Several processes may do so at once, in a folder that one of them replaces whole. Raises OSError.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        for offset, part in parts:
+            os.lseek(handle, offset, os.SEEK_SET)
+            at = 0
+            while at < len(part):
+                at += os.write(handle, part[at : at + _AT_ONCE])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write_directly(handle: int, pages: memoryview) -> int:
     """Write `pages` past the page cache; returns how many bytes the file system took that way, which may be none."""
     flags, at = fcntl.fcntl(handle, fcntl.F_GETFL), 0

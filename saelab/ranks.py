@@ -20,6 +20,10 @@ class LostProcessError(SaelabError):
     """Another process ended, so that nothing can be exchanged any more."""
 
 
+class ElsewhereError(LostProcessError):
+    """Another process raises an error, with its message."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """The processes along one axis. All of them call each method, in the same order."""
@@ -30,6 +34,9 @@ class Axis:
     """Number of processes along the axis."""
     group: Any = field(default=None, repr=False)
     """The torch.distributed process group; None if there is one process."""
+
+    def __deepcopy__(self, memo: dict) -> "Axis":
+        return self  # a process group has no copy
 
     def part(self, n: int) -> slice:
         """The part of n things, such as tokens or features, that is this process's."""
@@ -59,6 +66,26 @@ class Axis:
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
         return [found[:size] for found, size in zip(self._gather(padded), sizes, strict=True)]
+
+    def largest(self, *values: int) -> list[int]:
+        """The maximum of each value over the processes."""
+        return list(values) if self.size == 1 else self.max_(torch.tensor(values)).tolist()
+
+    def together(self, action: Callable[[], object]) -> None:
+        """Call `action` in each process, and return when all have done so.
+
+        If it raises a SaelabError, one process raises it and the others ElsewhereError.
+        """
+        error: SaelabError | None = None
+        try:
+            action()
+        except SaelabError as caught:
+            error = caught
+        failed = self.size - self.largest(0 if error is None else self.size - self.rank)[0]
+        if failed == self.rank and error is not None:
+            raise error
+        if failed < self.size:
+            raise ElsewhereError("another process failed; its own message says why") from error
 
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         if self.size > 1:

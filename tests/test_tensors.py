@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from saelab.errors import SaelabError
-from saelab.tensors import DTYPES, raw, write_tensors
+from saelab.tensors import DTYPES, Rows, raw, write_part, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -24,6 +25,19 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_the_bytes_are_those_of_safetensors(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     write_tensors(tmp_path / "file", tensors(), metadata)
     assert (tmp_path / "file").read_bytes() == save(tensors(), metadata)
+
+
+@pytest.mark.parametrize("cuts", [(0, 2, 3, 7), (0, 0, 7, 7)], ids=["three parts", "empty parts"])
+def test_processes_that_have_some_rows_each_write_the_bytes_of_one_that_has_all(
+    tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    """In any order, the first process last."""
+    rows = {"matrix": torch.rand(7, 3), "vector": torch.rand(7).double(), "turned": torch.rand(3, 7).T}
+    write_tensors(tmp_path / "whole", tensors() | rows)
+    for process, (begin, end) in reversed(list(enumerate(pairwise(cuts)))):
+        own = {name: Rows(tensor[begin:end], begin, 7) for name, tensor in rows.items()}
+        write_part(tmp_path / "parts", tensors() | own, first=process == 0)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:

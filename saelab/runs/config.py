@@ -26,7 +26,7 @@ from saelab.files import expanded
 from saelab.lm.settings import ModelSettings
 from saelab.runs.yaml12 import parse
 from saelab.sae.settings import SaeSettings
-from saelab.training.settings import TrainingSettings
+from saelab.training.settings import ParallelSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class RunSettings:
     cache: CacheSettings = field(default_factory=CacheSettings)
     sae: SaeSettings = field(default_factory=SaeSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
 

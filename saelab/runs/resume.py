@@ -29,6 +29,8 @@ FREE = frozenset(
         "training.checkpoint.minutes",
         "training.checkpoint.tokens",
         "training.checkpoint.keep",
+        "parallel.data",
+        "parallel.features",
     }
 )
 """Settings that may differ when a run is resumed: they do not change the training."""

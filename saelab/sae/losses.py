@@ -25,6 +25,7 @@ from torch import Tensor
 
 from saelab.codes import Codes
 from saelab.kernels import per_entry, spmm
+from saelab.ranks import ALONE, Axis, Ranks, total
 from saelab.sae.allocation.rules import Rule, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.encoder import Encoder
@@ -55,12 +56,17 @@ class Forward:
     """Their pre-activations, with gradients, ``[nnz]``."""
     reconstruction: Tensor
     """``[tokens, d_out]``"""
+    ranks: Ranks = ALONE
+    """The processes that share the step. Tokens, features and entries are of this one, and values of terms of all."""
+    batch: int = 0
+    """Tokens of all processes."""
 
     def decode(self, selection: Selection) -> Tensor:
         """The reconstruction from other entries, with gradients, ``[tokens, d_out]``."""
         pre = self.encoder.pre(selection.pattern, self.x, self.centre, selection.pre)
         values = self.encoder.values(pre, selection.pattern)
-        return spmm(selection.pattern.with_values(values), self.W_dec, read=self.read) + self.b_dec
+        decoded = spmm(selection.pattern.with_values(values), self.W_dec, read=self.read)
+        return total(decoded, self.ranks.features) + self.b_dec
 
 
 class Term(NamedTuple):
@@ -75,7 +81,7 @@ class Term(NamedTuple):
 
 def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
     """The terms that `settings` name, for a training of `steps` steps on inputs ``[tokens, d_in]``."""
-    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, _: batch_fvu(forward.target, forward.reconstruction))
+    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, _: _fvu(forward, forward.reconstruction))
     named = [*["multi_topk"] * settings.multi_topk, settings.aux.name, settings.sparsity.name]
     return [reconstruction, *(TERMS[name](settings, d_in, steps) for name in named if name in TERMS)]
 
@@ -114,20 +120,29 @@ TERMS: dict[str, Callable[[SaeSettings, int, int], Term]] = {
 """The terms that the settings `multi_topk`, `aux` and `sparsity` can name; the name none has no term."""
 
 
-def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar."""
-    deviation = _deviation(x)  # first, so that its temporary is freed before that of the error is allocated
-    return torch.linalg.vector_norm(x - reconstruction).square() / deviation
+def batch_fvu(x: Tensor, reconstruction: Tensor, axis: Axis = ALONE.data, tokens: int | None = None) -> Tensor:
+    """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar.
+
+    The processes along `axis` have parts of a batch of `tokens`; the value is that of the batch.
+    """
+    # the deviation first, so that its temporary is freed before that of the error is allocated
+    deviation = _deviation(x, axis, len(x) if tokens is None else tokens)
+    return total(torch.linalg.vector_norm(x - reconstruction).square(), axis) / deviation
 
 
-def _deviation(x: Tensor) -> Tensor:
-    """Squared deviation from the mean over tokens, summed."""
-    return torch.linalg.vector_norm(x - x.mean(0)).square()
+def _deviation(x: Tensor, axis: Axis, tokens: int) -> Tensor:
+    """Squared deviation from the mean over all `tokens`, summed, of which the processes along `axis` have parts."""
+    mean = x.mean(0) if axis.size == 1 else axis.sum_(x.sum(0)) / tokens
+    return axis.sum_(torch.linalg.vector_norm(x - mean).square())
 
 
 def _wider_fvu(forward: Forward, wider: Selection | None) -> Tensor:
     assert wider is not None
-    return batch_fvu(forward.target, forward.decode(wider))
+    return _fvu(forward, forward.decode(wider))
+
+
+def _fvu(forward: Forward, reconstruction: Tensor) -> Tensor:
+    return batch_fvu(forward.target, reconstruction, forward.ranks.data, forward.batch)
 
 
 def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
@@ -144,21 +159,25 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
     known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
     centre = None if forward.centre is None else forward.centre.detach()
     values = forward.encoder.pre(pattern, forward.x.detach(), centre, known).relu() * filled
-    explained = spmm(pattern.with_values(values), forward.W_dec, read=forward.read)
-    ratio = torch.linalg.vector_norm(error - explained).square() / _deviation(error)
-    return torch.where(torch.isfinite(ratio) & filled.any(), ratio, 0.0)
+    ranks = forward.ranks
+    explained = total(spmm(pattern.with_values(values), forward.W_dec, read=forward.read), ranks.features)
+    squares = total(torch.linalg.vector_norm(error - explained).square(), ranks.data)
+    ratio = squares / _deviation(error, ranks.data, forward.batch)
+    any_filled = ranks.every.max_(filled.any().to(ratio.dtype)) > 0
+    return torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0)
 
 
 def l1(forward: Forward, _: Selection | None = None) -> Tensor:
     """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
     lengths = per_entry(forward.codes, torch.linalg.vector_norm(forward.W_dec, dim=1))
-    tokens, d_in = forward.x.shape
-    return (forward.codes.values * lengths).sum() / (tokens * d_in**0.5)
+    summed = total((forward.codes.values * lengths).sum(), forward.ranks.every)
+    return summed / (forward.batch * forward.x.shape[1] ** 0.5)
 
 
 def l0(forward: Forward, target: float | None) -> Tensor:
     """L0 of the batch, a scalar, or ``(L0 / target - 1)^2``; its gradient reaches only the thresholds."""
-    found = forward.encoder.active(forward.pre, forward.codes).sum() / len(forward.x)
+    active = forward.encoder.active(forward.pre, forward.codes).sum()
+    found = total(active, forward.ranks.every) / forward.batch
     return found if target is None else (found / target - 1).square()
 
 

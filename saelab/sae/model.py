@@ -18,8 +18,10 @@ from torch.profiler import record_function
 
 from saelab.codes import Codes
 from saelab.kernels import spmm
+from saelab.ranks import ALONE, Ranks, shared, total
 from saelab.sae import summary
 from saelab.sae.affinity import alignment
+from saelab.sae.allocation.gathered import own_rule
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
@@ -29,6 +31,11 @@ from saelab.sae.settings import EncoderSettings, SaeSettings
 
 LIFT = 1e-3
 """Pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
+
+BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_threshold")
+"""The parameters that have a row for each feature. Of processes that share the features each has some of the rows."""
+_DRAWN_ROWS = 4096
+"""Rows whose initial values are drawn at a time by a process that keeps some of them."""
 
 _MOST_ENTRIES = 2**24
 """Most pre-activations of the sample that the initial scale and thresholds are fitted to if no budget limits them."""
@@ -43,6 +50,10 @@ class Batch(NamedTuple):
     """The values to reconstruct, ``[tokens, d_out]``; None: x itself."""
     gradients: Tensor | None = None
     """Gradients of the language model's loss at x, ``[tokens, d_in]``, for the gradient affinity."""
+
+    def part(self, tokens: slice) -> "Batch":
+        """The batch of some of the tokens."""
+        return Batch(*(None if part is None else part[tokens] for part in self))
 
     def cut(self, parts: int) -> list["Batch"]:
         """The batch as `parts` batches, or fewer if one would have less than two tokens; the first ones are longer."""
@@ -69,9 +80,20 @@ class SparseAutoencoder(nn.Module):
     None: every token keeps its k largest."""
 
     def __init__(
-        self, d_in: int, n_features: int, k: int, metadata: dict[str, Any] | None = None, d_out: int | None = None
+        self,
+        d_in: int,
+        n_features: int,
+        k: int,
+        metadata: dict[str, Any] | None = None,
+        d_out: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
+        self.ranks = ranks
+        """The processes that share the training."""
+        self.part = ranks.features.part(n_features)
+        """The features of this process, among all `n_features`."""
+        self.all_features, n_features = n_features, self.part.stop - self.part.start
         self.d_in, self.n_features, self.k, self.d_out = d_in, n_features, k, d_out or d_in
         self.centred = d_out is None
         """Whether b_dec is subtracted from x."""
@@ -127,13 +149,15 @@ class SparseAutoencoder(nn.Module):
         centred = self._centre(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         aligned = alignment(None if gradients is None else gradients.reshape(-1, self.d_in), self.beta)
         scratch = Scratch()  # of its own: several threads may encode at once
-        ((pattern, pre),), _ = select(self.encoder, self.W_dec, centred, [rule], aligned, scratch=scratch)
+        # every process that shares the features has all tokens here
+        ranks = Ranks(features=self.ranks.features, every=self.ranks.features)
+        ((pattern, pre),), _ = select(self.encoder, self.W_dec, centred, [rule], aligned, scratch=scratch, ranks=ranks)
         assert pre is not None
         return pattern.with_values(self.encoder.values(pre, pattern)).compact()
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction of each token, ``[tokens, d_out]``."""
-        return spmm(codes, self.W_dec) + self.b_dec
+        return total(spmm(codes, self.W_dec), self.ranks.features) + self.b_dec
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -163,27 +187,44 @@ class SparseAutoencoder(nn.Module):
 
         `rule` selects the active entries; `bf16` lets bfloat16 propose the candidates. At most one request may have a
         mask. With `tables` the pass and its gradients are those of an autoencoder with these weights, summed in
-        float32; the gradients reach the parameters.
+        float32; the gradients reach the parameters. Processes that share the training get the same batch, rules and
+        requests; each returns what belongs to its tokens and features.
         """
+        tokens, own = len(batch.x), self.ranks.data.part(len(batch.x))
         masked = next((request for request in requests if request is not None and request.mask is not None), None)
+        if masked is not None and masked.mask is not None:
+            masked = masked._replace(mask=masked.mask[self.part])
         wider = [request.rule for request in requests if request is not None and request.mask is None]
-        encoder = self._encoder(None if tables is None else tables.W_enc)
+        rules = [own_rule(each, self.part) for each in (rule, *wider)]
+        encoder, ranks = self._encoder(None if tables is None else tables.W_enc), self.ranks
         read = None if tables is None else tables.W_dec
         with torch.no_grad():
             aligned = alignment(batch.gradients, self.beta)
-            centred, scratch = self._centre(batch.x), self._scratch
+            if aligned is not None:
+                aligned = aligned._replace(gradients=aligned.gradients[own])
+            batch = batch.part(own)
+            centred, scratch, W_dec = self._centre(batch.x), self._scratch, self.W_dec
             (main, *others), strongest = select(
-                encoder, self.W_dec, centred, [rule, *wider], aligned, bf16=bf16, masked=masked, scratch=scratch
+                encoder,
+                W_dec,
+                centred,
+                rules,
+                aligned,
+                bf16=bf16,
+                masked=masked,
+                scratch=scratch,
+                ranks=ranks,
+                batch=tokens,
             )
             del centred
         with record_function("decode"):
-            centre = self.b_dec if self.centred else None
+            centre = shared(self.b_dec, ranks.features) if self.centred else None
             pre = encoder.pre(main.pattern, batch.x, centre, main.pre)
             codes = main.pattern.with_values(encoder.values(pre, main.pattern))
             target = batch.x if batch.target is None else batch.target
-            reconstruction = spmm(codes, self.W_dec, read=read) + self.b_dec
+            decoded = total(spmm(codes, W_dec, read=read), ranks.features) + self.b_dec
             forward = Forward(
-                encoder, self.W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, reconstruction
+                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, ranks, tokens
             )
         found = iter(others)
         return forward, [
@@ -203,7 +244,7 @@ class SparseAutoencoder(nn.Module):
         ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc
         centres x.
         """
-        self.W_dec.normal_()
+        self._draw(self.W_dec)
         self.renormalise_decoder()
         self.b_enc.zero_()
         output = sample if target is None else target
@@ -211,13 +252,13 @@ class SparseAutoencoder(nn.Module):
         if self.centred:
             self.W_enc.copy_(self.W_dec)
         else:
-            self.W_enc.normal_()
+            self._draw(self.W_enc)
             self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
             self.b_enc.copy_(-self.W_enc @ sample.mean(0))
         # trained thresholds are set later, and from this scale
         rule = self.rule if self.log_threshold is None else TokenChoice(self.k)
-        tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.n_features))
-        first = spmm(self._encode(sample[:tokens], rule), self.W_dec)
+        tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.all_features))
+        first = total(spmm(self._encode(sample[:tokens], rule), self.W_dec), self.ranks.features)
         factor = ((output[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
         self.W_enc.mul_(factor)
         if not self.centred:
@@ -235,14 +276,41 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def threshold_for(self, l0: float, sample: Tensor) -> float:
         """The threshold that `l0` pre-activations per token of `sample` ``[tokens, d_in]`` exceed on average."""
-        tokens = max(1, min(1024, _MOST_ENTRIES // self.n_features))
+        tokens = max(1, min(1024, _MOST_ENTRIES // self.all_features))
         pre = self.pre_activations(sample[:: max(1, len(sample) // tokens)][:tokens])  # neighbours are alike
-        return pre.flatten().topk(max(1, min(round(l0 * len(pre)), pre.numel()))).values[-1].item()
+        entries = max(1, min(round(l0 * len(pre)), len(pre) * self.all_features))
+        largest = pre.flatten().topk(min(entries, pre.numel())).values
+        return torch.cat(self.ranks.features.gather(largest)).topk(entries).values[-1].item()
 
     @torch.no_grad()
     def renormalise_decoder(self) -> None:
         """Scale every decoder row to unit length."""
         self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def whole(self) -> "SparseAutoencoder | None":
+        """The autoencoder with the features of all processes, on the first of them; None on the others.
+
+        All processes call it. If none share the features it is the autoencoder itself.
+        """
+        axis, first = self.ranks.features, self.ranks.first
+        if axis.size == 1:
+            return self if first else None
+        whole = copy.deepcopy(self) if first else None
+        for name, rows in self.named_parameters():
+            if name not in BY_FEATURE:
+                continue
+            table = rows.new_empty(self.all_features, *rows.shape[1:]) if first else None
+            for start in range(0, max(part.stop - part.start for part in axis.parts(self.all_features)), _DRAWN_ROWS):
+                blocks = axis.gather(rows.data[start : start + _DRAWN_ROWS])
+                for part, block in zip(axis.parts(self.all_features), blocks, strict=True):
+                    if table is not None:
+                        table[part.start + start : part.start + start + len(block)] = block
+            if whole is not None and table is not None:
+                setattr(whole, name, nn.Parameter(table))
+        if whole is not None:
+            whole.ranks, whole.part, whole.n_features = ALONE, slice(0, self.all_features), self.all_features
+        return whole
 
     @torch.no_grad()
     def folded(self, scale: float) -> "SparseAutoencoder":
@@ -268,18 +336,37 @@ class SparseAutoencoder(nn.Module):
         a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
         """
         # on a CPU only the features of the mask; elsewhere all, or the host would wait to know which they are
+        mask = mask[self.part]
         which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
         for rows in which.split(4096):
-            highest = torch.addmm(self.b_enc[rows], self._centre(x), self.W_enc[rows].T).amax(0)
+            own = x[self.ranks.data.part(len(x))]
+            highest = torch.addmm(self.b_enc[rows], self._centre(own), self.W_enc[rows].T).amax(0)
+            highest = self.ranks.data.max_(highest)
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.centred else x
 
+    def _draw(self, table: Tensor) -> None:
+        """Set the rows of `table` to normal numbers: on a CPU those that a process with all rows would draw."""
+        if self.ranks.features.size == 1:
+            table.normal_()
+            return
+        for start in range(0, self.all_features, _DRAWN_ROWS):
+            drawn = table.new_empty(min(_DRAWN_ROWS, self.all_features - start), table.shape[1]).normal_()
+            first, last = max(self.part.start, start), min(self.part.stop, start + len(drawn))
+            if first < last:
+                table[first - self.part.start : last - self.part.start] = drawn[first - start : last - start]
 
-def bare_autoencoder(settings: SaeSettings, d_in: int, d_out: int | None = None) -> SparseAutoencoder:
-    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder."""
-    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out)
+
+def bare_autoencoder(
+    settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
+) -> SparseAutoencoder:
+    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder.
+
+    If `ranks` share the features it has those of this process.
+    """
+    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
@@ -295,15 +382,16 @@ ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
 
 
 def new_autoencoder(
-    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None
+    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None, ranks: Ranks = ALONE
 ) -> SparseAutoencoder:
     """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
 
     The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]`` it is a transcoder.
+    Processes that share the training get the same sample.
     """
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]
-    sae = bare_autoencoder(settings, sample.shape[1], d_out).to(sample.device)
+    sae = bare_autoencoder(settings, sample.shape[1], d_out, ranks).to(sample.device)
     sae.initialise(sample, settings.b_dec_init, target)
     if sae.log_threshold is not None:
         options = settings.encoder

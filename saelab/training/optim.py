@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.kernels.products import accumulate_in_place, return_gradients
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import BY_FEATURE, SparseAutoencoder
 
 _BLOCK_ROWS = 2048
 """Decoder rows at a time: their products stay in the cache, 6 MB at d_in 768."""
@@ -49,13 +49,18 @@ class Optimiser:
     def step(self, lr: float, clip: float) -> Tensor:
         """Update the weights and zero their gradients; returns the norm before clipping, a scalar.
 
+        Processes with other tokens of the batch first add up their gradients.
+
         If the norm is not finite nothing is updated.
         """
         for group in self._adam.param_groups:
             group["lr"] = group["times"] * lr
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                self.sae.ranks.data.sum_(parameter.grad)
         if self.fixed_lengths:
             remove_parallel_gradient(self.sae)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        norm = self._norm()
         # Adam's fused pass divides gradients by `grad_scale` and skips everything if `found_inf` is 1
         scale = (norm / clip).clamp_min(1.0)
         nothing_to_clip = scale.device.type == "cpu" and scale == 1  # dividing writes gradients; asking a GPU waits
@@ -66,6 +71,17 @@ class Optimiser:
         if self.fixed_lengths:
             self.sae.renormalise_decoder()
         return norm
+
+    def _norm(self) -> Tensor:
+        """Norm of the gradients of all trained weights, those of other processes included."""
+        axis = self.sae.ranks.features
+        gradients = {name: p.grad for name, p in self.sae.named_parameters() if p.requires_grad and p.grad is not None}
+        if axis.size == 1:
+            return torch.nn.utils.get_total_norm(list(gradients.values()))
+        own = [gradient for name, gradient in gradients.items() if name in BY_FEATURE]
+        everywhere = [gradient for name, gradient in gradients.items() if name not in BY_FEATURE]
+        norms = [torch.nn.utils.get_total_norm(part) for part in (own, everywhere)]
+        return (axis.sum_(norms[0].square()) + norms[1].square()).sqrt()
 
     def release(self) -> None:
         """Make the autoencoder an ordinary module again, without gradients or in-place addition. Frees the moments."""

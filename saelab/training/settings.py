@@ -1,4 +1,4 @@
-"""Settings of a training: length, learning rate, checkpoints."""
+"""Settings of a training: length, learning rate, checkpoints, processes."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,6 +9,22 @@ SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 MAX_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 0.10
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How torchrun's processes share the work; their number is the product. The trained weights do not depend on it."""
+
+    data: int | None = None
+    """Parts that the tokens of a batch are divided into; null: as many as there are processes for."""
+    features: int = 1
+    """Parts that the features of the autoencoder are divided into."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "features"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name}: {value} is not a positive number")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Tensors keep their bits, and so do numbers: JSON writes enough digits of a float
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from saelab.errors import SaelabError
 from saelab.files import write_json
-from saelab.tensors import write_tensors
+from saelab.ranks import ALONE, Ranks
+from saelab.tensors import Rows, write_part, write_tensors
 
 TENSORS, VALUES = "state.safetensors", "state.json"
 FORMAT = 2
@@ -24,28 +26,45 @@ _TENSOR = "$tensor"
 """In the JSON file, an object with only this key stands for the tensor that it names."""
 
 
-def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+def save_state(folder: Path, state: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
     """Write `state`, dictionaries of tensors, numbers, strings, lists and None, into the folder `folder`.
 
-    Wrap it in `replace_folder` of saelab.files, so that both files are there or neither. Raises SaelabError if they
-    cannot be written.
+    Wrap it in `replace_folder` of saelab.files, so that both files are there or neither. All `ranks` call it: each
+    writes its `Rows`, and the first one all else; the files are the same as if one process had all rows. Raises
+    SaelabError if they cannot be written; of several processes one raises it, and the others ElsewhereError.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Rows] = {}
     values = _without_tensors(state, "", tensors)
-    write_tensors(folder / TENSORS, tensors)
-    write_json(folder / VALUES, {"format": FORMAT, "checksum": _checksum(values), "state": values})
+
+    def write() -> None:
+        if ranks.features.size == 1 and ranks.first:
+            write_tensors(folder / TENSORS, {name: _whole(value) for name, value in tensors.items()})
+        elif ranks.features.size > 1 and ranks.data.rank == 0:  # the others along `data` have the same rows
+            write_part(folder / TENSORS, tensors, first=ranks.first)
+
+    if ranks.every.size > 1:
+        ranks.every.together(lambda: _check_common(folder))
+    ranks.every.together(write)
+    if ranks.first:
+        write_json(folder / VALUES, {"format": FORMAT, "checksum": _checksum(values), "state": values})
 
 
-def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_state(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    own: Callable[[str, int], slice] = lambda name, rows: slice(rows),
+) -> dict[str, Any]:
     """The state that `save_state` wrote, its tensors on `device`; those whose names begin with rng stay on the CPU.
 
-    Raises SaelabError if it is missing, damaged, or of another version.
+    `own` gives the rows that are copied of a tensor with a name, such as trainer/sae/W_enc, and a number of rows.
+    Raises SaelabError if the state is missing, damaged, or of another version.
     """
     values = load_values(folder)
     with _readable(folder):
-        with safe_open(folder / TENSORS, "pt") as file:
+        with safe_open(folder / TENSORS, "pt") as file:  # maps the file into memory
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return _with_tensors(values, tensors, torch.device(device))
+        parts = {name: x[own(name, len(x))] if x.ndim else x for name, x in tensors.items()}
+        return _with_tensors(values, parts, torch.device(device))
 
 
 def load_values(folder: Path) -> dict[str, Any]:
@@ -79,8 +98,20 @@ def _checksum(values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, Tensor):
+def _check_common(folder: Path) -> None:
+    if not folder.is_dir():
+        raise SaelabError(
+            f"{folder}: is not there on {socket.gethostname()}, and another process has made it; all processes need "
+            "a common file system for the run folder"
+        )
+
+
+def _whole(value: Tensor | Rows) -> Tensor:
+    return value.tensor if isinstance(value, Rows) else value
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor | Rows]) -> Any:
+    if isinstance(value, Tensor | Rows):
         tensors[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):

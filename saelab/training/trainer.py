@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.losses import terms
-from saelab.sae.model import Batch, SparseAutoencoder, Tables
+from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder, Tables
 from saelab.sae.settings import SaeSettings
+from saelab.tensors import Rows
 from saelab.training.average import Average
 from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings
@@ -70,6 +73,7 @@ class Trainer:
         """Train one step on a batch scaled so that E||x||^2 = d_in; returns metrics if the step is logged, else None.
 
         The loss is the mean of the losses of `training.accumulate` parts of the batch, each as of a batch of its own.
+        Processes that share the training (`SparseAutoencoder.ranks`) all get the whole batch, and the same metrics.
         Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, where the
         host does not wait, at the next logged step; the weights do not change in between).
         """
@@ -121,17 +125,40 @@ class Trainer:
         bf16 = self.sae_settings.selection == "bfloat16"
         forward, found = sae.training_pass(batch, rule, requests, bf16=bf16, tables=tables)
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
-        coverage = _target_coverage(requests, found) if logged else {}
-        codes = forward.codes
+        coverage = self._target_coverage(requests, found) if logged else {}
+        counts = self._counts(forward.codes)
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
             loss = sum(term.weight(step) / parts * values[term.name] for term in self.terms)
             loss.backward()  # type: ignore[union-attr]
-        return _Part({name: value.detach() for name, value in values.items()}, codes.firing_counts(), coverage)
+        return _Part({name: value.detach() for name, value in values.items()}, counts, coverage)
+
+    def _counts(self, codes: Codes) -> Tensor:
+        """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
+        ranks = self.sae.ranks
+        return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
+
+    def _target_coverage(self, requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
+        """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
+        for request, entries in zip(requests, found, strict=True):
+            if request is not None and request.mask is not None and entries is not None:
+                selected = int((self._counts(entries.pattern) > 0).sum())
+                targets = int(request.mask.sum())
+                return {"targets": targets, "share_reached": selected / max(1, targets)}
+        return {}
 
     def trained(self) -> Trained:
         """Results of the training so far."""
         return Trained(self.tokens, self.steps, self.allocation.target(), self.allocation.facts())
+
+    def own_rows(self, name: str, rows: int) -> slice:
+        """The rows of this process of a tensor with `rows` rows, given its name in a state, such as sae/W_enc."""
+        parts = name.split("/")
+        return (
+            self.sae.part
+            if any(part in BY_FEATURE for part in parts) and rows == self.sae.all_features
+            else slice(rows)
+        )
 
     def release(self) -> None:
         """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them.
@@ -143,18 +170,37 @@ class Trainer:
             self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """State from which a new trainer with the same settings continues exactly here; tensors are not copied."""
+        """State from which a new trainer with the same settings continues exactly here; tensors are not copied.
+
+        Those that processes share the features of are `Rows`.
+        """
+        moments = self.optimiser.state_dict()
         return {
-            "sae": dict(self.sae.named_parameters()),
-            "optimiser": self.optimiser.state_dict(),
+            "sae": {name: self._rows(name, value) for name, value in self.sae.named_parameters()},
+            "optimiser": {
+                name: {kind: self._rows(name, value) for kind, value in found.items()}
+                for name, found in moments.items()
+            },
             "usage": self.usage.state_dict(),
             "allocation": self.allocation.state_dict(),
             "steps": self.steps,
             "tokens": self.tokens,
-            **({} if self.average is None else {"ema": self.average.state_dict()}),
+            **(
+                {}
+                if self.average is None
+                else {"ema": {name: self._rows(name, value) for name, value in self.average.state_dict().items()}}
+            ),
         }
 
+    def _rows(self, name: str, value: Tensor) -> Tensor | Rows:
+        """`value`, of the parameter `name`, as the rows that this process has of it."""
+        sae = self.sae
+        if sae.ranks.features.size == 1 or name not in BY_FEATURE or value.ndim == 0:  # Adam's count of steps
+            return value
+        return Rows(value, sae.part.start, sae.all_features)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state, whose tensors have the rows of this process only (`own_rows`)."""
         for name, parameter in self.sae.named_parameters():
             parameter.data.copy_(state["sae"][name])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -201,16 +247,6 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     if settings.schedule == "cosine":
         fall = (1 - math.cos(math.pi * min(1.0, fall))) / 2
     return settings.lr * min(1.0, rise, fall)
-
-
-def _target_coverage(requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
-    """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
-    for request, entries in zip(requests, found, strict=True):
-        if request is not None and request.mask is not None and entries is not None:
-            selected = int((entries.pattern.firing_counts() > 0).sum())
-            targets = int(request.mask.sum())
-            return {"targets": targets, "share_reached": selected / max(1, targets)}
-    return {}
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -24,3 +24,11 @@ def test_a_number_that_is_changed_is_found(tmp_path: Path) -> None:
     (tmp_path / VALUES).write_text(json.dumps({"format": content["format"], "state": content["state"]}))
     with pytest.raises(SaelabError, match="cannot be read"):
         load_state(tmp_path)
+
+
+def test_only_the_rows_that_a_process_asks_for_are_loaded(tmp_path: Path) -> None:
+    weights, scalar = torch.rand(6, 2), torch.tensor(3.0)
+    save_state(tmp_path, {"sae": {"W_enc": weights, "b_dec": weights[0]}, "step": scalar, "rng": weights})
+    loaded = load_state(tmp_path, own=lambda name, rows: slice(2, 5) if name == "sae/W_enc" else slice(rows))
+    assert torch.equal(loaded["sae"]["W_enc"], weights[2:5]) and torch.equal(loaded["sae"]["b_dec"], weights[0])
+    assert loaded["step"] == 3 and torch.equal(loaded["rng"], weights)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from saelab.sae.allocation.candidates import runs_of
 from saelab.sae.allocation.capacity import expected_densities
-from saelab.sae.allocation.methods import Allocation, FeatureAllocation, _runs, allocation_of
+from saelab.sae.allocation.methods import Allocation, FeatureAllocation, allocation_of
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
 from saelab.sae.encoder import Linear
 from saelab.sae.losses import under_used
@@ -112,7 +113,7 @@ def test_feature_choice_begins_after_its_share_and_spends_the_budget_exactly(cap
 
 def test_the_bands_cover_every_rank_within_a_factor_of_two() -> None:
     capacities = torch.tensor([90.0, 60.5, 40.0, 9.0, 3.2, 1.5, 0.9, 0.2, 0.0])
-    runs = _runs(capacities)
+    runs = runs_of(capacities)
     assert [start for start, _, _ in runs] == [0, *(stop for _, stop, _ in runs[:-1])] and runs[-1][1] == 9
     for start, stop, largest in runs:
         assert int(capacities[start:stop].ceil().max()) == largest

@@ -43,8 +43,25 @@ class Bands(NamedTuple):
     runs: list[tuple[int, int, int]]
     """(start, stop, largest capacity) of runs of that order."""
 
+    @classmethod
+    def of(cls, capacities: Tensor) -> "Bands":
+        """The bands of features with `capacities` ``[n_features]``; waits for a GPU."""
+        order = torch.argsort(capacities, descending=True, stable=True)
+        return cls(order, runs_of(capacities[order]))
+
     def times(self, factor: int) -> "Bands":
         return Bands(self.order, [(start, stop, factor * largest) for start, stop, largest in self.runs])
+
+
+def runs_of(by_rank: Tensor) -> list[tuple[int, int, int]]:
+    """Runs of ranks (start, stop, largest capacity) whose capacities differ by about a factor of two at most."""
+    largest = by_rank.ceil().long().tolist()
+    runs, start = [], 0
+    for i in range(1, len(largest) + 1):
+        if i == len(largest) or largest[i] < max(1, largest[start] // 2):
+            runs.append((start, i, largest[start]))
+            start = i
+    return runs
 
 
 class Bounds(Protocol):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from saelab.sae.allocation.candidates import Bands
+from saelab.sae.allocation.candidates import Bands, runs_of
 from saelab.sae.allocation.capacity import draw_capacities, fit_zipf, ranks, zipf_capacities
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
 from saelab.sae.encoder import Encoder
@@ -161,7 +161,7 @@ class FeatureAllocation(Allocation):
         if state:
             self.curve, self.densities = tuple(state["curve"]), state["densities"]
             self._by_rank, self._rank, self._carry = state["by_rank"], state["rank"], state["carry"]
-            self._bands = Bands(torch.argsort(self._rank), _runs(self._by_rank))
+            self._bands = Bands(torch.argsort(self._rank), runs_of(self._by_rank))
 
     def state_bytes(self, n_features: int) -> int:
         return 3 * 8 * n_features + 8  # densities, by_rank and rank; the carry
@@ -187,11 +187,11 @@ class FeatureAllocation(Allocation):
         """Capacities by rank, and bands, of a step with a larger k than the final one."""
         assert self._bands is not None
         by_rank = self._capacities(k, tokens)
-        return by_rank.to(self._rank.device), Bands(self._bands.order, _runs(by_rank))
+        return by_rank.to(self._rank.device), Bands(self._bands.order, runs_of(by_rank))
 
     def _set_rank(self, tokens: int) -> None:
         self.densities = (self._by_rank / tokens)[self._rank]
-        runs = _runs(self._by_rank) if self._bands is None else self._bands.runs
+        runs = runs_of(self._by_rank) if self._bands is None else self._bands.runs
         self._bands = Bands(torch.argsort(self._rank), runs)
 
 
@@ -206,14 +206,3 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
 def allocation_of(settings: SaeSettings) -> type[Allocation]:
     """The class that `settings` names."""
     return ALLOCATIONS[settings.allocation.name]
-
-
-def _runs(by_rank: Tensor) -> list[tuple[int, int, int]]:
-    """Runs of ranks (start, stop, largest capacity) whose capacities differ by about a factor of two at most."""
-    largest = by_rank.ceil().long().tolist()
-    runs, start = [], 0
-    for i in range(1, len(largest) + 1):
-        if i == len(largest) or largest[i] < max(1, largest[start] // 2):
-            runs.append((start, i, largest[start]))
-            start = i
-    return runs

@@ -7,7 +7,7 @@ the lower feature.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from saelab.sae.allocation.candidates import (
 
 class Rule(Protocol):
     """An allocation for batches of scores ``[tokens, n_features]``."""
+
+    compares: ClassVar[str]
+    """What the entries share that an entry competes with: its token, its feature, the batch, or nothing."""
 
     def mask(self, scores: Tensor) -> Tensor:
         """The active entries, bool ``[tokens, n_features]``, by the dense formula."""
@@ -54,6 +57,7 @@ class TokenChoice:
     TopK (Gao et al. 2024, arXiv 2406.04093, section 2.3); the name is Ayonrinde's (2024, arXiv 2411.02124).
     """
 
+    compares = "token"
     k: int
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -80,6 +84,7 @@ class MutualChoice:
     Ayonrinde (2024, arXiv 2411.02124); the same as BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
+    compares = "batch"
     k: int
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -106,6 +111,7 @@ class FeatureChoice:
     Ayonrinde (2024, arXiv 2411.02124). The m_i, which sum to k * tokens, come from capacity.py.
     """
 
+    compares = "feature"
     capacities: Tensor
     """m, ``[n_features]`` int64."""
     total: int
@@ -137,6 +143,7 @@ class Threshold:
     rules in inference (thresholds.py).
     """
 
+    compares = "nothing"
     cut: Tensor
     """``[n_features]``, or ``[1]``: one for all."""
 

@@ -14,8 +14,10 @@ from torch.profiler import record_function
 
 from saelab.codes import Codes
 from saelab.kernels import sddmm
+from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.affinity import Alignment, score
 from saelab.sae.allocation.candidates import Entries
+from saelab.sae.allocation.gathered import compared_along, keep, proposing_rule, strongest
 from saelab.sae.allocation.rules import Rule
 from saelab.sae.encoder import Encoder, Scratch, Tile, tiles
 
@@ -53,27 +55,33 @@ def select(
     bf16: bool = False,
     masked: Request | None = None,
     scratch: Scratch,
+    ranks: Ranks = ALONE,
+    batch: int | None = None,
 ) -> tuple[list[Selection], Selection | None]:
     """The selection by each of `rules`, and that of a request with a mask.
 
     centred = x - b_dec ``[tokens, d_in]``, at least float32. `alignment` adds the gradient to the scores, which needs
     W_dec ``[n_features, d_in]``. All share one pass over the tiles: the rule with the most slots finds the candidates,
     and the others choose among them.
+
+    If several processes share the work, everything is of this process's tokens and features, but the choice is the one
+    among all of them; `batch` is the number of tokens of all.
     """
     tokens, n_features = len(centred), len(W_dec)
+    batch = tokens if batch is None else batch
     margin = BF16_MARGIN if bf16 else EXACT_MARGIN if alignment else 0.0
-    widest = max(rules, key=lambda rule: rule.slots(tokens) or 0)
+    widest = proposing_rule(max(rules, key=lambda rule: rule.slots(tokens) or 0), batch, tokens)
     bounds = widest.bounds(tokens, n_features, margin, centred.device)
-    strongest = None
+    masked_best = None
     if masked is not None and masked.mask is not None:
-        strongest = _Strongest(masked.mask, masked.rule.slots(1) or n_features, centred)
+        masked_best = _Strongest(masked.mask, masked.rule.slots(1) or n_features, centred)
     proposing = centred.bfloat16() if bf16 else centred
     found, ordered = [], bounds.row_major
     for tile in tiles(tokens, n_features, centred.device, bf16, bounds.whole_columns):
         scores = encoder.scores(proposing, tile, scratch)
-        if strongest is not None:
+        if masked_best is not None:
             with record_function("selection"):
-                strongest.see(scores, tile)
+                masked_best.see(scores, tile)
         if alignment is not None:
             scores = _aligned_scores(W_dec, alignment, scores, tile, scratch)
         with record_function("selection"):
@@ -94,9 +102,10 @@ def select(
             entries = entries._replace(scores=exact)
         selections = []
         for rule in rules:
-            pattern, slots = as_codes(entries, rule.keep(entries, tokens), rule.slots(tokens), tokens, n_features)
+            limit = rule.slots(tokens) if compared_along(rule, ranks).size == 1 else None
+            pattern, slots = as_codes(entries, keep(rule, entries, batch, ranks), limit, tokens, n_features)
             selections.append(Selection(pattern, pre[slots]))
-        return selections, None if strongest is None else strongest.selection(exact=not bf16)
+        return selections, None if masked_best is None else masked_best.selection(ranks.features, exact=not bf16)
 
 
 def in_order(entries: Entries, n_features: int) -> Entries:
@@ -154,6 +163,7 @@ class _Strongest:
 
     def __init__(self, mask: Tensor, k: int, centred: Tensor) -> None:
         self.mask, device = mask, centred.device
+        self.k = k
         if device.type == "cpu":  # elsewhere the host cannot know how many there are without waiting
             k = min(k, int(mask.sum()))
         k = min(k, len(mask))
@@ -177,7 +187,10 @@ class _Strongest:
         self.values[tile.tokens], best = values.topk(k, dim=1, sorted=False)
         self.features[tile.tokens] = features.gather(1, best)
 
-    def selection(self, exact: bool) -> Selection:
-        """The entries found; slots that no feature fills have value -inf."""
+    def selection(self, axis: Axis, *, exact: bool) -> Selection:
+        """The entries found, those of this process along `axis`; slots that no feature fills have value -inf."""
         pattern = Codes.from_topk(self.values, self.features, len(self.mask))
+        if axis.size > 1:
+            kept = strongest(self.values, self.k, axis) & (self.values > -torch.inf)
+            pattern = pattern.where(kept.flatten())
         return Selection(pattern, pattern.values if exact else None)
