@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from saelab.sae.settings import (
     SparsitySettings,
 )
 from saelab.training.settings import TrainingSettings
+from saelab.training.state import load_state, save_state
 from saelab.training.trainer import Trainer, learning_rate
 
 D, F, K, BATCH, STEPS = 16, 64, 3, 96, 20
@@ -300,7 +302,8 @@ def same(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("at", [4, 8])
-def test_a_resumed_training_with_all_of_them_continues_to_the_bit(name: str, at: int) -> None:
+def test_a_resumed_training_with_all_of_them_continues_to_the_bit(name: str, at: int, tmp_path: Path) -> None:
+    """From the state on the disk."""
     settings = METHODS[name]
     if name != "jumprelu":
         settings = dataclasses.replace(settings, k_start=11, k_steps=0.5)
@@ -309,19 +312,13 @@ def test_a_resumed_training_with_all_of_them_continues_to_the_bit(name: str, at:
     logs = [whole.step(batch) for batch in batches()]
     for batch in batches(at):
         first.step(batch)
-    state = first.state_dict()
-    second.load_state_dict({name: _copied(part) for name, part in state.items()})
+    save_state(tmp_path, first.state_dict())
+    second.load_state_dict(load_state(tmp_path))
     assert [second.step(batch) for batch in list(batches())[at:]] == logs[at:]
     same(second.sae, whole.sae)
     whole.release()
     second.release()
     same(second.sae, whole.sae)
-
-
-def _copied(state: object) -> object:
-    if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    return state.detach().clone() if isinstance(state, Tensor) else state
 
 
 def test_settings_that_are_no_choice_are_named() -> None:
