@@ -329,18 +329,19 @@ class SparseAutoencoder(nn.Module):
         return folded
 
     @torch.no_grad()
-    def lift(self, x: Tensor, mask: Tensor) -> None:
+    def lift(self, x: Tensor, mask: Tensor, tables: Tables | None = None) -> None:
         """Raise the bias of those features of `mask` that no token of x activates, until the nearest one just does.
 
         No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss; it reaches
-        a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
+        a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool; `tables` as in `training_pass`.
         """
         # on a CPU only the features of the mask; elsewhere all, or the host would wait to know which they are
         mask = mask[self.part]
         which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
         for rows in which.split(4096):
             own = x[self.ranks.data.part(len(x))]
-            highest = torch.addmm(self.b_enc[rows], self._centre(own), self.W_enc[rows].T).amax(0)
+            W = (self.W_enc if tables is None else tables.W_enc)[rows].to(self.W_enc.dtype)
+            highest = torch.addmm(self.b_enc[rows], self._centre(own), W.T).amax(0)
             highest = self.ranks.data.max_(highest)
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 

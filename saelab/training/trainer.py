@@ -80,12 +80,12 @@ class Trainer:
         step, tokens, sae = self.steps, len(batch.x), self.sae
         if batch.gradients is None and self.sae_settings.needs_gradients:
             raise SaelabError("training: the gradient affinity needs batches with gradients of the model's loss")
+        tables = sae.rounded_tables() if self.settings.precision == "bfloat16" else None
         targets = self.usage.targets(tokens)
         if targets is not None and self.sae_settings.aux.lift:
-            sae.lift(batch.x, targets)
+            sae.lift(batch.x, targets, tables)
 
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        tables = sae.rounded_tables() if self.settings.precision == "bfloat16" else None
         batches = batch.cut(self.settings.accumulate)
         parts = [self._add_gradients(each, targets, tables, len(batches), logged) for each in batches]
         with record_function("optimiser"):

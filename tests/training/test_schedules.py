@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saelab.errors import SettingError
 from saelab.memory import peak_bytes
 from saelab.sae.allocation.rules import FeatureChoice
-from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+from saelab.sae.model import LIFT, Batch, SparseAutoencoder, new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,
@@ -224,7 +224,7 @@ def test_with_bfloat16_copies_gradients_are_those_of_the_rounded_weights(name: s
     """A twin with rounded weights has the same values and gradients, and the trainer's weights are not rounded."""
     settings = dataclasses.replace(METHODS[name], selection="float32" if name == "jumprelu" else selection)
     tested = trainer(settings, changed(precision="bfloat16"))
-    twin = Trainer(_single(tested.sae, settings), TRAINING, settings)
+    twin = Trainer(_rounded(tested.sae, settings), TRAINING, settings)
     (batch,) = batches(1)
     before = tested.sae.W_enc.detach().clone()
     found, metrics = gradients_of_a_step(tested, batch)
@@ -236,7 +236,20 @@ def test_with_bfloat16_copies_gradients_are_those_of_the_rounded_weights(name: s
     assert metrics["fvu"] == pytest.approx(logged["fvu"], rel=1e-5) and metrics["l0"] == logged["l0"]
 
 
-def _single(sae: SparseAutoencoder, settings: SaeSettings) -> SparseAutoencoder:
+def test_with_bfloat16_copies_features_are_lifted_until_the_rounded_weights_activate_them() -> None:
+    settings = SaeSettings(F, K, aux=AuxSettings("aux_k", lift=True))
+    tested = trainer(settings, changed(precision="bfloat16"))
+    tested.sae.b_enc.data[::3] = -50
+    twin, x = _rounded(tested.sae, settings), next(batches()).x
+    dead = torch.arange(F) % 3 == 0
+    tested.sae.lift(x, dead, tested.sae.rounded_tables())
+    twin.b_enc.data.copy_(tested.sae.b_enc)
+    highest = twin.pre_activations(x).amax(0)[dead]
+    torch.testing.assert_close(highest, torch.full_like(highest, LIFT), rtol=0, atol=1e-4)
+    assert not torch.allclose(tested.sae.pre_activations(x).amax(0)[dead], highest, rtol=0, atol=1e-4)
+
+
+def _rounded(sae: SparseAutoencoder, settings: SaeSettings) -> SparseAutoencoder:
     """The autoencoder with W_enc and W_dec rounded to bfloat16."""
     twin = new_autoencoder(settings, SAMPLE, seed=0)
     twin.load_state_dict(sae.state_dict())
