@@ -53,7 +53,8 @@ class Batch(NamedTuple):
 
     def part(self, tokens: slice) -> "Batch":
         """The batch of some of the tokens."""
-        return Batch(*(None if part is None else part[tokens] for part in self))
+        target, gradients = (None if part is None else part[tokens] for part in (self.target, self.gradients))
+        return Batch(self.x[tokens], target, gradients)
 
     def cut(self, parts: int) -> list["Batch"]:
         """The batch as `parts` batches, or fewer if one would have less than two tokens; the first ones are longer."""

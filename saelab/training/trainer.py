@@ -125,7 +125,7 @@ class Trainer:
         bf16 = self.sae_settings.selection == "bfloat16"
         forward, found = sae.training_pass(batch, rule, requests, bf16=bf16, tables=tables)
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
-        coverage = self._target_coverage(requests, found) if logged else {}
+        coverage = _target_coverage(requests, found, self._counts) if logged else {}
         counts = self._counts(forward.codes)
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
@@ -137,15 +137,6 @@ class Trainer:
         """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
         ranks = self.sae.ranks
         return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
-
-    def _target_coverage(self, requests: list[Request | None], found: list[Selection | None]) -> dict[str, Any]:
-        """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
-        for request, entries in zip(requests, found, strict=True):
-            if request is not None and request.mask is not None and entries is not None:
-                selected = int((self._counts(entries.pattern) > 0).sum())
-                targets = int(request.mask.sum())
-                return {"targets": targets, "share_reached": selected / max(1, targets)}
-        return {}
 
     def trained(self) -> Trained:
         """Results of the training so far."""
@@ -247,6 +238,20 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
     if settings.schedule == "cosine":
         fall = (1 - math.cos(math.pi * min(1.0, fall))) / 2
     return settings.lr * min(1.0, rise, fall)
+
+
+def _target_coverage(
+    requests: list[Request | None],
+    found: list[Selection | None],
+    counts: Callable[[Codes], Tensor] = Codes.firing_counts,
+) -> dict[str, Any]:
+    """Number of target features of the auxiliary loss, and the share with a gradient from it; empty without one."""
+    for request, entries in zip(requests, found, strict=True):
+        if request is not None and request.mask is not None and entries is not None:
+            selected = int((counts(entries.pattern) > 0).sum())
+            targets = int(request.mask.sum())
+            return {"targets": targets, "share_reached": selected / max(1, targets)}
+    return {}
 
 
 def _mean(numbers: Sequence[float]) -> float:

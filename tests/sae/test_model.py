@@ -12,8 +12,7 @@ from saelab.sae.allocation.selection import Request
 from saelab.sae.losses import Forward, auxiliary, batch_fvu, terms
 from saelab.sae.model import Batch, SparseAutoencoder, geometric_median
 from saelab.sae.settings import SaeSettings
-from saelab.training.settings import TrainingSettings
-from saelab.training.trainer import Trainer
+from saelab.training.trainer import _target_coverage
 
 D, F, K, N = 6, 20, 4, 30
 TOKEN = TokenChoice(K)
@@ -112,8 +111,7 @@ def test_the_auxiliary_loss_trains_exactly_the_selected_features_with_a_positive
     expected = set(dead[chosen.any(0)].tolist())
     requested = Request(TokenChoice(k_aux), mask_of(dead))
     _, (entries,) = sae.training_pass(Batch(x), TOKEN, [requested], bf16=bf16)
-    trainer = Trainer(SparseAutoencoder(D, F, K), TrainingSettings(), SaeSettings(F, K))
-    assert trainer._target_coverage([requested], [entries]) == {
+    assert _target_coverage([requested], [entries]) == {
         "targets": len(dead),
         "share_reached": len(expected) / len(dead),
     }

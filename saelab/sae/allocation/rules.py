@@ -57,7 +57,7 @@ class TokenChoice:
     TopK (Gao et al. 2024, arXiv 2406.04093, section 2.3); the name is Ayonrinde's (2024, arXiv 2411.02124).
     """
 
-    compares = "token"
+    compares: ClassVar[str] = "token"
     k: int
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class MutualChoice:
     Ayonrinde (2024, arXiv 2411.02124); the same as BatchTopK (Bussmann et al. 2024, arXiv 2412.06410).
     """
 
-    compares = "batch"
+    compares: ClassVar[str] = "batch"
     k: int
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class FeatureChoice:
     Ayonrinde (2024, arXiv 2411.02124). The m_i, which sum to k * tokens, come from capacity.py.
     """
 
-    compares = "feature"
+    compares: ClassVar[str] = "feature"
     capacities: Tensor
     """m, ``[n_features]`` int64."""
     total: int
@@ -143,7 +143,7 @@ class Threshold:
     rules in inference (thresholds.py).
     """
 
-    compares = "nothing"
+    compares: ClassVar[str] = "nothing"
     cut: Tensor
     """``[n_features]``, or ``[1]``: one for all."""
 
