@@ -16,7 +16,7 @@ from saelab.codes import Codes
 
 _BLOCK_ROWS = 2048
 """Rows of a transposed product at a time: 6 MB at d 768."""
-_BLOCK_ENTRIES = 4096
+CAST_ENTRIES = 4096
 """Rows gathered at a time to be cast: 12 MB at d 768."""
 
 
@@ -35,8 +35,8 @@ def spmm(codes: Codes, table: Tensor) -> Tensor:
         ).to(dtype)
     out = table.new_zeros(codes.tokens, table.shape[1], dtype=exact)
     rows = codes.row_of_entry()
-    for start in range(0, codes.nnz, _BLOCK_ENTRIES):
-        block = slice(start, start + _BLOCK_ENTRIES)
+    for start in range(0, codes.nnz, CAST_ENTRIES):
+        block = slice(start, start + CAST_ENTRIES)
         weighted = table[codes.features[block]].to(exact) * values[block, None].to(exact)
         out.index_add_(0, rows[block], weighted)
     return out.to(dtype)
@@ -73,8 +73,8 @@ def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:
         )
     else:
         products = torch.empty(codes.nnz, dtype=exact)
-        for start in range(0, codes.nnz, _BLOCK_ENTRIES):
-            block = slice(start, start + _BLOCK_ENTRIES)
+        for start in range(0, codes.nnz, CAST_ENTRIES):
+            block = slice(start, start + CAST_ENTRIES)
             products[block] = torch.linalg.vecdot(a[tokens[block]].to(exact), b[features[block]].to(exact))
     return torch.empty_like(products).index_copy_(0, order, products).to(dtype)
 

@@ -30,18 +30,23 @@ are equally fast at 0.12 (batch 2048, d 256, 4096 features) and 0.10 (1024, 768,
 four to five times faster. Not measured on a GPU, where codes of any density take the sparse kernels.
 """
 
+CAST_ELEMENTS = 2**24
+"""Numbers of a table that are cast at a time, 64 MB in float32."""
+
 _MODULES = {"reference": "reference", "cpu": "cpu", "dense": "dense", "triton": "gpu"}
 
 
-def spmm(codes: Codes, table: Tensor) -> Tensor:
+def spmm(codes: Codes, table: Tensor, *, read: Tensor | None = None) -> Tensor:
     """Sum of rows of `table` weighted by `codes`; ``codes.to_dense() @ table``.
 
     table ``[n_features, d]`` -> ``[tokens, d]``, in the promoted dtype of values and table (float32, bfloat16, float16
     or float64 each). Gradients reach ``codes.values`` and `table`. Non-contiguous input is copied. Entries of value 0
-    have no effect. Raises ValueError if shapes do not fit; does not check that features are in range.
+    have no effect. `read`: a copy of `table` in a lower precision that is read instead of it; the gradients are those
+    of the product with `read`, and reach `table` in its own precision. Raises ValueError if shapes do not fit; does not
+    check that features are in range.
     """
     _check_shapes(codes, codes.tokens, table)
-    return _Spmm.apply(codes.values, codes, table)
+    return _Spmm.apply(codes.values, codes, table, read)
 
 
 def sddmm(
@@ -52,17 +57,18 @@ def sddmm(
     *,
     centre: Tensor | None = None,
     known: Tensor | None = None,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Dot products of rows of `a` and `b` at the entries of `pattern`; ``((a - centre) @ b.T + bias)[pattern]``.
 
     a ``[tokens, d]``, b ``[n_features, d]``, bias ``[n_features]``, centre ``[d]`` -> ``[nnz]``, in the promoted dtype
     of the arguments. Gradients reach `a`, `b`, `bias` and `centre`; the values of `pattern` are not read.
     Non-contiguous input is copied. If the caller already has the result (from the dense product it selected on), it is
-    passed as `known` and returned unchanged, and only gradients are computed here. Raises ValueError if shapes do not
-    fit; does not check that features are in range.
+    passed as `known` and returned unchanged, and only gradients are computed here. `read` is a copy of `b`, as in
+    `spmm`. Raises ValueError if shapes do not fit; does not check that features are in range.
     """
     _check_shapes(pattern, len(a), b, a)
-    return _Sddmm.apply(pattern, a, b, bias, centre, known)
+    return _Sddmm.apply(pattern, a, b, bias, centre, known, read)
 
 
 def per_entry(pattern: Codes, vector: Tensor) -> Tensor:
@@ -109,49 +115,67 @@ def _summed_by_feature(codes: Codes, like: Tensor) -> Tensor:
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, codes: Codes, table: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, codes: Codes, table: Tensor, read: Tensor | None) -> Tensor:
         values, table = values.contiguous(), table.contiguous()
-        ctx.save_for_backward(values, table)
+        read = table if read is None else read.contiguous()
+        ctx.save_for_backward(values, table, read)
         ctx.pattern = codes
-        return _backend(table, codes).spmm(codes.with_values(values), table)
+        return _backend(read, codes).spmm(codes.with_values(values), read)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        values, table = ctx.saved_tensors
+        values, table, read = ctx.saved_tensors
         codes, grad, backend = ctx.pattern.with_values(values), grad.contiguous(), _backend(table, ctx.pattern)
-        d_values = backend.sddmm(codes, grad, table).to(values.dtype) if ctx.needs_input_grad[0] else None
+        d_values = backend.sddmm(codes, grad, read).to(values.dtype) if ctx.needs_input_grad[0] else None
         d_table = _table_gradient(backend, codes, grad, table) if ctx.needs_input_grad[2] else None
-        return d_values, None, d_table
+        return d_values, None, d_table, None
 
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pattern: Codes, a: Tensor, b: Tensor, bias: Tensor | None, centre: Tensor | None, known: Tensor | None
+        ctx: Any,
+        pattern: Codes,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        centre: Tensor | None,
+        known: Tensor | None,
+        read: Tensor | None,
     ) -> Tensor:
         a, b = (a if centre is None else a - centre).contiguous(), b.contiguous()
-        ctx.save_for_backward(a, b)
+        read = b if read is None else read.contiguous()
+        ctx.save_for_backward(a, b, read)
         ctx.pattern = pattern
         if known is not None:
             return known.clone()
-        products = _backend(a, pattern).sddmm(pattern, a, b)
+        products = _backend(a, pattern).sddmm(pattern, a, read)
         return products if bias is None else products + bias[pattern.features]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a, b = ctx.saved_tensors
+        a, b, read = ctx.saved_tensors
         codes, backend = ctx.pattern.with_values(grad.contiguous()), _backend(a, ctx.pattern)
-        _, wants_a, wants_b, wants_bias, wants_centre, _ = ctx.needs_input_grad
-        d_a = backend.spmm(codes, b) if wants_a else None
+        _, wants_a, wants_b, wants_bias, wants_centre, *_ = ctx.needs_input_grad
+        d_a = backend.spmm(codes, read) if wants_a else None
         d_b = _table_gradient(backend, codes, a, b) if wants_b else None
         d_bias = d_centre = None
         if wants_bias or wants_centre:
             per_feature = _summed_by_feature(codes, a)  # d_centre does not need the gradient [tokens, d] of `a`
             d_bias = per_feature if wants_bias else None
-            d_centre = -(per_feature.to(b.dtype) @ b) if wants_centre else None
-        return None, d_a, d_b, d_bias, d_centre, None
+            d_centre = -_weighted_sum(per_feature.to(b.dtype), read) if wants_centre else None
+        return None, d_a, d_b, d_bias, d_centre, None, None
+
+
+def _weighted_sum(weights: Tensor, table: Tensor) -> Tensor:
+    """``weights @ table`` in the dtype of weights ``[n]``; table ``[n, d]`` may be of a lower precision."""
+    if table.dtype == weights.dtype:
+        return weights @ table
+    rows = max(1, CAST_ELEMENTS // table.shape[1])
+    parts = zip(weights.split(rows), table.split(rows), strict=True)
+    return sum((part @ block.to(part.dtype) for part, block in parts), weights.new_zeros(table.shape[1]))
 
 
 def accumulate_in_place(table: Tensor) -> None:

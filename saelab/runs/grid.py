@@ -23,7 +23,7 @@ from saelab.runs.config import (
 )
 from saelab.runs.job import Config
 
-_VARIED = ("site", "training.lr", "training.warmup", "training.decay", "training.clip")
+_VARIED = ("site", "training.lr", "training.warmup", "training.decay", "training.schedule", "training.clip")
 """Settings besides those of `sae` that may differ between runs on the same batches."""
 
 

@@ -27,6 +27,13 @@ Config = str | Path | Mapping[str, Any] | RunSettings
 Say = Callable[[str], None]
 
 
+_ADDED = {
+    "sae": ("seed", "k_start", "k_steps"),
+    "training": ("schedule", "accumulate", "precision", "ema"),
+}
+"""Settings that earlier versions did not have."""
+
+
 def quiet(message: str) -> None:
     """Prints nothing."""
 
@@ -88,8 +95,13 @@ class Job:
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
-        if parts["sae"]["seed"] is None:  # the same weights as of versions without this setting
-            del parts["sae"]["seed"]
+        for section, names in _ADDED.items():  # by default the same weights as of versions without these settings
+            defaults = type(getattr(self.settings, section))()
+            parts[section] = {
+                name: value
+                for name, value in parts[section].items()
+                if name not in names or value != getattr(defaults, name)
+            }
         cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))

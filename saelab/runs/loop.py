@@ -94,6 +94,7 @@ class Training:
             return
         if self._level and self.trainer.steps:
             self.save(position)
+        self.trainer.release()
         self._write(lambda sae: {})
 
     def finish(self, track: Track) -> None:

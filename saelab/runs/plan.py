@@ -90,8 +90,8 @@ class Plan:
 _PLACES = {"memory": "memory", "gpu": "GPU memory", "disk": "disk"}
 _LESS = (
     "To need less, set `model.dtype=bf16`, fewer `rows_per_forward` or `buffer_tokens` (of `activations.stream` or "
-    "`activations.cache`), fewer `cache.rows_per_forward` or `cache.shard_tokens`, or a smaller `sae.n_features` or "
-    "`training.batch`."
+    "`activations.cache`), fewer `cache.rows_per_forward` or `cache.shard_tokens`, a smaller `sae.n_features` or "
+    "`training.batch`, or a larger `training.accumulate`."
 )
 _ADVICE = {
     "memory": _LESS,

@@ -98,12 +98,14 @@ class Linear:
 
     W_enc: Tensor
     b_enc: Tensor
+    read: Tensor | None = None
+    """A copy of W_enc in bfloat16 that is read instead of it; its gradients reach W_enc."""
 
     def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
-        return _dense_pre(self.W_enc, self.b_enc, centred, tile, scratch)
+        return _dense_pre(self.W_enc, self.b_enc, self.read, centred, tile, scratch)
 
     def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
-        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known)
+        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known, read=self.read)
 
     def values(self, pre: Tensor, pattern: Codes) -> Tensor:
         return pre.relu() * (pattern.values > 0).to(pre.dtype)  # a slot that was not filled stays 0
@@ -121,15 +123,17 @@ class JumpReLU:
 
     W_enc: Tensor
     b_enc: Tensor
+    read: Tensor | None
+    """As in `Linear`."""
     log_threshold: Tensor
     bandwidth: float
     """Width of the window around theta whose entries move it, in units of z."""
 
     def scores(self, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
-        return _dense_pre(self.W_enc, self.b_enc, centred, tile, scratch)
+        return _dense_pre(self.W_enc, self.b_enc, self.read, centred, tile, scratch)
 
     def pre(self, pattern: Codes, x: Tensor, centre: Tensor | None, known: Tensor | None = None) -> Tensor:
-        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known)
+        return sddmm(pattern, x, self.W_enc, self.b_enc, centre=centre, known=known, read=self.read)
 
     def values(self, pre: Tensor, pattern: Codes) -> Tensor:
         return _JumpReLU.apply(pre, per_entry(pattern, self.log_threshold.exp()), self.bandwidth)
@@ -166,11 +170,14 @@ def _runs(n: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _dense_pre(W_enc: Tensor, b_enc: Tensor, centred: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+def _dense_pre(
+    W_enc: Tensor, b_enc: Tensor, read: Tensor | None, centred: Tensor, tile: Tile, scratch: Scratch
+) -> Tensor:
     with record_function("encoder matmul"), torch.no_grad():
-        x, W, b = centred[tile.tokens], W_enc[tile.features], b_enc[tile.features]
-        if x.dtype == torch.bfloat16:
-            W, b = scratch.bf16("W_enc", W), b.bfloat16()
+        x, b = centred[tile.tokens], b_enc[tile.features].to(centred.dtype)
+        W = (W_enc if read is None else read)[tile.features]
+        if W.dtype != x.dtype:
+            W = scratch.get("W_enc", tuple(W.shape), x.dtype, W.device).copy_(W)
         return torch.addmm(b, x, W.T, out=scratch.get("pre", (len(x), len(W)), x.dtype, x.device))
 
 

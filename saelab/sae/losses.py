@@ -41,6 +41,8 @@ class Forward:
 
     encoder: Encoder
     W_dec: Tensor
+    read: Tensor | None
+    """The copy of W_dec in bfloat16 that decoding reads; None: W_dec itself."""
     b_dec: Tensor
     centre: Tensor | None
     """Vector that is subtracted from x: b_dec, or None."""
@@ -63,7 +65,8 @@ class Forward:
         """The reconstruction from other entries, with gradients, ``[tokens, d_out]``."""
         pre = self.encoder.pre(selection.pattern, self.x, self.centre, selection.pre)
         values = self.encoder.values(pre, selection.pattern)
-        return total(spmm(selection.pattern.with_values(values), self.W_dec), self.ranks.features) + self.b_dec
+        decoded = spmm(selection.pattern.with_values(values), self.W_dec, read=self.read)
+        return total(decoded, self.ranks.features) + self.b_dec
 
 
 class Term(NamedTuple):
@@ -157,7 +160,7 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
     centre = None if forward.centre is None else forward.centre.detach()
     values = forward.encoder.pre(pattern, forward.x.detach(), centre, known).relu() * filled
     ranks = forward.ranks
-    explained = total(spmm(pattern.with_values(values), forward.W_dec), ranks.features)
+    explained = total(spmm(pattern.with_values(values), forward.W_dec, read=forward.read), ranks.features)
     squares = total(torch.linalg.vector_norm(error - explained).square(), ranks.data)
     ratio = squares / _deviation(error, ranks.data, forward.batch)
     any_filled = ranks.every.max_(filled.any().to(ratio.dtype)) > 0

@@ -56,6 +56,19 @@ class Batch(NamedTuple):
         target, gradients = (None if part is None else part[tokens] for part in (self.target, self.gradients))
         return Batch(self.x[tokens], target, gradients)
 
+    def cut(self, parts: int) -> list["Batch"]:
+        """The batch as `parts` batches, or fewer if one would have less than two tokens; the first ones are longer."""
+        parts = max(1, min(parts, len(self.x) // 2))
+        columns = [[None] * parts if each is None else each.tensor_split(parts) for each in self]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+class Tables(NamedTuple):
+    """Copies in bfloat16 that the products of a training step read instead of the weights."""
+
+    W_enc: Tensor
+    W_dec: Tensor
+
 
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder.
@@ -109,9 +122,12 @@ class SparseAutoencoder(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The encoder, with the parameters themselves."""
+        return self._encoder(None)
+
+    def _encoder(self, read: Tensor | None) -> Encoder:
         if self.log_threshold is None:
-            return Linear(self.W_enc, self.b_enc)
-        return JumpReLU(self.W_enc, self.b_enc, self.log_threshold, self.bandwidth)
+            return Linear(self.W_enc, self.b_enc, read)
+        return JumpReLU(self.W_enc, self.b_enc, read, self.log_threshold, self.bandwidth)
 
     @property
     def rule(self) -> Rule:
@@ -154,14 +170,26 @@ class SparseAutoencoder(nn.Module):
         """The dense pre-activations of a few tokens: x ``[tokens, d_in]`` -> ``[tokens, n_features]``."""
         return torch.addmm(self.b_enc, self._centre(x), self.W_enc.T)
 
+    @torch.no_grad()
+    def rounded_tables(self) -> Tables:
+        """Copies of W_enc and W_dec in bfloat16, in buffers that the next call overwrites."""
+        return Tables(self._scratch.bf16("W_enc copy", self.W_enc), self._scratch.bf16("W_dec copy", self.W_dec))
+
     def training_pass(
-        self, batch: Batch, rule: Rule, requests: Sequence[Request | None] = (), *, bf16: bool = False
+        self,
+        batch: Batch,
+        rule: Rule,
+        requests: Sequence[Request | None] = (),
+        *,
+        bf16: bool = False,
+        tables: Tables | None = None,
     ) -> tuple[Forward, list[Selection | None]]:
         """The forward pass of a training step, differentiable; and the entries of each request, None if it is None.
 
         `rule` selects the active entries; `bf16` lets bfloat16 propose the candidates. At most one request may have a
-        mask. Processes that share the training get the same batch, rules and requests; each returns what belongs to its
-        tokens and features.
+        mask. With `tables` the pass and its gradients are those of an autoencoder with these weights, summed in
+        float32; the gradients reach the parameters. Processes that share the training get the same batch, rules and
+        requests; each returns what belongs to its tokens and features.
         """
         tokens, own = len(batch.x), self.ranks.data.part(len(batch.x))
         masked = next((request for request in requests if request is not None and request.mask is not None), None)
@@ -169,7 +197,8 @@ class SparseAutoencoder(nn.Module):
             masked = masked._replace(mask=masked.mask[self.part])
         wider = [request.rule for request in requests if request is not None and request.mask is None]
         rules = [own_rule(each, self.part) for each in (rule, *wider)]
-        encoder, ranks = self.encoder, self.ranks
+        encoder, ranks = self._encoder(None if tables is None else tables.W_enc), self.ranks
+        read = None if tables is None else tables.W_dec
         with torch.no_grad():
             aligned = alignment(batch.gradients, self.beta)
             if aligned is not None:
@@ -194,8 +223,9 @@ class SparseAutoencoder(nn.Module):
             pre = encoder.pre(main.pattern, batch.x, centre, main.pre)
             codes = main.pattern.with_values(encoder.values(pre, main.pattern))
             target = batch.x if batch.target is None else batch.target
+            decoded = total(spmm(codes, W_dec, read=read), ranks.features) + self.b_dec
             forward = Forward(
-                encoder, W_dec, self.b_dec, centre, batch.x, target, codes, pre, self.decode(codes), ranks, tokens
+                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, ranks, tokens
             )
         found = iter(others)
         return forward, [
@@ -300,18 +330,19 @@ class SparseAutoencoder(nn.Module):
         return folded
 
     @torch.no_grad()
-    def lift(self, x: Tensor, mask: Tensor) -> None:
+    def lift(self, x: Tensor, mask: Tensor, tables: Tables | None = None) -> None:
         """Raise the bias of those features of `mask` that no token of x activates, until the nearest one just does.
 
         No gradient reaches a feature whose pre-activations are all negative, whatever the auxiliary loss; it reaches
-        a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool.
+        a lifted one. x ``[tokens, d_in]``, mask ``[n_features]`` bool; `tables` as in `training_pass`.
         """
         # on a CPU only the features of the mask; elsewhere all, or the host would wait to know which they are
         mask = mask[self.part]
         which = mask.nonzero().squeeze(1) if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
         for rows in which.split(4096):
             own = x[self.ranks.data.part(len(x))]
-            highest = torch.addmm(self.b_enc[rows], self._centre(own), self.W_enc[rows].T).amax(0)
+            W = (self.W_enc if tables is None else tables.W_enc)[rows].to(self.W_enc.dtype)
+            highest = torch.addmm(self.b_enc[rows], self._centre(own), W.T).amax(0)
             highest = self.ranks.data.max_(highest)
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 

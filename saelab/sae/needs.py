@@ -5,6 +5,8 @@ The bytes per entry were measured on a CPU as tensors alive at once, and rounded
 
 import torch
 
+from saelab.kernels.cpu import CAST_ENTRIES
+from saelab.kernels.products import CAST_ELEMENTS
 from saelab.memory import Need, Place, no_numbers
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
@@ -28,6 +30,8 @@ _CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
 computed, not measured: it adds a sort's result, indices before and after, and two more such arrays for radix sort."""
 _CALIBRATED_BYTES = 12
 """Bytes per pre-activation of the block that calibration searches: itself, and all tensors made from it."""
+_GATHERED_BYTES = 10
+"""Bytes per number of the rows that a product on a CPU casts: in bfloat16, in float32, and times a value."""
 _FIRST_TOKENS = 4096
 """Tokens of the sample whose reconstruction sets the first scale of the encoder (`initialise`)."""
 _THRESHOLD_TOKENS = 1024
@@ -36,33 +40,47 @@ _LIFTED = 4096
 """Features that are lifted at a time (`lift`)."""
 
 
-def step_needs(settings: SaeSettings, d_in: int, batch: int, where: Place) -> list[Need]:
+def step_needs(
+    settings: SaeSettings, d_in: int, batch: int, where: Place, *, parts: int = 1, rounded: bool = False
+) -> list[Need]:
     """Needs of `training_pass`, its losses and their gradients besides the parameters; batch: tokens of a step.
 
-    An allocation without a budget limits no entries, so all count as active: an upper bound. A ReLU autoencoder starts
-    with about half of them.
+    The batch is cut into `parts`, which are trained on one after the other. `rounded`: the step reads copies of the
+    tables in bfloat16. An allocation without a budget limits no entries, so all count as active: an upper bound. A
+    ReLU autoencoder starts with about half of them.
     """
-    method, bf16 = allocation_of(settings), settings.selection == "bfloat16"
-    tile = _tile_bytes(settings.n_features, d_in, batch, where, bf16, method.whole_columns)
-    tile *= 2 if settings.needs_gradients else 1  # the gradient's part has the same shapes
-    dense = f"{batch:,} x {settings.n_features:,} in {settings.selection}"
+    method, bf16, part = allocation_of(settings), settings.selection == "bfloat16", -(-batch // parts)
+    tile = _tile_bytes(settings.n_features, d_in, part, where, bf16, method.whole_columns, rounded)
+    if settings.needs_gradients:  # the gradient's part has the same shapes, and its table has no copy
+        tile += _tile_bytes(settings.n_features, d_in, part, where, bf16, method.whole_columns)
+    dense = f"{part:,} x {settings.n_features:,} in {settings.selection}"
     if settings.needs_gradients:
         dense += ", and as much for the gradient's part"
     vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
-    entries, entry = settings.k * (1 + MULTI_FACTOR if settings.multi_topk else 1), _ENTRY_BYTES
+    entries, entry = settings.largest_k * (1 + MULTI_FACTOR if settings.multi_topk else 1), _ENTRY_BYTES
     if not _has_budget(settings):
         entries, entry = settings.n_features, _DENSE_ENTRY_BYTES[where]
     chosen = 0 if settings.aux.name == "none" else settings.aux.features or max(1, d_in // 2)
-    step = batch * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
+    step = part * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
     each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {_AUX_BYTES} bytes"
-    how = f"{batch:,} tokens x ({each})"
+    how = f"{part:,} tokens x ({each})"
+    if parts > 1:
+        whole = 3 if settings.needs_gradients else 2  # x, as it was read and scaled, and gradients
+        step += (batch - part) * 4 * whole * d_in
+        how += f" + {batch - part:,} tokens of other parts x {whole} x {d_in:,} x 4 bytes"
     if not _has_budget(settings):
         how += ", as if all features were active: there is no budget"
+    table, shape = settings.n_features * d_in, f"{settings.n_features:,} x {d_in:,}"
+    cast = 4 * min(CAST_ELEMENTS, table)
+    if where == "memory":  # dense products cast a whole table, sparse ones the rows of some entries
+        cast = max(4 * table, _GATHERED_BYTES * CAST_ENTRIES * d_in)
     return [
+        Need("tables in bfloat16", rounded * 2 * 2 * table, where, f"2 x {shape} x 2 bytes"),
+        Need("table, cast back", rounded * cast, where, "rows of a table that a product casts to float32 at a time"),
         Need("pre-activations", tile, where, f"tiles of {dense}, one at a time, and the weights in that precision"),
         Need(
             "selection",
-            _selection_bytes(settings, d_in, batch, tile, where),
+            _selection_bytes(settings, d_in, batch, tile, where),  # `lift` sees the whole batch
             where,
             "copies of a tile that are searched for features",
         ),
@@ -111,13 +129,23 @@ def _has_budget(settings: SaeSettings) -> bool:
 
 
 def _tile_bytes(
-    n_features: int, d_in: int, tokens: int, where: Place, bf16: bool = False, whole_columns: bool = False
+    n_features: int,
+    d_in: int,
+    tokens: int,
+    where: Place,
+    bf16: bool = False,
+    whole_columns: bool = False,
+    rounded: bool = False,
 ) -> int:
-    """Bytes of the buffers of the dense product: a tile of scores, and weights in bfloat16."""
+    """Bytes of the buffers of the dense product: a tile of scores, and weights in another precision.
+
+    `rounded`: there is a copy of the weights in bfloat16.
+    """
     scratch = Scratch()
     with no_numbers():
         device = torch.device("cuda" if where == "gpu" else "cpu")
-        encoder = Linear(torch.empty(n_features, d_in, device=device), torch.empty(n_features, device=device))
+        table = torch.empty(n_features, d_in, device=device)
+        encoder = Linear(table, torch.empty(n_features, device=device), table.bfloat16() if rounded else None)
         centred = torch.empty(tokens, d_in, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
         for tile in tiles(tokens, n_features, device, bf16, whole_columns):
             encoder.scores(centred, tile, scratch)

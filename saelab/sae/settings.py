@@ -157,12 +157,22 @@ class SaeSettings:
     freeze: str = "none"
     """Weights that are not trained: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is never
     trained is the control that a trained one must beat."""
+    k_start: int | None = None
+    """k of the first step, from which k falls on a straight line to `k`. null: `k` in every step."""
+    k_steps: float = 0.2
+    """Share of the steps, the first ones, over which k falls."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_features < 2**31:  # their numbers are int32 in the feature database
             raise SettingError(f"n_features: {self.n_features} is not between 1 and 2,147,483,647")
         if not 1 <= self.k <= self.n_features:
             raise SettingError(f"k: {self.k} is not between 1 and n_features ({self.n_features})")
+        if self.k_start is not None and not self.k <= self.k_start <= self.n_features:
+            raise SettingError(
+                f"k_start: {self.k_start} is not between k ({self.k}) and n_features ({self.n_features})"
+            )
+        if not 0 <= self.k_steps <= 1:
+            raise SettingError(f"k_steps: {self.k_steps} is not a share between 0 and 1")
         _one_of("selection", self.selection, ("float32", "bfloat16"))
         _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
         _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))
@@ -181,10 +191,24 @@ class SaeSettings:
             raise SettingError("sparsity: allocation: threshold has no budget; it needs sparsity: l1 or l0")
         if self.beta:
             raise SettingError("affinity: gradient goes with a budget, not with allocation: threshold")
+        if self.k_start is not None:
+            raise SettingError("k_start: goes with a budget, not with allocation: threshold")
         if self.multi_topk:
             raise SettingError("multi_topk: goes with a budget, not with allocation: threshold")
         if self.selection != "float32":
             raise SettingError("selection: allocation: threshold selects in float32: pre-activations near 0 count too")
+
+    def k_at(self, step: int, steps: int) -> int:
+        """k of step `step`, from 0, of a training of `steps`: on the line from `k_start`, rounded, and then `k`."""
+        falling = self.k_steps * steps
+        if self.k_start is None or step >= falling:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * step / falling)
+
+    @property
+    def largest_k(self) -> int:
+        """The largest k of any step."""
+        return self.k if self.k_start is None else self.k_start
 
     @property
     def beta(self) -> float:

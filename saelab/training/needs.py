@@ -14,6 +14,8 @@ from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
 
+_BUFFERS = ("tables in bfloat16", "pre-activations")
+"""Needs of a step that are kept from step to step."""
 STATE_TEXT = 65_536
 """Most bytes of a state besides its tensors: names, counters, the position in the text (`saelab.corpus.rows`)."""
 
@@ -41,11 +43,14 @@ def training_needs(
     times = f"{len(saes)} autoencoders: " if len(saes) > 1 else ""
     frozen = dict.fromkeys(sae.freeze for sae, _ in saes if sae.freeze != "none")
     of_trained = "the autoencoder" + "s" * (len(saes) > 1) + (f" without {' or '.join(frozen)}" if frozen else "")
-    step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where)) for sae, d_in in saes])
+    averages = sum(part.averages for part in parts)
+    options = {"parts": settings.accumulate, "rounded": settings.precision == "bfloat16"}
+    step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where, **options)) for sae, d_in in saes])
     needs = [
         Need("autoencoder", weights, where, times + sizes),
         Need("its gradients", gradients, where, f"as {of_trained}"),
         Need("optimiser", 2 * gradients, where, f"Adam: 2 x {of_trained}"),
+        Need("averaged weights", averages, where, f"as {of_trained}"),
         Need(
             "statistics of features",
             sum(part.statistics for part in parts),
@@ -55,10 +60,10 @@ def training_needs(
         *step,
     ]
 
-    # Before the first step only the autoencoders exist; after the last step `release` has freed the gradients and the
-    # optimiser. The buffers of the step stay with the autoencoders.
-    freed = 3 * gradients + sum(need.bytes for need in step if need.what != "pre-activations")
-    kept = sum(need.bytes for need in step if need.what == "pre-activations")
+    # Before the first step only the autoencoders exist; after the last step `release` has freed the gradients, the
+    # optimiser and the average. The buffers of the step stay with the autoencoders.
+    freed = 3 * gradients + averages + sum(need.bytes for need in step if need.what not in _BUFFERS)
+    kept = sum(need.bytes for need in step if need.what in _BUFFERS)
     if resumed:
         needs += _reading_needs(max(parts, key=lambda part: part.weights), where)
     else:
@@ -90,6 +95,8 @@ class _Part:
     weights: int
     gradients: int
     """Bytes of the gradients of the trained weights."""
+    averages: int
+    """Bytes of the averages of the trained weights."""
     statistics: int
     largest: int
     """The largest tensor."""
@@ -108,8 +115,9 @@ class _Part:
             largest = max(parameter.nbytes for parameter in parameters)
         shapes = " + ".join(" x ".join(f"{n:,}" for n in parameter.shape) for parameter in parameters)
         counters = 4 * len(trained) + torch.get_rng_state().nbytes
-        state = weights + 2 * gradients + statistics + counters + STATE_TEXT
-        return cls(weights, gradients, statistics, largest, state, f"({shapes}) x 4 bytes")
+        averages = gradients if settings.ema is not None else 0
+        state = weights + 2 * gradients + averages + statistics + counters + STATE_TEXT
+        return cls(weights, gradients, averages, statistics, largest, state, f"({shapes}) x 4 bytes")
 
 
 def _in_turn(steps: Sequence[tuple[str, list[Need]]]) -> list[Need]:
@@ -130,8 +138,9 @@ def _reading_needs(part: _Part, where: Place) -> list[Need]:
     """The state while it is read: the weights, which are then copied; the optimiser keeps its tensors."""
     needs = [Need("state, while it is read", part.weights, where, "as the autoencoder")]
     if where == "gpu":
-        how = "the weights and the optimiser"
-        needs.append(Need("state, before it is moved", part.weights + 2 * part.gradients, "memory", how))
+        how = "the weights, the optimiser and the average"
+        tensors = part.weights + 2 * part.gradients + part.averages
+        needs.append(Need("state, before it is moved", tensors, "memory", how))
     return needs
 
 

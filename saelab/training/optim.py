@@ -35,7 +35,8 @@ class Optimiser:
         for name, parameter in sae.named_parameters():
             parameter.requires_grad_(name not in frozen)
         self.trained: list[nn.Parameter] = [p for p in sae.parameters() if p.requires_grad]
-        self._on_sphere = unit_norm and sae.W_dec.requires_grad
+        self.fixed_lengths = unit_norm and sae.W_dec.requires_grad
+        """Whether decoder rows keep length 1."""
         for table in (sae.W_enc, sae.W_dec):
             if table.requires_grad:
                 accumulate_in_place(table)
@@ -57,7 +58,7 @@ class Optimiser:
         for parameter in self.trained:
             if parameter.grad is not None:
                 self.sae.ranks.data.sum_(parameter.grad)
-        if self._on_sphere:
+        if self.fixed_lengths:
             remove_parallel_gradient(self.sae)
         norm = self._norm()
         # Adam's fused pass divides gradients by `grad_scale` and skips everything if `found_inf` is 1
@@ -67,7 +68,7 @@ class Optimiser:
         self._adam.found_inf = torch.isfinite(norm).logical_not().float()  # type: ignore[attr-defined]
         self._adam.step()
         self._adam.zero_grad(set_to_none=False)
-        if self._on_sphere:
+        if self.fixed_lengths:
             self.sae.renormalise_decoder()
         return norm
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from saelab.errors import SettingError
 
+SCHEDULES = ("linear", "cosine")
+PRECISIONS = ("float32", "bfloat16")
 MAX_DEAD_AFTER = 10_000_000
 DEAD_SHARE = 0.10
 
@@ -34,7 +36,8 @@ class CheckpointSettings:
     tokens: int | None = None
     """Tokens between two states; null: not by tokens."""
     keep: int = 2
-    """Number of the last states that are kept. Each takes three times the autoencoder, in float32."""
+    """Number of the last states that are kept. Each takes three times the autoencoder, in float32, and once more with
+    `training.ema`."""
 
     def __post_init__(self) -> None:
         for name in ("minutes", "tokens", "keep"):
@@ -55,8 +58,17 @@ class TrainingSettings:
     """Share of the steps over which the rate rises from zero."""
     decay: float = 0.5
     """Share of the last steps over which the rate falls to zero."""
+    schedule: str = "linear"
+    """Shape of that fall: linear or cosine."""
     clip: float = 1.0
     """Norm that larger gradients are scaled down to."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after the other, so that a step needs the memory of one part."""
+    precision: str = "float32"
+    """Precision of the copies of W_enc and W_dec that a step reads: float32 (no copies) or bfloat16. Weights, gradients
+    and moments stay in float32."""
+    ema: float | None = None
+    """Decay per step of an average of the weights, such as 0.999, which the checkpoint then has. null: no average."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -71,8 +83,18 @@ class TrainingSettings:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a share between 0 and 1")
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name}: {getattr(self, name)!r} is not {' or '.join(choices)}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise SettingError(f"ema: {self.ema} is not a number between 0 and 1")
         if self.batch < 2:
             raise SettingError(f"batch: {self.batch} token has no variance to explain; at least 2 are needed")
+        if self.accumulate < 1 or self.batch % self.accumulate or self.batch // self.accumulate < 2:
+            raise SettingError(
+                f"accumulate: a batch of {self.batch} cannot be cut into {self.accumulate} equal parts of at least 2 "
+                "tokens"
+            )
         if self.batch > self.tokens:
             raise SettingError(f"batch: {self.batch} is more than the {self.tokens} tokens of the run")
 

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from saelab.errors import SaelabError
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.losses import terms
-from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder
+from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder, Tables
 from saelab.sae.settings import SaeSettings
 from saelab.tensors import Rows
+from saelab.training.average import Average
 from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings
 from saelab.training.usage import Usage
@@ -38,6 +39,17 @@ class Trained:
     """Facts about the allocation that the checkpoint records."""
 
 
+class _Part(NamedTuple):
+    """Facts about a part of a batch whose gradients were added."""
+
+    values: dict[str, Tensor]
+    """The value of each term of the loss."""
+    counts: Tensor
+    """Number of its tokens on which each feature was active, ``[n_features]``."""
+    coverage: dict[str, Any]
+    """Targets of the auxiliary loss and the share with a gradient from it; empty without one, or if not logged."""
+
+
 class Trainer:
     """Trains `sae` in place, one batch at a time, until `release`."""
 
@@ -46,6 +58,8 @@ class Trainer:
         sae.beta = sae_settings.beta
         self.terms = terms(sae_settings, sae.d_in, settings.steps)
         self.optimiser = Optimiser(sae, settings.lr, unit_norm=sae_settings.unit_norm, freeze=sae_settings.freeze)
+        trained, fixed_lengths = self.optimiser.trained, self.optimiser.fixed_lengths
+        self.average = None if settings.ema is None else Average(sae, trained, settings.ema, fixed_lengths)
         self.usage = Usage(sae_settings, settings.dead_after, sae.W_dec.device)
         self.allocation = allocation_of(sae_settings)(sae_settings, settings.steps)
         self.steps = self.tokens = 0
@@ -58,6 +72,7 @@ class Trainer:
     def step(self, batch: Batch) -> dict[str, Any] | None:
         """Train one step on a batch scaled so that E||x||^2 = d_in; returns metrics if the step is logged, else None.
 
+        The loss is the mean of the losses of `training.accumulate` parts of the batch, each as of a batch of its own.
         Processes that share the training (`SparseAutoencoder.ranks`) all get the whole batch, and the same metrics.
         Raises SaelabError, before the weights change, if the gradient is not finite (on a GPU, where the
         host does not wait, at the next logged step; the weights do not change in between).
@@ -65,23 +80,20 @@ class Trainer:
         step, tokens, sae = self.steps, len(batch.x), self.sae
         if batch.gradients is None and self.sae_settings.needs_gradients:
             raise SaelabError("training: the gradient affinity needs batches with gradients of the model's loss")
+        tables = sae.rounded_tables() if self.settings.precision == "bfloat16" else None
         targets = self.usage.targets(tokens)
         if targets is not None and self.sae_settings.aux.lift:
-            sae.lift(batch.x, targets)
+            sae.lift(batch.x, targets, tables)
 
-        rule = self.allocation.rule(step, tokens, self.usage.densities, sae.encoder)
-        requests = [term.request(rule, targets) for term in self.terms]
-        forward, found = sae.training_pass(batch, rule, requests, bf16=self.sae_settings.selection == "bfloat16")
-        values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        coverage = _target_coverage(requests, found, self._counts) if logged else {}
-        counts = self._counts(forward.codes)
-        del forward, found  # the backward pass needs the memory
-        with record_function("backward"):
-            sum(term.weight(step) * values[term.name] for term in self.terms).backward()  # type: ignore[union-attr]
+        batches = batch.cut(self.settings.accumulate)
+        parts = [self._add_gradients(each, targets, tables, len(batches), logged) for each in batches]
         with record_function("optimiser"):
             rate = learning_rate(step, self.settings)
             norm = self.optimiser.step(rate, self.settings.clip)
+        if self.average is not None:
+            self.average.update(step)
+        counts = sum((part.counts for part in parts[1:]), parts[0].counts)
         self.usage.observe(counts, tokens)
         self.steps, self.tokens = step + 1, self.tokens + tokens
 
@@ -89,16 +101,37 @@ class Trainer:
             raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
         if not logged:
             return None
-        return {
+        metrics = {
             "step": step,
             "tokens": self.tokens,
             "lr": rate,
-            **{name: value.item() for name, value in values.items()},
+            **{name: _mean([part.values[name].item() for part in parts]) for name in parts[0].values},
             "l0": counts.sum().item() / tokens,
             "gradient_norm": norm.item(),
             "dead": int(self.usage.dead().sum()),
-            **coverage,
         }
+        if parts[0].coverage:  # all parts have the same targets
+            reached = _mean([part.coverage["share_reached"] for part in parts])
+            metrics |= parts[0].coverage | {"share_reached": reached}
+        return metrics
+
+    def _add_gradients(
+        self, batch: Batch, targets: Tensor | None, tables: Tables | None, parts: int, logged: bool
+    ) -> _Part:
+        """Add the gradients of the loss of `batch`, one of `parts` parts of a step's batch, over `parts`."""
+        step, sae = self.steps, self.sae
+        rule = self.allocation.rule(step, len(batch.x), self.usage.densities, sae.encoder)
+        requests = [term.request(rule, targets) for term in self.terms]
+        bf16 = self.sae_settings.selection == "bfloat16"
+        forward, found = sae.training_pass(batch, rule, requests, bf16=bf16, tables=tables)
+        values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
+        coverage = _target_coverage(requests, found, self._counts) if logged else {}
+        counts = self._counts(forward.codes)
+        del forward, found  # the backward pass needs the memory
+        with record_function("backward"):
+            loss = sum(term.weight(step) / parts * values[term.name] for term in self.terms)
+            loss.backward()  # type: ignore[union-attr]
+        return _Part({name: value.detach() for name, value in values.items()}, counts, coverage)
 
     def _counts(self, codes: Codes) -> Tensor:
         """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
@@ -119,8 +152,13 @@ class Trainer:
         )
 
     def release(self) -> None:
-        """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them."""
+        """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them.
+
+        With `training.ema` its weights are the averaged ones from then on.
+        """
         self.optimiser.release()
+        if self.average is not None:
+            self.average.apply()
 
     def state_dict(self) -> dict[str, Any]:
         """State from which a new trainer with the same settings continues exactly here; tensors are not copied.
@@ -138,6 +176,11 @@ class Trainer:
             "allocation": self.allocation.state_dict(),
             "steps": self.steps,
             "tokens": self.tokens,
+            **(
+                {}
+                if self.average is None
+                else {"ema": {name: self._rows(name, value) for name, value in self.average.state_dict().items()}}
+            ),
         }
 
     def _rows(self, name: str, value: Tensor) -> Tensor | Rows:
@@ -154,6 +197,8 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.usage.load_state_dict(state["usage"])
         self.allocation.load_state_dict(state["allocation"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.steps, self.tokens = state["steps"], state["tokens"]
 
 
@@ -183,9 +228,15 @@ def train(
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """The rate of a step: a linear rise, a plateau and a linear fall that would reach zero after the last step."""
+    """The rate of step `step`, from 0: a linear rise, a plateau and a fall that would reach zero after the last step.
+
+    lr * min(1, rise, fall). With s steps, rise is (step + 1) / (warmup s), and r = (s - step) / (decay s) falls to
+    zero; fall is r if the schedule is linear, and (1 - cos(pi min(1, r))) / 2 if it is cosine.
+    """
     rise = (step + 1) / max(1.0, settings.warmup * settings.steps)
     fall = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
+    if settings.schedule == "cosine":
+        fall = (1 - math.cos(math.pi * min(1.0, fall))) / 2
     return settings.lr * min(1.0, rise, fall)
 
 
@@ -201,3 +252,7 @@ def _target_coverage(
             targets = int(request.mask.sum())
             return {"targets": targets, "share_reached": selected / max(1, targets)}
     return {}
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)

@@ -119,6 +119,36 @@ def test_every_dtype_is_summed_in_at_least_float32(device: str, dtype: torch.dty
     assert_rounded(d_table, dense.T @ grad, dense.abs().T @ grad.abs(), 9)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copy_in_bfloat16_is_read_and_its_gradients_reach_the_table(
+    device: str, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the copy is cast to float32 in several parts, as a large one is."""
+    monkeypatch.setattr(products, "CAST_ELEMENTS", 40)
+    codes = ragged(9, 12).to(device)
+    values = codes.values.float().requires_grad_()
+    table, a = torch.nn.Parameter(torch.randn(12, 21, device=device)), torch.randn(9, 21, device=device)
+    bias, centre = (torch.randn(n, device=device, requires_grad=True) for n in (12, 21))
+    copy = table.detach().bfloat16()
+    if in_place:
+        products.accumulate_in_place(table)
+    decoded = spmm(codes.with_values(values), table, read=copy)
+    encoded = sddmm(codes, a, table, bias, centre=centre, read=copy)
+    (decoded.sin().sum() + encoded.cos().sum()).backward()
+    found = [decoded.detach(), encoded.detach(), values.grad, table.grad, bias.grad, centre.grad]
+
+    rounded = copy.double().requires_grad_()
+    exact = [each.detach().double().requires_grad_() for each in (values, bias, centre)]
+    dense = torch.zeros(9, 12, dtype=torch.float64, device=device)
+    dense = dense.index_put((codes.row_of_entry(), codes.features.long()), exact[0])
+    products_ = [dense @ rounded, at_pattern(codes, (a.double() - exact[2]) @ rounded.T + exact[1])]
+    (products_[0].sin().sum() + products_[1].cos().sum()).backward()
+    expected = [*(each.detach() for each in products_), exact[0].grad, rounded.grad, exact[1].grad, exact[2].grad]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is not None and theirs is not None and ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens, n_features", [(0, 3), (4, 3), (1, 1)])
 def test_without_entries_products_are_zero_and_gradients_too(device: str, tokens: int, n_features: int) -> None:
     empty = torch.zeros(0, dtype=torch.long, device=device)

@@ -59,6 +59,13 @@ def test_pre_activations_are_the_scratch_memory_of_a_step(selection: str, alloca
         assert found["pre-activations"] < 4 * n_features * batch * (1 if affinity == "activation" else 2)
 
 
+def test_the_largest_k_counts_while_k_falls() -> None:
+    def entries(settings: SaeSettings) -> int:
+        return step(settings, 256)["training step"]
+
+    assert entries(SaeSettings(512, 8, k_start=32)) == entries(SaeSettings(512, 32)) > entries(SaeSettings(512, 8))
+
+
 def test_without_a_budget_every_entry_counts_and_the_plan_says_so() -> None:
     needs = step_needs(RELU, D_IN, 256, "memory")
     (found,) = (need for need in needs if need.what == "training step")

@@ -1,5 +1,6 @@
 """What training needs by its statement is what its steps leave, bounds what a step takes, and is what a state takes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -38,24 +39,29 @@ METHODS = {
     "relu": RELU,
     "jumprelu": JUMPRELU,
 }
+PLAIN = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
+SCHEDULED = dataclasses.replace(PLAIN, accumulate=4, precision="bfloat16", ema=0.9)
+EVERY_TRAINING = pytest.mark.parametrize("training", [PLAIN, SCHEDULED], ids=["plain", "scheduled"])
 EVERY_METHOD = pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 
 
-def needs(settings: SaeSettings, resumed: bool = False) -> dict[str, int]:
-    training = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
+def needs(settings: SaeSettings, training: TrainingSettings = PLAIN, resumed: bool = False) -> dict[str, int]:
     found = training_needs(
         [(settings, D_IN)], training, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
     )
     return {need.what: need.bytes for need in found}
 
 
-def new_trainer(settings: SaeSettings) -> Trainer:
+def new_trainer(settings: SaeSettings, training: TrainingSettings = PLAIN) -> Trainer:
     sae = new_autoencoder(settings, torch.randn(4096, D_IN), seed=0)
-    return Trainer(sae, TrainingSettings(STEPS * BATCH, BATCH), settings)
+    return Trainer(sae, training, settings)
 
 
 def random_batch() -> Batch:
     return Batch(torch.randn(BATCH, D_IN), gradients=torch.randn(BATCH, D_IN))
+
+
+OF_A_STEP = ("tables in bfloat16", "table, cast back", "pre-activations", "selection", "training step")
 
 
 @pytest.fixture
@@ -65,8 +71,11 @@ def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @EVERY_METHOD
-def test_weights_gradients_and_moments_are_what_a_step_leaves(settings: SaeSettings) -> None:
-    trainer, found = new_trainer(settings), needs(settings)
+@EVERY_TRAINING
+def test_weights_gradients_and_moments_are_what_a_step_leaves(
+    settings: SaeSettings, training: TrainingSettings
+) -> None:
+    trainer, found = new_trainer(settings, training), needs(settings, training)
     trainer.step(random_batch())
     parameters = list(trainer.sae.parameters())
     assert found["autoencoder"] == sum(p.nbytes for p in parameters)
@@ -74,18 +83,25 @@ def test_weights_gradients_and_moments_are_what_a_step_leaves(settings: SaeSetti
     moments = trainer.optimiser.state_dict().values()
     assert found["optimiser"] == sum(of[name].nbytes for of in moments for name in ("exp_avg", "exp_avg_sq"))
     assert (found["its gradients"] < found["autoencoder"]) == (settings.freeze != "none")
+    average = trainer.state_dict().get("ema", {})
+    assert found.get("averaged weights", 0) == sum(weights.nbytes for weights in average.values())
+    buffers = found["pre-activations"] + found.get("tables in bfloat16", 0)
+    assert buffers == trainer.sae._scratch.bytes
 
 
 @EVERY_METHOD
+@EVERY_TRAINING
 @pytest.mark.usefixtures("quick_ranks")
-def test_a_state_on_the_disk_is_what_save_state_writes(settings: SaeSettings, tmp_path: Path) -> None:
+def test_a_state_on_the_disk_is_what_save_state_writes(
+    settings: SaeSettings, training: TrainingSettings, tmp_path: Path
+) -> None:
     """One state more than is kept; tensors to the byte, and the rest within its limit."""
-    trainer = new_trainer(settings)
+    trainer = new_trainer(settings, training)
     for _ in range(STEPS):
         trainer.step(random_batch())
     save_state(tmp_path, {"trainer": trainer.state_dict(), "rng": torch.get_rng_state()})
     tensors = sum(tensor.nbytes for tensor in load_file(tmp_path / TENSORS).values())
-    state = needs(settings)["states"] / (KEEP + 1)
+    state = needs(settings, training)["states"] / (KEEP + 1)
     assert state == tensors + STATE_TEXT
     assert (tmp_path / TENSORS).stat().st_size + (tmp_path / VALUES).stat().st_size < tensors + STATE_TEXT / 4
     statistics = [*trainer.usage.state_dict().values(), *trainer.allocation.state_dict().values()]
@@ -98,9 +114,12 @@ def test_a_state_on_the_disk_is_what_save_state_writes(settings: SaeSettings, tm
     [*((settings, False) for settings in METHODS.values()), (RELU, True), (JUMPRELU, True)],
     ids=[*METHODS, "relu, all active", "jumprelu, all active"],
 )
-def test_the_tensors_of_the_first_step_are_bounded(settings: SaeSettings, all_active: bool) -> None:
+@EVERY_TRAINING
+def test_the_tensors_of_the_first_step_are_bounded(
+    settings: SaeSettings, all_active: bool, training: TrainingSettings
+) -> None:
     """Without a budget, even if every feature is active on every token; for a ReLU's start within a factor of 3."""
-    trainer, found = new_trainer(settings), needs(settings)
+    trainer, found = new_trainer(settings, training), needs(settings, training)
     if all_active:
         with torch.no_grad():
             trainer.sae.b_enc += 1e3
@@ -108,20 +127,23 @@ def test_the_tensors_of_the_first_step_are_bounded(settings: SaeSettings, all_ac
     held = (
         peak_bytes(lambda: trainer.step(batch)) + 2 * batch.x.nbytes
     )  # with x, and the activations it was scaled from
-    bound = sum(found[what] for what in ("pre-activations", "selection", "training step") if what in found)
+    bound = sum(found.get(what, 0) for what in OF_A_STEP)
     assert held - found["optimiser"] <= bound
     if settings is RELU or (settings is JUMPRELU and all_active):
         assert bound <= 3 * held
 
 
 @EVERY_METHOD
-def test_after_the_last_step_only_weights_and_buffers_are_left(settings: SaeSettings) -> None:
+@EVERY_TRAINING
+def test_after_the_last_step_only_weights_and_buffers_are_left(
+    settings: SaeSettings, training: TrainingSettings
+) -> None:
     """What calibration may use is free then."""
-    trainer = new_trainer(settings)
+    trainer = new_trainer(settings, training)
     trainer.step(random_batch())
     trainer.release()
     assert all(parameter.grad is None for parameter in trainer.sae.parameters())
-    assert not any(trainer.optimiser.state_dict().values())
+    assert not any(trainer.optimiser.state_dict().values()) and not trainer.state_dict().get("ema")
 
 
 def test_a_resumed_training_reads_a_state_and_initialises_nothing() -> None:

@@ -1,5 +1,6 @@
 """Processes that share a training, as threads: whatever the layout, they train what one process trains."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,11 +78,11 @@ def first_weights(settings: SaeSettings) -> dict[str, Tensor]:
     return weights | ({"log_threshold": torch.full((FEATURES,), -0.5)} if settings.encoder.name == "jumprelu" else {})
 
 
-def trainer_for(settings: SaeSettings, ranks: Ranks) -> Trainer:
+def trainer_for(settings: SaeSettings, ranks: Ranks, training: TrainingSettings = TRAINING) -> Trainer:
     sae = bare_autoencoder(settings, D, ranks=ranks).double()
     for name, value in first_weights(settings).items():
         getattr(sae, name).data.copy_(value[sae.part] if name in BY_FEATURE else value)
-    return Trainer(sae, TRAINING, settings)
+    return Trainer(sae, training, settings)
 
 
 def train(settings: SaeSettings, ranks: Ranks) -> Trained:
@@ -119,6 +120,26 @@ def test_every_layout_trains_what_one_process_trains(method: str) -> None:
             assert torch.equal(found.usage.silent_for, expected.usage.silent_for)
             for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+@pytest.mark.parametrize("method", ["token choice", "feature choice", "jumprelu"])
+def test_parts_of_a_batch_copies_and_averages_are_those_of_one_process(method: str) -> None:
+    settings = METHODS[method]
+    if settings.allocation.name != "threshold":
+        settings = dataclasses.replace(settings, k_start=9, k_steps=0.6)
+    training = dataclasses.replace(TRAINING, batch=36, accumulate=3, precision="bfloat16", ema=0.8)
+
+    def averaged(ranks: Ranks) -> tuple[list[float], dict[str, Tensor]]:
+        trainer = trainer_for(settings, ranks, training)
+        metrics = [trainer.step(batch.part(slice(36))) for batch in batches()]
+        trainer.release()
+        return [line["fvu"] for line in metrics if line is not None], all_weights(trainer)
+
+    errors, expected = averaged(ALONE)
+    for data, features in LAYOUTS:
+        for found, weights in run_threads(averaged, data=data, features=features):
+            assert found == pytest.approx(errors, rel=1e-8) and len(found) == STEPS
+            assert_equal(weights, expected, f"{data} x {features}")
 
 
 @pytest.mark.parametrize("method", ["feature choice", "lift", "jumprelu"])

@@ -51,12 +51,12 @@ class Allocation(Protocol):
 
 
 class _Stateless(Allocation):
-    """For methods that use one rule in every step."""
+    """For methods whose rule depends on nothing but the settings, the step and the weights."""
 
     whole_columns, initial_threshold = False, None
 
     def __init__(self, settings: SaeSettings, steps: int) -> None:
-        self.settings = settings
+        self.settings, self.steps = settings, steps
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -77,7 +77,7 @@ class TokenAllocation(_Stateless):
     saelens, calibrated = "topk", False
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
-        return TokenChoice(self.settings.k)
+        return TokenChoice(self.settings.k_at(step, self.steps))
 
     def target(self) -> None:
         return None
@@ -89,7 +89,7 @@ class MutualAllocation(_Stateless):
     saelens, calibrated = "batchtopk", True
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
-        return MutualChoice(self.settings.k)
+        return MutualChoice(self.settings.k_at(step, self.steps))
 
     def target(self) -> Tensor:
         return torch.tensor(self.settings.k / self.settings.n_features, dtype=torch.float64)
@@ -126,7 +126,7 @@ class FeatureAllocation(Allocation):
         self._bands: Bands | None = None
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
-        options, k = self.settings.allocation, self.settings.k
+        options, k = self.settings.allocation, self.settings.k_at(step, self.steps)
         if step < options.after * self.steps:
             return MutualChoice(k)
         if self.curve is None:
@@ -134,8 +134,11 @@ class FeatureAllocation(Allocation):
         if self.densities is None or step % options.refresh == 0:
             self._rank = ranks(densities)
             self._set_rank(tokens)
-        capacities, self._carry = draw_capacities(self._by_rank, self._carry)
-        return FeatureChoice(capacities[self._rank], k * tokens, self._bands)
+        real, bands = self._by_rank, self._bands
+        if k != self.settings.k:
+            real, bands = self._larger(k, tokens)
+        capacities, self._carry = draw_capacities(real, self._carry)
+        return FeatureChoice(capacities[self._rank], k * tokens, bands)
 
     def target(self) -> Tensor:
         return MutualAllocation(self.settings, self.steps).target() if self.densities is None else self.densities
@@ -172,9 +175,19 @@ class FeatureAllocation(Allocation):
         else:
             fit = fit_zipf(densities)
             self.curve = (fit.exponent, fit.shift)
-        by_rank = zipf_capacities(len(densities), self.settings.k * tokens, tokens, *self.curve)
-        self._by_rank = by_rank.to(densities.device)
+        self._by_rank = self._capacities(self.settings.k, tokens).to(densities.device)
         self._carry = torch.zeros((), dtype=torch.float64, device=densities.device)
+
+    def _capacities(self, k: int, tokens: int) -> Tensor:
+        """Real capacities by rank of a budget of k per token, on the CPU."""
+        assert self.curve is not None
+        return zipf_capacities(self.settings.n_features, k * tokens, tokens, *self.curve)
+
+    def _larger(self, k: int, tokens: int) -> tuple[Tensor, Bands]:
+        """Capacities by rank, and bands, of a step with a larger k than the final one."""
+        assert self._bands is not None
+        by_rank = self._capacities(k, tokens)
+        return by_rank.to(self._rank.device), Bands(self._bands.order, runs_of(by_rank))
 
     def _set_rank(self, tokens: int) -> None:
         self.densities = (self._by_rank / tokens)[self._rank]
