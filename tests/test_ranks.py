@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from saelab.ranks import ALONE, LostProcessError, Ranks, shared, total
+from saelab.errors import SaelabError
+from saelab.ranks import ALONE, ElsewhereError, LostProcessError, Ranks, shared, total
 from tests.threads import run_threads
 
 
@@ -61,3 +62,37 @@ def test_an_error_in_one_thread_ends_the_others() -> None:
     with pytest.raises(ValueError, match="mine"):
         run_threads(run, data=3)
     assert seen == [LostProcessError] * 2
+
+
+def test_of_an_action_that_fails_somewhere_one_process_raises_the_error() -> None:
+    """The first of those in which it fails; the others know that it is reported."""
+
+    def run(ranks: Ranks) -> tuple[list[int], str]:
+        done = []
+        ranks.every.together(lambda: done.append(1))
+        ranks.once(lambda: done.append(2))
+
+        def fail() -> None:
+            if ranks.every.rank in (1, 3):
+                raise SaelabError(f"of {ranks.every.rank}")
+
+        try:
+            ranks.every.together(fail)
+        except ElsewhereError:
+            return done, "elsewhere"
+        except SaelabError as error:
+            return done, str(error)
+        return done, "nothing"
+
+    assert run_threads(run, data=2, features=2) == [
+        ([1, 2], "elsewhere"),
+        ([1], "of 1"),
+        ([1], "elsewhere"),
+        ([1], "elsewhere"),
+    ]
+    assert run(ALONE) == ([1, 2], "nothing")
+
+
+def test_the_largest_values_of_all_processes() -> None:
+    found = run_threads(lambda r: r.every.largest(r.every.rank, -r.every.rank, r.every.rank == 1), data=3)
+    assert found == [[2, 0, 1]] * 3 and ALONE.every.largest(7, False) == [7, False]

@@ -274,12 +274,12 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     config, saved = config_of(tmp_path), resuming.save_state
     calls = []
 
-    def interrupted(folder: Path, state: Any) -> None:
+    def interrupted(folder: Path, *rest: Any) -> None:
         calls.append(folder)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        saved(folder, state)
+        saved(folder, *rest)
 
     monkeypatch.setattr(resuming, "save_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
