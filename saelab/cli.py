@@ -204,20 +204,25 @@ def plan(
 ) -> None:
     """Report the memory and disk that training, a cache and the features need; exit code 2 if this machine has less.
 
-    Of a sweep: what all its runs need at once, and how many fit.
+    Of a sweep: what all its runs need at once, and how many fit. With `parallel`: what each of the processes needs, and
+    what it exchanges in a step.
 
     Example: saelab plan gpt2_openwebtext model.dtype=bf16
+
+    Example: saelab plan gpt2_openwebtext parallel.data=2 parallel.features=4
     """
     from rich.console import Console
 
     from saelab.files import expanded
     from saelab.runs.grid import grid
-    from saelab.runs.plan import fitting, plan_cache, plan_index, plan_training
+    from saelab.runs.plan import fitting, layout_of, plan_cache, plan_index, plan_training
 
     runs, folder = [run.settings for run in grid(config, overrides or [])], Path(expanded(out, "--out"))
     settings, many = max(runs, key=lambda run: run.sae.n_features), len(runs) > 1
+    ranks = layout_of(settings)
+    shared = f", for each of {ranks.data.size} x {ranks.features.size} processes" * (ranks.every.size > 1)
     plans = {
-        "training": plan_training(settings),
+        f"training{shared}": plan_training(settings),
         "cache": plan_cache(settings, folder, int(tokens or settings.training.tokens)),
         "features": plan_index(settings),
     }
@@ -226,6 +231,8 @@ def plan(
         _print(f"{fitting(runs)} of {len(runs)} runs fit into memory at once. The largest of them:")
     for title, needs in plans.items():
         Console(width=120).print(needs.table(title))
+        if needs.traffic:
+            Console(width=120).print(needs.traffic_table())
     for needs in plans.values():
         needs.check()
 

@@ -5,7 +5,7 @@ W_enc, b_enc and W_dec. torchrun starts the processes, and `saelab.training.dist
 nothing is exchanged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -46,6 +46,11 @@ class Axis:
         """The parts of n things of all processes, in order; equal to within one."""
         return [slice(n * i // self.size, n * (i + 1) // self.size) for i in range(self.size)]
 
+    def share(self, n: int) -> int:
+        """Number of n things that are this process's."""
+        part = self.part(n)
+        return part.stop - part.start
+
     def sum_(self, x: Tensor) -> Tensor:
         """Replace `x` by its sum over the processes; returns it."""
         return self._reduce(x, "SUM")
@@ -66,6 +71,17 @@ class Axis:
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
         return [found[:size] for found, size in zip(self._gather(padded), sizes, strict=True)]
+
+    def swap(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What each process, in order of their numbers, sends to this one, which sends it ``parts[its number]``.
+
+        The sizes of the first dimension may differ.
+        """
+        if self.size == 1:
+            return list(parts)
+        own = torch.tensor([len(part) for part in parts], device=parts[0].device)
+        sizes = [size.tolist() for size in self._gather(own)]
+        return list(self._swap(torch.cat(list(parts)), sizes).split([size[self.rank] for size in sizes]))
 
     def largest(self, *values: int) -> list[int]:
         """The maximum of each value over the processes."""
@@ -105,6 +121,15 @@ class Axis:
         exchanged(lambda: dist.all_gather(found, x.contiguous(), group=self.group))
         return found
 
+    def _swap(self, x: Tensor, sizes: list[list[int]]) -> Tensor:
+        """The rows that all processes send to this one: of ``sizes[i][j]`` rows from i to j, which `x` has in order."""
+        import torch.distributed as dist
+
+        received = [size[self.rank] for size in sizes]
+        found, sent = x.new_empty(sum(received), *x.shape[1:]), sizes[self.rank]
+        exchanged(lambda: dist.all_to_all_single(found, x, received, sent, group=self.group))
+        return found
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -129,6 +154,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def layout(data: int, features: int) -> Ranks:
+    """The process, of data x features, that has the largest parts of tokens and features; for sizes, not connected."""
+    return Ranks(*(Axis(size - 1, size) for size in (data, features, data * features)))
 
 
 def exchanged(exchange: Callable[[], object]) -> None:

@@ -30,6 +30,20 @@ def test_tensors_of_different_lengths_are_gathered() -> None:
         assert all(torch.equal(one, part) for one, part in zip(found, parts, strict=True))
 
 
+def test_each_process_gets_what_the_others_send_to_it() -> None:
+    """Process i sends i + j rows to process j."""
+
+    def run(ranks: Ranks) -> list[torch.Tensor]:
+        i = ranks.every.rank
+        return ranks.every.swap([torch.full((i + j, 2), 10 * i + j) for j in range(3)])
+
+    for j, found in enumerate(run_threads(run, data=3)):
+        for i, rows in enumerate(found):
+            assert torch.equal(rows, torch.full((i + j, 2), 10 * i + j))
+    rows = torch.ones(3)
+    assert ALONE.every.swap([rows]) == [rows]
+
+
 def test_the_gradient_of_a_loss_that_is_shared_out() -> None:
     """Each process has some columns of the weights: the loss of their sum, and its gradients, as with all columns."""
     x, weights = torch.randn(5, 3), torch.randn(3, 4)

@@ -32,6 +32,20 @@ def pass_need(
     return Need("pass of the model", counted + copies, where, f"{how}, counted")
 
 
+def gathered_need(
+    lm: LanguageModel, sites: Sequence[str], rows: int, context: int, own_pass: Need, processes: int, *, gradients: bool
+) -> Need:
+    """The activations of a pass of each of several processes, and a copy of this process's, which it sends.
+
+    They are gathered after `own_pass` has freed its memory.
+    """
+    width = sum(site_widths(lm, sites).values())
+    tokens, each = rows * context, lm.dtype.itemsize * width + _ORIGIN_BYTES + 4 * width * gradients
+    needed = (processes + 1) * tokens * each * (processes > 1)
+    how = f"{processes} and a copy x {tokens:,} tokens x {each:,} bytes, less the pass of the model"
+    return Need("passes of all processes", max(0, needed - own_pass.bytes), own_pass.where, how)
+
+
 def stream_needs(
     stream: StreamSettings, d_in: int, where: Place, *, batch_tokens: int, sample_tokens: int, gradients: bool
 ) -> list[Need]:

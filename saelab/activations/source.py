@@ -21,12 +21,13 @@ from saelab.activations.stream import (
     check_losses,
     names_of,
     nothing_kept,
-    read_activations,
+    read_passes,
 )
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
+from saelab.ranks import ALONE, Axis
 
 SAMPLE_TOKENS = 32_768
 """Activations that b_dec, the input scale and the encoder's first scale are set from."""
@@ -66,9 +67,13 @@ class FromModel:
     begin the next one. All batches have `batch_tokens` tokens. To continue within a group, the model reads the group
     again, in the same passes over the same rows.
 
-    Memory besides one pass of the model and one batch: on the model's device ``tokens * (4 * d_in + 24)`` bytes, with
-    gradients ``tokens * (8 * d_in + 24)``, for the tokens of a group or, once `sample` is called, of the sample if that
-    is larger; in main memory 8 bytes for each token of a group, its permutation.
+    Several processes share out the passes: each runs the model on one of the next passes, as many as there are
+    processes, and gets the activations of all. So every process has the batches and states that one process has.
+
+    Memory besides one pass of the model, the activations of the other processes' passes, and one batch: on the model's
+    device ``tokens * (4 * d_in + 24)`` bytes, with gradients ``tokens * (8 * d_in + 24)``, for the tokens of a group
+    or, once `sample` is called, of the sample if that is larger; in main memory 8 bytes for each token of a group, its
+    permutation.
     """
 
     def __init__(
@@ -84,10 +89,14 @@ class FromModel:
         special_tokens: bool = False,
         sample_tokens: int = SAMPLE_TOKENS,
         start: Mapping[str, Any] | None = None,
+        ranks: Axis = ALONE.every,
         track: Track = silent,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Reads the first group; with `start`, a `state`, the group of the next batch.
+
+        All processes of `ranks` open it with the same arguments and take the same steps. `start` may come from another
+        number of processes.
 
         Raises SaelabError, with site, row and position, if the model gives NaN or infinity; if a whole epoch, or
         `BARREN_ROWS` rows one after the other, give no activation; if `gradients` are asked of rows too short for a
@@ -98,14 +107,9 @@ class FromModel:
         self._of = f"{', '.join(names_of(site))} of {lm.name}"
         self._batch_tokens, self._seed, self._sample_tokens = batch_tokens, seed, sample_tokens
         self._group = Group(group_tokens(stream.buffer_tokens, batch_tokens))
-        self._gradients, self._rows_per_forward = gradients, stream.rows_per_forward
+        self._gradients, self._rows_per_forward, self._ranks = gradients, stream.rows_per_forward, ranks
         self._read = partial(
-            read_activations,
-            lm,
-            site=site,
-            rows_per_forward=stream.rows_per_forward,
-            gradients=gradients,
-            special_tokens=special_tokens,
+            read_passes, lm, site=site, gradients=gradients, special_tokens=special_tokens, ranks=ranks
         )
         if start is not None:
             _check_names(start, ("epoch", "row", "rows", "used", "group", "offset"))
@@ -114,6 +118,8 @@ class FromModel:
         self._rows = _EndlessRows(corpus, seed, say, start)
         self._begin = _ReadPosition(self._rows.state(), used)
         """Position at which the group begins."""
+        self._next_pass = _ReadPosition(self._rows.state(), 0)
+        """Position at which the pass after the last one that was asked for begins."""
         self._passes = self._run(fresh=start is None)
         self._ahead: deque[tuple[_ReadPosition, ActivationBatch]] = deque()
         """Activations that have been read for later groups, each part with the position at which it begins."""
@@ -130,7 +136,7 @@ class FromModel:
 
     def __repr__(self) -> str:
         batches = f"batches of {self._batch_tokens:,} tokens"
-        return f"FromModel({self._of}, {batches}, group {self._number}, epoch {self._rows.epoch})"
+        return f"FromModel({self._of}, {batches}, group {self._number}, epoch {self._next_pass.rows['epoch']})"
 
     def sample(self) -> Tensor:
         for _ in self._collect(self._sample_tokens):
@@ -148,7 +154,7 @@ class FromModel:
         self._offset += len(batch)
         if not self._cuts:
             self._number, self._offset = self._number + 1, 0
-            self._begin = self._ahead[0][0] if self._ahead else _ReadPosition(self._rows.state(), 0)
+            self._begin = self._ahead[0][0] if self._ahead else self._next_pass
         return batch
 
     def state(self) -> dict[str, Any]:
@@ -191,15 +197,20 @@ class FromModel:
         useful = self._rows.epoch - fresh  # the last epoch that gave an activation, or may have
         barren = 0
         while True:
-            position, kept = _ReadPosition(self._rows.state(), 0), 0
-            block = islice(self._rows, self._rows_per_forward)
-            for batch in self._read(rows=block, first_row=position.rows["row"]):
-                useful, kept = self._rows.epoch, len(batch)
-                yield position, batch
+            blocks, positions = [], [self._next_pass]
+            for _ in range(self._ranks.size):
+                blocks.append(list(islice(self._rows, self._rows_per_forward)))
+                positions.append(_ReadPosition(self._rows.state(), 0))
+            for i, batch in enumerate(self._read(blocks=blocks, first_row=positions[0].rows["row"])):
+                self._next_pass, kept = positions[i + 1], len(batch)
+                epoch = self._next_pass.rows["epoch"]
+                if kept:
+                    useful = epoch
+                    yield positions[i], batch
                 del batch  # the next pass needs the memory
-            barren = barren_rows(barren, self._rows_per_forward, kept, gradients=self._gradients)
-            if self._rows.epoch > useful + 1:
-                raise nothing_kept("its training rows", self._gradients)
+                barren = barren_rows(barren, self._rows_per_forward, kept, gradients=self._gradients)
+                if epoch > useful + 1:
+                    raise nothing_kept("its training rows", self._gradients)
 
 
 class FromCache:

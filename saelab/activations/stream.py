@@ -1,5 +1,6 @@
 """Activations straight from the model, in reading order; nothing is written to disk."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +13,7 @@ from torch import Tensor
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError, SettingError
 from saelab.lm.model import LanguageModel
+from saelab.ranks import ALONE, Axis
 from saelab.tensors import kind
 
 BARREN_ROWS = 4096
@@ -170,23 +172,59 @@ def read_activations(
     Several sites share a pass. `first_row` is the number of the first row. Raises SaelabError, with site, row and
     position, if the model gives NaN or infinity, and if `BARREN_ROWS` rows one after the other give no activation.
     """
-    rows, first, barren, sites = iter(rows), first_row, 0, names_of(site)
+    rows, first, barren = iter(rows), first_row, 0
     while block := list(islice(rows, rows_per_forward)):
-        ids = torch.from_numpy(np.stack(block))
-        kept, values, slopes = run_model(lm, ids, sites, gradients=gradients, special_tokens=special_tokens)
-        row, position = kept.nonzero(as_tuple=True)
-        tokens = ids.to(lm.device).long()[kept]
-        for name in sites:
-            check_finite(f"{name}: {lm.name}", "activations", values[name], row + first, position)
-            if gradients:
-                check_finite(f"{name}: {lm.name}", "gradients", slopes[name], row + first, position)
-        joined = side_by_side([values[name].float() for name in sites])
-        slope = side_by_side([slopes[name] for name in sites]) if gradients else None
-        batch = ActivationBatch(joined, tokens, row + first, position, slope)
-        barren = barren_rows(barren, len(block), len(batch), gradients=gradients)
-        if len(batch):
-            yield batch
+        passes = read_passes(lm, [block], site, first_row=first, gradients=gradients, special_tokens=special_tokens)
+        for batch in passes:
+            barren = barren_rows(barren, len(block), len(batch), gradients=gradients)
+            if len(batch):
+                yield batch
+            del batch  # the next pass needs the memory
         first += len(block)
+
+
+def read_passes(
+    lm: LanguageModel,
+    blocks: Sequence[Sequence[np.ndarray]],
+    site: str | Sequence[str],
+    *,
+    first_row: int = 0,
+    gradients: bool = False,
+    special_tokens: bool = False,
+    ranks: Axis = ALONE.every,
+) -> Iterator[ActivationBatch]:
+    """The activations of one pass of the model over each of `blocks`, in order; of a pass that gives none too.
+
+    There are as many blocks as processes. Each process runs the model on one block and gets the activations of all.
+    Raises SaelabError, with site, row and position, if the model gives NaN or infinity: on all processes, when they
+    come to that pass.
+    """
+    sites, block = names_of(site), blocks[ranks.rank]
+    ids = torch.from_numpy(np.stack(block))
+    kept, values, slopes = run_model(lm, ids, sites, gradients=gradients, special_tokens=special_tokens)
+    row, position = kept.nonzero(as_tuple=True)
+    row += first_row + sum(map(len, blocks[: ranks.rank]))
+    widths = [values[name].shape[1] for name in sites]
+    own = ActivationBatch(
+        side_by_side([values.pop(name) for name in sites]),
+        ids.to(lm.device).long()[kept],
+        row,
+        position,
+        side_by_side([slopes.pop(name) for name in sites]) if gradients else None,
+    )
+    found = deque(ActivationBatch(*fields) for fields in zip(*map(ranks.gather, own.fields), strict=True))
+    del own, row, position
+    while found:
+        batch = found.popleft()
+        slope = None if batch.gradients is None else batch.gradients.split(widths, 1)
+        for i, (name, value) in enumerate(zip(sites, batch.values.split(widths, 1), strict=True)):
+            check_finite(f"{name}: {lm.name}", "activations", value, batch.rows, batch.positions)
+            if slope is not None:
+                check_finite(f"{name}: {lm.name}", "gradients", slope[i], batch.rows, batch.positions)
+        del slope
+        batch = replace(batch, values=batch.values.float())
+        yield batch
+        del batch  # the next pass needs the memory
 
 
 def check_finite(source: str, what: str, values: Tensor, rows: Tensor, positions: Tensor, advice: str = WIDER) -> None:

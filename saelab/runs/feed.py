@@ -21,8 +21,9 @@ def open_source(
     """The activations of `job`, with gradients if its affinity needs them.
 
     With `start`, a `Source.state`, the source continues from that state. With other jobs `beside` it, which differ in
-    autoencoder and site, the source has the activations of all their `sites_of`. Raises SaelabError if the cache is
-    damaged, or if it was made for something else: the message names the difference.
+    autoencoder and site, the source has the activations of all their `sites_of`. All processes of the job get the
+    same batches: they share out the passes of the model, and each reads the whole of a cache. Raises SaelabError if
+    the cache is damaged, or if it was made for something else: the message names the difference.
     """
     settings, sites = job.settings, sites_of([job, *beside])
     gradients = any(each.settings.sae.needs_gradients for each in (job, *beside))
@@ -51,6 +52,7 @@ def open_source(
         special_tokens=settings.activations.special_tokens,
         sample_tokens=min(SAMPLE_TOKENS, settings.training.tokens),
         start=start,
+        ranks=job.ranks.every,
         track=track,
         say=job.say,
     )

@@ -15,7 +15,7 @@ import torch
 
 from saelab.activations.cache.needs import writer_needs
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.needs import cached_needs, pass_need, stream_needs
+from saelab.activations.needs import cached_needs, gathered_need, pass_need, stream_needs
 from saelab.activations.source import SAMPLE_TOKENS
 from saelab.corpus.needs import text_need
 from saelab.errors import SaelabError
@@ -23,13 +23,16 @@ from saelab.features.needs import index_needs
 from saelab.lm.load import outlined_language_model, resolve_device
 from saelab.lm.needs import Uncountable, site_widths, weights_needs
 from saelab.memory import Need, Place, free_memory, free_on_disk, size
+from saelab.ranks import Ranks, layout
 from saelab.runs import folder
 from saelab.runs.calibration import calibration_tokens
 from saelab.runs.config import RunSettings
 from saelab.runs.feed import cache_group_tokens
 from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
+from saelab.torchrun import processes
 from saelab.training.needs import training_needs
+from saelab.training.traffic import Traffic, activation_traffic, step_traffic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +48,8 @@ class Plan:
     needs: tuple[Need, ...]
     free: dict[str, int]
     """Free bytes by place; a place is missing if they are not known."""
+    traffic: tuple[Traffic, ...] = ()
+    """What a process exchanges with others in a step; empty if there is one process."""
 
     def total(self, where: str) -> int:
         """Bytes needed of a place."""
@@ -86,6 +91,19 @@ class Plan:
             table.add_row("total", _PLACES[where], size(self.total(where)), free)
         return table
 
+    def traffic_table(self) -> "Table":
+        """The bytes that a process exchanges in a step, by kind, and their sum."""
+        from rich.table import Table
+
+        table = Table(title="each process sends in a step, and receives", title_justify="left")
+        for name, justify in (("what", "left"), ("bytes", "right"), ("how", "left")):
+            table.add_column(name, justify=justify, no_wrap=name == "bytes")  # type: ignore[arg-type]
+        for each in self.traffic:
+            table.add_row(each.what, size(each.bytes), each.how)
+        table.add_section()
+        table.add_row("total", size(sum(each.bytes for each in self.traffic)), "")
+        return table
+
 
 _PLACES = {"memory": "memory", "gpu": "GPU memory", "disk": "disk"}
 _LESS = (
@@ -107,12 +125,14 @@ _ADVICE = {
 def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = False, resumed: bool = False) -> Plan:
     """What `saelab train` needs. `loaded`: the model is in memory already; `resumed`: training goes on from a state.
 
-    `others` are runs of a sweep that are trained on the same batches and may differ in autoencoder and site.
+    `others` are runs of a sweep that are trained on the same batches and may differ in autoencoder and site. If several
+    processes share the training (`layout_of`), each needs the memory; that of those on this machine is added up. The
+    disk is needed once.
 
     Raises SaelabError if the model, its site or the cache cannot be loaded, as training does; Uncountable if the
     model does not run without its weights.
     """
-    where, needs = _device_place(settings), []
+    where, ranks, needs = _device_place(settings), layout_of(settings), []
     runs, stream, source = [settings, *others], settings.activations.stream, settings.activations.cache
     sites, batch = list(dict.fromkeys(run.site for run in runs)), settings.training.batch
     gradients = any(run.sae.needs_gradients for run in runs)
@@ -121,9 +141,14 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         widths = site_widths(lm, sites)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
         rows = stream.rows_per_forward if source is None else settings.eval.rows_per_forward
+        traffic = step_traffic(settings.sae, settings.training, widths[settings.site], ranks)
         if source is None or any(allocation_of(run.sae).calibrated for run in runs):  # thresholds: held-out text
             live = gradients and source is None
             needs.append(pass_need(lm, sites, rows, settings.context, where, gradients=live))
+        if source is None:
+            of = {"gradients": gradients}
+            needs.append(gathered_need(lm, sites, rows, settings.context, needs[-1], ranks.every.size, **of))
+            traffic.append(activation_traffic(sum(widths.values()), batch, lm.dtype.itemsize, gradients, ranks))
     if source is None:
         sample = min(SAMPLE_TOKENS, settings.training.tokens)
         d_in = sum(widths.values())
@@ -142,12 +167,20 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         sample_bytes=sample_bytes,
         calibration_tokens=calibration_tokens(settings.context),
         resumed=resumed,
+        ranks=ranks,
     )
     out = Path(settings.out)
     states = sum(folder.bytes_of_states(Path(run.out)) for run in runs)
     needs = [need.less(states) if need.what == "states" else need for need in needs]
-    needs += [text_need(), _libraries(200_000_000)]
-    return Plan(tuple(needs), _free(settings, needs, out))
+    needs = [need for need in (*needs, text_need(), _libraries(200_000_000)) if need.bytes]
+    needs = _on_this_machine(needs, processes().local)
+    return Plan(tuple(needs), _free(settings, needs, out), tuple(each for each in traffic if each.bytes))
+
+
+def layout_of(settings: RunSettings) -> Ranks:
+    """The largest of the processes of `parallel`; if it leaves their number open, of those that torchrun started."""
+    parallel = settings.parallel
+    return layout(parallel.data or max(1, processes().world // parallel.features), parallel.features)
 
 
 def fitting(settings: Sequence[RunSettings], *, loaded: bool = False, resumed: bool = False) -> int:
@@ -166,10 +199,10 @@ def fitting(settings: Sequence[RunSettings], *, loaded: bool = False, resumed: b
     return least
 
 
-def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1) -> Plan:
+def plan_cache(settings: RunSettings, out: Path, tokens: int, local: int = 1) -> Plan:
     """What `saelab cache` needs to write `tokens` tokens into `out`, of which a part may be there already.
 
-    `processes` write on this machine at once, each with memory and, if there are GPUs, a GPU of its own. Raises
+    `local` processes write on this machine at once, each with memory and, if there are GPUs, a GPU of its own. Raises
     SaelabError if the model or a site cannot be loaded; Uncountable as `plan_training`.
     """
     where, write, gradients, needs = _device_place(settings), settings.cache, settings.writes_gradients, []
@@ -181,7 +214,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, processes: int = 1
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))
     needs += writer_needs(write, widths, gradients, settings.context, tokens, out)
     needs += [text_need(), _libraries(250_000_000)]
-    needs = [replace(need, bytes=processes * need.bytes) if need.where == "memory" else need for need in needs]
+    needs = _on_this_machine(needs, local)
     return Plan(tuple(needs), _free(settings, needs, out))
 
 
@@ -216,6 +249,11 @@ def checked_plan(plan: Callable[[], Plan], say: Say, *, lines: bool = False) -> 
     for line in found.lines() if lines else ():
         say(line)
     found.check()
+
+
+def _on_this_machine(needs: Iterable[Need], local: int) -> list[Need]:
+    """The needs of `local` processes, which share the memory and, if there are GPUs, have one each."""
+    return [replace(need, bytes=local * need.bytes) if need.where == "memory" else need for need in needs]
 
 
 def _device_place(settings: RunSettings) -> Place:

@@ -3,20 +3,25 @@
 The bytes per entry were measured on a CPU as tensors alive at once, and rounded up; the tests repeat the measurement.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from saelab.kernels.cpu import CAST_ENTRIES
 from saelab.kernels.products import CAST_ELEMENTS
 from saelab.memory import Need, Place, no_numbers
+from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
 from saelab.sae.losses import MULTI_FACTOR
-from saelab.sae.model import _MOST_ENTRIES, bare_autoencoder
+from saelab.sae.model import _DRAWN_ROWS, _MOST_ENTRIES, bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 
 _STEP_VECTORS = 10
 """Number of float32 tensors ``[tokens, d_in]`` alive during a step: x, the reconstruction, their difference ..."""
+_WHOLE_VECTORS = 2
+"""Those of them that have the tokens of all processes: x as it was read, and x. Gradients add as many."""
 _ENCODED_VECTORS = 3
 """Number of float32 tensors ``[tokens, d_in]`` alive while `encode` runs: x as it was read, x, x centred."""
 _ENTRY_BYTES = 100
@@ -25,6 +30,10 @@ _DENSE_ENTRY_BYTES = {"memory": 70, "gpu": _ENTRY_BYTES}
 """Bytes per entry if all are active; a CPU then uses dense products, which need no positions among the features."""
 _AUX_BYTES = 60
 """Bytes per entry of the auxiliary loss."""
+_MET_BYTES = {"candidates": 95, "auxiliary loss": 3}
+"""Bytes per entry, of this process or another one, among which this process chooses."""
+_OWN_BYTES = {"candidates": 80, "auxiliary loss": 15}
+"""Bytes per entry meanwhile that this process proposes: it knows the budget of all, but not what the others have."""
 _CANDIDATE_BYTES = {"memory": 8, "gpu": 48}
 """Bytes per pre-activation that may decide a threshold: its key, which a CPU sorts in place. The number for a GPU is
 computed, not measured: it adds a sort's result, indices before and after, and two more such arrays for radix sort."""
@@ -41,36 +50,45 @@ _LIFTED = 4096
 
 
 def step_needs(
-    settings: SaeSettings, d_in: int, batch: int, where: Place, *, parts: int = 1, rounded: bool = False
+    settings: SaeSettings,
+    d_in: int,
+    batch: int,
+    where: Place,
+    *,
+    parts: int = 1,
+    rounded: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Need]:
     """Needs of `training_pass`, its losses and their gradients besides the parameters; batch: tokens of a step.
 
     The batch is cut into `parts`, which are trained on one after the other. `rounded`: the step reads copies of the
     tables in bfloat16. An allocation without a budget limits no entries, so all count as active: an upper bound. A
-    ReLU autoencoder starts with about half of them.
+    ReLU autoencoder starts with about half of them. If several processes share the step, these are the needs of each.
     """
     method, bf16, part = allocation_of(settings), settings.selection == "bfloat16", -(-batch // parts)
-    tile = _tile_bytes(settings.n_features, d_in, part, where, bf16, method.whole_columns, rounded)
+    tokens, n_features = ranks.data.share(part), ranks.features.share(settings.n_features)
+    tile = _tile_bytes(n_features, d_in, tokens, where, bf16, method.whole_columns, rounded)
     if settings.needs_gradients:  # the gradient's part has the same shapes, and its table has no copy
-        tile += _tile_bytes(settings.n_features, d_in, part, where, bf16, method.whole_columns)
-    dense = f"{part:,} x {settings.n_features:,} in {settings.selection}"
+        tile += _tile_bytes(n_features, d_in, tokens, where, bf16, method.whole_columns)
+    dense = f"{tokens:,} x {n_features:,} in {settings.selection}"
     if settings.needs_gradients:
         dense += ", and as much for the gradient's part"
     vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
-    entries, entry = settings.largest_k * (1 + MULTI_FACTOR if settings.multi_topk else 1), _ENTRY_BYTES
+    budgets = [settings.largest_k, *[MULTI_FACTOR * settings.largest_k] * settings.multi_topk]
+    entries, entry = sum(min(n_features, k) for k in budgets), _ENTRY_BYTES
     if not _has_budget(settings):
-        entries, entry = settings.n_features, _DENSE_ENTRY_BYTES[where]
-    chosen = 0 if settings.aux.name == "none" else settings.aux.features or max(1, d_in // 2)
-    step = part * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
+        entries, entry = n_features, _DENSE_ENTRY_BYTES[where]
+    chosen = min(n_features, aux_entries(settings, d_in))
+    step = tokens * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
     each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {_AUX_BYTES} bytes"
-    how = f"{part:,} tokens x ({each})"
-    if parts > 1:
-        whole = 3 if settings.needs_gradients else 2  # x, as it was read and scaled, and gradients
-        step += (batch - part) * 4 * whole * d_in
-        how += f" + {batch - part:,} tokens of other parts x {whole} x {d_in:,} x 4 bytes"
+    how = f"{tokens:,} tokens x ({each})"
+    if tokens < batch:
+        whole = _WHOLE_VECTORS * (2 if settings.needs_gradients else 1)
+        step += (batch - tokens) * 4 * whole * d_in
+        how += f" + {batch - tokens:,} tokens of other parts x {whole} x {d_in:,} x 4 bytes"
     if not _has_budget(settings):
         how += ", as if all features were active: there is no budget"
-    table, shape = settings.n_features * d_in, f"{settings.n_features:,} x {d_in:,}"
+    table, shape = n_features * d_in, f"{n_features:,} x {d_in:,}"
     cast = 4 * min(CAST_ELEMENTS, table)
     if where == "memory":  # dense products cast a whole table, sparse ones the rows of some entries
         cast = max(4 * table, _GATHERED_BYTES * CAST_ENTRIES * d_in)
@@ -80,22 +98,84 @@ def step_needs(
         Need("pre-activations", tile, where, f"tiles of {dense}, one at a time, and the weights in that precision"),
         Need(
             "selection",
-            _selection_bytes(settings, d_in, batch, tile, where),  # `lift` sees the whole batch
+            _selection_bytes(settings, n_features, d_in, ranks.data.share(batch), tile, where),  # `lift` sees all parts
             where,
             "copies of a tile that are searched for features",
         ),
         Need("training step", step, where, how),
+        _met_need(settings, d_in, part, where, ranks),
     ]
 
 
-def initialisation_bytes(settings: SaeSettings, d_in: int, sample_tokens: int, where: Place) -> int:
+def aux_entries(settings: SaeSettings, d_in: int) -> int:
+    """Most features of a token that the auxiliary loss uses."""
+    return 0 if settings.aux.name == "none" else settings.aux.features or max(1, d_in // 2)
+
+
+class Candidates(NamedTuple):
+    """The candidates of one process for a rule."""
+
+    axis: Axis
+    """The processes whose candidates the rule compares."""
+    proposed: int
+    """Candidates before those of the other processes are known."""
+    sent: int
+    """Those of them that other processes, or all, may choose."""
+    by_all: bool
+    """Whether all processes make the same choice among the candidates of all; if not, each makes a part of it."""
+
+
+def candidates(settings: SaeSettings, k: int, batch: int, ranks: Ranks) -> list[Candidates]:
+    """The candidates of a process if the budget is k per token.
+
+    Of feature choice there are two: those of its first phase, which is mutual choice, and its own, which are proposed
+    for capacities up to twice as large (`Bands`).
+    """
+    tokens, n_features = ranks.data.share(batch), ranks.features.share(settings.n_features)
+    of_tokens, of_features = tokens * min(k, n_features), -(-k * batch // ranks.features.size)
+    proposed, share = min(k * batch, tokens * n_features), -(-k * batch // ranks.every.size)
+    by_batch = Candidates(ranks.every, proposed, share, True)
+    return {
+        "token_choice": [Candidates(ranks.features, of_tokens, of_tokens, False)],
+        "mutual_choice": [by_batch],
+        "feature_choice": [by_batch, Candidates(ranks.data, 2 * of_features, of_features, False)],
+        "threshold": [],
+    }[settings.allocation.name]
+
+
+def _met_need(settings: SaeSettings, d_in: int, batch: int, where: Place, ranks: Ranks) -> Need:
+    """The entries of all processes among which one chooses; the largest of the choices of a step."""
+    k = settings.largest_k * (MULTI_FACTOR if settings.multi_topk else 1)
+    tokens, n_features = ranks.data.share(batch), ranks.features.share(settings.n_features)
+    aux = tokens * min(n_features, aux_entries(settings, d_in))
+    choices = [("candidates", each) for each in candidates(settings, k, batch, ranks)]
+    choices.append(("auxiliary loss", Candidates(ranks.features, aux, aux, False)))
+    needed, met, what = max((_met_bytes(what, each), _met(each), what) for what, each in choices)
+    return Need("entries of all processes", needed, where, f"{met:,} of the {what}, among which each chooses")
+
+
+def _met(found: Candidates) -> int:
+    return found.sent * (found.axis.size if found.by_all else 1)
+
+
+def _met_bytes(what: str, found: Candidates) -> int:
+    if found.axis.size == 1:
+        return 0
+    return _MET_BYTES[what] * _met(found) + _OWN_BYTES[what] * found.proposed
+
+
+def initialisation_bytes(
+    settings: SaeSettings, d_in: int, sample_tokens: int, where: Place, axis: Axis = ALONE.features
+) -> int:
     """Bytes that `new_autoencoder` needs besides the parameters and the sample of `sample_tokens`.
+
+    The processes along `axis` share the features.
 
     A ReLU's first reconstruction has every positive entry of a part of the sample, half of all, because decoder rows
     are random directions. Other methods have k entries per token.
     """
-    tokens, n_features = min(_FIRST_TOKENS, sample_tokens), settings.n_features
-    dense = max(_MOST_ENTRIES, n_features)
+    tokens, n_features = min(_FIRST_TOKENS, sample_tokens), axis.share(settings.n_features)
+    dense = max(_MOST_ENTRIES, settings.n_features)
     with no_numbers():
         trains_threshold = bare_autoencoder(settings, d_in).log_threshold is not None
     if _has_budget(settings) or trains_threshold:
@@ -106,7 +186,13 @@ def initialisation_bytes(settings: SaeSettings, d_in: int, sample_tokens: int, w
     if trains_threshold:
         scores = max(scores, 3 * 4 * min(_THRESHOLD_TOKENS * n_features, dense))
     median = 4 * d_in * sample_tokens if settings.b_dec_init == "geometric_median" else 0
-    return max(median, 4 * _STEP_VECTORS * d_in * tokens + _ENTRY_BYTES * entries + scores)
+    first = 4 * _STEP_VECTORS * d_in * tokens + _ENTRY_BYTES * entries + scores
+    if axis.size > 1:
+        drawn = 4 * d_in * min(_DRAWN_ROWS, settings.n_features)
+        own = tokens * min(settings.k, n_features) * _has_budget(settings)
+        first += _met_bytes("candidates", Candidates(axis, own, own, False))
+        first = max(first, drawn)
+    return max(median, first)
 
 
 def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:
@@ -143,7 +229,7 @@ def _tile_bytes(
     """
     scratch = Scratch()
     with no_numbers():
-        device = torch.device("cuda" if where == "gpu" else "cpu")
+        device = torch.device("meta" if where == "gpu" else "cpu")  # a build without CUDA can plan too
         table = torch.empty(n_features, d_in, device=device)
         encoder = Linear(table, torch.empty(n_features, device=device), table.bfloat16() if rounded else None)
         centred = torch.empty(tokens, d_in, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -152,9 +238,9 @@ def _tile_bytes(
         return scratch.bytes
 
 
-def _selection_bytes(settings: SaeSettings, d_in: int, batch: int, tile: int, where: Place) -> int:
+def _selection_bytes(settings: SaeSettings, n_features: int, d_in: int, batch: int, tile: int, where: Place) -> int:
     """Bytes of copies of a tile: the auxiliary loss's targets, all columns on a GPU; or of the products of `lift`."""
     aux = settings.aux.name != "none"
     copies = aux + (2 if allocation_of(settings).whole_columns and where == "gpu" else 0)
-    lifted = 4 * min(_LIFTED, settings.n_features) * (batch + d_in) if aux and settings.aux.lift else 0
+    lifted = 4 * min(_LIFTED, n_features) * (batch + d_in) if aux and settings.aux.lift else 0
     return max(copies * tile, lifted)

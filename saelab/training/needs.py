@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saelab.memory import Need, Place, no_numbers
+from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import calibration_bytes, initialisation_bytes, step_needs
@@ -29,6 +30,7 @@ def training_needs(
     calibration_tokens: int,
     sample_bytes: int = 0,
     resumed: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Need]:
     """Needs of a `Trainer` on its device, `where`, from initialisation to calibration, and of its files.
 
@@ -36,15 +38,19 @@ def training_needs(
     there once, and each has weights, gradients and moments. `resumed`: they start from states instead of a sample of
     `sample_tokens`, which takes `sample_bytes` until the first step and is counted here, since most of a step's memory
     is not in use by then. No setting makes a transcoder, so d_out is d_in.
+
+    If several processes share the training, each needs the memory, the first of them that of the whole autoencoder too,
+    and they need the disk together.
     """
-    parts = [_Part.of(sae, settings, d_in, where) for sae, d_in in saes]
+    parts = [_Part.of(sae, settings, d_in, ranks) for sae, d_in in saes]
+    wholes = parts if ranks.features.size == 1 else [_Part.of(sae, settings, d_in) for sae, d_in in saes]
     weights, gradients = sum(part.weights for part in parts), sum(part.gradients for part in parts)
     sizes = " + ".join(dict.fromkeys(part.sizes for part in parts))
     times = f"{len(saes)} autoencoders: " if len(saes) > 1 else ""
     frozen = dict.fromkeys(sae.freeze for sae, _ in saes if sae.freeze != "none")
     of_trained = "the autoencoder" + "s" * (len(saes) > 1) + (f" without {' or '.join(frozen)}" if frozen else "")
     averages = sum(part.averages for part in parts)
-    options = {"parts": settings.accumulate, "rounded": settings.precision == "bfloat16"}
+    options = {"parts": settings.accumulate, "rounded": settings.precision == "bfloat16", "ranks": ranks}
     step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where, **options)) for sae, d_in in saes])
     needs = [
         Need("autoencoder", weights, where, times + sizes),
@@ -67,20 +73,25 @@ def training_needs(
     if resumed:
         needs += _reading_needs(max(parts, key=lambda part: part.weights), where)
     else:
-        beginning = max(initialisation_bytes(sae, d_in, sample_tokens, where) for sae, d_in in saes) + sample_bytes
-        needs.append(_more("initialisation", beginning, freed + kept, where))
+        beginning = max(initialisation_bytes(sae, d_in, sample_tokens, where, ranks.features) for sae, d_in in saes)
+        needs.append(_more("initialisation", beginning + sample_bytes, freed + kept, where))
+    if ranks.features.size > 1:
+        together = 2 * max(whole.weights for whole in wholes)
+        needs.append(_more("whole autoencoder", together, freed, where))
+        freed = max(0, freed - together)
     calibration = max(calibration_bytes(sae, calibration_tokens, where) for sae, _ in saes)
     needs.append(_more("thresholds", calibration, freed, where))
     if where == "gpu":
-        needs.append(Need("writing", max(part.largest for part in parts), "memory", "a copy of the largest tensor"))
+        needs.append(Need("writing", max(whole.largest for whole in wholes), "memory", "a copy of the largest tensor"))
 
     thresholds = sum(4 * sae.n_features * allocation_of(sae).calibrated for sae, _ in saes)
-    keep, each = settings.checkpoint.keep, " + ".join(dict.fromkeys(f"{part.state:,}" for part in parts))
+    keep, each = settings.checkpoint.keep, " + ".join(dict.fromkeys(f"{whole.state:,}" for whole in wholes))
+    weights, sizes = sum(whole.weights for whole in wholes), " + ".join(dict.fromkeys(whole.sizes for whole in wholes))
     needs += [
         Need("checkpoint", weights + thresholds, "disk", f"{times}{sizes}, {thresholds:,} bytes of thresholds"),
         Need(
             "states",
-            (keep + 1) * sum(part.state for part in parts),
+            (keep + 1) * sum(whole.state for whole in wholes),
             "disk",
             f"{times}{keep} that are kept + 1 being written, {each} bytes each",
         ),
@@ -90,7 +101,7 @@ def training_needs(
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes of one autoencoder in training."""
+    """Bytes of one autoencoder in training, or of a process's part of it."""
 
     weights: int
     gradients: int
@@ -101,14 +112,14 @@ class _Part:
     largest: int
     """The largest tensor."""
     state: int
-    """A state on the disk."""
+    """A state on the disk, if it has only this part."""
     sizes: str
     """The shapes of the weights, in words."""
 
     @classmethod
-    def of(cls, sae: SaeSettings, settings: TrainingSettings, d_in: int, where: Place) -> "_Part":
+    def of(cls, sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks: Ranks = ALONE) -> "_Part":
         with no_numbers():
-            trainer = Trainer(bare_autoencoder(sae, d_in), settings, sae)
+            trainer = Trainer(bare_autoencoder(sae, d_in, ranks=ranks), settings, sae)
             parameters, trained = list(trainer.sae.parameters()), trainer.optimiser.trained
             weights, gradients = _nbytes(parameters), _nbytes(trained)
             statistics = trainer.usage.state_bytes() + trainer.allocation.state_bytes(sae.n_features)

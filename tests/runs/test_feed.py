@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from saelab.activations.source import FromCache, FromModel, Source
+from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
+from saelab.lm.model import LanguageModel
 from saelab.progress import silent
+from saelab.ranks import ALONE, Ranks
 from saelab.runs import feed
 from saelab.runs.cache import cache
 from saelab.runs.feed import open_source
 from saelab.runs.job import Job, settings_of
 from tests.activations.going_on import check_going_on, same, walk
 from tests.runs.test_stages import small
+from tests.threads import run_threads
 
 
 def config(tmp_path: Path, kind: str, *, cached: bool, gradients: bool) -> dict[str, Any]:
@@ -49,6 +53,31 @@ def test_a_source_opened_again_continues_from_every_batch(
     assert (batch.gradients is not None) == gradients
     source.close()
     check_going_on(opened, 12)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
+def test_two_processes_get_the_batches_of_one_and_share_the_passes_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    settings = settings_of(config(tmp_path, "gpt2", cached=cached, gradients=False))
+    loaded = [Job(settings), Job(settings)]
+    passes: list[LanguageModel] = []
+    lms = [job.lm for job in loaded]
+    run = LanguageModel.activations
+    monkeypatch.setattr(LanguageModel, "activations", lambda lm, *rest: passes.append(lm) or run(lm, *rest))
+
+    def batches(ranks: Ranks) -> list[ActivationBatch]:
+        job, ready = Job(settings, ranks=ranks), loaded[ranks.every.rank]
+        vars(job).update(lm=ready.lm, corpus=ready.corpus)
+        return walk(open_source(job, silent), 12)[1]
+
+    expected = batches(ALONE)
+    alone = len(passes)
+    assert (alone == 0) == cached
+    passes.clear()
+    for found in run_threads(batches, features=2):
+        assert all(map(same, found, expected))
+    assert all(passes.count(lm) == -(-alone // 2) for lm in lms)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])

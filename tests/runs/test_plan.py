@@ -26,6 +26,7 @@ from saelab.runs.stages import index
 from saelab.runs.train import resume, train
 from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.training.needs import STATE_TEXT
+from tests.faults.tools import command
 from tests.tiny import CONTEXT, NEEDS_NUMBERS, model_folder, text
 
 SITE = "blocks.1.hook_resid_post"
@@ -145,6 +146,33 @@ def test_the_table_has_every_need_and_what_is_free(tmp_path: Path) -> None:
     assert all(need.what in shown for need in found.needs) and "are free" in shown and "training" in shown
     console.print(Plan(found.needs, {}).table("training"))
     assert "is not known" in console.export_text()
+
+
+def test_processes_share_the_autoencoder_and_the_plan_says_what_they_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, four = (
+        plan_training(settings(tmp_path, parallel=parallel)) for parallel in ({}, {"data": 2, "features": 2})
+    )
+    assert needs(four)["optimiser"] == pytest.approx(needs(alone)["optimiser"] / 2, rel=0.01)
+    assert needs(four)["states"] == needs(alone)["states"]
+    assert not alone.traffic
+    assert {each.what for each in four.traffic} >= {"gradients", "reconstruction", "candidates", "activations"}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"out": str(tmp_path / "run"), "model": str(model_folder("gpt2")), "site": SITE}))
+    overrides = ["parallel.data=2", "parallel.features=2", f"context={CONTEXT}", "device=cpu"]
+    code, shown, _ = command(monkeypatch, capsys, "plan", config, *overrides)
+    assert code == 0
+    assert "for each of 2 x 2 processes" in shown
+    assert all(each.what in shown for each in four.traffic)
+
+    torchrun = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    started = plan_training(settings(tmp_path, parallel={"features": 2}))
+    assert started.traffic == four.traffic
+    assert started.total("memory") == 2 * four.total("memory")
+    assert started.total("disk") == four.total("disk")
 
 
 def test_a_plan_names_what_the_model_has_not(tmp_path: Path) -> None:

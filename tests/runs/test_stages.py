@@ -334,14 +334,14 @@ def test_ctrl_c_finishes_the_step_and_saves_a_valid_checkpoint(tmp_path: Path) -
 
 def test_bad_activations_in_the_middle_keep_the_weights_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "SAMPLE_TOKENS", 1000)
-    read = source.read_activations
+    read = source.read_passes
 
     def broken(*arguments, first_row: int, **options):
         if first_row == 160:  # the rows before give two groups of 2,000 tokens, and not three
             raise SaelabError("blocks.1.hook_resid_post: NaN at row 160")
         return read(*arguments, first_row=first_row, **options)
 
-    monkeypatch.setattr(source, "read_activations", broken)
+    monkeypatch.setattr(source, "read_passes", broken)
     with pytest.raises(SaelabError, match="NaN at row 160"):
         saelab.train(small(tmp_path))
     record = json.loads((tmp_path / "run" / "train.json").read_text())

@@ -1,7 +1,8 @@
 """The exact choice when tokens or features are spread over processes (saelab.ranks).
 
-Each process finds the candidates among its own entries. Those that a rule compares are gathered, and every process
-makes the choice on all of them with the rule's own `keep`, ties included, so all find what one process would find.
+Each process finds the candidates among its own entries. Those that a rule compares come together in one process, or in
+all of them for mutual choice, and the choice is made with the rule's own `keep`, ties included: it is what one process
+would find.
 """
 
 from dataclasses import replace
@@ -41,33 +42,70 @@ def keep(rule: Rule, entries: Entries, tokens: int, ranks: Ranks) -> Tensor:
     axis, part = compared_along(rule, ranks), ranks.data.part(tokens)
     if axis.size == 1:
         return rule.keep(entries, part.stop - part.start)
-    candidates = torch.arange(len(entries.scores), device=entries.scores.device)
     if isinstance(rule, MutualChoice):
         candidates = _possible(entries.scores, rule.slots(tokens), axis)
+    else:  # an entry that others of this process beat is not among the best of all either
+        own = rule.keep(entries, part.stop - part.start) & (entries.scores > 0)
+        candidates = own.nonzero().squeeze(1)
     mine = entries.where(candidates)
-    if rule.compares != "token":
-        mine, part = mine.shifted(part.start, 0), slice(0, tokens)
+    if rule.compares == "token":
+        kept = _keep_by_parts(rule, mine, mine.tokens, part.stop - part.start, axis)
+    elif isinstance(rule, FeatureChoice):
+        kept = _keep_by_parts(rule, mine.shifted(part.start, 0), mine.features, len(rule.capacities), axis)
+    else:
+        kept = _keep_of_all(rule, mine.shifted(part.start, 0), tokens, axis)
+    return torch.zeros_like(entries.scores, dtype=torch.bool).index_copy_(0, candidates, kept)
+
+
+def _keep_of_all(rule: Rule, mine: Entries, tokens: int, axis: Axis) -> Tensor:
+    """Which of the entries `mine` the rule picks among those of all processes along `axis`: all make the choice."""
     everyone = axis.gather(_packed(mine))
     start = sum(map(len, everyone[: axis.rank]))
-    together = _unpacked(torch.cat(everyone), entries.scores.dtype)
-    order = torch.argsort(together.tokens, stable=True)  # within a token, processes are in the order of their features
+    kept = _kept(rule, _unpacked(torch.cat(everyone), mine.scores.dtype), tokens)
+    return kept[start : start + len(mine.scores)]
+
+
+def _keep_by_parts(rule: Rule, mine: Entries, groups: Tensor, number: int, axis: Axis) -> Tensor:
+    """As `_keep_of_all`, for a rule that compares the entries of a group: of one of `number` tokens, or features.
+
+    Each process along `axis` makes the choice for a part of the groups, and sends the others the result. `groups` are
+    those of `mine`.
+    """
+    order, parts = torch.argsort(groups, stable=True), axis.parts(number)
+    part = parts[axis.rank]
+    ends = torch.tensor([part.stop for part in parts], device=groups.device)
+    sizes = torch.searchsorted(groups[order], ends).diff(prepend=ends.new_zeros(1)).tolist()
+    received = axis.swap(_packed(mine.where(order)).split(sizes))
+    together = _unpacked(torch.cat(received), mine.scores.dtype)
+    if rule.compares == "token":
+        together = together.shifted(-part.start, 0)
+    else:
+        rule, together = own_rule(rule, part), together.shifted(0, -part.start)
+    kept = _kept(rule, together, part.stop - part.start)
+    found = torch.cat(axis.swap(kept.split([len(each) for each in received])))
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
+def _kept(rule: Rule, entries: Entries, tokens: int) -> Tensor:
+    """Which entries the rule picks, if those of a token are in the order of their features."""
+    order = torch.argsort(entries.tokens, stable=True)
     kept = torch.empty_like(order, dtype=torch.bool)
-    kept[order] = rule.keep(together.where(order), part.stop - part.start)
-    found = torch.zeros_like(entries.scores, dtype=torch.bool)
-    return found.index_copy_(0, candidates, kept[start : start + len(candidates)])
+    kept[order] = rule.keep(entries.where(order), tokens)
+    return kept
 
 
 def strongest(values: Tensor, k: int, axis: Axis) -> Tensor:
     """Which of this process's `values` ``[tokens, n]`` are among the k largest of each token, bool ``[tokens, n]``.
 
-    n may differ between processes.
+    n may differ between processes. Each makes the choice for a part of the tokens, and sends the others the result.
     """
-    together = [part.T for part in axis.gather(values.T.contiguous())]
-    start = sum(part.shape[1] for part in together[: axis.rank])
-    everything = torch.cat(together, 1)
-    best = everything.topk(min(k, everything.shape[1]), dim=1, sorted=False).indices
-    kept = torch.zeros_like(everything, dtype=torch.bool).scatter_(1, best, True)
-    return kept[:, start : start + values.shape[1]]
+    n, parts = values.shape[1], axis.parts(len(values))
+    wide = values.new_full((len(values), axis.largest(n)[0]), -torch.inf)
+    wide[:, :n] = values
+    together = torch.cat(axis.swap([wide[part] for part in parts]), 1)
+    best = together.topk(min(k, together.shape[1]), dim=1, sorted=False).indices
+    kept = torch.zeros_like(together, dtype=torch.bool).scatter_(1, best, True)
+    return torch.cat(axis.swap([each.contiguous() for each in kept.chunk(axis.size, 1)]))[:, :n]
 
 
 def _possible(scores: Tensor, total: int, axis: Axis) -> Tensor:
