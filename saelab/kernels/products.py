@@ -196,7 +196,8 @@ def return_gradients(table: Tensor) -> None:
 
 def _table_gradient(backend: ModuleType, codes: Codes, rows: Tensor, table: Tensor) -> Tensor | None:
     if getattr(table, "accumulates_in_place", False) and table.grad is not None:
-        backend.spmm_transposed(codes, rows, table.grad)
+        if codes.nnz:  # as often as not an auxiliary loss has no entries; adding zeros is a pass over the table
+            backend.spmm_transposed(codes, rows, table.grad)
         return None
     return backend.spmm_transposed(codes, rows).to(table.dtype)
 

@@ -88,6 +88,8 @@ class RowBounds:
 
     def __init__(self, tokens: int, n_features: int, k: int, margin: float, device: torch.device) -> None:
         self.k, self.margin, self.n_features = k, margin, n_features
+        self.risen = False
+        """Whether a bound may have risen after candidates of its token were found."""
         self.best = torch.full((tokens, k), -torch.inf, device=device)
 
     def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
@@ -96,6 +98,7 @@ class RowBounds:
         blocks, maxima = _row_maxima(scores, self.n_features // (4 * self.k))
         rows = slice(first_token, first_token + len(scores))
         seen = torch.cat([self.best[rows], maxima], 1) if first_feature else maxima
+        self.risen = self.risen or first_feature > 0
         self.best = self.best.to(seen.dtype)
         if seen.shape[1] > self.k:
             seen = seen.topk(self.k, dim=1, sorted=False).values
@@ -112,7 +115,7 @@ class RowBounds:
         return Entries(tokens.flatten(), features.flatten(), _at_least_float32(values.flatten()))
 
     def final(self, entries: Entries) -> Entries:
-        if entries.scores.device.type != "cpu":
+        if entries.scores.device.type != "cpu" or not self.risen:
             return entries
         cut = _lowered(self.best.amin(1), self.margin)
         return entries.where(entries.scores >= cut[entries.tokens])

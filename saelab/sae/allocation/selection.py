@@ -110,7 +110,10 @@ def select(
 
 def in_order(entries: Entries, n_features: int) -> Entries:
     """`entries` sorted by token, then feature."""
-    order = torch.argsort(entries.tokens * n_features + entries.features)
+    place = entries.tokens * n_features + entries.features
+    if place.device.type == "cpu" and len(place) and int(place.max()) < 2**31:
+        place = place.int()  # sorts twice as fast
+    order = torch.argsort(place)
     return Entries(*(part[order] for part in entries))
 
 
