@@ -202,7 +202,9 @@ def plan(
     tokens: Annotated[float | None, typer.Option(min=1, max=1e15, help="the cache's (default: training's)")] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where a cache would go")] = Path(),
 ) -> None:
-    """Report the memory and disk that training, a cache and the features need; exit code 2 if this machine has less.
+    """Report the memory and disk that training, evaluation, a cache and the features need.
+
+    The exit code is 2 if this machine has less.
 
     Of a sweep: what all its runs need at once, and how many fit. With `parallel`: what each of the processes needs, and
     what it exchanges in a step.
@@ -215,7 +217,7 @@ def plan(
 
     from saelab.files import expanded
     from saelab.runs.grid import grid
-    from saelab.runs.plan import fitting, layout_of, plan_cache, plan_index, plan_training
+    from saelab.runs.plan import fitting, layout_of, plan_cache, plan_evaluation, plan_index, plan_training
 
     runs, folder = [run.settings for run in grid(config, overrides or [])], Path(expanded(out, "--out"))
     settings, many = max(runs, key=lambda run: run.sae.n_features), len(runs) > 1
@@ -223,12 +225,15 @@ def plan(
     shared = f", for each of {ranks.data.size} x {ranks.features.size} processes" * (ranks.every.size > 1)
     plans = {
         f"training{shared}": plan_training(settings),
+        "evaluation": plan_evaluation(settings),
         "cache": plan_cache(settings, folder, int(tokens or settings.training.tokens)),
         "features": plan_index(settings),
     }
     if many:
         Console(width=120).print(plan_training(*runs).table(f"training of {len(runs)} runs at once"))
-        _print(f"{fitting(runs)} of {len(runs)} runs fit into memory at once. The largest of them:")
+        Console(width=120).print(plan_evaluation(*runs).table(f"evaluation of {len(runs)} runs at once"))
+        fit = fitting(runs, plan_training), fitting(runs, plan_evaluation)
+        _print(f"{fit[0]} of {len(runs)} runs fit into memory at once, and {fit[1]} evaluations. The largest of them:")
     for title, needs in plans.items():
         Console(width=120).print(needs.table(title))
         if needs.traffic:

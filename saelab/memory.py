@@ -1,11 +1,12 @@
 """Memory and disk: how much is free, and the peak memory of a computation."""
 
+import contextlib
+import ctypes
 import logging
 import math
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +27,33 @@ class Need:
     where: Place
     how: str
     """The sum that gives `bytes`, in words."""
+    phases: tuple[str, ...] = ()
+    """The phases in which it is there; none: in all. One phase of a computation ends before the next one begins."""
 
     def less(self, present: int) -> "Need":
         """The rest of this need once `present` bytes of it are there."""
         if not present:
             return self
         return replace(self, bytes=max(0, self.bytes - present), how=f"{self.how}, less {size(present)} that are there")
+
+
+BEGINNING, RESUMING, READING, STEP, THRESHOLDS = "beginning", "resuming", "reading", "step", "thresholds"
+"""Phases of a training: the first activations and the initialisation, or states that are read; groups of activations
+that are read from the model; steps; thresholds of inference that are set."""
+
+
+def fullest(needs: Iterable[Need]) -> tuple[str, list[Need]]:
+    """The phase in which most bytes are needed, and all that is there then; the phase is "" if no need names one."""
+    needs = list(needs)
+    phases = list(dict.fromkeys(phase for need in needs for phase in need.phases)) or [""]
+    found = [(phase, [need for need in needs if not need.phases or phase in need.phases]) for phase in phases]
+    return max(found, key=lambda of_phase: sum(need.bytes for need in of_phase[1]))
+
+
+def give_back() -> None:
+    """Return memory that is free, but that the C library keeps, to the system. Does nothing except with glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_on_disk(folder: Path) -> int | None:
@@ -92,7 +114,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return count.most
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_numbers() -> Iterator[None]:
     """A context in which tensors have a shape, dtype and device but no memory; they are valid only inside it."""
     from torch._subclasses.fake_tensor import FakeTensorMode

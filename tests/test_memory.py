@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelab.memory import free_memory, free_on_disk, peak_bytes, size
+from saelab.memory import Need, free_memory, free_on_disk, fullest, peak_bytes, size
+
+
+def test_needs_of_different_phases_are_not_there_at_once() -> None:
+    always, reading = Need("model", 5, "memory", ""), Need("pass", 30, "memory", "", ("reading",))
+    step, both = Need("step", 20, "memory", "", ("step",)), Need("buffer", 7, "memory", "", ("reading", "step"))
+    assert fullest([always, reading, step, both]) == ("reading", [always, reading, both])
+    more = Need("selection", 15, "memory", "", ("step",))
+    assert fullest([always, reading, step, both, more]) == ("step", [always, step, both, more])
+    assert fullest([always]) == ("", [always]) and fullest([]) == ("", [])
 
 
 def test_sizes_have_three_digits() -> None:

@@ -9,14 +9,22 @@ from saelab.activations.source import SAMPLE_TOKENS
 from saelab.activations.stream import names_of
 from saelab.lm.model import LanguageModel
 from saelab.lm.needs import pass_bytes, site_widths
-from saelab.memory import Need, Place
+from saelab.memory import BEGINNING, READING, STEP, Need, Place
 
 _ORIGIN_BYTES = 24
 """Bytes per token of an `ActivationBatch` for its id, row and position, int64."""
 
 
 def pass_need(
-    lm: LanguageModel, sites: Sequence[str], rows: int, context: int, where: Place, *, gradients: bool = False
+    lm: LanguageModel,
+    sites: Sequence[str],
+    rows: int,
+    context: int,
+    where: Place,
+    *,
+    gradients: bool = False,
+    what: str = "pass of the model",
+    phases: tuple[str, ...] = (),
 ) -> Need:
     """One `run_model` on `rows` rows of `context` tokens; `lm` may have no weights (`outlined_language_model`).
 
@@ -29,7 +37,7 @@ def pass_need(
     if gradients:
         how += f", logits and backward pass of {min(rows, lm.rows_at_once(context))} at a time"
     counted = pass_bytes(lm, rows, context, sites, gradients=gradients)
-    return Need("pass of the model", counted + copies, where, f"{how}, counted")
+    return Need(what, counted + copies, where, f"{how}, counted", phases)
 
 
 def gathered_need(
@@ -43,7 +51,7 @@ def gathered_need(
     tokens, each = rows * context, lm.dtype.itemsize * width + _ORIGIN_BYTES + 4 * width * gradients
     needed = (processes + 1) * tokens * each * (processes > 1)
     how = f"{processes} and a copy x {tokens:,} tokens x {each:,} bytes, less the pass of the model"
-    return Need("passes of all processes", max(0, needed - own_pass.bytes), own_pass.where, how)
+    return Need("passes of all processes", max(0, needed - own_pass.bytes), own_pass.where, how, (READING,))
 
 
 def stream_needs(
@@ -56,7 +64,7 @@ def stream_needs(
     group = group_tokens(stream.buffer_tokens, batch_tokens)
     tokens, each = max(group, sample_tokens), (8 if gradients else 4) * d_in + _ORIGIN_BYTES
     return [
-        Need("shuffle buffer", tokens * each, where, f"{tokens:,} tokens x {each:,} bytes"),
+        Need("shuffle buffer", tokens * each, where, f"{tokens:,} tokens x {each:,} bytes", (BEGINNING, READING, STEP)),
         Need("order of the buffer", 8 * group, "memory", f"{group:,} tokens x 8 bytes"),
         _sample_need(sample_tokens, d_in, where),
     ]
@@ -73,12 +81,15 @@ def cached_needs(
     sample_tokens = min(SAMPLE_TOKENS, cache.tokens)
     ahead = sample_tokens + batch_tokens
     return [
-        Need("shuffle buffers", 2 * tokens * each, "memory", f"2 x {tokens:,} tokens x {each:,} bytes"),
+        Need(
+            "shuffle buffers", 2 * tokens * each, "memory", f"2 x {tokens:,} tokens x {each:,} bytes", (BEGINNING, STEP)
+        ),
         Need(
             "first batches",
             ahead * (each + _ORIGIN_BYTES),
             "memory",
             f"{ahead:,} tokens x {each + _ORIGIN_BYTES:,} bytes, kept from the sample",
+            (BEGINNING, STEP),
         ),
         _sample_need(sample_tokens, sum(cache.sites[name] for name in names_of(site)), where),
     ]
@@ -86,4 +97,4 @@ def cached_needs(
 
 def _sample_need(tokens: int, d_in: int, where: Place) -> Need:
     """The sample that training starts from, float32, unscaled and scaled."""
-    return Need("sample", 2 * 4 * d_in * tokens, where, f"2 x {tokens:,} tokens x {d_in:,} x 4 bytes")
+    return Need("sample", 2 * 4 * d_in * tokens, where, f"2 x {tokens:,} tokens x {d_in:,} x 4 bytes", (BEGINNING,))

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TILE = 1024
+TILE = 1024
+"""Decoder rows that are compared with all others at a time."""
 
 
 @torch.no_grad()
@@ -17,8 +18,8 @@ def mean_absolute_cosine(W_dec: Tensor) -> float:
     """
     unit = F.normalize(W_dec.float(), dim=1)
     total = torch.zeros((), dtype=torch.float64, device=unit.device)
-    for start in range(0, len(unit), _TILE):
-        cosines = unit[start : start + _TILE] @ unit[start:].T
+    for start in range(0, len(unit), TILE):
+        cosines = unit[start : start + TILE] @ unit[start:].T
         total += cosines.abs_().triu_(1).sum(dtype=torch.float64)
     pairs = len(unit) * (len(unit) - 1) // 2
     return total.item() / pairs if pairs else float("nan")

@@ -41,15 +41,11 @@ def index_needs(
     vocabulary: int,
     context: int,
     where: Place,
-    *,
-    pass_bytes: int,
-    text_bytes: int,
 ) -> list[Need]:
     """Needs of the autoencoder on its device `where`, of `Index`, and of the database's files.
 
-    The text is read, which takes `text_bytes`, and encoded, which takes `pass_bytes` of the model on `where`; shards
-    are sorted, then merged; co-activation and the columns of the weights come last. Memory that a step frees is counted
-    once.
+    Text is read and encoded in turn; shards are sorted, then merged; co-activation and the columns of the weights come
+    last.
     """
     l0 = sae.sparsity.target_l0 or sae.k
     rows = math.ceil(settings.tokens / max(1, context - 1))  # with a BOS token in each
@@ -66,28 +62,20 @@ def index_needs(
     sorting = shard * _SORTED_BYTES
     merging = bucket * _BUCKET_ENTRY_BYTES + min(pairs, PAIRS + BUCKET) * _PAIR_BYTES + vocabulary * _WORD_BYTES
     filled = shard * _FILLED_BYTES
-    peak = {where: pass_bytes + encoding}
-    peak["memory"] = peak.get("memory", 0) + filled
-
-    def more(what: str, needed: int, place: Place) -> Need:
-        """What a step needs beyond the steps before it, whose memory is free again."""
-        before, peak[place] = peak[place], max(peak[place], needed)
-        how = f"{size(needed)}, less {size(before)} that earlier steps need"
-        return Need(what, max(0, needed - before), place, how)
-
     sizes = {"rows": rows, "context": context, "n_features": n_features, "entries": entries, "pairs": pairs}
     files = _file_bytes(sizes | {"vocabulary": vocabulary, "vocabulary_bytes": _TOKEN_BYTES * vocabulary})
     return [
         Need("autoencoder", weights, where, f"{n_features:,} features of {d_in:,} dimensions x 4 bytes"),
-        Need("encoding", encoding, where, f"{forward:,} tokens at once"),
+        Need("encoding", encoding, where, f"{forward:,} tokens at once", ("encoding",)),
         Need("text to index", 8 * places, "memory", f"{places:,} places x 8 bytes, read and joined"),
         Need("totals", n_features * _TOTALS_BYTES, "memory", f"{n_features:,} features x {_TOTALS_BYTES} bytes"),
-        Need("shard", filled, "memory", f"{shard:,} entries x {_FILLED_BYTES} bytes"),
-        more("text", text_bytes, "memory"),
-        more("sorting", sorting, "memory"),
-        more("merging", merging, "memory"),
-        more("co-activation", coactivation_bytes(n_features), "memory"),
-        more("weights", weight_bytes(n_features, d_in, vocabulary), where),
+        Need("shard", filled, "memory", f"{shard:,} entries x {_FILLED_BYTES} bytes", ("reading", "encoding")),
+        Need("sorting", sorting, "memory", f"{shard:,} entries x {_SORTED_BYTES} bytes", ("sorting",)),
+        Need(
+            "merging", merging, "memory", f"{bucket:,} entries x {_BUCKET_ENTRY_BYTES} bytes, and pairs", ("merging",)
+        ),
+        Need("co-activation", coactivation_bytes(n_features), "memory", "of all features", ("co-activation",)),
+        Need("weights", weight_bytes(n_features, d_in, vocabulary), where, "their columns", ("weights",)),
         Need(
             "facts",
             files["tokens"] + files["by_feature"] + files["by_token"],

@@ -196,7 +196,7 @@ def return_gradients(table: Tensor) -> None:
 
 def _table_gradient(backend: ModuleType, codes: Codes, rows: Tensor, table: Tensor) -> Tensor | None:
     if getattr(table, "accumulates_in_place", False) and table.grad is not None:
-        if codes.nnz:  # as often as not an auxiliary loss has no entries; adding zeros is a pass over the table
+        if codes.nnz:  # an auxiliary loss may have no entries, and to add zeros is a pass over the table
             backend.spmm_transposed(codes, rows, table.grad)
         return None
     return backend.spmm_transposed(codes, rows).to(table.dtype)

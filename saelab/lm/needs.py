@@ -25,7 +25,7 @@ def weights_needs(lm: LanguageModel, settings: ModelSettings, where: Place) -> l
     how = f"{shape.parameters:,} parameters in {settings.dtype}"
     needs = [Need("model", shape.bytes, where, how)]
     if where == "gpu" and settings.device_map is None:
-        needs.append(Need("model, while it is loaded", shape.bytes, "memory", how))
+        needs.append(Need("model, while it is loaded", shape.bytes, "memory", how, ("loading",)))
     return needs
 
 
@@ -44,6 +44,13 @@ def pass_bytes(lm: LanguageModel, rows: int, context: int, sites: Sequence[str],
     with _needs_no_numbers(lm):
         ids = torch.zeros(rows, context, dtype=torch.long, device=lm.device)
         return peak_bytes(lambda: lm.activations_and_gradients(ids, sites) if gradients else lm.activations(ids, sites))
+
+
+def logits_bytes(lm: LanguageModel, rows: int, context: int) -> int:
+    """Peak bytes of the tensors of `logits`. Raises Uncountable."""
+    with _needs_no_numbers(lm):
+        ids = torch.zeros(rows, context, dtype=torch.long, device=lm.device)
+        return peak_bytes(lambda: lm.logits(ids))
 
 
 @contextmanager

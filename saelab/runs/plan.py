@@ -2,8 +2,9 @@
 
 Training and caching check that before anything is allocated.
 
-The rooms state what they need (their needs.py); here it is added up and compared with what is free. Left out are the
-program itself, which is loaded by then, and what libraries use inside a single operation.
+The rooms state what they need (their needs.py), and in which phases. What is there at once is added up here, and the
+phase with the largest sum is compared with what is free. Left out are the program itself, which is loaded by then, and
+what libraries use inside a single operation.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,12 +18,13 @@ from saelab.activations.cache.needs import writer_needs
 from saelab.activations.cache.reader import open_cache
 from saelab.activations.needs import cached_needs, gathered_need, pass_need, stream_needs
 from saelab.activations.source import SAMPLE_TOKENS
-from saelab.corpus.needs import text_need
+from saelab.analysis.needs import evaluation_needs
+from saelab.corpus.needs import text_needs
 from saelab.errors import SaelabError
 from saelab.features.needs import index_needs
 from saelab.lm.load import outlined_language_model, resolve_device
 from saelab.lm.needs import Uncountable, site_widths, weights_needs
-from saelab.memory import Need, Place, free_memory, free_on_disk, size
+from saelab.memory import READING, THRESHOLDS, Need, Place, free_memory, free_on_disk, fullest, size
 from saelab.ranks import Ranks, layout
 from saelab.runs import folder
 from saelab.runs.calibration import calibration_tokens
@@ -51,16 +53,20 @@ class Plan:
     traffic: tuple[Traffic, ...] = ()
     """What a process exchanges with others in a step; empty if there is one process."""
 
+    def fullest(self, where: str) -> tuple[str, list[Need]]:
+        """The phase in which most is needed of a place, and what is there then."""
+        return fullest(need for need in self.needs if need.where == where)
+
     def total(self, where: str) -> int:
-        """Bytes needed of a place."""
-        return sum(need.bytes for need in self.needs if need.where == where)
+        """Most bytes that are needed of a place at once."""
+        return sum(need.bytes for need in self.fullest(where)[1])
 
     def check(self) -> None:
         """Raises SaelabError, with the numbers, if a place has less free than is needed of it."""
         for where, free in self.free.items():
             total = self.total(where)
             if total > free:
-                parts = sorted((need for need in self.needs if need.where == where), key=lambda need: -need.bytes)
+                parts = sorted(self.fullest(where)[1], key=lambda need: -need.bytes)
                 listed = "; ".join(f"{need.what} {size(need.bytes)} ({need.how})" for need in parts[:3])
                 raise SaelabError(
                     f"{_PLACES[where]}: {size(total)} ({total:,} bytes) are needed, and {size(free)} ({free:,} bytes) "
@@ -71,24 +77,24 @@ class Plan:
         """A line of words for each place."""
         return [
             f"{_PLACES[where]}: {size(self.total(where))} for "
-            + ", ".join(f"{need.what} {size(need.bytes)}" for need in self.needs if need.where == where)
+            + ", ".join(f"{need.what} {size(need.bytes)}" for need in self.fullest(where)[1])
             + (f"; {size(self.free[where])} are free" if where in self.free else "")
             for where in dict.fromkeys(need.where for need in self.needs)
         ]
 
     def table(self, title: str) -> "Table":
-        """The needs, and for each place their sum and what is free."""
+        """The needs, and for each place the most that is there at once and what is free."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left")
-        for name, justify in (("what", "left"), ("where", "left"), ("bytes", "right"), ("how", "left")):
-            table.add_column(name, justify=justify, no_wrap=name == "bytes")  # type: ignore[arg-type]
+        for name in ("what", "where", "bytes", "when", "how"):
+            table.add_column(name, justify="right" if name == "bytes" else "left", no_wrap=name == "bytes")
         for need in self.needs:
-            table.add_row(need.what, _PLACES[need.where], size(need.bytes), need.how)
+            table.add_row(need.what, _PLACES[need.where], size(need.bytes), ", ".join(need.phases), need.how)
         table.add_section()
         for where in dict.fromkeys(need.where for need in self.needs):
             free = f"{size(self.free[where])} are free" if where in self.free else "how much is free is not known"
-            table.add_row("total", _PLACES[where], size(self.total(where)), free)
+            table.add_row("at once", _PLACES[where], size(self.total(where)), self.fullest(where)[0], free)
         return table
 
     def traffic_table(self) -> "Table":
@@ -140,15 +146,15 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         check_model(lm, sites, settings.context)
         widths = site_widths(lm, sites)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
-        rows = stream.rows_per_forward if source is None else settings.eval.rows_per_forward
         traffic = step_traffic(settings.sae, settings.training, widths[settings.site], ranks)
-        if source is None or any(allocation_of(run.sae).calibrated for run in runs):  # thresholds: held-out text
-            live = gradients and source is None
-            needs.append(pass_need(lm, sites, rows, settings.context, where, gradients=live))
         if source is None:
-            of = {"gradients": gradients}
+            rows, of = stream.rows_per_forward, {"gradients": gradients}
+            needs.append(pass_need(lm, sites, rows, settings.context, where, **of, phases=(READING,)))
             needs.append(gathered_need(lm, sites, rows, settings.context, needs[-1], ranks.every.size, **of))
             traffic.append(activation_traffic(sum(widths.values()), batch, lm.dtype.itemsize, gradients, ranks))
+        if any(allocation_of(run.sae).calibrated for run in runs):
+            rows, what = settings.eval.rows_per_forward, "pass over held-out text"
+            needs.append(pass_need(lm, sites, rows, settings.context, where, what=what, phases=(THRESHOLDS,)))
     if source is None:
         sample = min(SAMPLE_TOKENS, settings.training.tokens)
         d_in = sum(widths.values())
@@ -157,14 +163,11 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         cache, group = open_cache(source.path), cache_group_tokens(settings, source)
         sample = min(SAMPLE_TOKENS, cache.tokens)
         needs += cached_needs(cache, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
-    sample_bytes = sum(need.bytes for need in needs if need.what == "sample")
-    needs = [need for need in needs if need.what != "sample"]
     needs += training_needs(
         [(run.sae, widths[run.site]) for run in runs],
         settings.training,
         where,
         sample_tokens=sample,
-        sample_bytes=sample_bytes,
         calibration_tokens=calibration_tokens(settings.context),
         resumed=resumed,
         ranks=ranks,
@@ -172,7 +175,8 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
     out = Path(settings.out)
     states = sum(folder.bytes_of_states(Path(run.out)) for run in runs)
     needs = [need.less(states) if need.what == "states" else need for need in needs]
-    needs = [need for need in (*needs, text_need(), _libraries(200_000_000)) if need.bytes]
+    libraries = _libraries(180_000_000 if gradients and source is None else 150_000_000)
+    needs = [need for need in (*needs, *text_needs(), libraries) if need.bytes]
     needs = _on_this_machine(needs, processes().local)
     return Plan(tuple(needs), _free(settings, needs, out), tuple(each for each in traffic if each.bytes))
 
@@ -183,13 +187,32 @@ def layout_of(settings: RunSettings) -> Ranks:
     return layout(parallel.data or max(1, processes().world // parallel.features), parallel.features)
 
 
-def fitting(settings: Sequence[RunSettings], *, loaded: bool = False, resumed: bool = False) -> int:
-    """How many of the runs, the first ones, fit into memory at once, at least 1; all if needs cannot be counted."""
+def plan_evaluation(settings: RunSettings, *others: RunSettings, loaded: bool = False) -> Plan:
+    """What `saelab eval` needs of a run with these settings, and a sweep of all its runs, which it evaluates together.
+
+    `loaded`: the model is in memory already. Raises as `plan_training` does.
+    """
+    where, runs, needs = _device_place(settings), [settings, *others], []
+    with outlined_language_model(settings.model) as lm:
+        sites = list(dict.fromkeys(run.site for run in runs))
+        check_model(lm, sites, settings.context)
+        needs += [] if loaded else weights_needs(lm, settings.model, where)
+        saes = [(run.sae, run.site) for run in runs]
+        needs += evaluation_needs(saes, site_widths(lm, sites), lm, settings.eval, settings.context, where)
+    needs += [*text_needs(), _libraries(150_000_000)]
+    return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
+
+
+def fitting(settings: Sequence[RunSettings], plan_of: Callable[..., Plan]) -> int:
+    """How many of the runs, the first ones, fit into memory at once, at least 1; all if needs cannot be counted.
+
+    `plan_of` is called with the settings of some runs (`plan_training`, `plan_evaluation`).
+    """
     least, most = 1, len(settings)
     while least < most:  # `least` fit, more than `most` do not; all is the first guess
         n = most if most == len(settings) else (least + most + 1) // 2
         try:
-            plan = plan_training(*settings[:n], loaded=loaded, resumed=resumed)
+            plan = plan_of(*settings[:n])
         except Uncountable:
             return len(settings)
         if all(plan.total(where) <= free for where, free in plan.free.items() if where != "disk"):
@@ -213,7 +236,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, local: int = 1) ->
         needs += weights_needs(lm, settings.model, where)
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))
     needs += writer_needs(write, widths, gradients, settings.context, tokens, out)
-    needs += [text_need(), _libraries(250_000_000)]
+    needs += [*text_needs(), _libraries(250_000_000)]
     needs = _on_this_machine(needs, local)
     return Plan(tuple(needs), _free(settings, needs, out))
 
@@ -228,10 +251,10 @@ def plan_index(settings: RunSettings) -> Plan:
         check_model(lm, [settings.site], settings.context)
         d_in = site_widths(lm, [settings.site])[settings.site]
         needs = weights_needs(lm, settings.model, where)
-        forward = pass_need(lm, [settings.site], s.rows_per_forward, settings.context, where)
+        forward = pass_need(lm, [settings.site], s.rows_per_forward, settings.context, where, phases=("reading",))
         vocabulary = len(lm.unembedding)
-    steps = {"pass_bytes": forward.bytes, "text_bytes": text_need().bytes}
-    needs += [forward, *index_needs(s, settings.sae, d_in, vocabulary, settings.context, where, **steps)]
+    needs += [forward, *index_needs(s, settings.sae, d_in, vocabulary, settings.context, where)]
+    needs += [replace(need, phases=("tokenising",)) for need in text_needs()]
     needs = [need for need in (*needs, _libraries(150_000_000)) if need.bytes]
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
 

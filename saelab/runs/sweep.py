@@ -16,12 +16,13 @@ from saelab.analysis.fidelity import Evaluation, results
 from saelab.encoded import Block, Reader, read_all
 from saelab.errors import SaelabError, WriteError
 from saelab.files import locked, translate_errors, write_json, write_whole
+from saelab.memory import give_back
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.grid import GridRun, grid, sweep_folder
 from saelab.runs.job import Config, Job, Say, quiet
 from saelab.runs.loop import Failures
-from saelab.runs.plan import fitting
+from saelab.runs.plan import Plan, fitting, plan_evaluation, plan_training
 from saelab.runs.resume import last_position, states
 from saelab.runs.save import check_out
 from saelab.runs.stages import write_evaluation
@@ -115,7 +116,8 @@ def _train(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failures
         say(f"note: {len(groups)} passes: runs differ in how far they are trained, or in whether they need gradients")
     for (position, _), group in groups.items():
         resumed = position is not None
-        for turn in turns(group, resumed):
+        loaded = group[0].loaded
+        for turn in turns(group, partial(plan_training, loaded=loaded, resumed=resumed)):
             if len(turn) < len(group):
                 say(f"{len(turn)} of {len(group)} autoencoders at once, as memory allows")
             try:
@@ -127,11 +129,11 @@ def _train(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failures
     return failed
 
 
-def turns(jobs: Sequence[Job], resumed: bool = False) -> Iterator[Sequence[Job]]:
-    """`jobs` in parts, in their order, each of as many as fit into memory together, at least one."""
+def turns(jobs: Sequence[Job], plan_of: Callable[..., Plan]) -> Iterator[Sequence[Job]]:
+    """`jobs` in parts, in their order, each of as many as fit into memory together by `plan_of`, at least one."""
     left = list(jobs)
     while left:
-        n = fitting([job.settings for job in left], loaded=left[0].loaded, resumed=resumed)
+        n = fitting([job.settings for job in left], plan_of)
         yield left[:n]
         left = left[n:]
 
@@ -142,7 +144,8 @@ def _evaluate(jobs: Sequence[Job], track: Track) -> Failures:
         job for job in jobs if folder.evaluation_inputs(_path(job)) != job.result_inputs(_path(job), job.settings.eval)
     ]
     failed: Failures = {}
-    for turn in turns(missing):
+    give_back()  # what the training used
+    for turn in turns(missing, partial(plan_evaluation, loaded=True)):
         failed |= _evaluate_together(turn, track)
     return failed
 

@@ -9,7 +9,7 @@ import torch
 
 from saelab.kernels.cpu import CAST_ENTRIES
 from saelab.kernels.products import CAST_ELEMENTS
-from saelab.memory import Need, Place, no_numbers
+from saelab.memory import READING, STEP, THRESHOLDS, Need, Place, no_numbers
 from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
@@ -93,16 +93,29 @@ def step_needs(
     if where == "memory":  # dense products cast a whole table, sparse ones the rows of some entries
         cast = max(4 * table, _GATHERED_BYTES * CAST_ENTRIES * d_in)
     return [
-        Need("tables in bfloat16", rounded * 2 * 2 * table, where, f"2 x {shape} x 2 bytes"),
-        Need("table, cast back", rounded * cast, where, "rows of a table that a product casts to float32 at a time"),
-        Need("pre-activations", tile, where, f"tiles of {dense}, one at a time, and the weights in that precision"),
+        Need("tables in bfloat16", rounded * 4 * table, where, f"2 x {shape} x 2 bytes", (READING, STEP, THRESHOLDS)),
+        Need(
+            "table, cast back",
+            rounded * cast,
+            where,
+            "rows of a table that a product casts to float32 at a time",
+            (STEP,),
+        ),
+        Need(
+            "pre-activations",
+            tile,
+            where,
+            f"tiles of {dense}, one at a time, and the weights in that precision; kept from step to step",
+            (READING, STEP, THRESHOLDS),
+        ),
         Need(
             "selection",
             _selection_bytes(settings, n_features, d_in, ranks.data.share(batch), tile, where),  # `lift` sees all parts
             where,
             "copies of a tile that are searched for features",
+            (STEP,),
         ),
-        Need("training step", step, where, how),
+        Need("training step", step, where, how, (STEP,)),
         _met_need(settings, d_in, part, where, ranks),
     ]
 
@@ -151,7 +164,7 @@ def _met_need(settings: SaeSettings, d_in: int, batch: int, where: Place, ranks:
     choices = [("candidates", each) for each in candidates(settings, k, batch, ranks)]
     choices.append(("auxiliary loss", Candidates(ranks.features, aux, aux, False)))
     needed, met, what = max((_met_bytes(what, each), _met(each), what) for what, each in choices)
-    return Need("entries of all processes", needed, where, f"{met:,} of the {what}, among which each chooses")
+    return Need("entries of all processes", needed, where, f"{met:,} of the {what}, among which each chooses", (STEP,))
 
 
 def _met(found: Candidates) -> int:

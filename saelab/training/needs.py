@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saelab.memory import Need, Place, no_numbers
+from saelab.memory import BEGINNING, READING, RESUMING, STEP, THRESHOLDS, Need, Place, no_numbers
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.model import bare_autoencoder
@@ -15,8 +15,6 @@ from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
 
-_BUFFERS = ("tables in bfloat16", "pre-activations")
-"""Needs of a step that are kept from step to step."""
 STATE_TEXT = 65_536
 """Most bytes of a state besides its tensors: names, counters, the position in the text (`saelab.corpus.rows`)."""
 
@@ -28,7 +26,6 @@ def training_needs(
     *,
     sample_tokens: int,
     calibration_tokens: int,
-    sample_bytes: int = 0,
     resumed: bool = False,
     ranks: Ranks = ALONE,
 ) -> list[Need]:
@@ -36,8 +33,7 @@ def training_needs(
 
     `saes` are the settings and d_in of an autoencoder, or of several that take each step in turn: what a step needs is
     there once, and each has weights, gradients and moments. `resumed`: they start from states instead of a sample of
-    `sample_tokens`, which takes `sample_bytes` until the first step and is counted here, since most of a step's memory
-    is not in use by then. No setting makes a transcoder, so d_out is d_in.
+    `sample_tokens`. No setting makes a transcoder, so d_out is d_in.
 
     If several processes share the training, each needs the memory, the first of them that of the whole autoencoder too,
     and they need the disk together.
@@ -54,9 +50,9 @@ def training_needs(
     step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where, **options)) for sae, d_in in saes])
     needs = [
         Need("autoencoder", weights, where, times + sizes),
-        Need("its gradients", gradients, where, f"as {of_trained}"),
-        Need("optimiser", 2 * gradients, where, f"Adam: 2 x {of_trained}"),
-        Need("averaged weights", averages, where, f"as {of_trained}"),
+        Need("its gradients", gradients, where, f"as {of_trained}", (BEGINNING, RESUMING, READING, STEP)),
+        Need("optimiser", 2 * gradients, where, f"Adam: 2 x {of_trained}", (RESUMING, READING, STEP)),
+        Need("averaged weights", averages, where, f"as {of_trained}", (BEGINNING, RESUMING, READING, STEP)),
         Need(
             "statistics of features",
             sum(part.statistics for part in parts),
@@ -66,21 +62,17 @@ def training_needs(
         *step,
     ]
 
-    # Before the first step only the autoencoders exist; after the last step `release` has freed the gradients, the
-    # optimiser and the average. The buffers of the step stay with the autoencoders.
-    freed = 3 * gradients + averages + sum(need.bytes for need in step if need.what not in _BUFFERS)
-    kept = sum(need.bytes for need in step if need.what in _BUFFERS)
     if resumed:
         needs += _reading_needs(max(parts, key=lambda part: part.weights), where)
     else:
         beginning = max(initialisation_bytes(sae, d_in, sample_tokens, where, ranks.features) for sae, d_in in saes)
-        needs.append(_more("initialisation", beginning + sample_bytes, freed + kept, where))
+        needs.append(Need("initialisation", beginning, where, "the first reconstruction of the sample", (BEGINNING,)))
     if ranks.features.size > 1:
         together = 2 * max(whole.weights for whole in wholes)
-        needs.append(_more("whole autoencoder", together, freed, where))
-        freed = max(0, freed - together)
+        how = "of the first process: the parts of all, and the whole that they make"
+        needs.append(Need("whole autoencoder", together, where, how, (THRESHOLDS,)))
     calibration = max(calibration_bytes(sae, calibration_tokens, where) for sae, _ in saes)
-    needs.append(_more("thresholds", calibration, freed, where))
+    needs.append(Need("thresholds", calibration, where, "the pre-activations that may decide them", (THRESHOLDS,)))
     if where == "gpu":
         needs.append(Need("writing", max(whole.largest for whole in wholes), "memory", "a copy of the largest tensor"))
 
@@ -147,17 +139,12 @@ def _in_turn(steps: Sequence[tuple[str, list[Need]]]) -> list[Need]:
 
 def _reading_needs(part: _Part, where: Place) -> list[Need]:
     """The state while it is read: the weights, which are then copied; the optimiser keeps its tensors."""
-    needs = [Need("state, while it is read", part.weights, where, "as the autoencoder")]
+    needs = [Need("state, while it is read", part.weights, where, "as the autoencoder", (RESUMING,))]
     if where == "gpu":
         how = "the weights, the optimiser and the average"
         tensors = part.weights + 2 * part.gradients + part.averages
-        needs.append(Need("state, before it is moved", tensors, "memory", how))
+        needs.append(Need("state, before it is moved", tensors, "memory", how, (RESUMING,)))
     return needs
-
-
-def _more(what: str, needed: int, free: int, where: Place) -> Need:
-    how = f"{needed:,} bytes, less {free:,} that only steps need"
-    return Need(what, max(0, needed - free), where, how)
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from saelab.activations.needs import stream_needs
 from saelab.activations.settings import StreamSettings
 from saelab.activations.source import SAMPLE_TOKENS
+from saelab.memory import fullest
 from saelab.ranks import Ranks, layout
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import CALIBRATION_TOKENS
@@ -39,13 +40,12 @@ def memory(ranks: Ranks) -> tuple[int, int]:
         TRAINING,
         "gpu",
         sample_tokens=SAMPLE_TOKENS,
-        sample_bytes=sum(need.bytes for need in source if need.what == "sample"),
         calibration_tokens=CALIBRATION_TOKENS,
         ranks=ranks,
     )
-    needs = {need.what: need.bytes for need in (*source, *training) if need.where == "gpu" and need.what != "sample"}
-    first = sum(needs.values())
-    return first - needs.get("whole autoencoder", 0), first
+    needs = [need for need in (*source, *training) if need.where == "gpu"]
+    others = [need for need in needs if need.what != "whole autoencoder"]
+    return sum(need.bytes for need in fullest(others)[1]), sum(need.bytes for need in fullest(needs)[1])
 
 
 def traffic(ranks: Ranks) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saelab.analysis.settings import EvalSettings
 from saelab.runs.grid import grid
-from saelab.runs.plan import plan_training
+from saelab.runs.plan import plan_evaluation, plan_training
 from saelab.runs.stages import evaluate
 from saelab.runs.sweep import sweep
 from saelab.runs.train import train
@@ -18,27 +18,28 @@ VARIED = ("sweep.sae.k=[8,16,32,64]", "sweep.training.lr=[1e-3,2e-3]")
 
 
 def together(tokens: int, held_out: int) -> dict[str, float]:
-    """`saelab sweep`: `seconds` of all, and until the last autoencoder is `trained`; loading included in both."""
+    """`saelab sweep`: the `processor` seconds of this process, and those until the last autoencoder was `trained`."""
     with tempfile.TemporaryDirectory() as out:
-        begin, trained = time.monotonic(), [0.0]
+        trained = [0.0]
 
         def say(message: str) -> None:
             if "trained on" in message:
-                trained.append(time.monotonic() - begin)
+                trained.append(time.process_time())
 
         sweep("quickstart", [*_overrides(tokens, held_out, out), *VARIED], say=say)
-        return {"seconds": time.monotonic() - begin, "trained": trained[-1]}
+    return {"processor": time.process_time(), "trained": trained[-1]}
 
 
-def one_by_one(tokens: int, held_out: int, number: int) -> dict[str, float]:
-    """`saelab train` and `saelab eval` of run `number` of the sweep: `seconds` of both, and until it is `trained`."""
-    with tempfile.TemporaryDirectory() as out:
-        run = grid("quickstart", [*_overrides(tokens, held_out, out), *VARIED])[number]
-        begin = time.monotonic()
-        folder = train(run.settings)
-        trained = time.monotonic() - begin
-        evaluate(folder)
-        return {"seconds": time.monotonic() - begin, "trained": trained}
+def train_one(tokens: int, held_out: int, number: int, out: str) -> dict[str, float]:
+    """`saelab train` of run `number` of the sweep into a folder of `out`: the `processor` seconds of this process."""
+    train(grid("quickstart", [*_overrides(tokens, held_out, out), *VARIED])[number].settings)
+    return {"processor": time.process_time()}
+
+
+def evaluate_one(tokens: int, held_out: int, number: int, out: str) -> dict[str, float]:
+    """`saelab eval` of what `train_one` trained: the `processor` seconds of this process."""
+    evaluate(grid("quickstart", [*_overrides(tokens, held_out, out), *VARIED])[number].settings.out)
+    return {"processor": time.process_time()}
 
 
 def memory(tokens: int, held_out: int) -> dict[str, int]:
@@ -53,7 +54,8 @@ def memory(tokens: int, held_out: int) -> dict[str, int]:
 
     with tempfile.TemporaryDirectory() as out:
         overrides = [*_overrides(tokens, held_out, out), *VARIED]
-        planned = plan_training(*(run.settings for run in grid("quickstart", overrides))).total("memory")
+        runs = [run.settings for run in grid("quickstart", overrides)]
+        planned = max(plan(*runs).total("memory") for plan in (plan_training, plan_evaluation))
         clear.write_text("5")  # the peak begins anew
         before = resident("VmRSS")
         sweep("quickstart", overrides)

@@ -1,15 +1,18 @@
 """A sweep of eight autoencoders of the quickstart's size beside the eight trained one by one; on a CPU.
 
-    python scripts/bench/sweep.py                                     # the quickstart's million tokens
-    python scripts/bench/sweep.py --tokens 131072 --held-out 32768 --json sweep.json
+    python scripts/bench/sweep.py --threads 1                         # the quickstart's million tokens
+    python scripts/bench/sweep.py --threads 1 --tokens 204800 --held-out 65536 --rounds 3 --json sweep.json
 
-Language model, loading and evaluation are included in both. Every figure comes from its own process (ours_sweep.py): in
-each round the sweep is measured and then the eight runs, or the other way round; the ratio of both is taken, and the
-median of the rounds is reported. The second row leaves out evaluation. The memory of the sweep is what the
-process grows by at most, beside its plan.
+One process sweeps, as `saelab sweep` does, beside sixteen, one `saelab train` and one `saelab eval` for each run, from
+the start of each process to its end (ours_sweep.py): loading, the language model, training and evaluation. In each
+round the sweep comes first and then the eight, or the other way round; the ratio of both is taken, and the median of
+the rounds is reported. Processor time is what the processes used, in all threads; other programs change it little. The
+memory of the sweep is what a process grows by at most, beside the plan.
 """
 
 import statistics
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,24 @@ def measure(*, rounds: int = 1, tokens: int = 1_000_000, held_out: int = 300_000
     record = run.facts("torch", "transformers") | {"tokens": tokens, "held_out": held_out, "rounds": rounds}
     size = {"tokens": tokens, "held_out": held_out}
 
-    def alone() -> dict[str, float]:
-        each = [run.ours(ours_sweep.one_by_one, number=number, **size) for number in range(RUNS)]
-        return {name: sum(one[name] for one in each) for name in each[0]}
+    def timed(function: Any, **arguments: Any) -> dict[str, float]:
+        begin = time.monotonic()
+        return run.ours(function, **size, **arguments) | {"seconds": time.monotonic() - begin}
+
+    def together() -> dict[str, float]:
+        return timed(ours_sweep.together)
+
+    def one_by_one() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as out:
+            trained = [timed(ours_sweep.train_one, number=number, out=out) for number in range(RUNS)]
+            evaluated = [timed(ours_sweep.evaluate_one, number=number, out=out) for number in range(RUNS)]
+        sums = {name: sum(one[name] for one in trained + evaluated) for name in ("processor", "seconds")}
+        return sums | {"trained": sum(one["processor"] for one in trained)}
 
     for turn in range(1, rounds + 1):
         run.label = f"round {turn} of {rounds}"
-        if turn % 2:
-            together, apart = run.ours(ours_sweep.together, **size), alone()
-        else:
-            apart, together = alone(), run.ours(ours_sweep.together, **size)
-        found.append({"together": together, "one_by_one": apart})
+        sides = [together, one_by_one] if turn % 2 else [one_by_one, together]
+        found.append({side.__name__: side() for side in sides})
     run.label = "once"
     record["memory"] = run.ours(ours_sweep.memory, **size)
     record["times"] = {
@@ -49,7 +59,7 @@ def measure(*, rounds: int = 1, tokens: int = 1_000_000, held_out: int = 300_000
             "ratio": statistics.median(one["together"][name] / one["one_by_one"][name] for one in found),
             "rounds": [one["together"][name] / one["one_by_one"][name] for one in found],
         }
-        for name in ("seconds", "trained")
+        for name in ("processor", "seconds", "trained")
     }
     return record | run.outcome()
 
@@ -57,7 +67,11 @@ def measure(*, rounds: int = 1, tokens: int = 1_000_000, held_out: int = 300_000
 def report(record: dict[str, Any]) -> str:
     """The record as a table."""
     rows = []
-    for name, what in (("seconds", "loading, training, evaluation, s"), ("trained", "loading and training, s")):
+    for name, what in (
+        ("processor", "processor time, s"),
+        ("seconds", "time, s"),
+        ("trained", "processor time without evaluation, s"),
+    ):
         row = record["times"][name]
         each = " ".join(f"{ratio:.2f}" for ratio in row["rounds"])
         times = [f"{row[side]:.1f}" for side in ("together", "one_by_one")]

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def test_what_does_not_fit_at_once_is_trained_in_turns(config: dict[str, Any], m
     assert needed[1] + 10**6 < needed[2]
     free = (needed[1] + needed[2]) // 2
     monkeypatch.setattr(plan, "free_memory", lambda: free)
-    assert fitting(runs, loaded=True) == 2 and fitting(runs) <= 2 and fitting(runs[:1]) == 1
+    assert fitting(runs, partial(plan_training, loaded=True)) == 2
+    assert fitting(runs, plan_training) <= 2 and fitting(runs[:1], plan_training) == 1
     said: list[str] = []
     sweep(config, ["training.tokens=400"], say=said.append)
     assert [line for line in said if "at once" in line] == [
