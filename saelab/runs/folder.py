@@ -29,7 +29,11 @@ CHECKPOINT = sae.FOLDER
 STATE = "state"
 EVALUATION = sae.EVALUATION
 FEATURES = "features"
-OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES)
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+WANDB_RUN = "wandb.json"
+"""Id, project and name of the run at wandb."""
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 
 

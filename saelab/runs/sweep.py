@@ -20,6 +20,7 @@ from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.grid import GridRun, grid, sweep_folder
 from saelab.runs.job import Config, Job, Say, quiet
+from saelab.runs.log import check_log
 from saelab.runs.loop import Failures
 from saelab.runs.plan import fitting
 from saelab.runs.resume import last_position, states
@@ -62,6 +63,7 @@ def sweep(
             locks.enter_context(locked(path))
         first = Job(runs[0].settings, say)
         jobs = [first.beside(run.settings, partial(_named, say, run.name)) for run in runs]
+        check_log(first.settings.training)
         check_losses(first.corpus)  # evaluation needs them: better an error now than after the training
         try:
             failed = _train(jobs, force, track, say)
