@@ -33,6 +33,8 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 WANDB_RUN = "wandb.json"
 """Id, project and name of the run at wandb."""
+SWEEP = "sweep.json"
+"""The summary of a sweep, in the folder of its runs."""
 OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 

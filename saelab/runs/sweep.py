@@ -30,7 +30,6 @@ from saelab.runs.train import begin_all, go_on_all
 from saelab.sae.checkpoint import load
 
 Show = Callable[[Path, Sequence[Mapping[str, Any]]], None]
-SUMMARY = "sweep.json"
 PLOT = "sweep.html"
 FIGURES = ("l0", "fvu", "delta_ce", "loss_recovered_zero", "loss_recovered_mean", "never_active", "n_features")
 """The figures of each run in the summary, by their names in an evaluation."""
@@ -189,7 +188,7 @@ def _summarise(out: Path, runs: Sequence[GridRun], failed: Failures) -> list[dic
         line = {"run": run.name, "varies": run.varies, "site": run.settings.site}
         line |= {name: figures.get(name) for name in FIGURES}
         found.append(line | ({"failed": str(failed[path])} if path in failed else {}))
-    write_json(out / SUMMARY, {"runs": found})
+    write_json(out / folder.SWEEP, {"runs": found})
     page = plot_pareto(found).to_html(include_plotlyjs=True)
     with translate_errors(out, len(page)):
         write_whole(out / PLOT, page)
