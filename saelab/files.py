@@ -321,13 +321,13 @@ def _lock(path: Path) -> int:
 
 
 @contextmanager
-def appended(path: Path) -> Iterator[Callable[[str], None]]:
-    """Yields a function that writes a line to the end of the file `path`, all of it at once. Raises WriteError."""
+def appended(path: Path) -> Iterator[Callable[[str | bytes], None]]:
+    """Yields a function that writes a line, or bytes, to the end of the file `path`, at once. Raises WriteError."""
     with translate_errors(path.parent):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def write(line: str) -> None:
-        content = f"{line}\n".encode()
+    def write(line: str | bytes) -> None:
+        content = f"{line}\n".encode() if isinstance(line, str) else line
         with translate_errors(path.parent):
             while content:
                 content = content[os.write(handle, content) :]

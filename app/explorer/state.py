@@ -27,6 +27,7 @@ from saelab.features.database import Database, open_database
 from saelab.features.layout import COLUMNS, FACTS, MANIFEST
 from saelab.runs import folder
 from saelab.runs.folder import RunInfo
+from saelab.runs.summary import SweepRun, read_sweep
 
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
@@ -255,6 +256,12 @@ def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None
     """
     path = (of or current_run()).path
     return _read(reader, reader.__name__, str(path), stamp(folder.shown_files(path)), *arguments)
+
+
+def sweep(path: Path) -> tuple[SweepRun, ...]:
+    """The runs of the sweep in a folder; none if there is no sweep. Raises SaelabError if its summary is damaged."""
+    changed = stamp([path / folder.SWEEP])
+    return () if changed == (None,) else _read(read_sweep, "read_sweep", str(path), changed)
 
 
 def stamp(paths: Iterable[Path]) -> tuple:

@@ -5,11 +5,11 @@ from typing import NamedTuple
 from urllib.parse import urlencode
 
 import numpy as np
-import plotly.graph_objects as go
 import streamlit as st
 from explorer import charts, state
 from explorer.components.pairs import draw_pairs
 from explorer.components.tokens import draw_tokens, lines_of, token_names
+from explorer.pareto import choose_figure, draw_pareto
 
 from saelab.analysis.similarity import DecoderMatch, match_decoders
 from saelab.errors import SaelabError
@@ -89,35 +89,17 @@ def figure(value: object, sign: str = "") -> str:
     return f"{value:{sign},.0f}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:{sign}.4g}"
 
 
-def draw_pareto(a: Side, b: Side) -> None:
-    """FVU against L0 of all runs of the same model and site."""
+def draw_runs(a: Side, b: Side) -> None:
+    """A figure against L0, of all runs of the same model and site."""
     runs = {name: state.read(summarise, of=run) for name, run in state.runs().items()}
-    same = {
-        name: run
-        for name, run in runs.items()
-        if run.same_model(a.summary) and run.site == a.summary.site and None not in (run.fvu, run.l0)
-    }
-    if len(same) < 2:
+    same = {name: run for name, run in runs.items() if run.same_model(a.summary) and run.site == a.summary.site}
+    if sum(None not in (run.l0, run.fvu) for run in same.values()) < 2:
         return
-    plotted = go.Figure()
-    names = list(same)
-    for marked in (False, True):
-        shown = [name for name in names if (name in (a.name, b.name)) == marked]
-        plotted.add_scatter(
-            x=[same[name].l0 for name in shown],
-            y=[same[name].fvu for name in shown],
-            mode="markers+text" if marked else "markers",
-            text=[charts.inert(name) for name in shown],
-            textposition="top center",
-            marker={"color": charts.COLOUR if marked else "rgb(128, 128, 128)", "size": 12 if marked else 8},
-            hovertemplate="%{text}<br>L0 %{x:.4g}, FVU %{y:.4g}<extra></extra>",
-        )
-    plotted.update_xaxes(title="L0, features per token")
-    plotted.update_yaxes(title="FVU")
-    charts.draw(charts.compact(plotted, 330, top=24), "pareto", "FVU against L0 of the runs of this model and site")
-    left_out = len(runs) - len(same)
-    note = f"{len(same):,} evaluated runs of this model and site"
-    st.caption(note + (f"; {left_out:,} other runs are not drawn." if left_out else "."))
+    drawn = draw_pareto(same, choose_figure(), "pareto", dict.fromkeys(same, ""), {a.name: "first", b.name: "second"})
+    left_out = len(runs) - drawn
+    note = f"{drawn:,} evaluated runs of this model and site; the line joins those that no other beats"
+    others = f"; {left_out:,} other run{'s are' if left_out > 1 else ' is'} not drawn" if left_out else ""
+    st.caption(f"{note}{others}.")
 
 
 def why_not(a: Side, b: Side) -> str | None:
@@ -274,7 +256,7 @@ def page() -> None:
     with left:
         draw_figures(a, b)
     with right:
-        draw_pareto(a, b)
+        draw_runs(a, b)
     st.subheader("The same features", anchor=False)
     reason = why_not(a, b)
     if reason:

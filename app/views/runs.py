@@ -1,4 +1,4 @@
-"""The runs: a card per run, sorted, and two ticked ones to compare."""
+"""The runs: a card per run or sweep, sorted, and two ticked runs to compare."""
 
 import math
 from datetime import datetime
@@ -7,6 +7,8 @@ from html import escape
 import streamlit as st
 from explorer import state
 from explorer.components.leave import leave_for
+from explorer.pareto import choose_figure
+from explorer.sweeps import draw_sweep, sweeps_of
 
 from saelab.features.marks import number
 from saelab.runs.summary import RunSummary, summarise
@@ -103,19 +105,34 @@ def page() -> None:
         leave_for(state.COMPARE, st.session_state.pop("pair"))
     runs = state.runs()
     found = {name: state.read(summarise, of=run) for name, run in runs.items()}
+    sweeps = {str(sweep.path): sweep for sweep in sweeps_of(runs)}  # a run may have the name of a sweep
+    figure = "fvu"
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.header(f"{len(found):,} run{'s' * (len(found) != 1)}", anchor=False, width="stretch")
+        counted = f"{len(found):,} run{'s' * (len(found) != 1)}"
+        st.header(counted + (f", {len(sweeps):,} sweep{'s' * (len(sweeps) != 1)}" if sweeps else ""), anchor=False)
+        if sweeps:
+            figure = choose_figure()
         order = st.selectbox("Sort by", list(SORTS), **state.bound("sort", "newest", list(SORTS)), width=160)
     ticked = state.value("tick", "", list(found))
     if ticked:
         st.info(f"Tick a second run to compare it with {state.plain(ticked)}.")
-    names = sorted(found, key=lambda name: (SORTS[order](name, found[name]), name))
+    key = SORTS[order]
+    # A sweep stands where its first run would.
+    grouped = {name for sweep in sweeps.values() for name in sweep.names.values()}
+    groups = {name: [name] for name in found if name not in grouped}
+    groups |= {name: list(sweep.names.values()) for name, sweep in sweeps.items()}
+    names = sorted(
+        groups, key=lambda group: min(((key(name, found[name]), name) for name in groups[group]), default=())
+    )
     pages = -(-len(names) // AT_ONCE)
     shown = 1
     if pages > 1:
         shown = st.number_input(f"Page, of {pages}", 1, pages, **state.bound("page", 1, limits=(1, pages)), width=160)
     for name in names[(shown - 1) * AT_ONCE : shown * AT_ONCE]:
-        draw_card(name, found[name], ticked)
+        if name in sweeps:
+            draw_sweep(sweeps[name], found, key, figure, ticked)
+        else:
+            draw_card(name, found[name], ticked)
 
 
 page()

@@ -1,6 +1,6 @@
-"""The runs of a sweep beside each other: L0 against FVU and against loss recovered.
+"""Runs beside each other: L0 against FVU, delta CE or loss recovered.
 
-A run is on the front if no other has at most its L0 and reconstructs better. Loss recovered is that of zero ablation.
+A run is on the front if no other has at most its L0 and reconstructs better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_PANELS = (("fvu", "FVU", 1), ("loss_recovered_zero", "loss recovered (zero ablation)", -1))
-"""Figure, title, and 1 if less of it is better, -1 if more is."""
+FIGURES = {
+    "fvu": ("FVU", 1),
+    "delta_ce": ("delta CE, nats per token", 1),
+    "loss_recovered_zero": ("loss recovered, zero ablation", -1),
+    "loss_recovered_mean": ("loss recovered, mean ablation", -1),
+}
+"""Title of each figure, and 1 if less of it is better, -1 if more is."""
+COLOURS = ("rgb(208, 112, 20)", "rgb(70, 130, 210)", "rgb(40, 150, 95)", "rgb(160, 105, 205)", "rgb(215, 85, 95)")
+"""At least 3:1 against white and against black."""
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -25,22 +32,24 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return found
 
 
-def plot_pareto(runs: Sequence[Mapping[str, Any]]) -> "go.Figure":
-    """A point for each run, and a line through the front of each site, in two panels.
+def plot_pareto(
+    runs: Sequence[Mapping[str, Any]], names: Sequence[str] = ("fvu", "loss_recovered_zero"), by: str = "site"
+) -> "go.Figure":
+    """A panel for each of `names`, a point for each run, and a line through the front of the runs that share `by`.
 
-    Each of `runs` has `run` (a name), `site`, `l0`, `fvu` and `loss_recovered_zero`; one without figures (None) is left
-    out.
+    Each of `runs` has `run` (a name), `l0`, the figures `names` of `FIGURES`, and `by`; one without figures (None) is
+    left out. Plotly takes all text for HTML.
     """
     import plotly.graph_objects as go
-    from plotly.colors import qualitative
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(1, 2, subplot_titles=[title for _, title, _ in _PANELS])
-    sites = list(dict.fromkeys(run["site"] for run in runs))
-    for column, (name, title, better) in enumerate(_PANELS, start=1):
-        for number, site in enumerate(sites):
-            here = [run for run in runs if run["site"] == site and None not in (run.get("l0"), run.get(name))]
-            colour = qualitative.Plotly[number % len(qualitative.Plotly)]
+    figure = make_subplots(1, len(names))
+    groups = list(dict.fromkeys(run[by] for run in runs))
+    for column, name in enumerate(names, start=1):
+        title, better = FIGURES[name]
+        known = [run for run in runs if None not in (run.get("l0"), run.get(name))]
+        for number, group in enumerate(groups):
+            here, colour = [run for run in known if run[by] == group], COLOURS[number % len(COLOURS)]
             best = [here[i] for i in front([(run["l0"], better * run[name]) for run in here])]
             for chosen, mode in ((best, "lines"), (here, "markers")):
                 figure.add_trace(
@@ -49,17 +58,29 @@ def plot_pareto(runs: Sequence[Mapping[str, Any]]) -> "go.Figure":
                         y=[run[name] for run in chosen],
                         text=[run["run"] for run in chosen],
                         mode=mode,
-                        name=site,
-                        marker_color=colour,
-                        line_color=colour,
-                        legendgroup=site,
-                        showlegend=column == 1 and mode == "markers" and len(sites) > 1,
+                        name=group,
+                        marker={"color": colour, "size": 9},
+                        line={"color": colour, "width": 1.5},
+                        legendgroup=group,
+                        showlegend=column == 1 and mode == "markers" and len(groups) > 1,
                         hoverinfo="skip" if mode == "lines" else None,
-                        hovertemplate=None if mode == "lines" else "%{text}<br>L0 %{x:.2f}, %{y:.4f}<extra></extra>",
+                        hovertemplate=None if mode == "lines" else "%{text}<br>L0 %{x:.4g}, %{y:.4g}<extra></extra>",
                     ),
                     row=1,
                     col=column,
                 )
-        figure.update_xaxes(title_text="L0 (active features per token)", row=1, col=column)
-        figure.update_yaxes(title_text=title, row=1, col=column)
+        xs, ys = [run["l0"] for run in known], [run[name] for run in known]
+        figure.update_xaxes(title_text="L0, features per token", range=_around(xs), row=1, col=column)
+        figure.update_yaxes(title_text=title, range=_around(ys), row=1, col=column)
     return figure
+
+
+def _around(values: Sequence[float]) -> list[float] | None:
+    """A range of an axis around values that are all but equal; None if plotly finds a good one itself.
+
+    It would magnify what is equal up to rounding until it differs.
+    """
+    if not values or max(values) - min(values) > 0.01 * max(map(abs, values)):
+        return None
+    middle, width = (max(values) + min(values)) / 2, 0.1 * max(map(abs, values)) or 1.0
+    return [middle - width, middle + width]

@@ -29,7 +29,13 @@ CHECKPOINT = sae.FOLDER
 STATE = "state"
 EVALUATION = sae.EVALUATION
 FEATURES = "features"
-OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES)
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+WANDB_RUN = "wandb.json"
+"""Id, project and name of the run at wandb."""
+SWEEP = "sweep.json"
+"""The summary of a sweep, in the folder of its runs."""
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 
 

@@ -94,7 +94,7 @@ class Job:
         """Hash of everything that the trained weights depend on."""
         settings = asdict(self.settings)
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
-        parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log_every", "checkpoint")}
+        parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log", "log_every", "checkpoint")}
         for section, names in _ADDED.items():  # by default the same weights as of versions without these settings
             defaults = type(getattr(self.settings, section))()
             parts[section] = {

@@ -18,13 +18,13 @@ from torch import Tensor
 from saelab.activations.source import Source
 from saelab.activations.stream import ActivationBatch, provenance
 from saelab.errors import SaelabError, WriteError
-from saelab.files import appended
 from saelab.progress import Track
 from saelab.runs import folder
 from saelab.runs.calibration import calibrate, calibration_rows
 from saelab.runs.feed import sites_of
 from saelab.runs.inputs import Inputs
 from saelab.runs.job import Job, Say, quiet
+from saelab.runs.log import Log, open_log
 from saelab.runs.resume import Checkpoints, resumable, resuming
 from saelab.runs.save import save_run
 from saelab.sae.model import SparseAutoencoder
@@ -53,6 +53,8 @@ class Training:
         self.checkpoints = Checkpoints(self.run, self.job.settings.training.checkpoint)
         self.ranks = self.job.ranks
         self._began = time.monotonic() - self.seconds
+        self.line: Mapping[str, Any] = {}
+        """The last line for the log in this process."""
         self._level = True
         """Whether every batch that the source gave is trained on, so that a state can be saved."""
 
@@ -60,7 +62,7 @@ class Training:
         """The source has given a batch, which `step` must train on before a state can be saved."""
         self._level = False
 
-    def step(self, batch: ActivationBatch) -> str | None:
+    def step(self, batch: ActivationBatch) -> Mapping[str, Any] | None:
         """Train on a batch of the source; returns a line for the log, if there is one. Raises as `Trainer.step`."""
         self._level, line = True, None  # a batch of which too little is left for a step counts as trained on
         inputs = self.inputs.batch(batch, self.job.lm.device)
@@ -73,7 +75,8 @@ class Training:
         if line is None:
             return None
         line["tokens_per_second"] = self.trainer.tokens / self.elapsed()
-        return json.dumps(folder.jsonable(line))
+        self.line = folder.jsonable(line)
+        return self.line
 
     def elapsed(self) -> float:
         """Seconds of training, those of earlier processes included."""
@@ -209,7 +212,7 @@ def train_all(
     with _resumable(trainings), ExitStack() as files, interruptible(ask) as stopped_by:
         logs = {each.run: files.enter_context(_log(each)) for each in trainings}
         try:
-            for _ in track(batches(), "training", left, int):
+            for _ in track(batches(), "training", left, int, lambda: _figures(active or trainings)):
                 pass
             for training in active:
                 path, tokens = training.save(source.state()), f"{training.trainer.tokens:,} tokens"
@@ -233,9 +236,22 @@ def train_all(
     return failed
 
 
-def _log(training: Training) -> AbstractContextManager[Callable[[str], None]]:
-    """Yields a function that appends a line to the log of a run; the first process has it."""
-    return appended(training.run / folder.METRICS) if training.ranks.first else nullcontext(quiet)
+def _log(training: Training) -> AbstractContextManager[Log]:
+    """Yields a function that logs a line of a run; the first process has the log."""
+    if not training.ranks.first:
+        return nullcontext(lambda line: None)
+    return open_log(training.job.settings, training.trainer, training.job.say)
+
+
+def _figures(trainings: Sequence[Training]) -> str:
+    """The last logged figures of some runs, in a few words."""
+    found = [training.line["fvu"] for training in trainings if training.line.get("fvu") is not None]
+    if not found:
+        return ""
+    if len(trainings) > 1:
+        return f"{len(trainings)} runs, FVU {min(found):.3f} to {max(found):.3f}"
+    line = trainings[0].line
+    return f"FVU {line['fvu']:.3f}, L0 {line['l0']:.1f}, {line['dead']:,} dead"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ FREE = frozenset(
         "out",
         "device",
         "model.self_check",
+        "training.log",
         "training.log_every",
         "training.checkpoint.minutes",
         "training.checkpoint.tokens",

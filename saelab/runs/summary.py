@@ -1,4 +1,4 @@
-"""A run in a few figures, for a list of runs. Imports no torch."""
+"""A run in a few figures, for a list of runs, and the runs of a sweep. Imports no torch."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.errors import SaelabError
-from saelab.files import read_json
+from saelab.files import read_json, translate_read_errors
 from saelab.runs import folder, yaml12
 from saelab.sae.layout import CONFIG
 
@@ -28,6 +28,8 @@ class RunSummary:
     fvu: float | None
     delta_ce: float | None
     """nats per token"""
+    loss_recovered_zero: float | None
+    loss_recovered_mean: float | None
     l0: float | None
     """features per token"""
     never_active: int | None
@@ -75,6 +77,8 @@ def summarise(run: Path | str) -> RunSummary:
         tokens=_whole(figures.get("tokens")),
         fvu=_number(figures.get("fvu")),
         delta_ce=_number(figures.get("delta_ce")),
+        loss_recovered_zero=_number(figures.get("loss_recovered_zero")),
+        loss_recovered_mean=_number(figures.get("loss_recovered_mean")),
         l0=_number(figures.get("l0")),
         never_active=_whole(figures.get("never_active")),
         bytes=bytes_on_disk(run),
@@ -84,6 +88,29 @@ def summarise(run: Path | str) -> RunSummary:
         fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SweepRun:
+    """A run of a sweep."""
+
+    name: str
+    """Name of its folder, which lies in that of the sweep; a run that failed early has none."""
+    varies: dict[str, Any]
+    """The settings that vary, with the values of this run."""
+    failed: str | None
+    """Why it failed, if it did."""
+
+
+def read_sweep(sweep: Path | str) -> tuple[SweepRun, ...]:
+    """The runs of a finished sweep, whose folder is `sweep`. Raises SaelabError if its summary is damaged."""
+    path = Path(sweep) / folder.SWEEP
+    remedy = "`saelab sweep` with the same config makes it again."
+    found = read_json(path, remedy)
+    with translate_read_errors(path, "the summary of a sweep", remedy, (KeyError, TypeError, AttributeError)):
+        return tuple(
+            SweepRun(str(run["run"]), dict(run["varies"].items()), _text(run.get("failed"))) for run in found["runs"]
+        )
 
 
 def bytes_on_disk(run: Path) -> int:

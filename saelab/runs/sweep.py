@@ -21,6 +21,7 @@ from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.grid import GridRun, grid, sweep_folder
 from saelab.runs.job import Config, Job, Say, quiet
+from saelab.runs.log import check_log
 from saelab.runs.loop import Failures
 from saelab.runs.plan import Plan, fitting, plan_evaluation, plan_training
 from saelab.runs.resume import last_position, states
@@ -30,7 +31,6 @@ from saelab.runs.train import begin_all, go_on_all
 from saelab.sae.checkpoint import load
 
 Show = Callable[[Path, Sequence[Mapping[str, Any]]], None]
-SUMMARY = "sweep.json"
 PLOT = "sweep.html"
 FIGURES = ("l0", "fvu", "delta_ce", "loss_recovered_zero", "loss_recovered_mean", "never_active", "n_features")
 """The figures of each run in the summary, by their names in an evaluation."""
@@ -63,6 +63,7 @@ def sweep(
             locks.enter_context(locked(path))
         first = Job(runs[0].settings, say)
         jobs = [first.beside(run.settings, partial(_named, say, run.name)) for run in runs]
+        check_log(first.settings.training)
         check_losses(first.corpus)  # evaluation needs them: better an error now than after the training
         try:
             failed = _train(jobs, force, track, say)
@@ -190,7 +191,7 @@ def _summarise(out: Path, runs: Sequence[GridRun], failed: Failures) -> list[dic
         line = {"run": run.name, "varies": run.varies, "site": run.settings.site}
         line |= {name: figures.get(name) for name in FIGURES}
         found.append(line | ({"failed": str(failed[path])} if path in failed else {}))
-    write_json(out / SUMMARY, {"runs": found})
+    write_json(out / folder.SWEEP, {"runs": found})
     page = plot_pareto(found).to_html(include_plotlyjs=True)
     with translate_errors(out, len(page)):
         write_whole(out / PLOT, page)

@@ -20,6 +20,7 @@ from saelab.runs.config import RunSettings
 from saelab.runs.feed import open_source
 from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, check_spread, quiet, settings_of
+from saelab.runs.log import check_log
 from saelab.runs.loop import Failures, Training, provenance_of, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
@@ -105,6 +106,7 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     def check() -> None:
         for each in jobs:
             check_out(each.settings, force)
+        check_log(job.settings.training)
         checked_plan(lambda: plan_training(*(each.settings for each in jobs), loaded=job.loaded), say)
 
     ranks.once(check)
@@ -157,7 +159,12 @@ def go_on_all(jobs: Sequence[Job], track: Track, say: Say) -> Failures:
     job, position = jobs[0], None
     _check_shares(jobs)
     plan = [each.settings for each in jobs]
-    job.ranks.once(lambda: checked_plan(lambda: plan_training(*plan, loaded=job.loaded, resumed=True), say))
+
+    def check() -> None:
+        check_log(job.settings.training)
+        checked_plan(lambda: plan_training(*plan, loaded=job.loaded, resumed=True), say)
+
+    job.ranks.once(check)
     trainings: list[Training] = []
     failed: Failures = {}
     for each in jobs:

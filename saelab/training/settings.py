@@ -71,12 +71,16 @@ class TrainingSettings:
     """Decay per step of an average of the weights, such as 0.999, which the checkpoint then has. null: no average."""
     log_every: int = 10
     """Steps between lines of metrics."""
+    log: str | None = None
+    """Where lines of metrics go besides `metrics.jsonl`: tensorboard, wandb or null, nowhere."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "log_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        if self.log not in (None, "tensorboard", "wandb"):
+            raise SettingError(f"log: {self.log!r} is none of tensorboard, wandb and null")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")

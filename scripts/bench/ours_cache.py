@@ -221,7 +221,7 @@ def _times_of_caching(folder: str, tokens: int, dtype: str) -> list[float]:
 
     times: list[float] = []
 
-    def clock(items: Iterator[T], label: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
+    def clock(items: Iterator[T], label: str, total: int, size: Callable[[T], int], note: Any = None) -> Iterator[T]:
         for item in items:
             times.append(time.perf_counter())
             yield item

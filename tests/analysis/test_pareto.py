@@ -31,3 +31,15 @@ def test_a_run_without_figures_is_left_out_and_each_site_has_its_front() -> None
         ("y", "lines", ["c"]),
         ("y", "markers", ["c"]),
     ]
+
+
+def test_any_figure_by_any_group_and_one_value_is_not_magnified() -> None:
+    names = ("l0", "delta_ce", "loss_recovered_mean")
+    values = [(32.0, 0.5, 0.8), (32.0001, 0.4, 0.9), (31.9999, 0.3, None)]
+    runs = [{"run": str(i), "group": i // 2} | dict(zip(names, each, strict=True)) for i, each in enumerate(values)]
+    figure = plot_pareto(runs, names[1:], by="group")
+    left, right = ([list(trace.y) for trace in figure.data if trace.xaxis == axis] for axis in ("x", "x2"))
+    assert left == [[0.5, 0.4], [0.5, 0.4], [0.3], [0.3]]
+    assert right == [[0.8, 0.9], [0.8, 0.9], [], []]
+    low, high = figure.layout.xaxis.range
+    assert low < 30 and high > 34 and figure.layout.yaxis.range is None

@@ -133,6 +133,25 @@ def write_run(
     return path
 
 
+SWEPT = ({"k": 8, "kind": "a"}, {"k": 16, "kind": "a"}, {"k": 8, "kind": SCRIPT}, {"k": 16, "kind": "b"})
+
+
+def write_sweep(path: Path) -> Path:
+    """Write a sweep of the runs `0` to `3`, which vary as `SWEPT` says. `2` failed early and has no folder, and `3` has
+    one without an evaluation; their messages are hostile."""
+    summary = []
+    for i, varies in enumerate(SWEPT):
+        line = {"run": str(i), "varies": {f"sae.{name}": value for name, value in varies.items()}, "site": SITE}
+        if i != 2:
+            run = write_run(path / str(i), features=False, evaluation=i < 2)
+        if i < 2:
+            found = EVALUATION | {"n_features": 40, "l0": float(varies["k"]), "fvu": 0.3 - i / 10, "delta_ce": 0.5 + i}
+            (run / "eval.json").write_text(json.dumps(found))
+        summary.append(line | ({"failed": f"{SCRIPT} of {i}"} if i > 1 else {}))
+    (path / "sweep.json").write_text(json.dumps({"runs": summary}))
+    return path
+
+
 def write_checkpoint(path: Path, n_features: int, seed: int) -> None:
     """The weights that `write_database` draws from the same seed."""
     W_enc, W_dec = np.random.default_rng(seed).standard_normal((2, n_features, D_IN)).astype(np.float32)

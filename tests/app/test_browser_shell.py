@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.app.synthetic_run import OTHER, write_run
+from tests.app.synthetic_run import OTHER, write_run, write_sweep
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 
@@ -53,6 +53,13 @@ def another(runs):
     yield write
     for run in written:
         shutil.rmtree(run)
+
+
+@pytest.fixture
+def swept(runs):
+    """A sweep among the runs, which is removed after the test."""
+    yield write_sweep(runs / "grid")
+    shutil.rmtree(runs / "grid")
 
 
 def opened(page, server, path, wait):
@@ -120,6 +127,20 @@ def test_two_ticked_runs_are_compared(page, server):
     page.wait_for_selector("text=Each other's best")
 
 
+def test_a_run_of_a_sweep_is_opened_and_compared(page, server, swept):
+    opened(page, server, "runs?run=grid/0&sort=name", ".sl-sweep")
+    page.locator(".sl-sweep a", has_text="compare").first.click()
+    page.wait_for_selector("text=Tick a second run to compare it with grid/0")
+    settled(page)
+    page.locator(".sl-sweep a", has_text="compare").click()
+    page.wait_for_url("**/compare?run=grid%2F0&other=grid%2F1")
+    page.wait_for_selector("text=Each other's best")
+    page.go_back()
+    page.wait_for_selector("text=Tick a second run")
+    page.locator(".sl-sweep a", has_text="1").first.click()
+    page.wait_for_function("document.querySelector('h2')?.innerText === 'grid/1'")
+
+
 def test_the_keyboard_walks_the_pairs_and_chooses_one(page, server, another):
     another("again", seed=2, n_features=30)
     opened(page, server, "compare?run=whole&other=again", ".st-key-pair_rows tbody tr")
@@ -175,11 +196,11 @@ def test_a_training_is_followed_and_its_end_is_noticed(page, server, another):
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
-def test_pages_fit_the_window_and_their_text_is_legible(browser, server, width, scheme):
+def test_pages_fit_the_window_and_their_text_is_legible(browser, server, swept, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page.set_default_timeout(60_000)
     for path in (
-        "runs",
+        "runs?run=grid/0&tick=grid/1",
         "run?run=whole",
         "run?run=whole&view=allocation",
         "compare?run=whole&other=bare",
@@ -189,6 +210,7 @@ def test_pages_fit_the_window_and_their_text_is_legible(browser, server, width, 
     ):
         opened(page, server, path, "h2, .st-key-feature_bar, button[kind=primary]")
         wide = "document.querySelector('.stMain').scrollWidth - document.querySelector('.stMain').clientWidth"
+        assert (page.locator(".sl-sweep").count() == 1) == path.startswith("runs"), path
         assert page.evaluate(wide) <= 0, path
         assert page.evaluate("document.querySelector('.stMainBlockContainer').scrollHeight") < 20_000
         assert page.evaluate(CONTRAST) == [], path

@@ -46,8 +46,24 @@ def test_figures_stand_side_by_side_with_their_differences(explorer, pair):
         '<td>FVU</td><td class="sl-value">0.1634</td><td class="sl-value">0.1634</td><td class="sl-value">0</td>'
         in page
     )
-    pareto = json.loads(app.get("plotly_chart")[0].proto.spec)["data"]
-    assert pareto[0]["text"] == ["third"] and sorted(pareto[1]["text"]) == ["first", "second"]
+
+
+def test_all_runs_of_the_model_and_site_are_drawn_and_the_two_are_marked(explorer, pair):
+    app = explorer(pair, page="compare", run="first", other="second")
+    chart = json.loads(app.get("plotly_chart")[0].proto.spec)
+    line, points, marked = chart["data"]
+    assert sorted(points["text"]) == ["first", "second", "third"] and marked["text"] == ["first", "second"]
+    assert line["text"] == ["first"], "the seeds of the others are their further features per token"
+    low, high = chart["layout"]["yaxis"]["range"]
+    assert 0.1 < low < 0.1634 < high < 0.2, "one value of FVU is in the middle of a wide axis"
+    assert chart["layout"]["yaxis"]["title"]["text"] == "FVU"
+    app.selectbox(key="axis").set_value("loss_recovered_zero").run()
+    assert app.query_params["axis"] == "loss_recovered_zero"
+    chart = json.loads(app.get("plotly_chart")[0].proto.spec)
+    assert chart["layout"]["yaxis"]["title"]["text"] == "loss recovered, zero ablation"
+    assert chart["data"][1]["y"] == [0.965] * 3
+    app.selectbox(key="axis").set_value("loss_recovered_mean").run()
+    assert not app.get("plotly_chart")[0].key or "pareto" not in app.get("plotly_chart")[0].key
 
 
 def test_the_same_features_are_pairs_and_the_others_are_lists(explorer, pair):

@@ -223,7 +223,9 @@ def test_a_disk_that_fills_up_while_a_run_trains(
     config["training"] |= {"log_every": 1, "checkpoint": {"tokens": 1000}}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    def filling(items: Iterator[Any], label: str, total: int, size: Callable[[Any], int]) -> Iterator[Any]:
+    def filling(
+        items: Iterator[Any], label: str, total: int, size: Callable[[Any], int], note: Any = None
+    ) -> Iterator[Any]:
         for number, item in enumerate(items):
             if label == "training" and number == 7:
                 with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:

@@ -6,7 +6,7 @@ from safetensors.numpy import save_file
 
 from saelab.errors import SaelabError
 from saelab.runs.decoder import decoder_rows
-from saelab.runs.summary import CURVE_POINTS, summarise
+from saelab.runs.summary import CURVE_POINTS, read_sweep, summarise
 
 
 def test_a_summary_has_the_figures_of_its_files(tmp_path):
@@ -51,6 +51,24 @@ def test_damaged_files_are_the_problem_of_a_summary_and_the_others_count(tmp_pat
     found = summarise(tmp_path)
     assert found.fvu == 0.5 and found.trained == 0
     assert "config.yaml" in found.problem and "metrics.jsonl, line 1" in found.problem
+
+
+def test_a_sweep_has_its_runs_and_a_damaged_one_is_an_error(tmp_path):
+    line = {"run": "k8", "varies": {"sae.k": 8}, "fvu": 0.1}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [line, line | {"failed": "no"}]}))
+    found = [(run.name, run.varies, run.failed) for run in read_sweep(tmp_path)]
+    assert found == [("k8", {"sae.k": 8}, None), ("k8", {"sae.k": 8}, "no")]
+    for damaged in (
+        "[",
+        "{}",
+        '{"runs": 1}',
+        '{"runs": [1]}',
+        '{"runs": [{"run": "a"}]}',
+        '{"runs": [{"varies": {}}]}',
+    ):
+        (tmp_path / "sweep.json").write_text(damaged)
+        with pytest.raises(SaelabError, match=r"sweep\.json.*`saelab sweep` with the same config"):
+            read_sweep(tmp_path)
 
 
 def test_the_rows_of_a_decoder_are_those_of_the_checkpoint(tmp_path):
