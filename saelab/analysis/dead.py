@@ -112,7 +112,7 @@ class Dead(Result):
     within_reach: float
     """The largest `needed` that counts as within reach."""
     twin: np.ndarray
-    """The living feature with the decoder row nearest to that of each dead feature, ``[dead]`` int64; -1: none lives."""
+    """The living feature with the decoder row nearest to that of each dead one, ``[dead]`` int64; -1 if none lives."""
     twin_cosine: np.ndarray
     """The cosine of the two rows, ``[dead]``."""
     silent_for: np.ndarray | None
