@@ -24,12 +24,12 @@ To be active it must exceed a bar: its threshold, or, with k places per token, t
 activation of a token. ``needed = (bar - mean) / spread`` is how many standard deviations above its mean that is. The
 99th percentile of `needed` over living features counts as within reach. The reason is the first of these that holds:
 
+duplicate    the decoder row has a cosine of at least `duplicate` with that of a living feature: to revive it would add
+             nothing
 bias         out of reach, and within reach with the living features' median bias in place of b
 mean         out of reach, and within reach with their median w (m - b_dec) in place of its own: anti-aligned with the
              mean
 norm         out of reach, and within reach with an encoder row scaled to their median length
-duplicate    the decoder row has a cosine of at least `duplicate` with that of a living feature, which answers in its
-             place
 several      out of reach, and no single change brings it within reach
 rare         within reach: its pattern is not in the text, or other features win the places
 """
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-REASONS = ("bias", "mean", "norm", "duplicate", "several", "rare")
+REASONS = ("duplicate", "bias", "mean", "norm", "several", "rare")
 REACH = 0.99
 """Quantile of `needed` over living features that counts as within reach."""
 RESAMPLES = 200
@@ -332,18 +332,20 @@ def why_dead(
 
     own = needed(shift, spread, b)
     reach = own[alive].quantile(REACH).item() if some else float("nan")
-    out, median = own > reach, {}
-    for name, value in (("b", b), ("shift", shift), ("norm", norm)):
-        median[name] = value[alive].median() if some else value.new_tensor(torch.nan)
-    scale = median["norm"] / norm.clamp_min(1e-30)
-    repaired = {
-        "bias": needed(shift, spread, median["b"].expand_as(b)),
-        "mean": needed(median["shift"].expand_as(b), spread, b),
-        "norm": needed(scale * shift, scale * spread, b),
-    }
+    out = own > reach
+
+    def usual(value: Tensor) -> Tensor:
+        return value[alive].median() if some else value.new_tensor(torch.nan)
+
+    scale = usual(norm) / norm.clamp_min(1e-30)
+    repaired = [
+        needed(shift, spread, usual(b).expand_as(b)),
+        needed(usual(shift).expand_as(b), spread, b),
+        needed(scale * shift, scale * spread, b),
+    ]
     twin, cosine = _nearest(sae.W_dec[dead], sae.W_dec[alive])
-    tests = [out[dead] & (each <= reach)[dead] for each in repaired.values()]
-    tests += [cosine >= duplicate, out[dead], torch.ones_like(cosine, dtype=torch.bool)]
+    tests = [cosine >= duplicate, *(out[dead] & (each <= reach)[dead] for each in repaired), out[dead]]
+    tests.append(torch.ones_like(out[dead]))
     reason = torch.stack(tests).int().argmax(0)
     living = alive.nonzero().squeeze(1)
     return Why(
