@@ -61,7 +61,7 @@ REASONS = ("duplicate", "bias", "mean", "norm", "several", "rare")
 REACH = 0.99
 """Quantile of `needed` over living features that counts as within reach."""
 RESAMPLES = 200
-_TILE = 2048
+_TILE = 256
 
 
 class Curve(NamedTuple):
