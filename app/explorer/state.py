@@ -31,6 +31,7 @@ from saelab.runs.folder import RunInfo
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
+DEAD = "views/dead.py"
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
@@ -255,6 +256,26 @@ def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None
     """
     path = (of or current_run()).path
     return _read(reader, reader.__name__, str(path), stamp(folder.shown_files(path)), *arguments)
+
+
+def analysis(name: str, fields: Iterable[str]) -> dict[str, Any] | None:
+    """The result of an analysis of the current run, by the names of its fields; None if there is none.
+
+    Raises SaelabError if it is damaged, or lacks one of the `fields`, as one that another version made.
+    """
+    found = read(folder.analysis, name)
+    if found is not None and not found.keys() >= set(fields):
+        raise outdated(name)
+    return found
+
+
+def outdated(name: str) -> SaelabError:
+    """The error for a result of an analysis that does not fit this version, or the rest of the run."""
+    path = current_run().path
+    return SaelabError(
+        f"{folder.analysis_folder(path, name)}: is not what this version of saelab reads; "
+        f"`saelab analyse {path} {name} --force` makes it again."
+    )
 
 
 def stamp(paths: Iterable[Path]) -> tuple:
