@@ -30,19 +30,19 @@ FIELDS = (
     "is_under_used",
     "dead_features",
     "reason",
-    "needed",
-    "within_reach",
+    "lacking",
     "twin",
     "twin_cosine",
     "silent_for",
 )
 REASONS = {
     "duplicate": "its decoder row has a cosine of at least {duplicate:g} with that of a living feature",
-    "bias": "with the living features' median bias it would be within reach",
-    "mean": "its encoder row is anti-aligned with the mean activation; without that it would be within reach",
-    "norm": "its encoder row is short; with their median length it would be within reach",
-    "several": "no single change brings it within reach",
-    "rare": "it is within reach: its pattern is not in the text, or other features win the places",
+    "crowded": "it exceeds the bar on some token, but other features win there",
+    "bias": "with the living features' median bias it would exceed the bar",
+    "mean": "its encoder row is anti-aligned with the mean activation; if it were as usual, it would exceed the bar",
+    "norm": "its encoder row is short; with the usual length it would exceed the bar",
+    "several": "with the usual bias, alignment and length together it would exceed the bar",
+    "direction": "not even so would it exceed the bar: no token lies far enough along its encoder row",
 }
 ALL = "all"
 KINDS = {"dead": "Dead", "under": "Under-used", "dense": "Dense"}
@@ -158,14 +158,20 @@ def chosen(found: dict[str, Any], kind: str) -> list[Row]:
     if reason in REASONS:
         st.caption(f"{reason}: {REASONS[reason].format(**found['settings'])}.")
     st.caption(
-        "Needed: standard deviations above its mean that the pre-activation must reach to be active; up to "
-        f"{found['within_reach'] or 0:.3g} is within reach, where 99% of the living features are."
+        "The bar is what a pre-activation must exceed to be active: the threshold, or with k places per token the mean "
+        "over tokens of the smallest activation. Lacks: bar less highest pre-activation on the text."
     )
     rows = []
-    columns = (found[name].tolist() for name in ("dead_features", "reason", "needed", "twin", "twin_cosine"))
-    for feature, code, needed, twin, cosine in zip(*columns, strict=True):
+    columns = (found[name].tolist() for name in ("dead_features", "reason", "lacking", "twin", "twin_cosine"))
+    for feature, code, lacking, twin, cosine in zip(*columns, strict=True):
         if reason in (ALL, names[code]):
-            why = f"of {twin}, {cosine:.2f}" if names[code] == "duplicate" else f"needs {needed:.3g}"
+            why = (
+                f"of {twin}, {cosine:.2f}"
+                if names[code] == "duplicate"
+                else ""
+                if lacking < 0
+                else f"lacks {lacking:.3g}"
+            )
             rows.append(Row(feature, score=names[code], note=why))
     return rows
 

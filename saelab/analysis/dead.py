@@ -13,25 +13,25 @@ curve        Zipf-Mandelbrot, ``c (rank + shift) ** -exponent``, no density abov
              last 15% of the living ranks: what the curve misses there
 on half      dead features on a random half of the rows, on average over all halves
 
-Intervals are over rows (intervals.py). The number of dead features has none: a resample leaves out rows, so it always
-finds more. Beside it is the number on half of the text: if that is much larger, more text would find fewer.
+Intervals are over rows (intervals.py). A resample has fewer different rows than the text, so it always finds more dead
+and fewer rare features: the resamples of every figure are therefore moved to have the figure as their mean, and the
+number of dead features has no interval. Beside it is the number on half of the text: if that is much larger, more text
+would find fewer.
 
-Why a feature is dead. Its pre-activation is linear in x, so the mean m and variance s^2 of x give its mean and spread:
-
-    mean = w (m - b_dec) + b        spread = sqrt(w S w)        w = encoder row, b = bias, S = covariance of x
-
-To be active it must exceed a bar: its threshold, or, with k places per token, the mean over tokens of the smallest
-activation of a token. ``needed = (bar - mean) / spread`` is how many standard deviations above its mean that is. The
-99th percentile of `needed` over living features counts as within reach. The reason is the first of these that holds:
+Why a feature is dead. Its pre-activation on a token is r + s + b: r = w (x - m), which varies, with the encoder row w
+and the mean m of the activations; s = w (m - b_dec), which does not; and the bias b. To be active it must exceed a bar:
+its threshold, or, with k places per token, the mean over tokens of the smallest activation of a token. Its highest
+pre-activation on the text is r* + s + b. With the medians of the living features' b, s and length of w in place of its
+own, one at a time, the highest pre-activation would be another, exactly. The reason is the first of these that holds:
 
 duplicate    the decoder row has a cosine of at least `duplicate` with that of a living feature: to revive it would add
              nothing
-bias         out of reach, and within reach with the living features' median bias in place of b
-mean         out of reach, and within reach with their median w (m - b_dec) in place of its own: anti-aligned with the
-             mean
-norm         out of reach, and within reach with an encoder row scaled to their median length
-several      out of reach, and no single change brings it within reach
-rare         within reach: its pattern is not in the text, or other features win the places
+crowded      it exceeds the bar on some token, but other features win there
+bias         with their bias it exceeds the bar
+mean         with their s it exceeds the bar: its encoder row is anti-aligned with the mean
+norm         with an encoder row of their length it exceeds the bar: its own is shorter
+several      with all three it exceeds the bar
+direction    not even then: no token of the text lies far enough along its encoder row
 """
 
 import math
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-REASONS = ("duplicate", "bias", "mean", "norm", "several", "rare")
-REACH = 0.99
-"""Quantile of `needed` over living features that counts as within reach."""
+REASONS = ("duplicate", "crowded", "bias", "mean", "norm", "several", "direction")
 RESAMPLES = 200
 _TILE = 256
+_PRE_ACTIVATIONS = 1 << 24
+"""Pre-activations in memory at once."""
 
 
 class Curve(NamedTuple):
@@ -107,10 +107,8 @@ class Dead(Result):
     """Their numbers, ``[dead]`` int64, rising."""
     reason: np.ndarray
     """Index in `REASONS` of each dead feature, ``[dead]`` int8."""
-    needed: np.ndarray
-    """Standard deviations above its mean that the pre-activation of each dead feature must reach, ``[dead]``."""
-    within_reach: float
-    """The largest `needed` that counts as within reach."""
+    lacking: np.ndarray
+    """What the highest pre-activation of each dead feature lacks of the bar, in units of activation, ``[dead]``."""
     twin: np.ndarray
     """The living feature with the decoder row nearest to that of each dead one, ``[dead]`` int64; -1 if none lives."""
     twin_cosine: np.ndarray
@@ -142,7 +140,7 @@ class Dead(Result):
         columns = {
             "feature": self.dead_features,
             "reason": [REASONS[i] for i in self.reason],
-            "needed (standard deviations)": self.needed,
+            "lacking (activation)": self.lacking,
             "twin": self.twin,
             "twin cosine": self.twin_cosine,
         }
@@ -179,8 +177,8 @@ def dead(
     """What is defined at the head of this file, from the `blocks` of `rows` rows (`saelab.encoded.encoded`).
 
     Of the settings, `share`, `dense` and `duplicate` are used. `silent_for` are the training tokens since each feature
-    was last active, if known. Memory: ``RESAMPLES * n_features`` and ``d_in^2`` numbers of 8 bytes. Raises SaelabError
-    if there is no ordinary token.
+    was last active, if known. Memory: ``RESAMPLES * n_features`` numbers of 4 bytes, and 64 MB of pre-activations.
+    Raises SaelabError if there is no ordinary token.
     """
     sums = _Sums(sae, rows, seed)
     for block in blocks:
@@ -193,10 +191,11 @@ def dead(
     drawn = [_zones(c / t, share, settings.dense) for c, t in zip(*sums.resamples(), strict=True)]
 
     def spread(figure: str) -> Interval:
-        return between(getattr(whole, figure), np.array([getattr(each, figure) for each in drawn]))
+        value, found = getattr(whole, figure), np.array([getattr(each, figure) for each in drawn])
+        return between(value, found - found.mean() + value if len(found) else found)
 
     alive = counts > 0
-    why = why_dead(sae, alive.to(sae.W_dec.device), sums.mean(), sums.covariance(), sums.bar(), settings.duplicate)
+    why = why_dead(sae, alive.to(sae.W_dec.device), sums.mean(), sums.highest, sums.bar(), settings.duplicate)
     numbers = np.bincount(why.reason, minlength=len(REASONS))
     return Dead(
         site=site or sae.metadata.get("hook_name", ""),
@@ -234,7 +233,8 @@ class _Sums:
         self._drawn = torch.zeros(len(self._draws), F)
         self._drawn_tokens = torch.zeros(len(self._draws), dtype=torch.float64)
         self._x = torch.zeros(d_in, dtype=torch.float64, device=device)
-        self._xx = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.highest = torch.full((F,), -torch.inf, device=device)
+        """The highest pre-activation of each feature."""
         self._smallest, self._with_features = 0.0, 0
 
     def add(self, block: Block) -> None:
@@ -248,10 +248,10 @@ class _Sums:
         part = self._draws[:, block.first_row : block.first_row + rows]
         self._drawn += part.float() @ by_row.float()
         self._drawn_tokens += (part @ torch.bincount(row, minlength=rows)).double()
-        x = block.x.double()
-        self._x += x.sum(0)
-        self._xx += x.T @ x
-        smallest = torch.full((len(x),), torch.inf, device=x.device)
+        self._x += block.x.double().sum(0)
+        for part in block.x.split(max(1, _PRE_ACTIVATIONS // F)):
+            torch.maximum(self.highest, self.sae.pre_activations(part).float().amax(0), out=self.highest)
+        smallest = torch.full((len(block.x),), torch.inf, device=block.x.device)
         smallest.scatter_reduce_(0, block.codes.row_of_entry(), block.codes.values.float(), "amin")
         found = smallest[smallest.isfinite()]
         self._smallest += found.double().sum().item()
@@ -263,9 +263,6 @@ class _Sums:
 
     def mean(self) -> Tensor:
         return self._x / self.tokens
-
-    def covariance(self) -> Tensor:
-        return self._xx / self.tokens - torch.outer(self.mean(), self.mean())
 
     def bar(self) -> Tensor:
         """What a pre-activation must exceed, ``[1]`` or ``[n_features]``."""
@@ -306,52 +303,45 @@ class Why(NamedTuple):
     """Why each dead feature is dead: arrays as in `Dead`."""
 
     reason: np.ndarray
-    needed: np.ndarray
-    within_reach: float
+    lacking: np.ndarray
     twin: np.ndarray
     twin_cosine: np.ndarray
 
 
 @torch.no_grad()
 def why_dead(
-    sae: SparseAutoencoder, alive: Tensor, mean: Tensor, covariance: Tensor, bar: Tensor, duplicate: float
+    sae: SparseAutoencoder, alive: Tensor, mean: Tensor, highest: Tensor, bar: Tensor, duplicate: float
 ) -> Why:
     """The reason of each feature that is not `alive` ``[n_features]`` bool, by the tests at the head of this file.
 
-    `mean` ``[d_in]`` and `covariance` ``[d_in, d_in]`` are those of the activations; `bar` ``[1]`` or ``[n_features]``
-    is what a pre-activation must exceed.
+    `mean` ``[d_in]`` is that of the activations, `highest` ``[n_features]`` the highest pre-activation of each feature,
+    and `bar` ``[1]`` or ``[n_features]`` what a pre-activation must exceed. If nothing lives, the reason is crowded or
+    direction.
     """
     w, b, bar = sae.W_enc.double(), sae.b_enc.double(), bar.double().expand(sae.n_features)
     shift = w @ (mean.double() - sae.b_dec.double() if sae.centred else mean.double())
-    spread = torch.cat([((part @ covariance.double()) * part).sum(1) for part in w.split(_TILE)]).clamp_min(0).sqrt()
-    norm = torch.linalg.vector_norm(w, dim=1)
+    norm, highest = torch.linalg.vector_norm(w, dim=1), highest.double()
+    along = highest - shift - b
     dead, some = ~alive, bool(alive.any())
-
-    def needed(shift: Tensor, spread: Tensor, b: Tensor) -> Tensor:
-        return (bar - shift - b) / spread.clamp_min(1e-30)
-
-    own = needed(shift, spread, b)
-    reach = own[alive].quantile(REACH).item() if some else float("nan")
-    out = own > reach
 
     def usual(value: Tensor) -> Tensor:
         return value[alive].median() if some else value.new_tensor(torch.nan)
 
-    scale = usual(norm) / norm.clamp_min(1e-30)
-    repaired = [
-        needed(shift, spread, usual(b).expand_as(b)),
-        needed(usual(shift).expand_as(b), spread, b),
-        needed(scale * shift, scale * spread, b),
-    ]
+    scale = (usual(norm) / norm.clamp_min(1e-30)).clamp_min(1.0)
+    changed = (
+        highest,
+        along + shift + usual(b),
+        along + usual(shift) + b,
+        scale * (along + shift) + b,
+        scale * along + usual(shift) + usual(b),
+    )
     twin, cosine = _nearest(sae.W_dec[dead], sae.W_dec[alive])
-    tests = [cosine >= duplicate, *(out[dead] & (each <= reach)[dead] for each in repaired), out[dead]]
-    tests.append(torch.ones_like(out[dead]))
+    tests = [cosine >= duplicate, *((each > bar)[dead] for each in changed), torch.ones_like(cosine, dtype=torch.bool)]
     reason = torch.stack(tests).int().argmax(0)
     living = alive.nonzero().squeeze(1)
     return Why(
         reason=reason.to(torch.int8).cpu().numpy(),
-        needed=own[dead].float().cpu().numpy(),
-        within_reach=reach,
+        lacking=(bar - highest)[dead].float().cpu().numpy(),
         twin=(living[twin] if some else torch.full_like(twin, -1)).cpu().numpy(),
         twin_cosine=cosine.cpu().numpy(),
     )

@@ -7,7 +7,8 @@ input, with a share of the mean length of the living features' encoder rows; its
 median of theirs. Adam's moments of these rows become 0.
 
 The share is 0.2 in the paper, whose ReLU features are active above 0. With a budget such a row wins no place (planted
-data, tests/training/test_resample.py: none of 20 comes back with 0.2, all with 1), so there it is 1.
+data, tests/training/test_resample.py: none of 20 comes back with 0.2, all with 1), so there it is 1. No row is longer
+than 1, with which a feature reconstructs all of its token.
 """
 
 import torch
@@ -36,7 +37,8 @@ def resample(
     if not len(rows) or len(rows) == len(dead) or not 0 < chance.sum() < torch.inf:
         return
     drawn = torch.multinomial(chance, len(rows), True, generator=torch.Generator().manual_seed(seed)).to(dead.device)
-    length = share * torch.cat(ranks.features.gather(torch.linalg.vector_norm(sae.W_enc, dim=1)))[~dead].mean()
+    lengths = torch.cat(ranks.features.gather(torch.linalg.vector_norm(sae.W_enc, dim=1)))
+    length = (share * lengths[~dead].mean()).clamp_max(1.0)
     here = (rows >= part.start) & (rows < part.stop)
     rows, drawn, target = rows[here] - part.start, drawn[here], batch.x if batch.target is None else batch.target
     sae.W_dec[rows] = F.normalize(target[drawn] - sae.b_dec, dim=1)

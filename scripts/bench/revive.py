@@ -27,8 +27,8 @@ from saelab.errors import SaelabError
 from saelab.sae.model import SparseAutoencoder, bare_autoencoder
 
 SAMPLE = 32_768
-RESAMPLE = 81_920
-"""Tokens between two resamplings."""
+RESAMPLE = 245_760
+"""Tokens between two resamplings: one, after 40 steps with the remedy, in the defaults."""
 REMEDIES: dict[str, tuple[AuxSettings, int | None]] = {
     "none": (AuxSettings("none"), None),
     "aux_k": (AuxSettings("aux_k"), None),
@@ -76,6 +76,8 @@ def study(x: Tensor, held_out: Tensor, args: argparse.Namespace, seed: int) -> d
     print(f"seed {seed}: {int(died.sum())} of {args.n_features} dead after {base.tokens:,} tokens", flush=True)
     found = {}
     for name, (aux, resample) in REMEDIES.items():
+        if args.only and name not in args.only:
+            continue
         changed = dataclasses.replace(settings, aux=aux)
         trainer = Trainer(
             bare_autoencoder(changed, x.shape[1]), dataclasses.replace(training, resample=resample), changed
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=100_000)
+    parser.add_argument("--only", nargs="*", choices=REMEDIES, help="these remedies")
     args = parser.parse_args()
     cache = open_cache(args.cache)
     (site,) = cache.sites
@@ -126,7 +129,7 @@ def main() -> None:
     died = [next(iter(found.values()))["died"] for found in seeds]
     print(f"\ndead when the remedies begin: {', '.join(f'{number:.0f}' for number in died)} of {args.n_features:,}\n")
     lines = []
-    for name in REMEDIES:
+    for name in seeds[0]:
         lines.append([name])
         for key, (_, factor, digits) in COLUMNS.items():
             values = [factor * found[name][key] for found in seeds]

@@ -79,25 +79,42 @@ def test_the_figures_equal_their_dense_formulas(threshold: bool) -> None:
     tail = (living[last:] / expected[last : len(living)]).log10().mean()
     assert found.curve.tail == pytest.approx(tail.item()) and found.curve.r2 == pytest.approx(fit.r2)
 
-    flat, mean = ordinary.reshape(-1, D_IN).double(), ordinary.reshape(-1, D_IN).double().mean(0)
-    covariance = (flat - mean).T @ (flat - mean) / len(flat)
     smallest = torch.where(active, pre, torch.inf).amin(-1)
     bar = sae.threshold if threshold else smallest[smallest.isfinite()].mean()[None]
     assert bar is not None
-    why = why_dead(sae, density > 0, mean, covariance, bar, settings.duplicate)
+    highest = pre.amax((0, 1))
+    why = why_dead(sae, density > 0, ordinary.mean((0, 1)), highest, bar, settings.duplicate)
     assert found.reason.tolist() == why.reason.tolist() and sum(found.reasons.values()) == found.dead
-    assert found.needed == pytest.approx(why.needed, rel=1e-5) and found.twin.tolist() == why.twin.tolist()
-    w = sae.W_enc[never].double()
-    spread = ((flat @ w.T).var(0, correction=0)).sqrt()
-    needed = (bar.expand(F)[never] - ((flat @ w.T).mean(0) - w @ sae.b_dec.double() + sae.b_enc[never])) / spread
-    assert found.needed == pytest.approx(needed.detach().numpy(), rel=1e-5)
+    assert found.lacking == pytest.approx((bar.expand(F) - highest)[never].detach().numpy(), rel=1e-4, abs=1e-5)
+    cosines = torch.nn.functional.cosine_similarity(sae.W_dec[never][:, None], sae.W_dec[density > 0], dim=2)
+    assert found.twin.tolist() == (density > 0).nonzero().squeeze(1)[cosines.argmax(1)].tolist()
+
+
+def test_a_changed_feature_reaches_what_its_reason_says() -> None:
+    """The counterfactual of each reason, made true in the weights, makes the feature exceed the bar on the text."""
+    sae, x = made_up(threshold=True)
+    found = dead(sae, blocks(sae, x, 7), ROWS)
+    ordinary = torch.cat([x[:3, 1:], x[4:, 1:]])
+    mean, alive = ordinary.mean((0, 1)), torch.from_numpy(found.density > 0)
+    w, b, shift = sae.W_enc.detach(), sae.b_enc.detach(), sae.W_enc.detach() @ (mean - sae.b_dec.detach())
+    usual_b, usual_shift = b[alive].median(), shift[alive].median()
+    assert found.reasons["bias"] > 3 and sae.threshold is not None
+    for feature, code in zip(found.dead_features.tolist(), found.reason.tolist(), strict=True):
+        along = ((ordinary - mean) @ w[feature]).max()
+        own, bar = along + shift[feature] + b[feature], sae.threshold[feature]
+        assert (own > bar) == (REASONS[code] == "crowded")
+        if REASONS[code] == "bias":
+            assert along + shift[feature] + usual_b > bar
+        elif REASONS[code] in ("mean", "direction"):
+            assert along + shift[feature] + usual_b <= bar
+            assert (along + usual_shift + b[feature] > bar) == (REASONS[code] == "mean")
 
 
 def test_blocks_of_any_size_give_the_same_and_intervals_are_those_of_rows() -> None:
     sae, x = made_up()
     one, many = (dead(sae, blocks(sae, x, size), ROWS) for size in (ROWS, 3))
     assert one.l0 == pytest.approx(many.l0) and one.under_used == many.under_used and one.reasons == many.reasons
-    assert one.dead_on_half == many.dead_on_half and one.needed == pytest.approx(many.needed, rel=1e-4)
+    assert one.dead_on_half == many.dead_on_half and one.lacking == pytest.approx(many.lacking, rel=1e-4, abs=1e-5)
     assert one.dense.low <= one.dense.value <= one.dense.high and one.curve.exponent.low < one.curve.exponent.high
     with pytest.raises(SaelabError, match="no ordinary token"):
         dead(sae, [], ROWS)
@@ -112,46 +129,51 @@ def test_dead_on_half_of_the_rows_is_the_mean_over_halves() -> None:
 
 
 def planted(reason: str, seed: int) -> tuple[Why, int]:
-    """The reasons found of 100 features that are dead because of `reason`, of 800 others that live; and their number.
+    """The reasons found of 100 features that are dead because of `reason`, of 900; and their number.
 
-    Activations have a mean of length 6 and covariance diag(lengths): pre-activations of the living need 1 to 4
-    standard deviations to be active.
+    The encoder rows of the living lie along 800 directions of the tokens, across their mean, of length 6.
     """
     generator = torch.Generator().manual_seed(seed)
-    d, n, living = 48, 900, 800
+    d, n, living = 64, 900, 800
+
+    def unit(*shape: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return torch.rand(*shape, generator=generator)
 
-    lengths = 0.5 + rand(d)
-    mean = torch.nn.functional.normalize(torch.randn(d, generator=generator, dtype=torch.float64), dim=0) * 6
-    sae = SparseAutoencoder(d, n, 8)
-    W_enc, W_dec = (
-        torch.nn.functional.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1)
-        for _ in range(2)
-    )
-    direction = mean / mean.norm()
-    W_enc = torch.nn.functional.normalize(W_enc - 0.98 * torch.outer(W_enc @ direction, direction), dim=1)
-    W_enc *= 0.8 + 0.4 * rand(n, 1)
-    b_enc = -0.6 * rand(n)
-    few = slice(living, n)
+    direction = unit(d)
+    outside = torch.nn.functional.one_hot(torch.tensor(d - 1), d).float()  # where tokens have only noise
+    direction[-1] = 0
+    rows = unit(living, d) * (1 - outside)
+    directions = torch.nn.functional.normalize(rows - torch.outer(rows @ direction, direction) / direction.norm() ** 2)
+    strength = torch.where(rand(4000, living) < 0.01, 3 + 3 * rand(4000, living), 0.0)
+    x = strength @ directions + 6 * direction
+    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    few, some = slice(living, n), n - living
+    W_enc = torch.cat([directions, directions[:some]]) * (0.8 + 0.4 * rand(n, 1))
+    W_dec, b_enc = torch.cat([directions, unit(some, d)]), -1 - 0.6 * rand(n)
     if reason == "bias":
-        b_enc[few] = -8 - 4 * rand(n - living)
+        b_enc[few] = -14 - 4 * rand(some)
     elif reason == "mean":
-        W_enc[few] -= direction * (1 + 0.5 * rand(n - living, 1))
+        W_enc[few] -= direction * (2.5 + 0.5 * rand(some, 1))
     elif reason == "norm":
-        W_enc[few] *= 0.02 + 0.1 * rand(n - living, 1)
+        W_enc[few] *= 0.02 + 0.15 * rand(some, 1)
     elif reason == "duplicate":
-        W_dec[few] = W_dec[: n - living] + 0.03 * torch.randn(n - living, d, generator=generator, dtype=torch.float64)
-        W_enc[few] = 0.9 * W_enc[: n - living]
+        W_dec[few] = directions[:some] + 0.03 * torch.randn(some, d, generator=generator)
+        b_enc[few] = -14.0
     elif reason == "several":
-        b_enc[few] = -8 - 4 * rand(n - living)
-        W_enc[few] -= direction * (1.5 + 0.5 * rand(n - living, 1))
+        b_enc[few] = -14 - 4 * rand(some)
+        W_enc[few] -= direction * (2.5 + 0.5 * rand(some, 1))
+    elif reason == "direction":
+        W_enc[few] = outside * (0.8 + 0.4 * rand(some, 1))
+    sae = SparseAutoencoder(d, n, 8)
     with torch.no_grad():
-        sae.W_enc.copy_(W_enc), sae.W_dec.copy_(W_dec), sae.b_enc.copy_(b_enc), sae.b_dec.zero_()
+        for parameter, value in ((sae.W_enc, W_enc), (sae.W_dec, W_dec), (sae.b_enc, b_enc)):
+            parameter.copy_(value)
+        sae.b_dec.zero_()
     alive = torch.arange(n) < living
-    found = why_dead(sae, alive, mean, torch.diag(lengths.square()), torch.tensor([1.0]), 0.9)
-    return found, n - living
+    return why_dead(sae, alive, x.mean(0), sae.pre_activations(x).amax(0), torch.tensor([1.0]), 0.9), some
 
 
 @pytest.mark.parametrize("reason", REASONS)
@@ -164,9 +186,11 @@ def test_planted_reasons_are_found(reason: str) -> None:
 
 
 def test_reasons_are_known_when_nothing_lives_or_nothing_is_dead() -> None:
-    sae, _ = made_up()
-    moments = torch.zeros(D_IN), torch.eye(D_IN), torch.tensor([1.0])
+    sae, x = made_up()
+    highest = sae.pre_activations(x.flatten(0, 1)).amax(0)
+    moments = x.mean((0, 1)), highest, torch.tensor([1.0])
     nothing = why_dead(sae, torch.zeros(F, dtype=torch.bool), *moments, 0.9)
     assert len(nothing.reason) == F and (nothing.twin == -1).all()
-    assert {REASONS[i] for i in nothing.reason} == {"rare"}
+    expected = ["crowded" if each > 1 else "direction" for each in highest.tolist()]
+    assert [REASONS[i] for i in nothing.reason] == expected
     assert len(why_dead(sae, torch.ones(F, dtype=torch.bool), *moments, 0.9).reason) == 0

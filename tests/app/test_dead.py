@@ -28,8 +28,8 @@ def write_result(run: Path, **changed: object) -> None:
         "expected": np.sort(density)[::-1] + 1e-3,
         "is_under_used": few,
         "dead_features": np.array([NEVER_ACTIVE, 20, 21]),
-        "reason": np.array([1, 5, 0], np.int8),
-        "needed": np.array([12.0, 2.5, 2.0], np.float32),
+        "reason": np.array([2, 1, 0], np.int8),
+        "lacking": np.array([12.0, -2.5, 2.0], np.float32),
         "twin": np.array([4, 4, 9]),
         "twin_cosine": np.array([0.1, 0.2, 0.97], np.float32),
         "silent_for": np.arange(N) * 100,
@@ -46,8 +46,7 @@ def write_result(run: Path, **changed: object) -> None:
         "dense": {"value": 30, "low": 29, "high": 31},
         "density_of_dense": 0.1,
         "curve": curve | {"r2": 0.98, "tail": -0.5},
-        "reasons": {"duplicate": 1, "bias": 1, "mean": 0, "norm": 0, "several": 0, "rare": 1},
-        "within_reach": 3.5,
+        "reasons": {"duplicate": 1, "crowded": 1, "bias": 1, "mean": 0, "norm": 0, "several": 0, "direction": 0},
         **{name: {"$array": name} for name in arrays},
     }
     path = run / folder.ANALYSES / "dead"
@@ -74,8 +73,8 @@ def test_figures_zones_and_reasons_are_those_of_the_result(explorer, run):
     assert zones.keys() >= {"used", "under-used", "dead", "curve"}
     rows = component(app, "dead_rows")["rows"]
     assert [(row["id"], row["score"], row["note"]) for row in rows] == [
-        (NEVER_ACTIVE, "bias", "needs 12"),
-        (20, "rare", "needs 2.5"),
+        (NEVER_ACTIVE, "bias", "lacks 12"),
+        (20, "crowded", ""),
         (21, "duplicate", "of 9, 0.97"),
     ]
     assert component(app, "dead_rows")["link"] == "feature?run=whole&feature="

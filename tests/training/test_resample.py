@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saelab.errors import SaelabError, SettingError
-from saelab.ranks import ALONE
+from saelab.ranks import ALONE, Ranks
 from saelab.sae.model import Batch, bare_autoencoder
 from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
 from saelab.training import trainer
@@ -110,16 +110,21 @@ def test_off_means_off_and_nothing_is_resampled_after_the_last_step() -> None:
     assert none == late == 0 and torch.equal(without, at_the_end)
 
 
-def test_processes_that_share_a_training_resample_what_one_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_share_a_training_resample_what_one_process_does() -> None:
     settings = dataclasses.replace(test_ranks.METHODS["token choice"], aux=NO_AUX)
-    without = test_ranks.train(settings, ALONE).weights
     training = dataclasses.replace(test_ranks.TRAINING, resample=4 * test_ranks.BATCH)
-    monkeypatch.setattr(test_ranks, "TRAINING", training)
-    expected = test_ranks.train(settings, ALONE).weights
-    assert not torch.allclose(expected["W_dec"], without["W_dec"], atol=0.1)
+
+    def weights(ranks: Ranks, training: TrainingSettings) -> dict[str, torch.Tensor]:
+        made = test_ranks.trainer_for(settings, ranks, training)
+        for batch in test_ranks.batches():
+            made.step(batch)
+        return test_ranks.all_weights(made)
+
+    expected = weights(ALONE, training)
+    assert not torch.allclose(expected["W_dec"], weights(ALONE, test_ranks.TRAINING)["W_dec"], atol=0.1)
     for data, features in test_ranks.LAYOUTS:
-        for found in run_threads(lambda ranks: test_ranks.train(settings, ranks), data=data, features=features):
-            test_ranks.assert_equal(found.weights, expected, f"{data} x {features}")
+        for found in run_threads(lambda ranks: weights(ranks, training), data=data, features=features):
+            test_ranks.assert_equal(found, expected, f"{data} x {features}")
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
