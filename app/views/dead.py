@@ -50,19 +50,19 @@ UNDER, NEVER, CURVE = "rgb(76, 126, 210)", "rgb(205, 70, 96)", "rgb(128, 128, 12
 AT_ONCE = 50
 
 
-def with_ends(interval: dict[str, float | None]) -> str:
-    """A figure and its interval: "736 (720 to 752)"."""
-    low, high = interval["low"], interval["high"]
-    ends = "" if low is None or high is None else f" ({low:,.4g} to {high:,.4g})"
-    return f"{interval['value']:,.4g}{ends}"
+def with_ends(interval: dict[str, float | None], form: str) -> str:
+    """A figure and its interval, each in the format `form`: "736 (720 to 752)"."""
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    ends = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}{ends}"
 
 
 def draw_figures(found: dict[str, Any]) -> None:
     shown = {
         "Dead": f"{found['dead']:,} ({100 * found['dead'] / found['n_features']:.2g}%)",
-        "Under-used": with_ends(found["under_used"]),
-        "Dense": with_ends(found["dense"]),
-        "Exponent": with_ends(found["curve"]["exponent"]),
+        "Under-used": with_ends(found["under_used"], ",.0f"),
+        "Dense": with_ends(found["dense"], ",.0f"),
+        "Exponent": with_ends(found["curve"]["exponent"], ".3g"),
     }
     with st.container(horizontal=True, gap="medium"):
         for label, value in shown.items():
@@ -109,7 +109,8 @@ def draw_ranks(found: dict[str, Any]) -> None:
     line = {"color": CURVE, "width": 1.5, "dash": "dash"}
     curve = found["expected"][shown - 1]
     figure.add_trace(go.Scatter(x=shown, y=curve, name="curve", mode="lines", line=line, hovertemplate=hover))
-    figure.update_layout(height=340, showlegend=True, legend={"orientation": "h", "y": 1.12, "x": 0}, margin_t=30)
+    legend = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+    figure.update_layout(height=360, showlegend=True, legend=legend, margin_t=60)
     charts.draw(figure, "ranks", "Density of the features by rank, log-log, with the fitted curve")
     curve = found["curve"]
     tail = "" if curve["tail"] is None else f" The rarest 15% lie a factor of {10 ** -curve['tail']:.3g} below it."
