@@ -19,7 +19,7 @@ LAYOUT = Path(__file__).with_name("style.css")
 
 
 PAGES = {
-    path: st.Page(path, title=title, icon=f":material/{icon}:", url_path=title.lower())
+    path: st.Page(path, title=title, icon=f":material/{icon}:", url_path=Path(path).stem)
     for path, title, icon in [
         (state.RUNS, "Runs", "stacks"),
         (state.RUN, "Run", "monitoring"),
@@ -29,6 +29,7 @@ PAGES = {
         (state.STEER, "Steer", "tune"),
         (state.COMPARE, "Compare", "compare_arrows"),
         (state.MAP, "Map", "scatter_plot"),
+        (state.DEAD, "Dead features", "heart_broken"),
     ]
 }
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from saelab.lm.model import LanguageModel
     from saelab.lm.settings import ModelSettings
     from saelab.progress import bar
+    from saelab.runs.analyses import analyse, read_analysis
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
@@ -68,6 +69,7 @@ _HOME = {
     "SparsitySettings": "saelab.sae.settings",
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
+    "analyse": "saelab.runs.analyses",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
     "calibrate": "saelab.runs.calibration",
@@ -84,6 +86,7 @@ _HOME = {
     "open_corpus": "saelab.corpus",
     "plot_pareto": "saelab.analysis.pareto",
     "read_activations": "saelab.activations.stream",
+    "read_analysis": "saelab.runs.analyses",
     "resume": "saelab.runs.train",
     "run": "saelab.runs.stages",
     "save_run": "saelab.runs.save",
@@ -117,6 +120,7 @@ __all__ = [
     "SparsitySettings",
     "Trainer",
     "TrainingSettings",
+    "analyse",
     "bar",
     "cache",
     "calibrate",
@@ -133,6 +137,7 @@ __all__ = [
     "open_corpus",
     "plot_pareto",
     "read_activations",
+    "read_analysis",
     "resume",
     "run",
     "save_run",

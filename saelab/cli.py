@@ -277,6 +277,31 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
 
 
 @app.command()
+def analyse(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    name: Annotated[str, typer.Argument(help="which analysis: dead")],
+    overrides: _Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="make it again, even if it is up to date")] = False,
+) -> None:
+    """Analyse a run; the result is stored in it, for the explorer and notebooks.
+
+    Example: saelab analyse runs/quickstart dead analysis.dead.tokens=1e6
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from saelab import progress
+    from saelab.analysis.result import shown
+    from saelab.runs.analyses import analyse as make
+
+    result = make(run, name, overrides or [], force=force, track=progress.bar, say=_say)
+    table = Table("figure", "value")
+    for title, value in result.figures().items():
+        table.add_row(printable(title), printable(shown(value)))
+    Console(width=120).print(table)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
     to: Annotated[str, typer.Option(metavar="FORM", help="html, neuronpedia, circuit-tracer, csv or parquet")],

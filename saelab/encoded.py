@@ -53,6 +53,10 @@ class Block:
     codes: Codes
     """``[tokens, n_features]``"""
 
+    def row_of_token(self) -> Tensor:
+        """Number of the row of each ordinary token, ``[tokens]`` int64 on the CPU."""
+        return (self.positions // self.rows.shape[1]).cpu()
+
 
 @dataclass(frozen=True)
 class Reader:

@@ -32,6 +32,7 @@ from saelab.runs.summary import SweepRun, read_sweep
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
+DEAD = "views/dead.py"
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
@@ -262,6 +263,26 @@ def sweep(path: Path) -> tuple[SweepRun, ...]:
     """The runs of the sweep in a folder; none if there is no sweep. Raises SaelabError if its summary is damaged."""
     changed = stamp([path / folder.SWEEP])
     return () if changed == (None,) else _read(read_sweep, "read_sweep", str(path), changed)
+
+
+def analysis(name: str, fields: Iterable[str]) -> dict[str, Any] | None:
+    """The result of an analysis of the current run, by the names of its fields; None if there is none.
+
+    Raises SaelabError if it is damaged, or lacks one of the `fields`, as one that another version made.
+    """
+    found = read(folder.analysis, name)
+    if found is not None and not found.keys() >= set(fields):
+        raise outdated(name)
+    return found
+
+
+def outdated(name: str) -> SaelabError:
+    """The error for a result of an analysis that does not fit this version, or the rest of the run."""
+    path = current_run().path
+    return SaelabError(
+        f"{folder.analysis_folder(path, name)}: is not what this version of saelab reads; "
+        f"`saelab analyse {path} {name} --force` makes it again."
+    )
 
 
 def stamp(paths: Iterable[Path]) -> tuple:

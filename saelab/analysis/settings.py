@@ -1,6 +1,6 @@
-"""Settings of an evaluation, and of steering."""
+"""Settings of an evaluation, of the analyses, and of steering."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from saelab.errors import SettingError
@@ -35,3 +35,35 @@ class Intervention:
     mode: Mode = "add"
     value: float = 0.0
     """In units of activation; `ablate` does not use it."""
+
+
+@dataclass(frozen=True)
+class DeadSettings:
+    """Settings of `saelab.analysis.dead`."""
+
+    tokens: int = 300_000
+    """Held-out tokens; at least 300 k for a figure to report."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass."""
+    share: float = 0.5
+    """A feature is under-used below this share of the density that the fitted curve expects of its rank."""
+    dense: float = 0.1
+    """Density above which a feature counts as dense."""
+    duplicate: float = 0.9
+    """Cosine of decoder rows from which a dead feature counts as a duplicate of a living one."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows_per_forward"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("share", "dense", "duplicate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """A section for each analysis of `saelab.runs.analyses`, by its name."""
+
+    dead: DeadSettings = field(default_factory=DeadSettings)
+    """Dead, under-used and dense features."""

@@ -18,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from saelab.activations.settings import ActivationSettings, CacheSettings
-from saelab.analysis.settings import EvalSettings
+from saelab.analysis.settings import AnalysisSettings, EvalSettings
 from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.settings import FeatureSettings
@@ -50,6 +50,7 @@ class RunSettings:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
+    analysis: AnalysisSettings = field(default_factory=AnalysisSettings)
 
     def __post_init__(self) -> None:
         if self.context < 2:

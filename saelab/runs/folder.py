@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saelab.analysis.result import with_arrays
 from saelab.errors import SaelabError
 from saelab.features import layout as database
 from saelab.files import current_folder, expanded, read_json, translate_read_errors
@@ -35,7 +36,11 @@ WANDB_RUN = "wandb.json"
 """Id, project and name of the run at wandb."""
 SWEEP = "sweep.json"
 """The summary of a sweep, in the folder of its runs."""
-OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, TENSORBOARD, WANDB, WANDB_RUN)
+ANALYSES = "analyses"
+"""A folder for each result of `saelab analyse`, by the name of the analysis."""
+FIGURES, ARRAYS = "result.json", "arrays.safetensors"
+"""The files of such a result."""
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, ANALYSES, TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 
 
@@ -84,7 +89,8 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
 
 def shown_files(run: Path) -> list[Path]:
     """The files of a run that the explorer reads, including missing ones."""
-    return [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, features(run) / database.MANIFEST]
+    own = [run / SETTINGS, run / METRICS, run / TRAINING, run / EVALUATION, features(run) / database.MANIFEST]
+    return [*own, *(analysis_folder(run, name) / FIGURES for name in analyses(run))]
 
 
 def settings_text(run: Path | str) -> str:
@@ -138,6 +144,37 @@ def other_evaluation(differs: Mapping[str, Any]) -> str:
     """The name of the evaluation with these settings that differ from training: the same for the same settings."""
     digest = hashlib.sha256(json.dumps(differs, sort_keys=True).encode()).hexdigest()
     return f"{Path(EVALUATION).stem}-{digest[:8]}.json"
+
+
+def analyses(run: Path | str) -> list[str]:
+    """The names of the analyses whose results are in a run, in order."""
+    names = {path.parent.name.removesuffix(".old.tmp") for path in (Path(run) / ANALYSES).glob(f"*/{FIGURES}")}
+    return sorted(name for name in names if not name.endswith(".tmp"))
+
+
+def analysis(run: Path | str, name: str) -> dict[str, Any] | None:
+    """The result of an analysis (`saelab analyse`): its fields by name, arrays as numpy arrays; None if there is none.
+
+    Beside the fields: `inputs`, the hash of what it was made from, and the `settings` of the analysis. Imports no
+    torch. `saelab.runs.analyses.read_analysis` gives the object with its table and plot. Raises SaelabError if it is
+    damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = analysis_folder(run, name)
+    if not (path / FIGURES).is_file():
+        return None
+    remedy = f"`saelab analyse {run} {name} --force` makes it again."
+    found = read_json(path / FIGURES, remedy)
+    with translate_read_errors(path, "a result", remedy, (OSError, ValueError, KeyError, SafetensorError)):
+        arrays = load_file(path / ARRAYS) if (path / ARRAYS).is_file() else {}
+        return with_arrays(found, arrays)
+
+
+def analysis_folder(run: Path | str, name: str) -> Path:
+    """Where the result of an analysis is; it need not exist."""
+    return current_folder(Path(run) / ANALYSES / name)
 
 
 def unfinished(run: Path | str) -> str | None:

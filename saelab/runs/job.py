@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 _ADDED = {
     "sae": ("seed", "k_start", "k_steps"),
-    "training": ("schedule", "accumulate", "precision", "ema"),
+    "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }
 """Settings that earlier versions did not have."""
 

@@ -20,10 +20,11 @@ from saelab.runs.job import Job, Say, settings_of
 from saelab.sae.checkpoint import load
 from saelab.sae.model import SparseAutoencoder
 
-Stage = Literal["eval", "index"]
+Stage = Literal["eval", "index", "analyse"]
 _TAKES = {
     "eval": ("eval.", "device", "model.", "corpus.", "site", "context"),
     "index": ("features.", "device", "model.", "corpus."),
+    "analyse": ("analysis.", "device", "model.", "corpus."),
 }
 """Settings that a stage takes; those that end in a dot are sections."""
 _NAMES = {"model": "model.name", "corpus": "corpus.source"}
@@ -62,10 +63,11 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
     sae = load(run, job.lm.device)
     differs = _differences(run, job, sae, changed)
     check_width(run, job, sae)
-    if differs and stage == "index":
+    if differs and stage != "eval":
+        result = "the feature database is that" if stage == "index" else "an analysis is"
         raise SaelabError(
-            f"{run}: the feature database is that of the run's own model and text, but {in_words(differs)}; `saelab "
-            "eval` takes such settings"
+            f"{run}: {result} of the run's own model and text, but {in_words(differs)}; `saelab eval` takes such "
+            "settings"
         )
     return Reopened(job, sae, differs)
 

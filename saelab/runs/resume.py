@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saelab.errors import SaelabError, WriteError
 from saelab.files import make_folder, remove_folder, replace_folder, temporary, translate_errors
@@ -19,7 +20,7 @@ from saelab.runs import folder
 from saelab.runs.config import RunSettings, leaves
 from saelab.runs.job import settings_of
 from saelab.training.settings import CheckpointSettings
-from saelab.training.state import VALUES, load_state, load_values, save_state
+from saelab.training.state import VALUES, load_state, load_tensor, load_values, save_state
 
 FREE = frozenset(
     {
@@ -35,7 +36,7 @@ FREE = frozenset(
         "parallel.features",
     }
 )
-"""Settings that may differ when a run is resumed: they do not change the training."""
+"""Settings that may differ when a run is resumed: they do not change the training. So may those of analyses."""
 RAISED = frozenset({"training.tokens"})
 """Settings that may be larger when a run is resumed. From then on the schedules use the new value."""
 _SAME = """
@@ -53,7 +54,7 @@ _SAME = """
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
     sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
     training.batch training.lr training.warmup training.decay training.schedule training.clip training.accumulate
-    training.precision training.ema
+    training.precision training.ema training.resample
     eval.tokens eval.ce_tokens eval.rows_per_forward
     features.tokens features.rows_per_forward
 """
@@ -67,7 +68,9 @@ def resumed_settings(run: Path, settings: RunSettings) -> RunSettings:
     wrong = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in FREE or (name in RAISED and new is not None and old is not None and new > old):
+        free = name in FREE or name.startswith("analysis.")
+        raised = name in RAISED and new is not None and old is not None and new > old
+        if old == new or free or raised:
             continue
         wrong.append(f"{name}: is {old} in the run, not {new}" + (" (it can only be raised)" if name in RAISED else ""))
     if wrong:
@@ -138,3 +141,12 @@ def last_state(run: Path, device: torch.device, own: Callable[[str, int], slice]
 def last_position(run: Path) -> dict[str, Any]:
     """The position in the source of the last of the `states` of a run. Raises SaelabError if it is damaged."""
     return load_values(states(run)[-1])["source"]
+
+
+def silent_for(run: Path) -> Tensor | None:
+    """Training tokens since each feature was last active, ``[n_features]`` int64, at the end of the training of a run.
+
+    None if the run has no state any more. Raises SaelabError if the state is damaged.
+    """
+    found = states(run)
+    return load_tensor(found[-1], "trainer", "usage", "silent_for") if found else None

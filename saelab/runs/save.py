@@ -88,7 +88,7 @@ def save_run(
 
     The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
     them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
-    the time of the training. An evaluation and a feature database of an earlier checkpoint are removed. Raises
+    the time of the training. Evaluation, feature database and analyses of an earlier checkpoint are removed. Raises
     SaelabError if the files cannot be written; an earlier checkpoint is kept then.
     """
     run, trained = Path(settings.out), trainer.trained()
@@ -128,6 +128,8 @@ def _remove_results(run: Path) -> None:
             evaluation.unlink(missing_ok=True)
         if (features := folder.features(run)).exists():
             remove_folder(features)
+        for name in folder.analyses(run):
+            remove_folder(folder.analysis_folder(run, name))
 
 
 def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:

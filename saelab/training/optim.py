@@ -83,6 +83,14 @@ class Optimiser:
         norms = [torch.nn.utils.get_total_norm(part) for part in (own, everywhere)]
         return (axis.sum_(norms[0].square()) + norms[1].square()).sqrt()
 
+    @torch.no_grad()
+    def forget(self, rows: Tensor) -> None:
+        """Set Adam's moments of these rows of the weights of features, ``[n]`` int64, to 0."""
+        for parameter in self.trained:
+            if parameter is not self.sae.b_dec:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    self._adam.state[parameter][name][rows] = 0.0
+
     def release(self) -> None:
         """Make the autoencoder an ordinary module again, without gradients or in-place addition. Frees the moments."""
         for parameter in self.sae.parameters():

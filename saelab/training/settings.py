@@ -69,6 +69,8 @@ class TrainingSettings:
     and moments stay in float32."""
     ema: float | None = None
     """Decay per step of an average of the weights, such as 0.999, which the checkpoint then has. null: no average."""
+    resample: int | None = None
+    """Tokens between two resamplings of dead features (resample.py); null: none."""
     log_every: int = 10
     """Steps between lines of metrics."""
     log: str | None = None
@@ -81,6 +83,8 @@ class TrainingSettings:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
         if self.log not in (None, "tensorboard", "wandb"):
             raise SettingError(f"log: {self.log!r} is none of tensorboard, wandb and null")
+        if self.resample is not None and self.resample < 1:
+            raise SettingError(f"resample: {self.resample} is not a positive number")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")

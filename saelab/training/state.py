@@ -82,6 +82,16 @@ def load_values(folder: Path) -> dict[str, Any]:
     )
 
 
+def load_tensor(folder: Path, *names: str) -> Tensor | None:
+    """The tensor under `names` of the state in `folder`, outermost first, on the CPU; None if it has none there.
+
+    Raises SaelabError as `load_state` does.
+    """
+    with _readable(folder), safe_open(folder / TENSORS, "pt") as file:
+        name = "/".join(names)
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 (no mapping)
+
+
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     """Turn what a damaged state raises into a SaelabError."""

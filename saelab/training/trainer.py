@@ -14,12 +14,13 @@ from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.selection import Request, Selection
-from saelab.sae.losses import terms
+from saelab.sae.losses import Forward, terms
 from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder, Tables
 from saelab.sae.settings import SaeSettings
 from saelab.tensors import Rows
 from saelab.training.average import Average
 from saelab.training.optim import Optimiser
+from saelab.training.resample import SHARE, resample
 from saelab.training.settings import TrainingSettings
 from saelab.training.usage import Usage
 
@@ -48,12 +49,16 @@ class _Part(NamedTuple):
     """Number of its tokens on which each feature was active, ``[n_features]``."""
     coverage: dict[str, Any]
     """Targets of the auxiliary loss and the share with a gradient from it; empty without one, or if not logged."""
+    losses: Tensor
+    """Squared error of each of its tokens, for resampling; empty if no features are resampled."""
 
 
 class Trainer:
     """Trains `sae` in place, one batch at a time, until `release`."""
 
     def __init__(self, sae: SparseAutoencoder, settings: TrainingSettings, sae_settings: SaeSettings) -> None:
+        if settings.resample is not None and sae_settings.freeze != "none":
+            raise SaelabError("training.resample: sets encoder and decoder rows together; set sae.freeze=none with it")
         self.sae, self.settings, self.sae_settings = sae, settings, sae_settings
         sae.beta = sae_settings.beta
         self.terms = terms(sae_settings, sae.d_in, settings.steps)
@@ -86,8 +91,8 @@ class Trainer:
             sae.lift(batch.x, targets, tables)
 
         logged = step % self.settings.log_every == 0 or step + 1 == self.settings.steps
-        batches = batch.cut(self.settings.accumulate)
-        parts = [self._add_gradients(each, targets, tables, len(batches), logged) for each in batches]
+        batches, due = batch.cut(self.settings.accumulate), self._resampling_due(tokens)
+        parts = [self._add_gradients(each, targets, tables, len(batches), logged, due) for each in batches]
         with record_function("optimiser"):
             rate = learning_rate(step, self.settings)
             norm = self.optimiser.step(rate, self.settings.clip)
@@ -96,6 +101,10 @@ class Trainer:
         counts = sum((part.counts for part in parts[1:]), parts[0].counts)
         self.usage.observe(counts, tokens)
         self.steps, self.tokens = step + 1, self.tokens + tokens
+        if due:
+            share = SHARE if self.sae_settings.allocation.name == "threshold" else 1.0
+            losses = torch.cat([part.losses for part in parts])
+            resample(sae, self.optimiser, batch, losses, self.usage.dead(), share, seed=step)
 
         if (logged or norm.device.type == "cpu") and not math.isfinite(norm):
             raise SaelabError(f"training: the gradient is not finite at step {step}; a smaller lr may help")
@@ -116,7 +125,7 @@ class Trainer:
         return metrics
 
     def _add_gradients(
-        self, batch: Batch, targets: Tensor | None, tables: Tables | None, parts: int, logged: bool
+        self, batch: Batch, targets: Tensor | None, tables: Tables | None, parts: int, logged: bool, resampling: bool
     ) -> _Part:
         """Add the gradients of the loss of `batch`, one of `parts` parts of a step's batch, over `parts`."""
         step, sae = self.steps, self.sae
@@ -127,16 +136,29 @@ class Trainer:
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         coverage = _target_coverage(requests, found, self._counts) if logged else {}
         counts = self._counts(forward.codes)
+        losses = self._losses(forward) if resampling else batch.x.new_zeros(0)
         del forward, found  # the backward pass needs the memory
         with record_function("backward"):
             loss = sum(term.weight(step) / parts * values[term.name] for term in self.terms)
             loss.backward()  # type: ignore[union-attr]
-        return _Part({name: value.detach() for name, value in values.items()}, counts, coverage)
+        return _Part({name: value.detach() for name, value in values.items()}, counts, coverage, losses)
 
     def _counts(self, codes: Codes) -> Tensor:
         """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
         ranks = self.sae.ranks
         return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
+
+    def _losses(self, forward: Forward) -> Tensor:
+        """Squared error of each token of the batch, ``[tokens]``."""
+        error = (forward.target - forward.reconstruction).detach()
+        return torch.cat(self.sae.ranks.data.gather(error.square().sum(1)))
+
+    def _resampling_due(self, tokens: int) -> bool:
+        """Whether dead features are resampled at the end of this step, of `tokens` tokens; not after the last one."""
+        every = self.settings.resample
+        if every is None or self.steps + 1 >= self.settings.steps:
+            return False
+        return (self.tokens + tokens) // every > self.tokens // every
 
     def trained(self) -> Trained:
         """Results of the training so far."""

@@ -1,0 +1,146 @@
+"""The analyses of a run: `saelab analyse RUN NAME`, and their results in the run folder.
+
+To add one, write `saelab/analysis/NAME.py` with its function and result, a section of settings in
+`saelab/analysis/settings.py`, and an entry of `ANALYSES`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelab.analysis.dead import Dead, dead
+from saelab.analysis.result import Result, rebuilt, stored
+from saelab.analysis.settings import DeadSettings
+from saelab.encoded import Block, encoded
+from saelab.errors import SaelabError, did_you_mean
+from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
+from saelab.lm.model import LanguageModel
+from saelab.progress import Track, silent
+from saelab.runs import folder
+from saelab.runs.job import Job, Say, quiet
+from saelab.runs.reopen import reopen
+from saelab.runs.resume import silent_for
+from saelab.sae.model import SparseAutoencoder
+from saelab.tensors import write_tensors
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an analysis is made from: a run, its autoencoder, its language model and held-out text."""
+
+    run: Path
+    sae: SparseAutoencoder
+    job: Job
+    track: Track
+
+    @property
+    def lm(self) -> LanguageModel:
+        return self.job.lm
+
+    @property
+    def site(self) -> str:
+        return self.job.settings.site
+
+    @cached_property
+    def trained(self) -> dict[str, Any]:
+        """The record of the training."""
+        return folder.training_record(self.run)
+
+    def held_out(self, tokens: int) -> Tensor:
+        """The first held-out rows, of about `tokens` tokens, ``[rows, context]``: those of evaluation, if as many."""
+        return self.job.held_out(tokens)
+
+    def blocks(self, rows: Tensor, rows_per_forward: int) -> Iterator[Block]:
+        """Activations and codes of `rows` at the run's site, as `saelab.encoded.encoded` yields them."""
+        return encoded(self.sae, self.lm, rows, self.site, rows_per_forward, track=self.track)
+
+
+class Analysis(NamedTuple):
+    result: type[Result]
+    make: Callable[[Subject, Any], Result]
+    """From the subject and the section `analysis.NAME` of the settings."""
+
+
+def _dead(subject: Subject, settings: DeadSettings) -> Dead:
+    rows = subject.held_out(settings.tokens)
+    blocks = subject.blocks(rows, settings.rows_per_forward)
+    ages = silent_for(subject.run)
+    return dead(subject.sae, blocks, len(rows), settings, site=subject.site, silent_for=ages)
+
+
+ANALYSES: dict[str, Analysis] = {
+    "dead": Analysis(Dead, _dead),
+}
+"""By name; the name is also that of the section of settings, ``analysis.NAME``."""
+
+
+def analyse(
+    run: str | Path,
+    name: str,
+    overrides: Iterable[str] = (),
+    *,
+    force: bool = False,
+    track: Track = silent,
+    say: Say = quiet,
+) -> Result:
+    """The result of the analysis `name` of a run folder, which is stored in the folder.
+
+    A stored result of the same weights, text and settings is returned, unless `force` asks for a new one. `overrides`
+    may set `analysis.NAME.*` and the device. Raises SaelabError if there is no such analysis, as `saelab.evaluate`
+    does, and for another text or model than in training.
+    """
+    run = Path(expanded(run, "RUN"))
+    analysis = _analysis(name)
+    overrides = list(overrides)
+    for override in overrides:
+        if override.startswith("analysis.") and not override.startswith((f"analysis.{name}.", f"analysis.{name}=")):
+            raise SaelabError(f"{override}: has no effect on `{name}`; its settings are analysis.{name}.*")
+    folder.check_run(run)
+    with locked(run):
+        opened = reopen(run, "analyse", overrides, say)
+        settings = getattr(opened.job.settings.analysis, name)
+        inputs = opened.job.result_inputs(run, settings)
+        if not force and (folder.analysis(run, name) or {}).get("inputs") == inputs:
+            say(f"{name}: up to date")
+            return _read(run, name, analysis)
+        result = analysis.make(Subject(run, opened.sae, opened.job, track), settings)
+        opened.job.report_empty_documents()
+        _write(run, name, result, {"inputs": inputs, "settings": asdict(settings)})
+    return result
+
+
+def read_analysis(run: str | Path, name: str) -> Result | None:
+    """The stored result of the analysis `name` of a run folder; None if there is none.
+
+    Raises SaelabError if there is no such analysis, or if the result is damaged.
+    """
+    run, analysis = Path(expanded(run, "RUN")), _analysis(name)
+    return None if folder.analysis(run, name) is None else _read(run, name, analysis)
+
+
+def _analysis(name: str) -> Analysis:
+    if name not in ANALYSES:
+        raise SaelabError(f"{name}: no such analysis ({', '.join(ANALYSES)}).{did_you_mean(name, ANALYSES)}")
+    return ANALYSES[name]
+
+
+def _read(run: Path, name: str, analysis: Analysis) -> Result:
+    remedy = f"`saelab analyse {run} {name} --force` makes it again."
+    path = folder.analysis_folder(run, name)
+    with translate_read_errors(path, "a result", remedy, (KeyError, TypeError, ValueError, AttributeError)):
+        return rebuilt(analysis.result, folder.analysis(run, name))
+
+
+def _write(run: Path, name: str, result: Result, record: dict[str, Any]) -> None:
+    figures, arrays = stored(result)
+    path = run / folder.ANALYSES / name
+    with translate_errors(run), replace_folder(path) as unfinished:
+        write_json(unfinished / folder.FIGURES, record | figures)
+        if arrays:
+            tensors = {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
+            write_tensors(unfinished / folder.ARRAYS, tensors)

@@ -1,0 +1,84 @@
+"""`saelab analyse`: a result in the run, made again only if something that it depends on has changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import saelab
+from saelab.analysis.dead import Dead
+from saelab.cli import app
+from saelab.errors import SaelabError
+from saelab.runs import folder
+from saelab.runs.analyses import ANALYSES
+from saelab.runs.config import RunSettings
+from tests.runs.test_stages import small
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("analysed")
+    return saelab.train(small(path), ["analysis.dead.tokens=1500"])
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_result_is_stored_read_back_and_made_again_only_if_settings_or_weights_change(run: Path) -> None:
+    said: list[str] = []
+    result = saelab.analyse(run, "dead", say=said.append)
+    assert isinstance(result, Dead) and result.tokens >= 1500 and "dead: up to date" not in said
+    assert folder.analyses(run) == ["dead"]
+    found = folder.analysis(run, "dead")
+    assert found is not None and found["settings"]["tokens"] == 1500 and (found["density"] == result.density).all()
+    again = saelab.read_analysis(run, "dead")
+    assert isinstance(again, Dead) and repr(again) == repr(result) and again.reasons == result.reasons
+    assert again.silent_for is not None and len(again.silent_for) == 64
+
+    stamp = (run / "analyses/dead/result.json").stat().st_mtime_ns
+    assert repr(saelab.analyse(run, "dead", say=said.append)) == repr(result) and said[-1] == "dead: up to date"
+    assert (run / "analyses/dead/result.json").stat().st_mtime_ns == stamp
+    other = saelab.analyse(run, "dead", ["analysis.dead.dense=0.5"])
+    assert isinstance(other, Dead) and other.density_of_dense == 0.5
+    saelab.analyse(run, "dead", ["analysis.dead.dense=0.5"], force=True)
+    assert (run / "analyses/dead/result.json").stat().st_mtime_ns > stamp
+
+    saelab.resume(run, ["training.tokens=6200"])
+    assert folder.analyses(run) == [] and saelab.read_analysis(run, "dead") is None
+
+
+def test_errors_name_the_mistake(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SaelabError, match=r"deed: no such analysis \(.*\). Nearest: dead"):
+        saelab.analyse(run, "deed")
+    with pytest.raises(SaelabError, match="not a run folder with a checkpoint"):
+        saelab.analyse(tmp_path, "dead")
+    with pytest.raises(SaelabError, match=r"analysis.dead.share: 2.0 is not a number above 0"):
+        saelab.analyse(run, "dead", ["analysis.dead.share=2"])
+    with pytest.raises(SaelabError, match=r"`saelab analyse` takes only analysis.*"):
+        saelab.analyse(run, "dead", ["sae.k=3"])
+    saelab.analyse(run, "dead")
+    (run / "analyses/dead/arrays.safetensors").write_bytes(b"x")
+    with pytest.raises(SaelabError, match=r"saelab analyse .* dead --force"):
+        saelab.read_analysis(run, "dead")
+    assert np.isfinite(saelab.analyse(run, "dead", force=True).density).all()  # type: ignore[attr-defined]
+    record = json.loads((run / "analyses/dead/result.json").read_text())
+    del record["density"]
+    (run / "analyses/dead/result.json").write_text(json.dumps(record))
+    with pytest.raises(SaelabError, match="cannot be read as a result"):
+        saelab.read_analysis(run, "dead")
+
+
+def test_the_command_prints_the_figures(run: Path) -> None:
+    done = CliRunner().invoke(app, ["analyse", str(run), "dead"])
+    assert done.exit_code == 0, done.output
+    assert "L0 (active features per token)" in done.output and (run / "analyses/dead/result.json").is_file()
+
+
+def test_every_analysis_has_a_section_of_settings_of_its_name() -> None:
+    sections = vars(RunSettings("out", "site").analysis)
+    assert sections.keys() == ANALYSES.keys()
