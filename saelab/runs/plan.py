@@ -148,9 +148,9 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         needs += [] if loaded else weights_needs(lm, settings.model, where)
         traffic = step_traffic(settings.sae, settings.training, widths[settings.site], ranks)
         if source is None:
-            rows, of = stream.rows_per_forward, {"gradients": gradients}
-            needs.append(pass_need(lm, sites, rows, settings.context, where, **of, phases=(READING,)))
-            needs.append(gathered_need(lm, sites, rows, settings.context, needs[-1], ranks.every.size, **of))
+            rows, context = stream.rows_per_forward, settings.context
+            one = pass_need(lm, sites, rows, context, where, gradients=gradients, phases=(READING,))
+            needs += [one, gathered_need(lm, sites, rows, context, one, ranks.every.size, gradients=gradients)]
             traffic.append(activation_traffic(sum(widths.values()), batch, lm.dtype.itemsize, gradients, ranks))
         if any(allocation_of(run.sae).calibrated for run in runs):
             rows, what = settings.eval.rows_per_forward, "pass over held-out text"
