@@ -134,7 +134,8 @@ def test_the_model_is_paid_once(config: dict[str, Any], monkeypatch: pytest.Monk
     forward = LanguageModel._forward
 
     def counted(self: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-        rows.append(len(ids))
+        if type(ids) is torch.Tensor and ids.device.type == "cpu":  # a plan runs the model without numbers
+            rows.append(len(ids))
         return forward(self, ids)
 
     monkeypatch.setattr(LanguageModel, "_forward", counted)
