@@ -256,6 +256,7 @@ def draw_dead(database: Database) -> None:
     if database.n_tokens < ENOUGH_TOKENS:
         caution = f" These are few tokens: on {ENOUGH_TOKENS:,} or more, some of them may be active."
     st.caption(f"On none of {database.n_tokens:,} held-out tokens, in inference mode.{caution}")
+    st.page_link(state.DEAD, label="Why they are dead", query_params=state.link())
     if len(dead):
         with st.container(width=640):
             draw_features(database, dead, [Column("id", "feature"), Column("tokens", "promotes")], "dead")
