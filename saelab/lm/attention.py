@@ -69,6 +69,17 @@ class Affine(NamedTuple):
     """``[d_out]``"""
 
 
+class LayerMaps(NamedTuple):
+    """The maps around a layer's heads; `layer_maps` measures them."""
+
+    norm: Norm
+    """Between the residual stream and the attention's input."""
+    values: Affine
+    """From the attention's input to values, ``[d_model, value heads * d_head]``."""
+    output: Affine
+    """From z to what the attention gives, ``[heads * d_head, d_model]``."""
+
+
 def layer_of(site: str | None) -> int:
     """The layer of a site ``blocks.N.attn.hook_z``. Raises SaelabError for any other site."""
     match = _Z.fullmatch(site or "")
@@ -141,6 +152,14 @@ def recorded_heads(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[in
     finally:
         if lm.attention == _NAME:
             model.set_attn_implementation(before)
+
+
+def layer_maps(lm: LanguageModel, layer: int) -> LayerMaps:
+    """The linear maps around the heads of a layer, measured with d_model tokens in some passes up to there.
+
+    Raises SaelabError if the norm before the layer's attention is neither RMSNorm, LayerNorm nor nothing.
+    """
+    return LayerMaps(input_norm(lm, layer), value_map(lm, layer), output_map(lm, layer))
 
 
 @torch.no_grad()

@@ -7,6 +7,6 @@ tree.py       the same again for the features found, down to the embedding
 logits.py     what features add to a logit
 
 Everything linear is computed in float64 from one pass in the model's own precision. What is not linear is frozen as
-it is in that pass: attention patterns, and the scale by which a norm divides. So a contribution is what a part adds, not
-what would change without it: with the part removed, patterns and scales would change too.
+it is in that pass: attention patterns, and the scale by which a norm divides. So a contribution is what a part adds,
+not what would change without it: with the part removed, patterns and scales would change too.
 """
