@@ -18,7 +18,7 @@ POSITION = 11
 
 
 def plain_values(lm: LanguageModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A part x ``[..., d]`` of the stream through gain and W_V by head, and what the norm divides by: from parameters."""
+    """A part x of the stream through gain and W_V by head, and what the norm divides by, from the parameters."""
     block: Any = lm.model.get_submodule(lm.site("blocks.2.hook_resid_pre").module)
     if lm.name == "llama":
         norm, V = block.input_layernorm, block.self_attn.v_proj.weight.T
