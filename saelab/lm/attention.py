@@ -196,6 +196,19 @@ def output_map(lm: LanguageModel, layer: int) -> Affine:
     return Affine(out[1:] - out[0], out[0])
 
 
+def check_output(lm: LanguageModel, layer: int, output: Affine, z: Tensor, out: Tensor) -> None:
+    """Raises SaelabError if what a layer's attention adds to the residual stream is not the map of its heads' outputs.
+
+    z ``[..., heads * d_head]`` and out ``[..., d_model]`` are the activations at hook_z and hook_attn_out.
+    """
+    expected = z.double() @ output.weight + output.bias
+    if (expected - out).norm() > (1e-4 if lm.dtype in (torch.float32, torch.float64) else 0.05) * out.norm():
+        raise SaelabError(
+            f"model: what the attention of layer {layer} of {lm.name} adds to the residual stream is not linear in its "
+            "heads' outputs, so features there cannot be attributed further"
+        )
+
+
 def input_norm(lm: LanguageModel, layer: int) -> Norm:
     """The norm between the residual stream and the layer's attention. Raises SaelabError if none of ours fits."""
     before, after = (lm.site(f"blocks.{layer}.{name}") for name in ("hook_resid_pre", "attn.hook_in"))

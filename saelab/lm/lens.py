@@ -41,9 +41,13 @@ class Lens(NamedTuple):
     unembedding: Tensor
     """``[vocabulary, d_model]``, in the model's dtype"""
     gain: Tensor
-    """Gain of the final norm times the factor of the logits, ``[d_model]`` float32"""
+    """Gain of the final norm times the factor of the logits, ``[d_model]``, in float32, or float64 if the model is"""
     centred: bool
     """Whether the final norm subtracts the mean."""
+    bias: Tensor
+    """Bias of the final norm times the factor of the logits, ``[d_model]``"""
+    factor: float
+    """Logits over the products of the unembedding's input with the unembedding."""
 
     def at_head(self, directions: Tensor) -> Tensor:
         """What becomes of float32 directions ``[n, d_model]`` until the unembedding, in the same shape.
@@ -82,7 +86,8 @@ def logit_lens(lm: LanguageModel, site: str) -> Lens | None:
     if norm is None or readout is None:
         return None
     factor, more = readout
-    return Lens(", ".join([norm.words, *more]), lm.unembedding, norm.gain * factor, norm.centred)
+    words = ", ".join([norm.words, *more])
+    return Lens(words, lm.unembedding, norm.gain * factor, norm.centred, norm.bias * factor, factor)
 
 
 @torch.no_grad()
@@ -113,7 +118,7 @@ def norm_scale(lm: LanguageModel, lens: Lens, rows: Tensor) -> Tensor:
     """
     if lens.words.startswith(_NO_NORM):
         return torch.ones(rows.shape, device=lm.device)
-    last = _last_name(lm)
+    last = last_site(lm)
     assert last is not None, "there would be no lens"
     x = lm.activations(rows, [last])[last].float()
     return _rms(_centre(x) if lens.centred else x).squeeze(-1)
@@ -172,11 +177,12 @@ def _head(lm: LanguageModel) -> Site:
 
 def _last_block(lm: LanguageModel) -> Site | None:
     """The output of the last block; None if TransformerLens numbers the blocks in another way."""
-    name = _last_name(lm)
+    name = last_site(lm)
     return None if name is None else lm.sites[name]
 
 
-def _last_name(lm: LanguageModel) -> str | None:
+def last_site(lm: LanguageModel) -> str | None:
+    """The name of the last block's output; None if TransformerLens numbers the blocks in another way."""
     matches = (re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name) for name in lm.sites)
     numbers = [int(match[1]) for match in matches if match]
     return f"blocks.{max(numbers)}.hook_resid_post" if numbers else None

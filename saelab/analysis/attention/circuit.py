@@ -19,7 +19,7 @@ from torch import Tensor
 from saelab.analysis.attention.prompt import Prompt, check_heads, check_site, read_prompt
 from saelab.analysis.attention.readout import stream_sites
 from saelab.errors import SaelabError
-from saelab.lm.attention import LayerMaps, layer_maps, site_of
+from saelab.lm.attention import LayerMaps, check_output, layer_maps, site_of
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
@@ -54,6 +54,10 @@ class Circuit:
                 f"model: the residual stream of {self.lm.name} is not the sum of its embedding and of the outputs of "
                 "attention and MLPs, so it cannot be attributed to them"
             )
+        for layer in self.heads:
+            if layer < last:
+                out = prompt.values[f"blocks.{layer}.hook_attn_out"]
+                check_output(self.lm, layer, self.maps[layer].output, prompt.values[site_of(layer)], out)
         return prompt
 
 
