@@ -14,7 +14,7 @@ formulas do not describe (a gate on z, values that are normalised) is noticed, a
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -109,7 +109,8 @@ def read_heads(
     outputs = [site_of(layer) for layer in layers]
     names = list(dict.fromkeys([*outputs, *sites]))
     lm.measure(names)
-    with recorded_heads(lm, layers) as heads:
+    heads: dict[int, Heads] = {}
+    with recorded_heads(lm, layers, heads.__setitem__):
         values = lm.activations(rows, names)
     for layer, site in zip(layers, outputs, strict=True):
         _check_sum(lm, site, heads.get(layer), values[site])
@@ -117,16 +118,15 @@ def read_heads(
 
 
 @contextmanager
-def recorded_heads(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Heads]]:
-    """Within the context every pass puts the heads of `layers` that it runs into the dictionary.
+def recorded_heads(lm: LanguageModel, layers: Iterable[int], take: Callable[[int, Heads], None]) -> Iterator[None]:
+    """Within the context every pass calls `take` with each of `layers` that it runs, and its heads.
 
-    Attention is then the model's own eager one.
+    Attention is then the model's own eager one. Only one layer's pattern is in memory, unless `take` keeps them.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     layer_of_module = {id(_attention(lm, layer)): layer for layer in layers}
-    found: dict[int, Heads] = {}
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -134,7 +134,7 @@ def recorded_heads(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[in
             raise _unrecordable(lm)
         output, pattern = eager(module, *args, **kwargs)
         if id(module) in layer_of_module:
-            found[layer_of_module[id(module)]] = Heads(pattern, args[2])
+            take(layer_of_module[id(module)], Heads(pattern, args[2]))
         return output, pattern
 
     model: Any = lm.model
@@ -148,7 +148,7 @@ def recorded_heads(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[in
             raise _unrecordable(lm) from error
         if lm.attention != _NAME:
             raise _unrecordable(lm)
-        yield found
+        yield
     finally:
         if lm.attention == _NAME:
             model.set_attn_implementation(before)
@@ -176,8 +176,9 @@ def value_map(lm: LanguageModel, layer: int) -> Affine:
     padded = vectors.new_zeros(rows.numel(), vectors.shape[1])
     padded[: len(vectors)] = vectors
     lm.measure([site_of(layer)])
+    heads: dict[int, Heads] = {}
     with (
-        recorded_heads(lm, [layer]) as heads,
+        recorded_heads(lm, [layer], heads.__setitem__),
         hook(lm.model, lm.site(site), lambda value: padded.view(value.shape).to(value)),
     ):
         lm.activations(rows, [site_of(layer)])
