@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saelab.analysis.attention.overview import Attention, attention
+from saelab.analysis.attention.overview import attention
+from saelab.analysis.attention.report import Attention
 from saelab.analysis.dead import Dead, dead
 from saelab.analysis.result import Result, rebuilt, stored
 from saelab.analysis.settings import AttentionSettings, DeadSettings

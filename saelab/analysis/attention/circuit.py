@@ -72,6 +72,11 @@ class Part(NamedTuple):
     """``[d_model]`` float64"""
 
 
+def has_place(site: str) -> bool:
+    """Whether autoencoders of a site take part in an attribution."""
+    return bool(_HEADS.fullmatch(site) or _STREAM.fullmatch(site))
+
+
 def open_circuit(lm: LanguageModel, saes: Mapping[str, SparseAutoencoder]) -> Circuit:
     """The autoencoders of a model, by site, and the maps that attribution needs, which are measured now.
 

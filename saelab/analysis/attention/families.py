@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from saelab.analysis.attention.direct import contributions
+from saelab.analysis.attention.report import DISTANCES, FAMILIES
 from saelab.analysis.attention.scores import repeats
 from saelab.codes import Codes
 from saelab.lm.attention import Heads
 from saelab.sae.model import SparseAutoencoder
 
-DISTANCES = ("current", "previous", "short", "long", "start")
-FAMILIES = (*DISTANCES, "induction")
 SHORT = 8
 PER_ROW = 2
 _COLUMNS = len(DISTANCES) + 2

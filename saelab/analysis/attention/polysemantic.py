@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saelab.analysis.attention.report import ONE_TASK, TOP
+
 ALIKE = 0.5
-ONE_TASK = 0.9
-TOP = 10
 
 
 class Profiles:

@@ -22,11 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.analysis.attention.report import CHANCE, SCORES
 from saelab.analysis.intervals import Interval, interval
 from saelab.lm.attention import Heads
-
-SCORES = ("previous", "self", "first", "duplicate", "induction", "entropy", "distance")
-CHANCE = ("duplicate", "induction")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ import torch
 
 from saelab.analysis.attention import families as families_module
 from saelab.analysis.attention.direct import direct
-from saelab.analysis.attention.families import FAMILIES, FamilyShares, families
-from saelab.analysis.attention.overview import ALIVE, Attention, attention
+from saelab.analysis.attention.families import FamilyShares, families
+from saelab.analysis.attention.overview import attention
 from saelab.analysis.attention.polysemantic import Profiles, group_sizes, polysemanticity
 from saelab.analysis.attention.prompt import read_prompt
-from saelab.analysis.attention.scores import SCORES, HeadScores
+from saelab.analysis.attention.report import ALIVE, FAMILIES, SCORES, Attention
+from saelab.analysis.attention.scores import HeadScores
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.analysis.settings import AttentionSettings
 from saelab.errors import SaelabError
