@@ -14,6 +14,8 @@ from saelab.features.marks import cut, visible
 if TYPE_CHECKING:
     from saelab.analysis.attention.tree import Node
 
+LEAST = 1e-4
+"""Share of its parent from which on a rounding is shown."""
 _STYLE = """<style>
 .sl-tree details > details, .sl-tree details > div { margin-left: 1.3rem; }
 .sl-tree summary { cursor: pointer; }
@@ -43,7 +45,8 @@ def _node(
         return f"<div>{line}</div>"
     # what is below a feature is in units of its own activation
     below = abs(node.total) or 1.0 if node.feature is not None else whole
-    children = "".join(_node(child, tokens, runs, below) for child in node.children)
+    shown = (child for child in node.children if child.kind != "rounding" or abs(child.contribution) > LEAST * below)
+    children = "".join(_node(child, tokens, runs, below) for child in shown)
     return f"<details{' open' if opened else ''}><summary>{line}</summary>{children}</details>"
 
 

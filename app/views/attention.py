@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ATTRIBUTION, PATTERN = "attribution", "pattern"
 SHADES = {ATTRIBUTION: "added to the feature", PATTERN: "attention"}
 EVERY = -1
+FAINT = 0.01
+"""Share of the strongest source below which a source is not shaded."""
 CHOSEN = ("token", "of", "head")
 NAME = "attention"
 ANALYSE = "`saelab analyse {} attention` measures the heads on held-out text."
@@ -100,7 +102,7 @@ def draw_choice(features: np.ndarray, values: np.ndarray) -> int:
     """Draw the choice among the features of a token; returns the chosen one."""
     names = live.names(features)
     labels = {
-        int(f): f"{f}  {visible(names.get(int(f), ''))}  {number(float(v))}"
+        int(f): "  ".join([str(f), *([visible(names[int(f)])] if int(f) in names else []), number(float(v))])
         for f, v in zip(features, values, strict=True)
     }
     options = list(labels)
@@ -166,14 +168,14 @@ def draw_feature(
 
 
 def sources(found: "DirectAttribution", prompt: "Prompt", layer: int, shade: str, head: int) -> np.ndarray:
-    """What shades each token: what it adds to the feature if that is above 0, or the attention to it."""
+    """What shades each token: what it adds to the feature if that is above 0, or the attention to it; not if it is faint."""
     by_head = found.contributions.clamp_min(0) if head != EVERY else found.by_source[None].clamp_min(0)
     if shade == PATTERN:
         pattern = prompt.heads[layer].pattern[0, :, found.position, : found.position + 1]
         by_head = pattern if head != EVERY else pattern.mean(0, keepdim=True)
     values = np.zeros(len(prompt.ids), np.float32)
     values[: found.position + 1] = by_head[max(head, 0)].cpu().numpy()
-    return values
+    return np.where(values < FAINT * values.max(), 0, values)
 
 
 def layer_of(site: str) -> int:

@@ -84,7 +84,8 @@ def test_a_feature_is_shown_by_source_head_and_as_a_tree(at, live) -> None:
     found = direct_attribution(live.sae, live.lm, read.token_ids, strongest, last)
     app = at(text=TEXT)
     assert app.selectbox(key="of").value == strongest
-    np.testing.assert_allclose(shades(app), found.by_source.clamp_min(0), rtol=5e-3, atol=1e-6)
+    added = found.by_source.clamp_min(0)
+    np.testing.assert_allclose(shades(app), added * (added >= 0.01 * added.max()), rtol=5e-3, atol=1e-6)
     assert f"Feature {strongest} has {found.pre_activation:.3g} here" in captions(app)
     (chart,) = app.get("plotly_chart")
     sent = json.loads(chart.proto.spec)["data"][0]["y"]
@@ -97,7 +98,7 @@ def test_a_feature_is_shown_by_source_head_and_as_a_tree(at, live) -> None:
 
     one = at(text=TEXT, head="2", shade="pattern")
     pattern = live.attend(live.circuit(), read.token_ids).heads[2].pattern[0, 2, last]
-    np.testing.assert_allclose(shades(one), pattern, rtol=5e-3, atol=1e-6)
+    np.testing.assert_allclose(shades(one), pattern * (pattern >= 0.01 * pattern.max()), rtol=5e-3, atol=1e-6)
     assert html(at(text=TEXT, depth="3")).count("<details") > tree.count("<details")
 
 

@@ -187,16 +187,11 @@ def corrupted(
     one, and column 0 is the clean run. NaN if the row begins less than n tokens back, or if the token there is special.
     The activation falls at n if the feature needs the token n back: the intervention of claim T7 for features.
     """
-    site = site_of(check_heads(sae, lm, site))
-    ids = torch.arange(lm.embeddings, device=lm.device)
-    known = ids[lm.ordinary(ids) & (ids < len(lm.tokenizer))]
     generator = torch.Generator().manual_seed(seed)
     found = np.full((len(at), farthest + 1), np.nan, np.float32)
     for place, (row, position) in enumerate(at):
         text = rows[row].to(lm.device).long()
-        # a token that the row already has could start another copy
-        new = known[torch.randperm(len(known), generator=generator)]
-        new = new[~torch.isin(new, text)][: farthest + 1]
+        new = _unused(lm, text, generator)
         texts, columns = [text], [0]
         for n in range(1, min(farthest, position) + 1):
             if bool(lm.ordinary(text[position - n])) and n < len(new):
@@ -204,7 +199,58 @@ def corrupted(
                 changed[position - n] = new[n]
                 texts.append(changed)
                 columns.append(n)
-        z = lm.activations(torch.stack(texts)[:, : position + 1], [site])[site][:, -1]
-        which = torch.tensor([feature], device=lm.device)
-        found[place, columns] = activations_of(sae.encode(z.float()), which)[:, 0].float().cpu().numpy()
+        found[place, columns] = _last_activations(sae, lm, torch.stack(texts)[:, : position + 1], feature, site)
     return found
+
+
+@torch.no_grad()
+def without_match(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    rows: Tensor,
+    feature: int,
+    at: Sequence[tuple[int, int]],
+    *,
+    seed: int = 0,
+    site: str | None = None,
+) -> np.ndarray:
+    """A feature's activation on real text if nothing earlier matches its token: ``[places, 3]`` float32.
+
+    `at` are places (row, position) of `rows` ``[rows, context]``. Columns: the clean run; each earlier occurrence of
+    the token replaced by a random one; as many other earlier tokens replaced, a control. NaN if the token does not
+    occur earlier, or if there are too few others. What follows the occurrences stays as it is, so a feature that reads
+    it only because of the match falls in the second column and not in the third.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = np.full((len(at), 3), np.nan, np.float32)
+    for place, (row, position) in enumerate(at):
+        text = rows[row, : position + 1].to(lm.device).long()
+        new = _unused(lm, text, generator)
+        equal = (text[:-1] == text[-1]).nonzero().squeeze(1)
+        after = torch.isin(torch.arange(position, device=lm.device), equal + 1)
+        others = (lm.ordinary(text[:-1]) & (text[:-1] != text[-1]) & ~after).nonzero().squeeze(1)
+        others = others[torch.randperm(len(others), generator=generator).to(lm.device)][: len(equal)]
+        if not 0 < len(equal) == len(others) <= len(new):
+            continue
+        texts = text.repeat(3, 1)
+        texts[1, equal], texts[2, others] = new[: len(equal)], new[: len(equal)]
+        found[place] = _last_activations(sae, lm, texts, feature, site)
+    return found
+
+
+def _unused(lm: LanguageModel, text: Tensor, generator: torch.Generator) -> Tensor:
+    """Ordinary tokens in random order that `text` does not have: another of its own could start another copy."""
+    ids = torch.arange(lm.embeddings, device=lm.device)
+    known = ids[lm.ordinary(ids) & (ids < len(lm.tokenizer))]
+    known = known[~torch.isin(known, text)]
+    return known[torch.randperm(len(known), generator=generator).to(known.device)]
+
+
+def _last_activations(
+    sae: SparseAutoencoder, lm: LanguageModel, texts: Tensor, feature: int, site: str | None
+) -> np.ndarray:
+    """The activation of a feature at the last token of each text, ``[texts]``."""
+    site = site_of(check_heads(sae, lm, site))
+    z = lm.activations(texts, [site])[site][:, -1]
+    which = torch.tensor([feature], device=lm.device)
+    return activations_of(sae.encode(z.float()), which)[:, 0].float().cpu().numpy()

@@ -8,7 +8,7 @@ from saelab.analysis.attention import induction as module
 from saelab.analysis.attention.ablation import Place, ablated_logits, path_effect
 from saelab.analysis.attention.causal import Question, circuit_test
 from saelab.analysis.attention.circuit import open_circuit
-from saelab.analysis.attention.induction import PrefixScores, corrupted, prefix_scores, repeated_rows
+from saelab.analysis.attention.induction import PrefixScores, corrupted, prefix_scores, repeated_rows, without_match
 from saelab.analysis.attention.prompt import read_prompt
 from saelab.errors import SaelabError
 from saelab.lm.attention import Heads, read_heads
@@ -105,6 +105,27 @@ def test_a_corrupted_token_changes_a_feature_as_in_a_plain_run() -> None:
     assert np.isfinite(found[0, 1:9]).all() and len(set(found[0].tolist())) > 3
     assert np.isnan(found[1, 1]) and np.isfinite(found[1, 2])  # a special token is one back
     assert np.isnan(found[2, 2:]).all() and np.isfinite(found[2, 1])  # BOS, and before the row
+
+
+def test_a_broken_match_changes_the_earlier_occurrences_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lm_of("gpt2")
+    sae = autoencoder(lm)
+    rows = torch.tensor([[0, 9, 20, 21, 9, 22, 23, 24, 25, 26, 9, 30], [0, *range(40, 51)]])
+    seen: list[torch.Tensor] = []
+    forward = lm.activations
+    monkeypatch.setattr(lm, "activations", lambda texts, sites: (seen.append(texts), forward(texts, sites))[1])
+    found = without_match(sae, lm, rows, 3, [(0, 10), (1, 8)])
+    assert found.shape == (2, 3) and np.isfinite(found[0]).all() and np.isnan(found[1]).all()
+    texts = next(each for each in seen if each.shape == (3, 11))
+    assert torch.equal(texts[0], rows[0, :11])
+    assert (texts[1] != texts[0]).nonzero().squeeze(1).tolist() == [1, 4]
+    changed = (texts[2] != texts[0]).nonzero().squeeze(1).tolist()
+    assert len(changed) == 2 and not set(changed) & {0, 1, 2, 4, 5, 10}  # neither the matches nor what follows them
+    assert not set(texts[1, [1, 4]].tolist()) & set(rows[0].tolist())
+    monkeypatch.undo()
+    for column in range(3):
+        z = sae.encode(lm.activations(texts[column : column + 1], [Z])[Z][0, -1:]).to_dense()[0, 3]
+        assert found[0, column] == pytest.approx(float(z), abs=1e-4)
 
 
 def test_ablation_takes_out_what_the_feature_adds_and_keeps_the_error() -> None:
