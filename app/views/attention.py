@@ -43,9 +43,9 @@ COLUMNS = {
     "entropy": "of the attention, in nats",
     "distance": "mean number of tokens back",
     "features": "living features with the largest share of their decoder row in this head",
-    "groups": "groups of features that are alike, among the ten with the largest shares",
-    "largest group": "share of the ten in the largest group",
-    "polysemantic": "1 if no group has 90% of the ten",
+    "clusters": "clusters of features that are alike, among the ten with the largest shares",
+    "largest cluster": "share of the ten in the largest cluster",
+    "polysemantic": "1 if no cluster has 90% of the ten",
 }
 
 
@@ -168,7 +168,7 @@ def draw_feature(
 
 
 def sources(found: "DirectAttribution", prompt: "Prompt", layer: int, shade: str, head: int) -> np.ndarray:
-    """What shades each token: what it adds to the feature if that is above 0, or the attention to it; not if it is faint."""
+    """What shades each token: what it adds to the feature if that is above 0, or the attention to it; 0 if faint."""
     by_head = found.contributions.clamp_min(0) if head != EVERY else found.by_source[None].clamp_min(0)
     if shade == PATTERN:
         pattern = prompt.heads[layer].pattern[0, :, found.position, : found.position + 1]
@@ -212,7 +212,7 @@ def draw_heads(stored: Mapping[str, Any]) -> None:
     st.subheader("Heads on held-out text")
     titles = {name: st.column_config.NumberColumn(help=text, format="%.3f") for name, text in COLUMNS.items()}
     titles |= {
-        name: st.column_config.NumberColumn(help=COLUMNS[name]) for name in ("features", "groups", "polysemantic")
+        name: st.column_config.NumberColumn(help=COLUMNS[name]) for name in ("features", "clusters", "polysemantic")
     }
     frame = found.heads()
     st.dataframe(frame, hide_index=True, column_config=titles, key="heads")

@@ -138,7 +138,7 @@ class Live:
         SaelabError if this run's site is not ``blocks.N.attn.hook_z``, or if the model's attention cannot be taken
         apart.
         """
-        from saelab.analysis.attention.circuit import has_place, open_circuit
+        from saelab.analysis.attention.circuit import open_circuit, takes_part
         from saelab.analysis.attention.prompt import check_heads
         from saelab.sae.checkpoint import load
 
@@ -148,7 +148,7 @@ class Live:
             sae = load(run, self.lm.device)
             site = sae.metadata.get("hook_name")
             model = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
-            if site is not None and has_place(site) and model == self.lm.fingerprint and sae.centred:
+            if site is not None and takes_part(site) and model == self.lm.fingerprint and sae.centred:
                 saes.setdefault(site, sae)
         with self.lock:
             return open_circuit(self.lm, saes)

@@ -20,7 +20,7 @@ from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
 
-class Place(NamedTuple):
+class FeatureAt(NamedTuple):
     """A feature of a layer's attention output at a position; with `feature` None, the autoencoder's error there."""
 
     layer: int
@@ -30,29 +30,29 @@ class Place(NamedTuple):
 
 @torch.no_grad()
 def ablated_logits(
-    saes: Mapping[int, SparseAutoencoder], lm: LanguageModel, ids: Sequence[int] | Tensor, places: Iterable[Place]
+    saes: Mapping[int, SparseAutoencoder], lm: LanguageModel, ids: Sequence[int] | Tensor, chosen: Iterable[FeatureAt]
 ) -> Tensor:
     """Logits ``[context, vocabulary]`` of a run in which some features are ablated at once, each with the error kept.
 
     `saes` are autoencoders of heads' outputs by layer. What a feature contributes is encoded anew in the run, after the
-    changes in lower layers. Raises SaelabError if a place has no autoencoder or is at a special token.
+    changes in lower layers. Raises SaelabError if a layer has no autoencoder or a position is a special token.
     """
     row = torch.as_tensor(ids, device=lm.device).long()[None]
-    by_layer: dict[int, list[Place]] = {}
-    for place in places:
-        if place.layer not in saes:
-            raise SaelabError(f"attribution: there is no autoencoder of layer {place.layer}: choose {sorted(saes)}")
-        if not bool(lm.ordinary(row)[0, place.position]):
-            raise SaelabError(f"attribution: the token at position {place.position} is special, and has no features")
-        by_layer.setdefault(place.layer, []).append(place)
+    by_layer: dict[int, list[FeatureAt]] = {}
+    for one in chosen:
+        if one.layer not in saes:
+            raise SaelabError(f"attribution: there is no autoencoder of layer {one.layer}: choose {sorted(saes)}")
+        if not bool(lm.ordinary(row)[0, one.position]):
+            raise SaelabError(f"attribution: the token at position {one.position} is special, and has no features")
+        by_layer.setdefault(one.layer, []).append(one)
     order = torch.zeros(row.shape[1], dtype=torch.long, device=lm.device)
     ordinary = lm.ordinary(row)[0]
     order[ordinary] = torch.arange(int(ordinary.sum()), device=lm.device)  # splices see ordinary tokens only
 
     def without(layer: int, sae: SparseAutoencoder, x: Tensor) -> Tensor:
         new = x.clone()
-        for position in {place.position for place in by_layer[layer]}:
-            here = {place.feature for place in by_layer[layer] if place.position == position}
+        for position in {one.position for one in by_layer[layer]}:
+            here = {one.feature for one in by_layer[layer] if one.position == position}
             at = x[order[position]][None].to(sae.W_dec.dtype)
             codes = sae.encode(at)
             kept = torch.tensor([int(f) not in here for f in codes.features], dtype=torch.bool, device=lm.device)
@@ -85,7 +85,7 @@ class PathEffect(NamedTuple):
 
 
 @torch.no_grad()
-def path_effect(circuit: Circuit, ids: Sequence[int] | Tensor, lower: Place, upper: Place) -> PathEffect:
+def path_effect(circuit: Circuit, ids: Sequence[int] | Tensor, lower: FeatureAt, upper: FeatureAt) -> PathEffect:
     """The effect of one feature on another of a higher layer, at a source of its destination.
 
     Raises SaelabError if `lower` is not below `upper`, not at or before its position, or not active.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from saelab.analysis.attention.ablation import Place, ablated_logits
+from saelab.analysis.attention.ablation import FeatureAt, ablated_logits
 from saelab.analysis.attention.logits import logit_attribution
 from saelab.analysis.intervals import Interval, interval
 from saelab.analysis.result import Result
@@ -43,9 +43,9 @@ class CircuitTest(Result):
     ablated: Interval
     """Without the features of the circuit, errors kept."""
     random: Interval
-    """Without as many other features that are active at the same place."""
+    """Without as many other features that are active at the same position."""
     without_error: Interval
-    """Without the autoencoders' errors at the same place."""
+    """Without the autoencoders' errors at the same position."""
     effect_over_random: Interval
     """(clean - ablated) - (clean - random)"""
     correlation: float
@@ -100,28 +100,28 @@ def circuit_test(
     measured: list[float] = []
     for number, question in enumerate(questions):
         last = len(question.ids) - 1
-        found: list[tuple[float, Place]] = []
+        found: list[tuple[float, FeatureAt]] = []
         for layer, sae in saes.items():
             logits = logit_attribution(
                 sae, lm, question.ids, last, question.answer, question.other, site=site_of(layer)
             )
             values = zip(logits.contributions.tolist(), logits.features.tolist(), strict=True)
-            found += [(value, Place(layer, last, feature)) for value, feature in values]
+            found += [(value, FeatureAt(layer, last, feature)) for value, feature in values]
         found.sort(key=lambda pair: -pair[0])
-        circuit = [place for _, place in found[:features]]
-        rest = [place for _, place in found[features:]]
+        circuit = [one for _, one in found[:features]]
+        rest = [one for _, one in found[features:]]
         others = [rest[i] for i in numbers.permutation(len(rest))[:features]]
-        errors = [Place(layer, last, None) for layer in saes]
+        errors = [FeatureAt(layer, last, None) for layer in saes]
 
-        def difference(places: Iterable[Place], question: Question = question) -> float:
-            logits = ablated_logits(saes, lm, question.ids, places)[-1].double()
+        def difference(chosen: Iterable[FeatureAt], question: Question = question) -> float:
+            logits = ablated_logits(saes, lm, question.ids, chosen)[-1].double()
             return float(logits[question.answer] - logits[question.other])
 
         clean = difference([])
         figures.append([clean, difference(circuit), difference(others), difference(errors)])
         if number < single:
             attributed += [value for value, _ in found]
-            measured += [clean - difference([place]) for _, place in found]
+            measured += [clean - difference([one]) for _, one in found]
     sums = np.array(figures)
     one = np.ones((len(sums), 1))
 

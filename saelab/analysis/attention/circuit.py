@@ -72,7 +72,7 @@ class Part(NamedTuple):
     """``[d_model]`` float64"""
 
 
-def has_place(site: str) -> bool:
+def takes_part(site: str) -> bool:
     """Whether autoencoders of a site take part in an attribution."""
     return bool(_HEADS.fullmatch(site) or _STREAM.fullmatch(site))
 
@@ -93,7 +93,7 @@ def open_circuit(lm: LanguageModel, saes: Mapping[str, SparseAutoencoder]) -> Ci
         else:
             raise SaelabError(
                 f"attribution: {site} is neither blocks.N.attn.hook_z, blocks.N.hook_resid_pre nor blocks.N."
-                "hook_resid_post; autoencoders of other sites have no place in the attribution"
+                "hook_resid_post; autoencoders of other sites take no part in the attribution"
             )
     if not heads:
         raise SaelabError("attribution: none of the autoencoders is of blocks.N.attn.hook_z, where attribution begins")

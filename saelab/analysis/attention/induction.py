@@ -181,15 +181,15 @@ def corrupted(
     seed: int = 0,
     site: str | None = None,
 ) -> np.ndarray:
-    """A feature's activation on real text after one earlier token is replaced, ``[places, farthest + 1]`` float32.
+    """A feature's activation on real text after one earlier token is replaced, ``[pairs, farthest + 1]`` float32.
 
-    `at` are places (row, position) of `rows` ``[rows, context]``; column n has the token n back replaced by a random
+    `at` are pairs (row, position) of `rows` ``[rows, context]``; column n has the token n back replaced by a random
     one, and column 0 is the clean run. NaN if the row begins less than n tokens back, or if the token there is special.
     The activation falls at n if the feature needs the token n back: the intervention of claim T7 for features.
     """
     generator = torch.Generator().manual_seed(seed)
     found = np.full((len(at), farthest + 1), np.nan, np.float32)
-    for place, (row, position) in enumerate(at):
+    for number, (row, position) in enumerate(at):
         text = rows[row].to(lm.device).long()
         new = _unused(lm, text, generator)
         texts, columns = [text], [0]
@@ -199,7 +199,7 @@ def corrupted(
                 changed[position - n] = new[n]
                 texts.append(changed)
                 columns.append(n)
-        found[place, columns] = _last_activations(sae, lm, torch.stack(texts)[:, : position + 1], feature, site)
+        found[number, columns] = _last_activations(sae, lm, torch.stack(texts)[:, : position + 1], feature, site)
     return found
 
 
@@ -214,16 +214,16 @@ def without_match(
     seed: int = 0,
     site: str | None = None,
 ) -> np.ndarray:
-    """A feature's activation on real text if nothing earlier matches its token: ``[places, 3]`` float32.
+    """A feature's activation on real text if nothing earlier matches its token: ``[pairs, 3]`` float32.
 
-    `at` are places (row, position) of `rows` ``[rows, context]``. Columns: the clean run; each earlier occurrence of
+    `at` are pairs (row, position) of `rows` ``[rows, context]``. Columns: the clean run; each earlier occurrence of
     the token replaced by a random one; as many other earlier tokens replaced, a control. NaN if the token does not
     occur earlier, or if there are too few others. What follows the occurrences stays as it is, so a feature that reads
     it only because of the match falls in the second column and not in the third.
     """
     generator = torch.Generator().manual_seed(seed)
     found = np.full((len(at), 3), np.nan, np.float32)
-    for place, (row, position) in enumerate(at):
+    for number, (row, position) in enumerate(at):
         text = rows[row, : position + 1].to(lm.device).long()
         new = _unused(lm, text, generator)
         equal = (text[:-1] == text[-1]).nonzero().squeeze(1)
@@ -234,7 +234,7 @@ def without_match(
             continue
         texts = text.repeat(3, 1)
         texts[1, equal], texts[2, others] = new[: len(equal)], new[: len(equal)]
-        found[place] = _last_activations(sae, lm, texts, feature, site)
+        found[number] = _last_activations(sae, lm, texts, feature, site)
     return found
 
 

@@ -139,7 +139,7 @@ def _result(
         direct_shares=direct,
         agreement=float(same.mean()),
         top=poly.features,
-        groups=poly.groups,
+        clusters=poly.clusters,
         largest=poly.largest,
         polysemantic=poly.polysemantic,
         control=float((poly.control < ONE_TASK).mean()),

@@ -7,7 +7,7 @@ same tokens. That is, if the cosine of their token profiles is at least `ALIKE`:
     active     activation of the feature on each token id, summed over text
     read       positive direct attribution to each source's token id, summed over sampled tokens; position 0 left out
 
-Features that are alike, directly or through others, form a group. A head is monosemantic if one group has at least
+Features that are alike, directly or through others, form a cluster. A head is monosemantic if one cluster has at least
 `ONE_TASK` of its features, else polysemantic. The control is as many "heads" of features drawn at random from the same
 ones: if the control is as low as the heads, a head's features are no more alike than any.
 """
@@ -44,14 +44,14 @@ class Profiles:
 
 
 class Polysemanticity(NamedTuple):
-    """Groups among each head's features."""
+    """Clusters among each head's features."""
 
     features: np.ndarray
     """The features of each head, the largest decoder share first, ``[heads, TOP]`` int64; -1 if there are fewer."""
-    groups: np.ndarray
-    """Groups among them, ``[heads]`` int64"""
+    clusters: np.ndarray
+    """Clusters among them, ``[heads]`` int64"""
     largest: np.ndarray
-    """Share of them in the largest group, ``[heads]``"""
+    """Share of them in the largest cluster, ``[heads]``"""
     control: np.ndarray
     """`largest` of features drawn at random, ``[draws]``"""
 
@@ -64,7 +64,7 @@ class Polysemanticity(NamedTuple):
 def polysemanticity(
     top: np.ndarray, profiles: tuple[np.ndarray, ...], alive: np.ndarray, *, draws: int = 1000, seed: int = 0
 ) -> Polysemanticity:
-    """Groups among the first `TOP` living features of each row of `top` ``[heads, candidates]``.
+    """Clusters among the first `TOP` living features of each row of `top` ``[heads, candidates]``.
 
     `profiles` are ``[candidates in order of np.unique(top), vocabulary]``, one for each way of being alike; `alive` is
     bool ``[n_features]``.
@@ -77,21 +77,21 @@ def polysemanticity(
         same |= unit @ unit.T >= ALIKE
     chosen = [[feature for feature in head if alive[feature]][:TOP] for head in top]
     features = np.full((len(top), TOP), -1)
-    groups, largest = np.zeros(len(top), np.int64), np.full(len(top), np.nan)
+    clusters, largest = np.zeros(len(top), np.int64), np.full(len(top), np.nan)
     for i, head in enumerate(chosen):
         features[i, : len(head)] = head
         if head:
-            sizes = group_sizes(same, np.searchsorted(which, head))
-            groups[i], largest[i] = len(sizes), max(sizes) / len(head)
+            sizes = cluster_sizes(same, np.searchsorted(which, head))
+            clusters[i], largest[i] = len(sizes), max(sizes) / len(head)
     pool = np.searchsorted(which, np.unique([feature for head in chosen for feature in head]))
     numbers = np.random.default_rng(seed)
     n = min(TOP, len(pool))
-    drawn = [group_sizes(same, numbers.choice(pool, n, replace=False)) for _ in range(draws if n else 0)]
-    return Polysemanticity(features, groups, largest, np.array([max(sizes) / n for sizes in drawn]))
+    drawn = [cluster_sizes(same, numbers.choice(pool, n, replace=False)) for _ in range(draws if n else 0)]
+    return Polysemanticity(features, clusters, largest, np.array([max(sizes) / n for sizes in drawn]))
 
 
-def group_sizes(same: np.ndarray, members: np.ndarray) -> list[int]:
-    """Sizes of the connected groups among `members`, given which are alike ``[n, n]`` bool."""
+def cluster_sizes(same: np.ndarray, members: np.ndarray) -> list[int]:
+    """Sizes of the connected clusters among `members`, given which are alike ``[n, n]`` bool."""
     left, sizes = set(members.tolist()), []
     while left:
         reached = [left.pop()]

@@ -25,7 +25,7 @@ ALIVE = 10
 TOP = 10
 """Features of a head that are compared (polysemantic.py)."""
 ONE_TASK = 0.9
-"""Share of them in one group from which on a head is monosemantic."""
+"""Share of them in one cluster from which on a head is monosemantic."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,10 +67,10 @@ class Attention(Result):
     agreement: float
     top: np.ndarray
     """Living features with the largest decoder share of each head of the layer, ``[heads, TOP]``; -1 if too few."""
-    groups: np.ndarray
-    """Groups among them, ``[heads]``."""
+    clusters: np.ndarray
+    """Clusters among them, ``[heads]``."""
     largest: np.ndarray
-    """Share of them in the largest group, ``[heads]``."""
+    """Share of them in the largest cluster, ``[heads]``."""
     polysemantic: np.ndarray
     """``[heads]`` bool"""
     control: float
@@ -106,7 +106,7 @@ class Attention(Result):
         )
         here = (frame["layer"] == self.layer).to_numpy()
         own = np.bincount(self.decoder_shares[self.counts >= ALIVE].argmax(1), minlength=n_heads)
-        columns = {"features": own, "groups": self.groups, "largest group": self.largest}
+        columns = {"features": own, "clusters": self.clusters, "largest cluster": self.largest}
         for name, values in (columns | {"polysemantic": self.polysemantic.astype(float)}).items():
             frame.loc[here, name] = values
         return frame

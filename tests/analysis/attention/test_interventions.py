@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saelab.analysis.attention import induction as module
-from saelab.analysis.attention.ablation import Place, ablated_logits, path_effect
+from saelab.analysis.attention.ablation import FeatureAt, ablated_logits, path_effect
 from saelab.analysis.attention.causal import Question, circuit_test
 from saelab.analysis.attention.circuit import open_circuit
 from saelab.analysis.attention.induction import PrefixScores, corrupted, prefix_scores, repeated_rows, without_match
@@ -139,29 +139,29 @@ def test_ablation_takes_out_what_the_feature_adds_and_keeps_the_error() -> None:
     new = z.clone()
     new[9] -= value * saes[2].W_dec[feature].double()
     expected = lm.spliced_logits(ids[None], Z, lambda x: new[prompt.ordinary])[0]
-    found = ablated_logits(saes, lm, ids, [Place(2, 9, feature)])
+    found = ablated_logits(saes, lm, ids, [FeatureAt(2, 9, feature)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert float((found - lm.logits(ids[None])[0])[9].abs().max()) > 1e-3
     torch.testing.assert_close(found[:9], lm.logits(ids[None])[0, :9], rtol=0, atol=1e-9)
     new = z.clone()
     new[9] = saes[2].decode(codes)[0].double()
     without_error = lm.spliced_logits(ids[None], Z, lambda x: new[prompt.ordinary])[0]
-    torch.testing.assert_close(ablated_logits(saes, lm, ids, [Place(2, 9, None)]), without_error, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ablated_logits(saes, lm, ids, [FeatureAt(2, 9, None)]), without_error, rtol=0, atol=1e-4)
     inactive = next(f for f in range(48) if f not in codes.features.tolist())
     clean = lm.logits(ids[None])[0]
-    torch.testing.assert_close(ablated_logits(saes, lm, ids, [Place(2, 9, inactive)]), clean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ablated_logits(saes, lm, ids, [FeatureAt(2, 9, inactive)]), clean, rtol=0, atol=1e-5)
     with pytest.raises(SaelabError, match="no autoencoder of layer 0"):
-        ablated_logits(saes, lm, ids, [Place(0, 9, 1)])
+        ablated_logits(saes, lm, ids, [FeatureAt(0, 9, 1)])
     with pytest.raises(SaelabError, match="position 0 is special"):
-        ablated_logits(saes, lm, ids, [Place(2, 0, 1)])
+        ablated_logits(saes, lm, ids, [FeatureAt(2, 0, 1)])
 
 
 def test_the_effect_along_a_path_is_that_of_a_plain_splice() -> None:
     lm = double_model("gpt2")
     saes = {LOWER: autoencoder(lm, LOWER, seed=5), Z: autoencoder(lm)}
     circuit, ids = open_circuit(lm, saes), ids_of(lm)
-    upper = Place(2, 11, active_feature(saes[Z], lm, ids, 11))
-    lower = Place(1, 6, active_feature(saes[LOWER], lm, ids, 6, LOWER))
+    upper = FeatureAt(2, 11, active_feature(saes[Z], lm, ids, 11))
+    lower = FeatureAt(1, 6, active_feature(saes[LOWER], lm, ids, 6, LOWER))
     effect = path_effect(circuit, ids, lower, upper)
     assert all(map(np.isfinite, effect)) and effect.direct != 0 and effect.total != effect.direct
     prompt = circuit.read(ids)
@@ -179,7 +179,7 @@ def test_the_effect_along_a_path_is_that_of_a_plain_splice() -> None:
     with pytest.raises(SaelabError, match="is not active at position 6"):
         path_effect(circuit, ids, lower._replace(feature=next(f for f in range(48) if f not in features)), upper)
     with pytest.raises(SaelabError, match="not from or to an error"):
-        path_effect(circuit, ids, Place(1, 6, None), upper)
+        path_effect(circuit, ids, FeatureAt(1, 6, None), upper)
 
 
 def test_a_circuit_that_attribution_finds_matters_more_than_random_features() -> None:

@@ -10,7 +10,7 @@ from saelab.analysis.attention import families as families_module
 from saelab.analysis.attention.direct import direct
 from saelab.analysis.attention.families import FamilyShares, families
 from saelab.analysis.attention.overview import attention
-from saelab.analysis.attention.polysemantic import Profiles, group_sizes, polysemanticity
+from saelab.analysis.attention.polysemantic import Profiles, cluster_sizes, polysemanticity
 from saelab.analysis.attention.prompt import read_prompt
 from saelab.analysis.attention.report import ALIVE, FAMILIES, SCORES, Attention
 from saelab.analysis.attention.scores import HeadScores
@@ -138,7 +138,7 @@ def test_families_are_the_largest_share_and_induction_first() -> None:
     np.testing.assert_array_equal(families(7 * shares), found)
 
 
-def test_groups_of_features_and_heads_with_one_task() -> None:
+def test_clusters_of_features_and_heads_with_one_task() -> None:
     """Head 0's features are active on the same token, or read from it; head 1's have nothing in common."""
     top = np.stack([np.arange(12), np.arange(12, 24)])
     profiles = Profiles(np.arange(24), 30, 40)
@@ -151,14 +151,14 @@ def test_groups_of_features_and_heads_with_one_task() -> None:
     alive[[0, 1]] = False
     found = polysemanticity(top, (profiles.active, profiles.read), alive)
     assert found.features[0].tolist() == list(range(2, 12)) and found.features[1].tolist() == list(range(12, 22))
-    assert found.groups.tolist() == [1, 10] and found.largest.tolist() == [1.0, 0.1]
+    assert found.clusters.tolist() == [1, 10] and found.largest.tolist() == [1.0, 0.1]
     assert found.polysemantic.tolist() == [False, True]
     assert 0.3 < found.control.mean() < 0.7
     few = polysemanticity(top, (profiles.active,), np.arange(30) < 3)
     assert few.features[0, :4].tolist() == [0, 1, 2, -1] and few.features[1, 0] == -1 and np.isnan(few.largest[1])
     same = np.eye(4, dtype=bool)
     same[0, 2] = same[2, 0] = same[2, 3] = same[3, 2] = True
-    assert sorted(group_sizes(same, np.arange(4))) == [1, 3]
+    assert sorted(cluster_sizes(same, np.arange(4))) == [1, 3]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -177,7 +177,7 @@ def test_the_whole_analysis_and_its_frames(kind: str) -> None:
     assert sum(found.reads[name].value for name in FAMILIES[:5]) == pytest.approx(1)
     heads, features = found.heads(), found.features()
     assert len(heads) == 12 and np.nansum(heads["features"].to_numpy()) == found.alive
-    assert heads["groups"].to_numpy()[8:].tolist() == found.groups.tolist()
+    assert heads["clusters"].to_numpy()[8:].tolist() == found.clusters.tolist()
     assert len(features) == (found.counts > 0).sum()
     figures, arrays = stored(found)
     other = rebuilt(Attention, with_arrays(figures, arrays))
