@@ -225,10 +225,10 @@ def draw_heads(stored: Mapping[str, Any]) -> None:
 
 
 def page() -> None:
-    site = state.read(summarise).site or ""
-    if not site.endswith("attn.hook_z"):
+    if not live.reads_heads():
+        site = state.plain(state.read(summarise).site or "another site")
         st.info(
-            f"This run's autoencoder reads {state.plain(site)}. This page needs one of the outputs of attention heads, "
+            f"This run's autoencoder reads {site}. This page needs one of the outputs of attention heads, "
             "`blocks.N.attn.hook_z`: train one with `saelab train ... site=blocks.2.attn.hook_z`."
         )
         return

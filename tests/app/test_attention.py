@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
@@ -108,6 +109,14 @@ def test_another_token_and_one_without_features(at, live) -> None:
     assert app.selectbox(key="of").value == int(features[values.argmax()])
     assert not shades(app)[4:].any()
     assert "No feature is active here" in captions(at(text=TEXT, token="0"))
+
+
+def test_other_pages_lead_there(explorer, attention_runs: Path) -> None:
+    app = explorer(attention_runs, page="prompt", run="upper", text=TEXT, token="3")
+    link = next(each.proto for each in app.get("page_link") if each.proto.label == "Heads and sources")
+    assert parse_qs(link.query_string) == {"run": ["upper"], "text": [TEXT], "token": ["3"]}
+    other = explorer(attention_runs, page="prompt", run="stream", text=TEXT)
+    assert "Heads and sources" not in [each.proto.label for each in other.get("page_link")]
 
 
 def test_the_table_of_heads_is_the_analysis(at, attention_runs: Path) -> None:
