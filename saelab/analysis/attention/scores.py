@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from saelab.analysis.attention.report import CHANCE, SCORES
-from saelab.analysis.intervals import Interval, interval
 from saelab.lm.attention import Heads
 
 
@@ -65,11 +64,6 @@ class HeadScores:
         """The scores, ``[layers, heads, scores]``; NaN if no token counts."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.sums.sum(0) / self.counts.sum(0)
-
-    def interval(self, layer: int, head: int, score: str) -> Interval:
-        """A score of one head with its interval over rows."""
-        which = SCORES.index(score)
-        return interval(np.stack([self.sums[:, self.layer_index[layer], head, which], self.counts[:, which]], 1))
 
     def chance_of(self, score: str) -> float:
         """The score of attention that is equal on all sources."""
