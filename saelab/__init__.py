@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from saelab.activations.cache.reader import open_cache
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
+    from saelab.analysis.attention.direct import direct_attribution
+    from saelab.analysis.attention.tree import attribution_tree
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
@@ -70,11 +72,13 @@ _HOME = {
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
     "analyse": "saelab.runs.analyses",
+    "attribution_tree": "saelab.analysis.attention.tree",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
     "calibrate": "saelab.runs.calibration",
     "calibration_rows": "saelab.runs.calibration",
     "create_run": "saelab.runs.save",
+    "direct_attribution": "saelab.analysis.attention.direct",
     "evaluate": "saelab.runs.stages",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
@@ -121,11 +125,13 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "analyse",
+    "attribution_tree",
     "bar",
     "cache",
     "calibrate",
     "calibration_rows",
     "create_run",
+    "direct_attribution",
     "evaluate",
     "fidelity",
     "index",

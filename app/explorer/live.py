@@ -18,6 +18,7 @@ from saelab.features.facts import ActiveFeatures
 from saelab.features.token_facts import OTHERS, percentiles
 from saelab.runs import folder
 from saelab.runs.live import Live, open_live
+from saelab.runs.summary import summarise
 
 MOST_CHARACTERS = 2000
 """Most characters of a text that a link may hold."""
@@ -129,6 +130,19 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
         st.page_link(
             state.STEER, label="Steer from this text", query_params=state.link(text=text, steer=f"{feature}:add:1")
         )
+        draw_attention_link(text, int(values.argmax()), feature)
+
+
+def reads_heads() -> bool:
+    """Whether the current run is of the outputs of attention heads, so that the Attention page is about it."""
+    return (state.read(summarise).site or "").endswith(".attn.hook_z")
+
+
+def draw_attention_link(text: str, token: int, feature: int | None = None, bos: bool = True) -> None:
+    """A link to the heads and sources of a feature at a token of a typed text, for runs that have them."""
+    if reads_heads():
+        where = state.link(text=text, token=token, of=feature, bos=None if bos else False)
+        st.page_link(state.ATTENTION, label="Heads and sources", query_params=where)
 
 
 def _strongest(text: ShortText, token: int, besides: int | None) -> ActiveFeatures:

@@ -62,8 +62,27 @@ class DeadSettings:
 
 
 @dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of `saelab.analysis.attention.overview`."""
+
+    tokens: int = 100_000
+    """Held-out tokens."""
+    rows_per_forward: int = 4
+    """Rows in one forward pass; a layer's pattern takes 4 heads context^2 bytes for each."""
+    per_feature: int = 50
+    """Most tokens of each feature that are attributed to their sources."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows_per_forward", "per_feature"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
     dead: DeadSettings = field(default_factory=DeadSettings)
     """Dead, under-used and dense features."""
+    attention: AttentionSettings = field(default_factory=AttentionSettings)
+    """Heads and families of features, for an autoencoder of blocks.N.attn.hook_z."""

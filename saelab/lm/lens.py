@@ -41,9 +41,13 @@ class Lens(NamedTuple):
     unembedding: Tensor
     """``[vocabulary, d_model]``, in the model's dtype"""
     gain: Tensor
-    """Gain of the final norm times the factor of the logits, ``[d_model]`` float32"""
+    """Gain of the final norm times the factor of the logits, ``[d_model]``, in float32, or float64 if the model is"""
     centred: bool
     """Whether the final norm subtracts the mean."""
+    bias: Tensor
+    """Bias of the final norm times the factor of the logits, ``[d_model]``"""
+    factor: float
+    """Logits over the products of the unembedding's input with the unembedding."""
 
     def at_head(self, directions: Tensor) -> Tensor:
         """What becomes of float32 directions ``[n, d_model]`` until the unembedding, in the same shape.
@@ -51,6 +55,22 @@ class Lens(NamedTuple):
         Their logits are ``at_head(directions) @ unembedding.T``.
         """
         return (_centre(directions) if self.centred else directions) * self.gain
+
+
+class Norm(NamedTuple):
+    """A norm of the residual stream: x -> gain * centred x / scale + bias; `fitted_norm` measures it."""
+
+    words: str
+    gain: Tensor
+    """``[d_model]``, in float32, or float64 if the model is"""
+    bias: Tensor
+    """``[d_model]``"""
+    centred: bool
+    """Whether it subtracts the mean."""
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The part that is linear in x ``[..., d_model]``, not yet divided by the scale."""
+        return (_centre(x) if self.centred else x) * self.gain.to(x.dtype)
 
 
 def logit_lens(lm: LanguageModel, site: str) -> Lens | None:
@@ -62,12 +82,32 @@ def logit_lens(lm: LanguageModel, site: str) -> Lens | None:
     head, last = _head(lm), _last_block(lm)
     if last is None or not in_residual_stream(lm, site):
         return None
-    norm, readout = _norm(lm, last, head), _readout(lm, head)
+    norm, readout = fitted_norm(lm, last, head), _readout(lm, head)
     if norm is None or readout is None:
         return None
-    words, gain = norm
     factor, more = readout
-    return Lens(", ".join([words, *more]), lm.unembedding, gain * factor, words == _LAYER_NORM)
+    words = ", ".join([norm.words, *more])
+    return Lens(words, lm.unembedding, norm.gain * factor, norm.centred, norm.bias * factor, factor)
+
+
+@torch.no_grad()
+def fitted_norm(lm: LanguageModel, before: Site, after: Site) -> Norm | None:
+    """The norm between two sites of the residual stream's width, measured; None if no norm of `_NORMS` fits."""
+    scales = torch.linspace(1, 4, _ROWS * POSITIONS, device=lm.device)[:, None]
+    x = (scales * (_random(lm, lm.unembedding.shape[1]) + _random(lm, 1, seed=1))).to(lm.dtype)
+    wide = torch.promote_types(lm.dtype, torch.float32)
+    found: list[Tensor] = []
+    with hook(lm.model, after, lambda value: found.append(value.to(lm.device).flatten(0, -2).to(wide))):
+        _logits(lm, before, x)
+    if not found or found[0].shape != x.shape:
+        return None
+    normed = {words: norm(x.to(wide)) for words, norm in _NORMS.items()}
+    fits = {words: _fit(normed[words], found[0]) for words in _NORMS}
+    words = min(fits, key=lambda words: fits[words][1])
+    gain, error = fits[words]
+    if error > _tolerance(lm):
+        return None
+    return Norm(words, gain, found[0].mean(0) - gain * normed[words].mean(0), words == _LAYER_NORM)
 
 
 @torch.no_grad()
@@ -78,25 +118,10 @@ def norm_scale(lm: LanguageModel, lens: Lens, rows: Tensor) -> Tensor:
     """
     if lens.words.startswith(_NO_NORM):
         return torch.ones(rows.shape, device=lm.device)
-    last = _last_name(lm)
+    last = last_site(lm)
     assert last is not None, "there would be no lens"
     x = lm.activations(rows, [last])[last].float()
     return _rms(_centre(x) if lens.centred else x).squeeze(-1)
-
-
-def _norm(lm: LanguageModel, last: Site, head: Site) -> tuple[str, Tensor] | None:
-    """The final norm in words, and its gain ``[d_model]`` float32; None if no norm of `_NORMS` fits."""
-    scales = torch.linspace(1, 4, _ROWS * POSITIONS, device=lm.device)[:, None]
-    x = (scales * (_random(lm, lm.unembedding.shape[1]) + _random(lm, 1, seed=1))).to(lm.dtype)
-    found: list[Tensor] = []
-    with hook(lm.model, head, lambda value: found.append(value.to(lm.device).flatten(0, -2).float())):
-        _logits(lm, last, x)
-    if not found or found[0].shape != x.shape:
-        return None
-    fits = {words: _fit(norm(x.float()), found[0]) for words, norm in _NORMS.items()}
-    words = min(fits, key=lambda words: fits[words][1])
-    gain, error = fits[words]
-    return (words, gain) if error <= _tolerance(lm) else None
 
 
 def _readout(lm: LanguageModel, head: Site) -> tuple[float, list[str]] | None:
@@ -141,7 +166,7 @@ def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, float]:
 
 
 def _tolerance(lm: LanguageModel) -> float:
-    return 1e-3 if lm.dtype == torch.float32 else 0.02
+    return 1e-3 if lm.dtype in (torch.float32, torch.float64) else 0.02
 
 
 def _head(lm: LanguageModel) -> Site:
@@ -152,11 +177,12 @@ def _head(lm: LanguageModel) -> Site:
 
 def _last_block(lm: LanguageModel) -> Site | None:
     """The output of the last block; None if TransformerLens numbers the blocks in another way."""
-    name = _last_name(lm)
+    name = last_site(lm)
     return None if name is None else lm.sites[name]
 
 
-def _last_name(lm: LanguageModel) -> str | None:
+def last_site(lm: LanguageModel) -> str | None:
+    """The name of the last block's output; None if TransformerLens numbers the blocks in another way."""
     matches = (re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name) for name in lm.sites)
     numbers = [int(match[1]) for match in matches if match]
     return f"blocks.{max(numbers)}.hook_resid_post" if numbers else None

@@ -5,8 +5,8 @@ the Hugging Face modules below it instead, with sdpa attention and a forward pas
 check that both give the same values.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,12 +227,18 @@ class LanguageModel:
 
     @torch.no_grad()
     def spliced_logits(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``.
+        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``."""
+        with self.spliced(rows, site, replace):
+            return self._forward(rows)
+
+    @contextmanager
+    def spliced(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the context, passes over `rows` have other activations at `site`.
 
         `replace` maps the activations of all ordinary tokens, ``[tokens, d_in]`` in the model's dtype, to their
-        replacements. BOS and other special positions stay clean.
+        replacements. BOS and other special positions stay clean. `measure` the sites that are read in the context
+        before it.
         """
-
         self.measure([site])
 
         def splice(value: Tensor) -> Tensor:
@@ -242,7 +248,7 @@ class LanguageModel:
             return self._layouts[site].restore(flat, value)
 
         with hook(self.model, self.site(site), splice):
-            return self._forward(rows)
+            yield
 
     @torch.no_grad()
     def measure(self, sites: Iterable[str]) -> None:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saelab.analysis.attention.overview import attention
+from saelab.analysis.attention.report import Attention
 from saelab.analysis.dead import Dead, dead
 from saelab.analysis.result import Result, rebuilt, stored
-from saelab.analysis.settings import DeadSettings
+from saelab.analysis.settings import AttentionSettings, DeadSettings
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, did_you_mean
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
@@ -73,8 +75,14 @@ def _dead(subject: Subject, settings: DeadSettings) -> Dead:
     return dead(subject.sae, blocks, len(rows), settings, site=subject.site, silent_for=ages)
 
 
+def _attention(subject: Subject, settings: AttentionSettings) -> Attention:
+    rows = subject.held_out(settings.tokens)
+    return attention(subject.sae, subject.lm, rows, settings, subject.site, track=subject.track)
+
+
 ANALYSES: dict[str, Analysis] = {
     "dead": Analysis(Dead, _dead),
+    "attention": Analysis(Attention, _attention),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 

@@ -24,6 +24,8 @@ from saelab.features.vocabulary import as_text
 from saelab.runs import folder
 
 if TYPE_CHECKING:
+    from saelab.analysis.attention.circuit import Circuit
+    from saelab.analysis.attention.prompt import Prompt
     from saelab.analysis.settings import Intervention
     from saelab.analysis.steering import Steering
     from saelab.corpus.encoder import Encoder
@@ -128,6 +130,33 @@ class Live:
             logits = lens.at_head(directions) @ lens.unembedding[target].float()
             scale = norm_scale(self.lm, lens, torch.from_numpy(text.token_ids[None]))[0, token]
             return values * (logits / scale).cpu().numpy()
+
+    def circuit(self, runs: Sequence[Path] = ()) -> "Circuit":
+        """This autoencoder and those of other `runs` of the model, for attribution from layer to layer.
+
+        Runs whose model or site does not fit are left out; of two runs of one site, the first counts. Raises
+        SaelabError if this run's site is not ``blocks.N.attn.hook_z``, or if the model's attention cannot be taken
+        apart.
+        """
+        from saelab.analysis.attention.circuit import open_circuit, takes_part
+        from saelab.analysis.attention.prompt import check_heads
+        from saelab.sae.checkpoint import load
+
+        check_heads(self.sae, self.lm, self.site)
+        saes = {self.site: self.sae}
+        for run in runs:
+            sae = load(run, self.lm.device)
+            site = sae.metadata.get("hook_name")
+            model = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
+            if site is not None and takes_part(site) and model == self.lm.fingerprint and sae.centred:
+                saes.setdefault(site, sae)
+        with self.lock:
+            return open_circuit(self.lm, saes)
+
+    def attend(self, circuit: "Circuit", token_ids: Sequence[int]) -> "Prompt":
+        """A row of token ids as attribution reads it."""
+        with self.lock:
+            return circuit.read(token_ids)
 
     def steer(self, token_ids: Sequence[int], interventions: "Sequence[Intervention]", **options: Any) -> "Steering":
         """A clean and a steered continuation; `options` are those of `saelab.analysis.steering.steer`."""

@@ -26,7 +26,7 @@ def autoencoder(
 def lens(vocabulary: int, width: int, *, centred: bool = False, dtype: torch.dtype = torch.float32) -> Lens:
     generator = torch.Generator().manual_seed(1)
     W_U, gain = torch.randn(vocabulary, width, generator=generator), torch.rand(width, generator=generator) + 0.5
-    return Lens("made up", W_U.to(dtype), gain, centred)
+    return Lens("made up", W_U.to(dtype), gain, centred, torch.zeros_like(gain), 1.0)
 
 
 def folded(lens: Lens) -> np.ndarray:

@@ -61,6 +61,8 @@ def test_errors_name_the_mistake(run: Path, tmp_path: Path) -> None:
         saelab.analyse(run, "dead", ["analysis.dead.share=2"])
     with pytest.raises(SaelabError, match=r"`saelab analyse` takes only analysis.*"):
         saelab.analyse(run, "dead", ["sae.k=3"])
+    with pytest.raises(SaelabError, match="is not the output of attention heads"):
+        saelab.analyse(run, "attention")
     saelab.analyse(run, "dead")
     (run / "analyses/dead/arrays.safetensors").write_bytes(b"x")
     with pytest.raises(SaelabError, match=r"saelab analyse .* dead --force"):
