@@ -106,12 +106,16 @@ class Decomposition:
     """By the names in `PARTS`."""
     mean_norms: dict[str, Interval]
     """Mean of ||V||, by the names in `PARTS`."""
+    context: int
+    """Tokens per row."""
     token: np.ndarray
-    """row * context + position of each scored token, with its number among all rows, ``[tokens]`` int64."""
+    """row * context + position of each scored token, in the numbers of all held-out rows, ``[tokens]`` int64."""
     error_norm: np.ndarray
     """||error|| of each scored token, ``[tokens]`` float32."""
     linear_norm: np.ndarray
     nonlinear_norm: np.ndarray
+    deviation: np.ndarray
+    """||x - mean x|| of each scored token, with the mean of the tokens of the fit, ``[tokens]`` float32."""
 
     @property
     def fvu_nonlinear(self) -> Interval:
@@ -172,7 +176,7 @@ def decompose(
 
     main = LinearMap(maps[MAPS[0]].weights[:, vector], maps[MAPS[0]].bias[vector])
     tests = _norm_maps(sae, blocks(split.fit), main)
-    sums = _Scores(sae, len(split.scored), main, maps, tests)
+    sums = _Scores(sae, len(split.scored), main, maps, tests, fitted.x / fitted.tokens)
     for block in blocks(split.scored):
         sums.add(block, split.scored)
     if not sums.tokens:
@@ -226,12 +230,19 @@ class _Scores:
     """Sums by row over the scored tokens, by name."""
 
     def __init__(
-        self, sae: Autoencoder, rows: int, linear: LinearMap, maps: Mapping[str, LinearMap], tests: _NormMaps
+        self,
+        sae: Autoencoder,
+        rows: int,
+        linear: LinearMap,
+        maps: Mapping[str, LinearMap],
+        tests: _NormMaps,
+        mean: Tensor,
     ) -> None:
+        self._mean = mean
         self._sae, self._linear, self._maps, self._tests = sae, linear, maps, tests
         self._rows, self._sums = rows, dict[str, Tensor]()
         self._of_tokens: list[tuple[Tensor, Tensor]] = []
-        self.tokens = 0
+        self.tokens = self.context = 0
 
     def add(self, block: Block, rows: np.ndarray) -> None:
         x, xhat, error, linear, nonlinear = parts = parts_of(block.x, self._sae.decode(block.codes), self._linear)
@@ -264,10 +275,10 @@ class _Scores:
                 self._sums[name] = torch.zeros(self._rows, figure.shape[1], dtype=torch.float64)
             self._sums[name].index_add_(0, row, figure.cpu())
         self.tokens += len(x)
-        context = block.rows.shape[1]
-        position = block.positions.cpu() % context
-        number = torch.from_numpy(rows)[row] * context + position
-        self._of_tokens.append((number, norms[:, ERROR:].sqrt().float().cpu()))
+        self.context = block.rows.shape[1]
+        number = torch.from_numpy(rows)[row] * self.context + block.positions.cpu() % self.context
+        squared = torch.cat([norms[:, ERROR:], (x - self._mean).square().sum(1, keepdim=True)], 1)
+        self._of_tokens.append((number, squared.sqrt().float().cpu()))
 
     def result(
         self, fitted: int, validation: int, ridges: Mapping[str, tuple[float, float]], resamples: int
@@ -327,10 +338,12 @@ class _Scores:
             shrinkage_of_deviations=found(_shrinkage, "x", "xhat", "x xhat", ("norms", 1), "one"),
             norm_tests={name: norm_test(i) for i, name in enumerate(PARTS)},
             mean_norms={name: found(ratio, ("norm", i), "one") for i, name in enumerate(PARTS)},
+            context=self.context,
             token=torch.cat([number for number, _ in self._of_tokens]).numpy(),
             error_norm=norms[:, 0],
             linear_norm=norms[:, 1],
             nonlinear_norm=norms[:, 2],
+            deviation=norms[:, 3],
         )
 
 

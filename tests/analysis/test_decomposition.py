@@ -121,6 +121,7 @@ def test_the_figures_equal_their_dense_formulas() -> None:
 
     np.testing.assert_allclose(found.error_norm, norm(error).sqrt()[:, 0], rtol=1e-5)
     np.testing.assert_allclose(found.nonlinear_norm, norm(nonlinear).sqrt()[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found.deviation, (scored - fitted.mean(0)).norm(dim=1), rtol=1e-4)
     whole = x.flatten(0, 1)[torch.from_numpy(found.token)]
     torch.testing.assert_close(whole, scored)
 
