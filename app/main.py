@@ -30,6 +30,7 @@ PAGES = {
         (state.COMPARE, "Compare", "compare_arrows"),
         (state.MAP, "Map", "scatter_plot"),
         (state.DEAD, "Dead features", "heart_broken"),
+        (state.DARK, "Dark matter", "dark_mode"),
     ]
 }
 

@@ -32,7 +32,7 @@ from saelab.runs.summary import SweepRun, read_sweep
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
-DEAD = "views/dead.py"
+DEAD, DARK = "views/dead.py", "views/dark_matter.py"
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
