@@ -80,8 +80,8 @@ def draw_figures(found: dict[str, Any]) -> None:
     st.caption(
         f"x = Sae(x) + Linear + Nonlinear on {parts['tokens']:,} held-out tokens, in other rows than those that "
         "the linear map from x to the error was fitted to. FVU is the share of the variance that the autoencoder "
-        "leaves out; its linear part is what that map predicts. R²: of the map, without intercept. The best factor for Sae(x) is "
-        f"{with_ends(parts['shrinkage'])}: above 1 the autoencoder shrinks, which counts as linear error."
+        "leaves out; its linear part is what that map predicts. R²: of the map, without intercept. The best factor for "
+        f"Sae(x) is {with_ends(parts['shrinkage'])}: above 1 the autoencoder shrinks, which counts as linear error."
     )
 
 
