@@ -157,10 +157,9 @@ def decompose(
 ) -> tuple[Decomposition, LinearMap]:
     """The figures, and the map that the parts are made with.
 
-    Reads the rows of the fit twice and the others once or twice: tokens * d_in^2 * 14 multiply-adds in float64, besides
-    encoding. Memory: 10 d_in^2 and, for each scored row and each of the `resamples` that the intervals are made from,
-    8 d_in numbers of 8 bytes. Raises SaelabError if one of the
-    three sets of rows has no ordinary token.
+    Reads the rows of the fit twice and the others once: some 8 d_in^2 multiply-adds in float64 for each token, besides
+    encoding. Memory: 10 d_in^2 numbers of 8 bytes, and 8 d_in for each scored row and each of the `resamples` that the
+    intervals are made from. Raises SaelabError if one of the three sets of rows has no ordinary token.
     """
     fitted, chosen = (_first_sums(sae, blocks(rows)) for rows in (split.fit, split.validation))
     vector, norm = slice(0, -1), slice(-1, None)
@@ -207,13 +206,14 @@ class _NormMaps(NamedTuple):
 
 def _norm_maps(sae: Autoencoder, blocks: Iterable[Block], linear: LinearMap) -> _NormMaps:
     d, device = len(linear.weights), linear.weights.device
-    on_x, on_itself = Moments(d, len(PARTS), device), [Moments(d, 1, device) for _ in PARTS]
+    on_x, on_others = Moments(d, len(PARTS), device), [Moments(d, 1, device) for _ in PARTS[1:]]
     for block in blocks:
         parts = parts_of(block.x, sae.decode(block.codes), linear)
         norms = _norms(parts)
         on_x.add(parts.x, norms)
-        for part, moments, norm in zip(parts, on_itself, norms.split(1, 1), strict=True):
+        for part, moments, norm in zip(parts[1:], on_others, norms[:, 1:].split(1, 1), strict=True):
             moments.add(part, norm)
+    on_itself = [on_x.of_targets(slice(0, 1)), *on_others]
     without, with_ = (
         (fit(on_x, intercept=intercept), [fit(each, intercept=intercept) for each in on_itself])
         for intercept in (False, True)
