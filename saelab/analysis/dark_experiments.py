@@ -237,9 +237,10 @@ def from_other_sites(
 ) -> dict[str, dict[str, Prediction]]:
     """Predictions of each part of the error, by source and part.
 
-    The sources are the reconstruction here, each of `sources` (an autoencoder with its site) and all of them together.
+    The sources are the reconstruction here, each of `sources` (an autoencoder with its site), all of these ("others"),
+    and these with the one here ("all").
     """
-    names = ["here", *sources, "all"]
+    names = ["here", *sources, "others", "all"]
     moments: dict[str, Moments] = {}
     maps: dict[str, LinearMap] = {}
     sums = {name: torch.zeros(0) for name in names}
@@ -251,8 +252,10 @@ def from_other_sites(
     def inputs_and_targets(block: Block) -> tuple[dict[str, Tensor], Tensor]:
         parts = parts_of(block.x, sae.decode(block.codes), linear)
         found["here"] = parts.reconstruction
-        inputs = {name: found[name] for name in names[:-1]}
-        return inputs | {"all": torch.cat(list(inputs.values()), 1)}, torch.cat(parts[2:], 1)
+        here, *rest = inputs = {name: found[name] for name in names[:-2]}
+        others = torch.cat([inputs[name] for name in rest], 1)
+        inputs |= {"others": others, "all": torch.cat([inputs[here], others], 1)}
+        return inputs, torch.cat(parts[2:], 1)
 
     def add(block: Block) -> None:
         inputs, targets = inputs_and_targets(block)

@@ -129,7 +129,11 @@ def test_parts_predicted_from_another_site_equal_least_squares_on_all_tokens(lm:
     sae, source, split = autoencoder(), autoencoder(seed=1), split_rows(ROWS)
     linear = some_map()
     found = from_other_sites(sae, linear, {"below": (source, OTHER)}, lm, SITE, rows, split, 7)
-    assert list(found) == ["here", "below", "all"] and list(found["below"]) == ["error", "linear", "nonlinear"]
+    assert list(found) == ["here", "below", "others", "all"] and list(found["below"]) == [
+        "error",
+        "linear",
+        "nonlinear",
+    ]
 
     def of(numbers: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         part = rows[torch.from_numpy(numbers)]
@@ -139,6 +143,7 @@ def test_parts_predicted_from_another_site_equal_least_squares_on_all_tokens(lm:
 
     below, here, target = of(split.fit)
     below2, here2, target2 = of(split.scored)
+    assert found["others"] == found["below"]  # the only other one
     for name, a, b in [("below", below, below2), ("all", torch.cat([here, below], 1), torch.cat([here2, below2], 1))]:
         off = target2 - b @ torch.linalg.lstsq(a, target).solution
         deviation = (target2 - target2.mean(0)).square().sum(0)

@@ -96,7 +96,7 @@ def test_dark_matter_reads_other_runs_and_is_made_again_if_they_change(run: Path
     ]
     found = saelab.analyse(run, "dark_matter", few)
     assert isinstance(found, DarkMatter) and found.site == "blocks.1.hook_resid_post"
-    assert list(found.from_sites) == ["here", found.site, "all"] and found.missing["known"].features == 64
+    assert list(found.from_sites) == ["here", found.site, "others", "all"] and found.missing["known"].features == 64
     again = saelab.read_analysis(run, "dark_matter")
     assert isinstance(again, DarkMatter) and repr(again) == repr(found)
     assert (again.decomposition.token == found.decomposition.token).all()
