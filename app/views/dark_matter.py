@@ -66,8 +66,8 @@ def draw_figures(found: dict[str, Any]) -> None:
     main = parts["maps"][MAIN]
     shown = {
         "FVU": parts["fvu"],
-        "linear": parts["fvu_linear"],
-        "nonlinear": main["fvu_nonlinear"],
+        "FVU, linear": parts["fvu_linear"],
+        "FVU, nonlinear": main["fvu_nonlinear"],
         "R² of the error": main["r2"],
         "R² of its squared norm": main["r2_of_norm"],
         "CE recovered by linear": cost["recovered_by_linear"],
@@ -182,7 +182,7 @@ def draw_texts(found: dict[str, Any], database: Database) -> None:
     values, token = measured(parts, str(measure)), parts["token"]
     known = token // context < rows
     counts, edges = np.histogram(values, 60)
-    draw_histogram(counts, edges, key="measure_histogram", title=SHADES[measure], noun="tokens", log=True)
+    draw_histogram(counts, edges, key="measure_histogram", title=SHADES[measure], noun="tokens")
     order = np.argsort(-np.where(known, values, -np.inf), kind="stable")[: np.count_nonzero(known)]
     _, first = np.unique(token[order] // context, return_index=True)
     chosen = order[np.sort(first)[:MOST]]
@@ -252,7 +252,12 @@ def draw_token(parts: dict[str, Any], place: int, database: Database) -> None:
             "parts of the error are not at right angles, so their shares need not sum to what is left out."
         )
         link = {"from": "held-out", "row": row, "token": position}
-        st.page_link(state.PROMPT, label="This row, with the features of each token", query_params=state.link(**link))
+        st.page_link(
+            state.PROMPT,
+            label="This row, with the features of each token",
+            icon=":material/text_fields:",
+            query_params=state.link(**link),
+        )
 
 
 def page() -> None:

@@ -69,7 +69,7 @@ def test_figures_texts_and_the_worst_token_are_those_of_the_result(explorer, run
     app = explorer(run, page="dark_matter")
     check_inert(app)
     figures = {metric.label: metric.value for metric in app.metric}
-    assert figures["FVU"] == "0.200" and figures["nonlinear"] == "0.100" and figures["R² of the error"] == "0.480"
+    assert figures["FVU"] == "0.200" and figures["FVU, nonlinear"] == "0.100" and figures["R² of the error"] == "0.480"
     assert figures["CE recovered by linear"] == "0.610"
     assert figures["Left out"] == "64.0%" and figures["Linear part"] == "16.0%"  # 8 of a deviation of 10
     drawn = component(app, "dark_tokens")
