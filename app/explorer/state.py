@@ -276,6 +276,12 @@ def analysis(name: str, fields: Iterable[str]) -> dict[str, Any] | None:
     return found
 
 
+def draw_dark_matter_link(label: str, **parameters: object) -> None:
+    """A link to the page of dark matter with these parameters, if the current run has that analysis."""
+    if (folder.analysis_folder(current_run().path, "dark_matter") / folder.FIGURES).is_file():
+        st.page_link(DARK, label=label, icon=":material/dark_mode:", query_params=link(**parameters))
+
+
 def outdated(name: str) -> SaelabError:
     """The error for a result of an analysis that does not fit this version, or the rest of the run."""
     path = current_run().path

@@ -181,13 +181,23 @@ def draw_texts(found: dict[str, Any], database: Database) -> None:
     )
     values, token = measured(parts, str(measure)), parts["token"]
     known = token // context < rows
-    counts, edges = np.histogram(values, 60)
+    feature = state.value("feature", -1, limits=(0, database.n_features - 1))
+    if feature >= 0:
+        known &= np.isin(token, database.facts.activations(feature).places)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"Where feature {feature} is active", width="content")
+            st.button("All tokens", on_click=lambda: state.change(feature=None, place=None))
+    counts, edges = np.histogram(values[known] if feature >= 0 else values, 60)
     draw_histogram(counts, edges, key="measure_histogram", title=SHADES[measure], noun="tokens")
     order = np.argsort(-np.where(known, values, -np.inf), kind="stable")[: np.count_nonzero(known)]
     _, first = np.unique(token[order] // context, return_index=True)
     chosen = order[np.sort(first)[:MOST]]
     if not len(chosen):
-        st.info("None of the scored rows is in the feature database; make it from more tokens.")
+        st.info(
+            f"Feature {feature} is active on none of the scored tokens."
+            if feature >= 0
+            else "None of the scored rows is in the feature database; make it from more tokens."
+        )
         return
     of_place = dict(zip(token.tolist(), values.tolist(), strict=True))
     lines = []

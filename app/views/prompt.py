@@ -301,6 +301,8 @@ def page() -> None:
     draw_line(text, shade, chosen, "prompt_tokens", on_pinned=pinned)
     st.caption(f"{len(text)} tokens. Click on a token to list its features.")
     draw_features_of(text, chosen, database, bos)
+    if isinstance(source, int):
+        state.draw_dark_matter_link("What of this token is left out", place=source * len(text) + chosen)
     if isinstance(source, str) and bos is not None:
         draw_edit(text, source, shade, bos)
     draw_similarity(text)

@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from saelab.analysis.decomposition import MAPS, PARTS
+from saelab.features.database import open_database
 from saelab.runs import folder
 from tests.app.shown import check_inert, message
-from tests.app.synthetic_run import CONTEXT, SITE, write_run
+from tests.app.synthetic_run import CONTEXT, NEVER_ACTIVE, SITE, write_run
 from tests.app.test_run import charts, component
 
 ROWS = 10
@@ -91,6 +92,23 @@ def test_the_link_chooses_measure_and_token_and_falls_back_on_the_worst(explorer
     for bad in ("2", "-5", "99999999", "<script>"):  # 2 is in a row that is not scored
         app = explorer(run, page="dark_matter", place=bad, measure="<b>")
         assert any("position 20 of row 3" in each.value for each in app.markdown)
+
+
+def test_features_and_rows_link_to_it_and_a_feature_narrows_it_down(explorer, run):
+    def links(app) -> list[str]:
+        return [each.proto.query_string for each in app.get("page_link") if "left out" in each.proto.label]
+
+    (of_feature,) = links(explorer(run, page="feature", feature="1"))
+    assert "feature=1" in of_feature
+    (of_token,) = links(explorer(run, page="prompt", **{"from": "held-out", "row": "3", "token": "20"}))
+    assert f"place={WORST}" in of_token
+    active = {int(place) for place in open_database(folder.features(run)).facts.activations(1).places}
+    drawn = component(explorer(run, page="dark_matter", feature="1"), "dark_tokens")["lines"]
+    assert drawn and all(line["row"] * CONTEXT + line["start"] + line["peak"] in active for line in drawn)
+    app = explorer(run, page="dark_matter", feature=str(NEVER_ACTIVE))
+    assert any("active on none of the scored" in info.value for info in app.info)
+    (run / folder.ANALYSES / "dark_matter" / folder.FIGURES).unlink()
+    assert not links(explorer(run, page="feature", feature="1"))
 
 
 def test_runs_at_the_site_are_compared_over_their_widths(explorer, run):
