@@ -84,26 +84,27 @@ def tables(results: Sequence[DarkMatter], found: Widths) -> list[str]:
     first = results[0].decomposition
     about = (
         f"{results[0].site}: {first.tokens:,} scored tokens in {first.rows} rows; maps fitted to "
-        f"{first.tokens_of_fit:,} tokens, ridges chosen on {first.tokens_of_validation:,}. Intervals: 95%, over rows."
+        f"{first.tokens_of_fit:,} tokens, ridges chosen on {first.tokens_of_validation:,}. Intervals: 95%, over rows; "
+        "± is half of one."
     )
     lines = {
-        "L0": [shown(d.l0) for _, _, d in of],
-        "FVU": [shown(d.fvu) for _, _, d in of],
-        "FVU, linear": [shown(d.fvu_linear) for _, _, d in of],
-        "FVU, nonlinear": [shown(d.fvu_nonlinear) for _, _, d in of],
-        "share of ||error||^2, linear": [shown(d.shares.linear) for _, _, d in of],
-        "share of ||error||^2, nonlinear": [shown(d.shares.nonlinear) for _, _, d in of],
-        "shrinkage": [shown(d.shrinkage) for _, _, d in of],
-        "shrinkage of deviations": [shown(d.shrinkage_of_deviations) for _, _, d in of],
-        **{f"mean norm, {part}": [shown(d.mean_norms[part]) for _, _, d in of] for part in PARTS},
+        "L0": [brief(d.l0) for _, _, d in of],
+        "FVU": [brief(d.fvu) for _, _, d in of],
+        "FVU, linear": [brief(d.fvu_linear) for _, _, d in of],
+        "FVU, nonlinear": [brief(d.fvu_nonlinear) for _, _, d in of],
+        "share of ||error||^2, linear": [brief(d.shares.linear) for _, _, d in of],
+        "share of ||error||^2, nonlinear": [brief(d.shares.nonlinear) for _, _, d in of],
+        "shrinkage": [brief(d.shrinkage) for _, _, d in of],
+        "shrinkage of deviations": [brief(d.shrinkage_of_deviations) for _, _, d in of],
+        **{f"mean norm, {part}": [brief(d.mean_norms[part]) for _, _, d in of] for part in PARTS},
     }
     maps = {
-        **{f"error, {name}": [shown(d.maps[name].r2) for _, _, d in of] for name in MAPS},
-        **{f"error, pooled, {name}": [shown(d.maps[name].r2_pooled) for _, _, d in of] for name in MAPS},
-        **{f"squared norm, {name}": [shown(d.maps[name].r2_of_norm) for _, _, d in of] for name in MAPS},
+        **{f"error, {name}": [brief(d.maps[name].r2) for _, _, d in of] for name in MAPS},
+        **{f"error, pooled, {name}": [brief(d.maps[name].r2_pooled) for _, _, d in of] for name in MAPS},
+        **{f"squared norm, {name}": [brief(d.maps[name].r2_of_norm) for _, _, d in of] for name in MAPS},
     }
     tests = {
-        f"{part}, {label}": [shown(getattr(d.norm_tests[part], field)) for _, _, d in of]
+        f"{part}, {label}": [brief(getattr(d.norm_tests[part], field)) for _, _, d in of]
         for part in PARTS
         for field, label in (
             ("on_itself", "on itself"),
@@ -112,12 +113,12 @@ def tables(results: Sequence[DarkMatter], found: Widths) -> list[str]:
         )
     }
     cost = {
-        "CE, clean": [shown(r.cost.clean) for _, r, _ in of],
-        "CE, Sae(x)": [shown(r.cost.spliced) for _, r, _ in of],
-        "CE, Sae(x) + linear": [shown(r.cost.with_linear) for _, r, _ in of],
-        "CE, Sae(x) + nonlinear": [shown(r.cost.with_nonlinear) for _, r, _ in of],
-        "recovered by linear": [shown(r.cost.recovered_by_linear) for _, r, _ in of],
-        "recovered by nonlinear": [shown(r.cost.recovered_by_nonlinear) for _, r, _ in of],
+        "CE, clean": [brief(r.cost.clean) for _, r, _ in of],
+        "CE, Sae(x)": [brief(r.cost.spliced) for _, r, _ in of],
+        "CE, Sae(x) + linear": [brief(r.cost.with_linear) for _, r, _ in of],
+        "CE, Sae(x) + nonlinear": [brief(r.cost.with_nonlinear) for _, r, _ in of],
+        "recovered by linear": [brief(r.cost.recovered_by_linear) for _, r, _ in of],
+        "recovered by nonlinear": [brief(r.cost.recovered_by_nonlinear) for _, r, _ in of],
     }
     scaling = [
         [f"{s.narrower:,} to {s.wider:,}", shown(s.r2), shown(s.r2_with_nonlinear), shown(s.added)]
@@ -173,6 +174,12 @@ def experiments(results: Sequence[DarkMatter]) -> list[str]:
 def shown(figure: Interval) -> str:
     value, low, high = figure
     return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def brief(figure: Interval) -> str:
+    """The figure with half of its interval."""
+    value, low, high = figure
+    return f"{value:.4g} ± {(high - low) / 2:.2g}"
 
 
 if __name__ == "__main__":
