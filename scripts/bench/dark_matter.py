@@ -1,6 +1,6 @@
 """The study of dark matter: autoencoders of several widths and at other sites, trained and analysed; docs/results.md.
 
-    python scripts/bench/dark_matter.py [CONFIG] [section.key=value ...]
+    python scripts/bench/dark_matter.py [--config CONFIG] [section.key=value ...]
 
 1. `saelab sweep CONFIG` trains the widths on one pass over the activations.
 2. A second sweep trains autoencoders of the middle width at other sites: the layer below, and what attention and the
@@ -12,6 +12,7 @@
 Finished steps are not repeated. Overrides of ``analysis.dark_matter.*`` go to the analyses, the others to the sweeps.
 """
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -51,12 +52,14 @@ def main(config: str | Mapping = "dark_matter", overrides: Iterable[str] = ()) -
 
     results = []
     for number in numbers:
-        more = [f"{PREFIX}wider={by_width[widest]}"] if number != widest else []
+        settings = [f"{PREFIX}part_tokens={PART_TOKENS}", *ours]
         if number == middle:
-            more += [f"{PREFIX}sources=[{','.join(sources)}]", f"{PREFIX}part_tokens={PART_TOKENS}"]
+            settings.append(f"{PREFIX}sources=[{','.join(sources)}]")
         else:
-            more += [f"{PREFIX}pursuit_tokens=0"]
-        found = saelab.analyse(by_width[number], "dark_matter", [*more, *ours], track=bar, say=print)
+            settings += [f"{PREFIX}pursuit_tokens=0", f"{PREFIX}part_tokens=0"]
+        if number != widest:
+            settings.append(f"{PREFIX}wider={by_width[widest]}")
+        found = saelab.analyse(by_width[number], "dark_matter", settings, track=bar, say=print)
         assert isinstance(found, DarkMatter)
         results.append(found)
     write(out, results, widths(results))
@@ -183,8 +186,8 @@ def brief(figure: Interval) -> str:
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__)
-    parser.add_argument("config", nargs="?", default="dark_matter")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="dark_matter", help="a file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     command.run(lambda: (main(arguments.config, arguments.overrides), None)[1])
