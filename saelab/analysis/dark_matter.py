@@ -1,7 +1,7 @@
 """Dark matter: what an autoencoder leaves out, and how much of it is linear in what it was given (2410.14670).
 
-decomposition.py defines the parts and their figures, dark_experiments.py what is tried with them; dark_widths.py
-compares the results of autoencoders of several widths.
+parts.py defines the parts and their figures, decomposition.py measures them; dark_experiments.py and dark_relations.py
+have what is tried with them; dark_widths.py compares the results of autoencoders of several widths.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,20 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.analysis.dark_experiments import (
-    Cost,
-    Missing,
-    OnPart,
-    Prediction,
-    Pursuit,
-    cost_in_ce,
-    from_other_sites,
-    of_missing_features,
-    pursued,
-    trained_on_part,
-)
-from saelab.analysis.decomposition import MAPS, Decomposition, decompose, split_rows
+from saelab.analysis.dark_experiments import Cost, OnPart, Pursuit, cost_in_ce, pursued, trained_on_part
+from saelab.analysis.dark_relations import Missing, Prediction, from_other_sites, of_missing_features
+from saelab.analysis.decomposition import decompose
 from saelab.analysis.intervals import Interval
+from saelab.analysis.parts import MAPS, Decomposition, split_rows
 from saelab.analysis.result import Result
 from saelab.analysis.settings import DarkMatterSettings
 from saelab.encoded import Block, encoded

@@ -20,11 +20,11 @@ import command
 from table import table
 
 import saelab
-from saelab.analysis.dark_experiments import TARGETS
 from saelab.analysis.dark_matter import DarkMatter
+from saelab.analysis.dark_relations import TARGETS
 from saelab.analysis.dark_widths import Widths, widths
-from saelab.analysis.decomposition import MAPS, PARTS
 from saelab.analysis.intervals import Interval
+from saelab.analysis.parts import MAPS, PARTS
 from saelab.progress import bar
 from saelab.runs.folder import find_runs
 from saelab.runs.grid import grid, sweep_folder

@@ -8,16 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.analysis.dark_experiments import (
-    cost_in_ce,
-    from_other_sites,
-    of_missing_features,
-    pursued,
-    trained_on_part,
-)
+from saelab.analysis.dark_experiments import cost_in_ce, pursued, trained_on_part
 from saelab.analysis.dark_matter import dark_matter
-from saelab.analysis.decomposition import decompose, parts_of, split_rows
+from saelab.analysis.dark_relations import from_other_sites, of_missing_features
+from saelab.analysis.decomposition import decompose
 from saelab.analysis.least_squares import LinearMap
+from saelab.analysis.parts import parts_of, split_rows
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.analysis.settings import DarkMatterSettings
 from saelab.encoded import Block, encoded

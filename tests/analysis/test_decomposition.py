@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.analysis.decomposition import MAPS, PARTS, Blocks, decompose, parts_of, split_rows
+from saelab.analysis.decomposition import decompose
 from saelab.analysis.intervals import Interval
 from saelab.analysis.least_squares import LinearMap
+from saelab.analysis.parts import MAPS, PARTS, Blocks, parts_of, split_rows
 from saelab.codes import Codes
 from saelab.encoded import Block
 from saelab.errors import SaelabError

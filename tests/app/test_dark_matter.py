@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saelab.analysis.decomposition import MAPS, PARTS
+from saelab.analysis.parts import MAPS, PARTS
 from saelab.features.database import open_database
 from saelab.runs import folder
 from tests.app.shown import check_inert, message
