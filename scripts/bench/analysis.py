@@ -15,6 +15,8 @@ import torch
 from table import table
 
 from saelab.analysis.dead import dead
+from saelab.analysis.decomposition import decompose
+from saelab.analysis.parts import split_rows
 from saelab.codes import Codes
 from saelab.encoded import Block
 from saelab.sae.model import SparseAutoencoder
@@ -29,8 +31,12 @@ class MadeUp:
         self.args, self.rows, self.seconds, self.processor = args, args.tokens // CONTEXT, 0.0, 0.0
 
     def __iter__(self) -> Iterator[Block]:
+        yield from self.of(self.rows)
+
+    def of(self, rows: int) -> Iterator[Block]:
+        """Blocks of the first rows."""
         a, generator = self.args, torch.Generator().manual_seed(0)
-        for first in range(0, self.rows - ROWS + 1, ROWS):
+        for first in range(0, rows - ROWS + 1, ROWS):
             began, busy, n = time.perf_counter(), time.process_time(), ROWS * CONTEXT
             x = torch.randn(n, a.d_in, generator=generator)
             # squares of uniform numbers: low features are dense, high ones rare
@@ -47,7 +53,11 @@ def _dead(sae: SparseAutoencoder, blocks: MadeUp) -> None:
     dead(sae, blocks, blocks.rows)
 
 
-ANALYSES: dict[str, Callable[[SparseAutoencoder, MadeUp], None]] = {"dead": _dead}
+def _decomposition(sae: SparseAutoencoder, blocks: MadeUp) -> None:
+    decompose(sae, lambda numbers: blocks.of(len(numbers)), split_rows(blocks.rows))
+
+
+ANALYSES: dict[str, Callable[[SparseAutoencoder, MadeUp], None]] = {"dead": _dead, "decomposition": _decomposition}
 
 
 def main() -> None:
