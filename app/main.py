@@ -31,6 +31,7 @@ PAGES = {
         (state.MAP, "Map", "scatter_plot"),
         (state.DEAD, "Dead features", "heart_broken"),
         (state.ATTENTION, "Attention", "account_tree"),
+        (state.DARK, "Dark matter", "dark_mode"),
     ]
 }
 

@@ -32,7 +32,7 @@ from saelab.runs.summary import SweepRun, read_sweep
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
-DEAD, ATTENTION = "views/dead.py", "views/attention.py"
+DEAD, ATTENTION, DARK = "views/dead.py", "views/attention.py", "views/dark_matter.py"
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
@@ -274,6 +274,12 @@ def analysis(name: str, fields: Iterable[str]) -> dict[str, Any] | None:
     if found is not None and not found.keys() >= set(fields):
         raise outdated(name)
     return found
+
+
+def draw_dark_matter_link(label: str, **parameters: object) -> None:
+    """A link to the page of dark matter with these parameters, if the current run has that analysis."""
+    if (folder.analysis_folder(current_run().path, "dark_matter") / folder.FIGURES).is_file():
+        st.page_link(DARK, label=label, icon=":material/dark_mode:", query_params=link(**parameters))
 
 
 def outdated(name: str) -> SaelabError:

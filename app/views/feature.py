@@ -106,7 +106,9 @@ def page() -> None:
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
     st.caption(state.plain(f"{database.site} of the model {database.model}, {database.n_features:,} features"))
-    if feature.never_active:
+    if not feature.never_active:
+        state.draw_dark_matter_link("What is left out where it is active", feature=index)
+    else:
         st.warning(
             f"Never active on the {database.n_tokens:,} held-out tokens, so it has no activations and no examples.",
             icon=":material/bedtime:",

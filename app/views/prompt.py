@@ -303,6 +303,8 @@ def page() -> None:
     draw_features_of(text, chosen, database, bos)
     if isinstance(source, str):
         live.draw_attention_link(source, chosen, bos=bool(bos))
+    if isinstance(source, int):
+        state.draw_dark_matter_link("What of this token is left out", place=source * len(text) + chosen)
     if isinstance(source, str) and bos is not None:
         draw_edit(text, source, shade, bos)
     draw_similarity(text)

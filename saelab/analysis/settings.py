@@ -79,6 +79,34 @@ class AttentionSettings:
 
 
 @dataclass(frozen=True)
+class DarkMatterSettings:
+    """Settings of `saelab.analysis.dark_matter`."""
+
+    tokens: int = 300_000
+    """Held-out tokens: half of the rows for fits, a tenth for validation, the rest is scored."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass."""
+    ce_tokens: int = 32_768
+    """The first of the scored tokens, for CE: four runs of the model, which share the layers below the site."""
+    pursuit_tokens: int = 20_000
+    """Tokens for gradient pursuit, two thirds of them for its fit; 0: none."""
+    part_tokens: int = 0
+    """Training tokens of each autoencoder trained on a part of the error; 0: none are trained."""
+    sources: tuple[str, ...] = ()
+    """Runs at other sites, from whose reconstructions the error is predicted."""
+    wider: str | None = None
+    """A run at the same site with more features: how much of those that this run lacks is in which part."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows_per_forward", "ce_tokens"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        for name in ("pursuit_tokens", "part_tokens"):
+            if getattr(self, name) < 0:
+                raise SettingError(f"{name}: {getattr(self, name)} is negative; 0 leaves this out")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
@@ -86,3 +114,5 @@ class AnalysisSettings:
     """Dead, under-used and dense features."""
     attention: AttentionSettings = field(default_factory=AttentionSettings)
     """Heads and families of features, for an autoencoder of blocks.N.attn.hook_z."""
+    dark_matter: DarkMatterSettings = field(default_factory=DarkMatterSettings)
+    """What the autoencoder leaves out: the linear and the nonlinear part of its error."""

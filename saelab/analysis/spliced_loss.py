@@ -59,11 +59,11 @@ def spliced_losses(
         n += len(targets)
         replacements: list[Callable[[Tensor], Tensor]] = []
         for reconstruction in reconstructions:
-            replacements.append(partial(_stand_in, reconstruction))
+            replacements.append(partial(stand_in, reconstruction))
             if sink_norm is not None:
                 replacements.append(partial(_stand_in_below, sink_norm, reconstruction))
-        replacements += [torch.zeros_like, partial(_stand_in, mean)]
-        log_p = map(partial(_log_probabilities, keep), runs(rows, replacements))
+        replacements += [torch.zeros_like, partial(stand_in, mean)]
+        log_p = map(partial(log_probabilities, keep), runs(rows, replacements))
         clean = next(log_p)
         for sae, name, other in zip(of, names, chain([clean], log_p), strict=True):
             sums = shared if sae is None else own[sae]
@@ -82,16 +82,18 @@ def spliced_losses(
     return [{"ce_tokens": n, WITHOUT_SINKS: each["ce_spliced"], **each} for each in means]
 
 
-def _stand_in(value: Tensor, x: Tensor) -> Tensor:
+def stand_in(value: Tensor, x: Tensor) -> Tensor:
+    """`value` in the place of x, in its dtype: a replacement as `LanguageModel.spliced_logits` takes it."""
     return value.to(x.dtype).expand_as(x)
 
 
 def _stand_in_below(norm: float, value: Tensor, x: Tensor) -> Tensor:
     """`value` for tokens of norms up to `norm`; the others stay."""
     keep = within(x.float(), norm)
-    new = _stand_in(value, x)
+    new = stand_in(value, x)
     return new if keep is None else torch.where(keep[:, None], new, x)
 
 
-def _log_probabilities(keep: Tensor, logits: Tensor) -> Tensor:
+def log_probabilities(keep: Tensor, logits: Tensor) -> Tensor:
+    """Log-probabilities at the positions in `keep` ``[rows, context]``, ``[positions, vocabulary]`` float32."""
     return logits[keep].float().log_softmax(-1)

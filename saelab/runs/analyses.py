@@ -4,7 +4,8 @@ To add one, write `saelab/analysis/NAME.py` with its function and result, a sect
 `saelab/analysis/settings.py`, and an entry of `ANALYSES`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saelab.activations.stream import provenance
 from saelab.analysis.attention.overview import attention
 from saelab.analysis.attention.report import Attention
+from saelab.analysis.dark_matter import DarkMatter, dark_matter
 from saelab.analysis.dead import Dead, dead
 from saelab.analysis.result import Result, rebuilt, stored
-from saelab.analysis.settings import AttentionSettings, DeadSettings
+from saelab.analysis.settings import AttentionSettings, DarkMatterSettings, DeadSettings
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, did_you_mean
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.runs import folder
-from saelab.runs.job import Job, Say, quiet
+from saelab.runs.job import Job, Say, quiet, settings_of
 from saelab.runs.reopen import reopen
 from saelab.runs.resume import silent_for
+from saelab.sae.checkpoint import load
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 
@@ -61,11 +65,25 @@ class Subject:
         """Activations and codes of `rows` at the run's site, as `saelab.encoded.encoded` yields them."""
         return encoded(self.sae, self.lm, rows, self.site, rows_per_forward, track=self.track)
 
+    def other(self, run: str, setting: str) -> tuple[SparseAutoencoder, str]:
+        """The autoencoder of another run on the same model, and its site. Raises SaelabError, which names `setting`."""
+        path = Path(expanded(run, setting))
+        folder.check_run(path)
+        sae, site = load(path, self.lm.device), settings_of(path / folder.SETTINGS).site
+        fingerprint = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
+        if fingerprint not in (None, json.loads(json.dumps(provenance(self.lm, self.job.corpus)))["weights"]):
+            raise SaelabError(
+                f"{setting}: {path} was trained on another model than {self.run}; name a run on the same one"
+            )
+        return sae, site
+
 
 class Analysis(NamedTuple):
     result: type[Result]
     make: Callable[[Subject, Any], Result]
     """From the subject and the section `analysis.NAME` of the settings."""
+    reads: Callable[[Any], Sequence[str]] = lambda settings: ()
+    """Other runs whose weights the result depends on, given the same section."""
 
 
 def _dead(subject: Subject, settings: DeadSettings) -> Dead:
@@ -80,9 +98,30 @@ def _attention(subject: Subject, settings: AttentionSettings) -> Attention:
     return attention(subject.sae, subject.lm, rows, settings, subject.site, track=subject.track)
 
 
+def _dark_matter(subject: Subject, settings: DarkMatterSettings) -> DarkMatter:
+    sources = {}
+    for run in settings.sources:
+        sae, site = subject.other(run, "analysis.dark_matter.sources")
+        sources[site if site not in sources else str(run)] = (sae, site)
+    wider = None
+    if settings.wider is not None:
+        wider, site = subject.other(settings.wider, "analysis.dark_matter.wider")
+        if site != subject.site:
+            raise SaelabError(f"analysis.dark_matter.wider: {settings.wider} is at {site}, not at {subject.site}")
+    rows = subject.held_out(settings.tokens)
+    return dark_matter(
+        subject.sae, subject.lm, rows, subject.site, settings, sources=sources, wider=wider, track=subject.track
+    )
+
+
+def _runs_of_dark_matter(settings: DarkMatterSettings) -> list[str]:
+    return [*settings.sources, *([] if settings.wider is None else [settings.wider])]
+
+
 ANALYSES: dict[str, Analysis] = {
     "dead": Analysis(Dead, _dead),
     "attention": Analysis(Attention, _attention),
+    "dark_matter": Analysis(DarkMatter, _dark_matter, _runs_of_dark_matter),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 
@@ -112,7 +151,10 @@ def analyse(
     with locked(run):
         opened = reopen(run, "analyse", overrides, say)
         settings = getattr(opened.job.settings.analysis, name)
-        inputs = opened.job.result_inputs(run, settings)
+        others = [Path(expanded(other, f"analysis.{name}")) for other in analysis.reads(settings)]
+        for other in others:
+            folder.check_run(other)
+        inputs = " ".join(opened.job.result_inputs(each, settings) for each in (run, *others))
         if not force and (folder.analysis(run, name) or {}).get("inputs") == inputs:
             say(f"{name}: up to date")
             return _read(run, name, analysis)

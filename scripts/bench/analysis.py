@@ -15,6 +15,8 @@ import torch
 from table import table
 
 from saelab.analysis.dead import dead
+from saelab.analysis.decomposition import decompose
+from saelab.analysis.parts import split_rows
 from saelab.codes import Codes
 from saelab.encoded import Block
 from saelab.sae.model import SparseAutoencoder
@@ -29,15 +31,20 @@ class MadeUp:
         self.args, self.rows, self.seconds, self.processor = args, args.tokens // CONTEXT, 0.0, 0.0
 
     def __iter__(self) -> Iterator[Block]:
+        yield from self.of(self.rows)
+
+    def of(self, rows: int) -> Iterator[Block]:
+        """Blocks of the first rows."""
         a, generator = self.args, torch.Generator().manual_seed(0)
-        for first in range(0, self.rows - ROWS + 1, ROWS):
-            began, busy, n = time.perf_counter(), time.process_time(), ROWS * CONTEXT
+        for first in range(0, rows, ROWS):
+            began, busy, here = time.perf_counter(), time.process_time(), min(ROWS, rows - first)
+            n = here * CONTEXT
             x = torch.randn(n, a.d_in, generator=generator)
             # squares of uniform numbers: low features are dense, high ones rare
             features = (torch.rand(n, a.k, generator=generator).square() * a.n_features).long()
             codes = Codes.from_topk(torch.rand(n, a.k, generator=generator) + 0.1, features, a.n_features)
             positions = torch.arange(first * CONTEXT, first * CONTEXT + n)
-            block = Block(torch.zeros(ROWS, CONTEXT, dtype=torch.long), first, positions, x, codes)
+            block = Block(torch.zeros(here, CONTEXT, dtype=torch.long), first, positions, x, codes)
             self.seconds += time.perf_counter() - began
             self.processor += time.process_time() - busy
             yield block
@@ -47,7 +54,11 @@ def _dead(sae: SparseAutoencoder, blocks: MadeUp) -> None:
     dead(sae, blocks, blocks.rows)
 
 
-ANALYSES: dict[str, Callable[[SparseAutoencoder, MadeUp], None]] = {"dead": _dead}
+def _decomposition(sae: SparseAutoencoder, blocks: MadeUp) -> None:
+    decompose(sae, lambda numbers: blocks.of(len(numbers)), split_rows(blocks.rows))
+
+
+ANALYSES: dict[str, Callable[[SparseAutoencoder, MadeUp], None]] = {"dead": _dead, "decomposition": _decomposition}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def blocks(sae: SparseAutoencoder, x: Tensor, size: int) -> Iterator[Block]:
         part = x[first : first + size]
         keep = torch.ones(part.shape[:2], dtype=torch.bool)
         keep[:, 0] = False
-        if first <= 3 < first + size:
+        if first <= 3 < first + len(part):
             keep[3 - first] = False
         row, position = keep.nonzero(as_tuple=True)
         here = part[keep]

@@ -13,7 +13,7 @@ from saelab.errors import SaelabError
 from tests.app.shown import check_inert, html, message, unescaped
 from tests.app.synthetic_run import OTHER, write_run
 
-PAGES = ["runs", "run", "features", "feature", "prompt", "steer", "compare", "map", "dead", "attention"]
+PAGES = ["runs", "run", "features", "feature", "prompt", "steer", "compare", "map", "dead", "attention", "dark_matter"]
 
 
 # the link

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import saelab
+from saelab.analysis.dark_matter import DarkMatter
 from saelab.analysis.dead import Dead
 from saelab.cli import app
 from saelab.errors import SaelabError
@@ -84,3 +85,32 @@ def test_the_command_prints_the_figures(run: Path) -> None:
 def test_every_analysis_has_a_section_of_settings_of_its_name() -> None:
     sections = vars(RunSettings("out", "site").analysis)
     assert sections.keys() == ANALYSES.keys()
+
+
+def test_dark_matter_reads_other_runs_and_is_made_again_if_they_change(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    few = [
+        "analysis.dark_matter.tokens=1500",
+        "analysis.dark_matter.ce_tokens=300",
+        "analysis.dark_matter.pursuit_tokens=0",
+        f"analysis.dark_matter.sources=[{other}]",
+        f"analysis.dark_matter.wider={other}",
+    ]
+    found = saelab.analyse(run, "dark_matter", few)
+    assert isinstance(found, DarkMatter) and found.site == "blocks.1.hook_resid_post"
+    assert list(found.from_sites) == ["here", found.site, "others", "all"] and found.missing["known"].features == 64
+    again = saelab.read_analysis(run, "dark_matter")
+    assert isinstance(again, DarkMatter) and repr(again) == repr(found)
+    assert (again.decomposition.token == found.decomposition.token).all()
+
+    said: list[str] = []
+    saelab.analyse(run, "dark_matter", few, say=said.append)
+    assert said[-1] == "dark_matter: up to date"
+    saelab.resume(other, ["training.tokens=6200"])
+    saelab.analyse(run, "dark_matter", few, say=said.append)
+    assert said[-1] != "dark_matter: up to date"
+
+    with pytest.raises(SaelabError, match="not a run folder with a checkpoint"):
+        saelab.analyse(run, "dark_matter", [f"analysis.dark_matter.wider={tmp_path}"])
+    with pytest.raises(SaelabError, match=r"analysis.dark_matter.part_tokens: -1 is negative"):
+        saelab.analyse(run, "dark_matter", ["analysis.dark_matter.part_tokens=-1"])
