@@ -36,14 +36,15 @@ class MadeUp:
     def of(self, rows: int) -> Iterator[Block]:
         """Blocks of the first rows."""
         a, generator = self.args, torch.Generator().manual_seed(0)
-        for first in range(0, rows - ROWS + 1, ROWS):
-            began, busy, n = time.perf_counter(), time.process_time(), ROWS * CONTEXT
+        for first in range(0, rows, ROWS):
+            began, busy, here = time.perf_counter(), time.process_time(), min(ROWS, rows - first)
+            n = here * CONTEXT
             x = torch.randn(n, a.d_in, generator=generator)
             # squares of uniform numbers: low features are dense, high ones rare
             features = (torch.rand(n, a.k, generator=generator).square() * a.n_features).long()
             codes = Codes.from_topk(torch.rand(n, a.k, generator=generator) + 0.1, features, a.n_features)
             positions = torch.arange(first * CONTEXT, first * CONTEXT + n)
-            block = Block(torch.zeros(ROWS, CONTEXT, dtype=torch.long), first, positions, x, codes)
+            block = Block(torch.zeros(here, CONTEXT, dtype=torch.long), first, positions, x, codes)
             self.seconds += time.perf_counter() - began
             self.processor += time.process_time() - busy
             yield block
