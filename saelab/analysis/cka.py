@@ -20,6 +20,7 @@ Intervals are over rows of text, by a jackknife that leaves out one of up to 32 
 With the part S of a tile T that comes from a group, ||T - S||^2 = ||T||^2 - 2 T.S + ||S||^2 is that without the group.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ CsrArray = Any
 """A scipy.sparse.csr_array ``[tokens, n_features]``; scipy has no types."""
 GROUPS = 32
 _MOST_ENTRIES = 2**24
-"""Most entries of the parts of a tile together, of 12 bytes each."""
+"""Most entries of the parts of a tile together, of 20 bytes each, and most cells of a dense tile, of 8."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,9 +148,17 @@ def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:
     whole, with_whole, own = 0.0, np.zeros(groups), np.zeros(groups)
     for tile in _tiles(of_x, of_y):
         found = [left[tile].astype(np.float64) @ right for left, right in zip(of_x, of_y, strict=True)]
-        total: CsrArray = sum(found[1:], found[0])
-        whole += total.data @ total.data
-        with_whole += np.array([part.multiply(total).sum() for part in found])
+        if math.prod(found[0].shape) <= _MOST_ENTRIES:  # dense, which is three times as fast
+            cells = [_cells(part) for part in found]
+            total = np.zeros(math.prod(found[0].shape))
+            for part, cell in zip(found, cells, strict=True):
+                total[cell] += part.data
+            whole += total @ total
+            with_whole += np.array([part.data @ total[cell] for part, cell in zip(found, cells, strict=True)])
+        else:
+            both: CsrArray = sum(found[1:], found[0])
+            whole += both.data @ both.data
+            with_whole += np.array([part.multiply(both).sum() for part in found])
         own += np.array([part.data @ part.data for part in found])
     sums_x, sums_y = (np.stack([_sums(each[part]) for part in parts]) for each in (x, y))
     # (y . sum of y over group h) (x . sum of x over group i), summed over the tokens of each group g
@@ -176,6 +185,12 @@ def _tiles(of_x: list[CsrArray], of_y: list[CsrArray]) -> Iterator[slice]:
         last = max(first + 1, last)
         yield slice(first, last)
         first = last
+
+
+def _cells(product: CsrArray) -> np.ndarray:
+    """Row x columns + column of each entry, ``[entries]`` int64; a product has no cell twice."""
+    rows, columns = product.shape
+    return np.repeat(np.arange(rows), np.diff(product.indptr)) * columns + product.indices
 
 
 def _sums(codes: CsrArray) -> np.ndarray:

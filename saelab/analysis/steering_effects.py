@@ -187,7 +187,8 @@ def steering_effects(
     places = np.stack([own, np.stack([numbers.choice(survey.scored, contexts, replace=False) for _ in features])], 1)
     runs, generator = SplicedRuns(lm, site), torch.Generator().manual_seed(seed)
     found = []
-    for i in track(iter(range(len(features))), "steering", len(features), lambda _: 1):
+    size = 2 * (1 + 2 * len(MODES)) * contexts * width  # tokens in the passes of a feature
+    for i in track(iter(range(len(features))), "steering", size * len(features), lambda _: size):
         feature = features[i]
         value = settings.scale * survey.norm / float(sae.W_dec[feature].norm().clamp_min(1e-12))
         values = {"add": value, "clamp": float(largest[i]), "ablate": 0.0}
