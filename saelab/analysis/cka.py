@@ -13,8 +13,8 @@ With the dense codes X ``[tokens, features of A]`` and Y ``[tokens, features of 
 By chance: the same figure when Y's tokens are in a random order. It is above 0, and more so with fewer tokens.
 
 The dense codes are never made. The sum of squares of Y^T X is added up over tiles of X's features; a tile is one sparse
-product. It takes k_A k_B multiply-adds per token, and memory for the codes, in some 24 bytes per entry, and for one
-tile, some 500 MB, at any number of features. To centre, N mean(y) mean(x)^T is subtracted without being made.
+product. It takes k_A k_B multiply-adds per token, and memory for the codes, in some 40 bytes per entry, and for one
+tile, some 150 MB, at any number of features. To centre, N mean(y) mean(x)^T is subtracted without being made.
 
 Intervals are over rows of text, by a jackknife that leaves out one of up to 32 groups of consecutive rows at a time.
 With the part S of a tile T that comes from a group, ||T - S||^2 = ||T||^2 - 2 T.S + ||S||^2 is that without the group.
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CsrArray = Any
 """A scipy.sparse.csr_array ``[tokens, n_features]``; scipy has no types."""
 GROUPS = 32
-_MOST_ENTRIES = 2**24
+_MOST_ENTRIES = 2**22
 """Most entries of the parts of a tile together, of 20 bytes each, and most cells of a dense tile, of 8."""
 
 
@@ -166,7 +166,7 @@ def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:
 
     samples = 1 + groups if groups > 1 else 1
     weights = np.concatenate([np.ones((1, groups)), 1 - np.eye(groups)])[:samples]  # of the groups in each
-    squares = np.concatenate([[whole], whole - 2 * with_whole + own])[:samples]
+    squares = np.append(whole, whole - 2 * with_whole + own)[:samples]
     tokens = weights @ np.diff(edges)
     means = np.einsum("sg,ghi,sh,si->s", weights, cross, weights, weights, optimize=True)
     lengths = [np.square(weights @ sums).sum(1) for sums in (sums_x, sums_y)]
