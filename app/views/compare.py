@@ -11,7 +11,7 @@ from explorer.components.pairs import draw_pairs
 from explorer.components.tokens import draw_tokens, lines_of, token_names
 from explorer.pareto import choose_figure, draw_pareto
 
-from saelab.analysis.similarity import DecoderMatch, match_decoders
+from saelab.analysis.similarity import DecoderMatch, Similarity, compare_decoders
 from saelab.errors import SaelabError
 from saelab.features.database import Database
 from saelab.features.marks import number
@@ -116,15 +116,16 @@ def why_not(a: Side, b: Side) -> str | None:
 
 
 @st.cache_resource(max_entries=4, show_spinner="matching decoder rows")
-def matched(a: str, b: str, stamp: tuple) -> DecoderMatch:
+def matched(a: str, b: str, stamp: tuple) -> Similarity:
     first, second = decoder_rows(a), decoder_rows(b)
     work = len(first) * len(second) * first.shape[-1]
     if work > MOST_WORK:
         raise SaelabError(
             f"{len(first):,} x {len(second):,} pairs of features are too many to compare while a page waits. In a "
-            f"script, match_decoders(decoder_rows({a!r}), decoder_rows({b!r})) does it; see saelab.analysis.similarity."
+            f"script, compare_decoders(decoder_rows({a!r}), decoder_rows({b!r})) does it; see "
+            "saelab.analysis.similarity."
         )
-    return match_decoders(first, second)
+    return compare_decoders(first, second)
 
 
 def chosen_list(match: DecoderMatch, shown: str, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +140,8 @@ def chosen_list(match: DecoderMatch, shown: str, threshold: float) -> tuple[np.n
     return pairs, match.cosine_of_a[pairs[:, 0]]
 
 
-def draw_match(a: Side, b: Side, match: DecoderMatch) -> None:
+def draw_match(a: Side, b: Side, found: Similarity) -> None:
+    match, by_chance = found.match, found.one_to_one_by_chance
     threshold = st.segmented_control(
         "A feature has a counterpart from this cosine on",
         THRESHOLDS,
@@ -150,8 +152,16 @@ def draw_match(a: Side, b: Side, match: DecoderMatch) -> None:
     with st.container(horizontal=True, gap="medium"):
         st.metric("Each other's best", f"{int(match.mutual.sum()):,} pairs", width="content")
         st.metric("Mean largest cosine, first to second", f"{match.mean_max_cosine:.3f}", width="content")
+        st.metric("The same, second to first", f"{match.mean_max_cosine_of_b:.3f}", width="content")
+        st.metric("Mean cosine of one-to-one pairs", f"{found.one_to_one.mean_cosine:.3f}", width="content")
         st.metric("Only in the first", f"{died:,} of {len(match.best_of_a):,}", width="content")
         st.metric("Only in the second", f"{born:,} of {len(match.best_of_b):,}", width="content")
+    st.caption(
+        f"By chance, with random directions of the same mean and covariance in the place of the other run's rows: "
+        f"{found.cosine_of_a_by_chance.mean():.3f}, {found.cosine_of_b_by_chance.mean():.3f} and "
+        f"{by_chance.mean_cosine:.3f}. {100 * found.one_to_one.share(threshold):.3g}% of the smaller run's features "
+        f"have a partner of at least {threshold:g}, by chance {100 * by_chance.share(threshold):.3g}%."
+    )
     with st.expander("Distribution of the largest cosines"):
         plotted = match.plot("first", "second")
         plotted.update_layout(colorway=[charts.COLOUR, "rgb(70, 130, 210)"])

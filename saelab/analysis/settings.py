@@ -1,5 +1,6 @@
 """Settings of an evaluation, of the analyses, and of steering."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,6 +108,31 @@ class DarkMatterSettings:
 
 
 @dataclass(frozen=True)
+class SteeringSettings:
+    """Settings of `saelab.analysis.steering_effects`."""
+
+    tokens: int = 100_000
+    """Held-out tokens to find each feature's strongest contexts in."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass of that search."""
+    features: int = 200
+    """Features that are steered, drawn from those that are active in enough rows."""
+    contexts: int = 8
+    """Tokens at which each feature is steered, of each kind: its own strongest ones, and random ones."""
+    scale: float = 0.5
+    """Length that `add` adds, as a share of the mean norm of an activation."""
+    targets: int = 10
+    """Tokens whose logits the steering score is about."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows_per_forward", "features", "contexts", "targets"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        if not 0 < self.scale < math.inf:
+            raise SettingError(f"scale: {self.scale} is not a positive number")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
@@ -116,3 +142,5 @@ class AnalysisSettings:
     """Heads and families of features, for an autoencoder of blocks.N.attn.hook_z."""
     dark_matter: DarkMatterSettings = field(default_factory=DarkMatterSettings)
     """What the autoencoder leaves out: the linear and the nonlinear part of its error."""
+    steering: SteeringSettings = field(default_factory=SteeringSettings)
+    """What steering single features does to predictions."""

@@ -185,6 +185,19 @@ def _of_tokens(log_p: Tensor, ids: Tensor) -> Tensor:
     return F.pad(log_p.gather(1, ids[1:, None]).squeeze(1), (1, 0)).cpu()
 
 
+def check_steerable(sae: SparseAutoencoder, lm: LanguageModel, site: str) -> None:
+    """Raises SaelabError if features of `sae` cannot be steered at `site`."""
+    if not sae.centred:
+        raise SaelabError(
+            "steer: a transcoder's features write to another place than it reads from, so its site cannot be steered; "
+            "use an autoencoder of the site"
+        )
+    if (width := lm.width(site)) != sae.d_in:
+        raise SaelabError(f"steer: {site} of {lm.name} has width {width}, the autoencoder has d_in {sae.d_in}")
+    if (device := sae.W_dec.device) != lm.device:
+        raise SaelabError(f"steer: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)")
+
+
 def _check(
     sae: SparseAutoencoder,
     lm: LanguageModel,
@@ -196,15 +209,7 @@ def _check(
     where: str,
 ) -> None:
     """Raises SaelabError for what `steer` cannot do."""
-    if not sae.centred:
-        raise SaelabError(
-            "steer: a transcoder's features write to another place than it reads from, so its site cannot be steered; "
-            "use an autoencoder of the site"
-        )
-    if (width := lm.width(site)) != sae.d_in:
-        raise SaelabError(f"steer: {site} of {lm.name} has width {width}, the autoencoder has d_in {sae.d_in}")
-    if (device := sae.W_dec.device) != lm.device:
-        raise SaelabError(f"steer: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)")
+    check_steerable(sae, lm, site)
     features = [i.feature for i in interventions]
     for i in interventions:
         if not 0 <= i.feature < sae.n_features:

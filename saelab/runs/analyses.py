@@ -20,7 +20,8 @@ from saelab.analysis.attention.report import Attention
 from saelab.analysis.dark_matter import DarkMatter, dark_matter
 from saelab.analysis.dead import Dead, dead
 from saelab.analysis.result import Result, rebuilt, stored
-from saelab.analysis.settings import AttentionSettings, DarkMatterSettings, DeadSettings
+from saelab.analysis.settings import AttentionSettings, DarkMatterSettings, DeadSettings, SteeringSettings
+from saelab.analysis.steering_effects import SteeringEffects, steering_effects
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, did_you_mean
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
@@ -118,10 +119,16 @@ def _runs_of_dark_matter(settings: DarkMatterSettings) -> list[str]:
     return [*settings.sources, *([] if settings.wider is None else [settings.wider])]
 
 
+def _steering(subject: Subject, settings: SteeringSettings) -> SteeringEffects:
+    rows = subject.held_out(settings.tokens)
+    return steering_effects(subject.sae, subject.lm, rows, subject.site, settings, track=subject.track)
+
+
 ANALYSES: dict[str, Analysis] = {
     "dead": Analysis(Dead, _dead),
     "attention": Analysis(Attention, _attention),
     "dark_matter": Analysis(DarkMatter, _dark_matter, _runs_of_dark_matter),
+    "steering": Analysis(SteeringEffects, _steering),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from saelab.analysis.similarity import match_decoders
+from saelab.analysis.similarity import compare_decoders, match_decoders
 from saelab.features.database import open_database
 from saelab.runs.decoder import decoder_rows
 from tests.app.shown import check_inert, html, message, unescaped
@@ -79,6 +79,11 @@ def test_the_same_features_are_pairs_and_the_others_are_lists(explorer, pair):
     assert figures["Each other's best"] == f"{len(shown)} pairs"
     assert figures["Only in the first"] == f"{len(match.died(0.9))} of 40" == "10 of 40"
     assert figures["Only in the second"] == f"{len(match.born(0.9))} of 48" == "18 of 48"
+    found = compare_decoders(decoder_rows(pair / "first"), decoder_rows(pair / "second"))
+    assert figures["Mean cosine of one-to-one pairs"] == f"{found.one_to_one.mean_cosine:.3f}"
+    assert figures["The same, second to first"] == f"{match.mean_max_cosine_of_b:.3f}"
+    chance = f"{found.cosine_of_b_by_chance.mean():.3f} and {found.one_to_one_by_chance.mean_cosine:.3f}"
+    assert any(chance in caption.value for caption in app.caption)
     app.segmented_control(key="list").set_value("born").run()
     rows = components(app)["pair_rows"]
     assert rows["sides"]["b"]["ids"] == match.born(0.9).tolist()

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import saelab
 from saelab.analysis.dark_matter import DarkMatter
 from saelab.analysis.dead import Dead
+from saelab.analysis.steering_effects import SteeringEffects
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.runs import folder
@@ -80,6 +81,14 @@ def test_the_command_prints_the_figures(run: Path) -> None:
     done = CliRunner().invoke(app, ["analyse", str(run), "dead"])
     assert done.exit_code == 0, done.output
     assert "L0 (active features per token)" in done.output and (run / "analyses/dead/result.json").is_file()
+
+
+def test_steering_is_stored_and_read_back(run: Path) -> None:
+    options = ["analysis.steering.tokens=1500", "analysis.steering.features=2", "analysis.steering.contexts=2"]
+    result = saelab.analyse(run, "steering", options)
+    again = saelab.read_analysis(run, "steering")
+    assert isinstance(result, SteeringEffects) and isinstance(again, SteeringEffects)
+    assert repr(again) == repr(result) and result.kl.shape == (2, 2, 3, 2) and (again.position == result.position).all()
 
 
 def test_every_analysis_has_a_section_of_settings_of_its_name() -> None:
