@@ -342,7 +342,8 @@ class SparseAutoencoder(nn.Module):
         for rows in which.split(4096):
             own = x[self.ranks.data.part(len(x))]
             W = (self.W_enc if tables is None else tables.W_enc)[rows].to(self.W_enc.dtype)
-            highest = torch.addmm(self.b_enc[rows], self._centre(own), W.T).amax(0)
+            pre = torch.addmm(self.b_enc[rows], self._centre(own), W.T)
+            highest = pre.amax(0) if len(pre) else pre.new_full((len(rows),), -torch.inf)
             highest = self.ranks.data.max_(highest)
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 

@@ -142,6 +142,15 @@ def test_parts_of_a_batch_copies_and_averages_are_those_of_one_process(method: s
             assert_equal(weights, expected, f"{data} x {features}")
 
 
+@pytest.mark.parametrize("method", ["mutual choice", "feature choice", "lift", "jumprelu"])
+def test_a_process_may_have_no_token_of_a_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `activations.max_norm`, few may be left."""
+    monkeypatch.setattr("tests.training.test_ranks.BATCH", 2)
+    expected = train(METHODS[method], ALONE).weights
+    for found in run_threads(lambda ranks: train(METHODS[method], ranks), data=3):
+        assert_equal(found.weights, expected, "3 x 1")
+
+
 @pytest.mark.parametrize("method", ["feature choice", "lift", "jumprelu"])
 def test_a_training_goes_on_in_another_layout(method: str, tmp_path: Path) -> None:
     settings, half = METHODS[method], STEPS // 2

@@ -170,7 +170,7 @@ class ColumnBounds:
             return self.fixed(scores)
         capacities = self.capacities[first_feature : first_feature + scores.shape[1]]
         size = _divisor(len(scores), _BLOCK)
-        blocks = scores.view(size, len(scores) // size, -1)
+        blocks = scores.view(size, len(scores) // size, scores.shape[1])
         maxima = _at_least_float32(blocks.amax(0))
         cut = _lowered(_column_cuts(maxima, capacities), self.margin)
         block, slot, feature, found = _members(blocks.transpose(0, 1), maxima, cut)

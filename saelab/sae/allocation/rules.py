@@ -97,7 +97,7 @@ class MutualChoice:
         return MutualChoice(factor * self.k)
 
     def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> TotalBound:
-        return TotalBound(min(self.slots(tokens), tokens * n_features), tokens * n_features, margin)
+        return TotalBound(max(1, min(self.slots(tokens), tokens * n_features)), tokens * n_features, margin)
 
     def keep(self, entries: Entries, tokens: int) -> Tensor:
         best = _falling(entries.scores)[: self.slots(tokens)]
