@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 from saelab.errors import SettingError
 
