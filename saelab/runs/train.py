@@ -72,7 +72,7 @@ def resume(
 
 @contextmanager
 def _processes(settings: RunSettings, say: Say, track: Track) -> Iterator[tuple[Job, Track]]:
-    """Yields the part of a training that this process has, and its `track`; the first process alone speaks and writes.
+    """Yields the part of a training that this process has, and its `track`; only the first process speaks and writes.
 
     In the block no other command may write into the run folder.
     """

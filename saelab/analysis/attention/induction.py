@@ -7,7 +7,7 @@ tokens,
 
 the last n tokens are a copy of n earlier ones, and nothing else comes back. The score is the last token's attention to
 r[j + 1]. From n + 1 to n, one token changes, the one n back from the last; positions stay the same. So the score as a
-function of n is an intervention: with n = 0 nothing matches, with n = 1 the current token alone.
+function of n is an intervention: with n = 0 nothing matches, with n = 1 only the current token.
 
 An induction head has a score of at least `INDUCTIVE` at the largest n. Its prefix is short if one matching token gives
 at least `SHORT` of that score, else long. The paper's two heads of GPT-2 small: 5.5 (short) is at 0.7 with one token,
