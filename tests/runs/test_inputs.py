@@ -18,7 +18,8 @@ from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
 from saelab.runs.inputs import Inputs, concentration_notes
 from saelab.runs.job import Job, settings_of
-from saelab.runs.resume import last_state
+from saelab.runs.resume import states
+from saelab.training.state import load_state
 from saelab.training.trainer import Trainer
 from tests.corpus.made import opened, tokenised, write
 from tests.faults.tools import command
@@ -131,7 +132,7 @@ def test_a_killed_run_goes_on_with_the_same_bound_and_count(
 
 def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     run = saelab.train(small(tmp_path))
-    state = last_state(run, torch.device("cpu"))
+    state = load_state(states(run)[-1])
     assert Inputs.from_state(state).state() == {name: state[name] for name in Inputs.from_state(state).state()}
     earlier = Inputs.from_state({"input_scale": 0.5})
     assert earlier.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
