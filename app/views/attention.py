@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 ATTRIBUTION, PATTERN = "attribution", "pattern"
 SHADES = {ATTRIBUTION: "added to the feature", PATTERN: "attention"}
 EVERY = -1
-FAINT = 0.01
-"""Share of the strongest source below which a source is not shaded."""
+FAINT = 0.01  # share of the strongest source below which a source is not shaded
 CHOSEN = ("token", "of", "head")
 NAME = "attention"
 ANALYSE = "`saelab analyse {} attention` measures the heads on held-out text."
@@ -210,12 +209,12 @@ def draw_heads(stored: Mapping[str, Any]) -> None:
     """The table of all heads, which a click on a title sorts, and the families of the features."""
     found = rebuilt(Attention, stored)
     st.subheader("Heads on held-out text")
-    titles = {name: st.column_config.NumberColumn(help=text, format="%.3f") for name, text in COLUMNS.items()}
-    titles |= {
-        name: st.column_config.NumberColumn(help=COLUMNS[name]) for name in ("features", "clusters", "polysemantic")
-    }
     frame = found.heads()
-    st.dataframe(frame, hide_index=True, column_config=titles, key="heads")
+    own_first = np.argsort(frame["layer"].to_numpy() != found.layer, kind="stable")
+    counts = dict.fromkeys(("layer", "head", "features", "clusters", "polysemantic"), "{:.0f}")
+    shown = frame.iloc[own_first].style.format(counts, precision=3)
+    titles = {name: st.column_config.Column(help=text) for name, text in COLUMNS.items()}
+    st.dataframe(shown, hide_index=True, column_config=titles, key="heads", placeholder="")
     families = ", ".join(f"{name} {100 * share:.0f}%" for name, share in found.families.items() if share)
     st.caption(
         f"{found.tokens:,} tokens. Attention that is equal on all tokens has an induction score of "
@@ -225,6 +224,7 @@ def draw_heads(stored: Mapping[str, Any]) -> None:
 
 
 def page() -> None:
+    st.header("Attention", anchor=False)
     if not live.reads_heads():
         site = state.plain(state.read(summarise).site or "another site")
         st.info(

@@ -125,7 +125,10 @@ def test_the_table_of_heads_is_the_analysis(at, attention_runs: Path) -> None:
     app = at()
     table = app.dataframe[0].value
     assert len(table) == 12 and {"induction", "polysemantic", "distance"} <= set(table.columns)
-    np.testing.assert_allclose(table["previous"], found.heads()["previous"])  # type: ignore[attr-defined]
+    heads = found.heads()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(table.sort_index()["previous"], heads["previous"])
+    own = (heads["layer"] == found.layer).sum()  # type: ignore[attr-defined]
+    assert (table["layer"][:own] == found.layer).all() and table["features"][:own].notna().all()  # type: ignore[attr-defined]
     assert "Nothing is typed yet" in captions(app) and f"{found.tokens:,} tokens" in captions(app)  # type: ignore[attr-defined]
 
 
