@@ -63,11 +63,15 @@ class Axis:
         """Replace `x` by its minimum over the processes; returns it."""
         return self._reduce(x, "MIN")
 
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """`x` of each process, in order of their numbers. The sizes of the first dimension may differ."""
+    def gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """`x` of each process, in order of their numbers.
+
+        The `sizes` of the first dimension may differ; None: they are exchanged first.
+        """
         if self.size == 1:
             return [x]
-        sizes = [int(size) for size in self._gather(torch.tensor([len(x)], device=x.device))]
+        if sizes is None:
+            sizes = [int(size) for size in self._gather(torch.tensor([len(x)], device=x.device))]
         padded = x.new_zeros(max(sizes), *x.shape[1:])
         padded[: len(x)] = x
         return [found[:size] for found, size in zip(self._gather(padded), sizes, strict=True)]

@@ -56,6 +56,8 @@ class Forward:
     """Their pre-activations, with gradients, ``[nnz]``."""
     reconstruction: Tensor
     """``[tokens, d_out]``"""
+    deviation: Tensor
+    """`squared_deviation` of the target of the whole batch, a scalar."""
     ranks: Ranks = ALONE
     """The processes that share the step. Tokens, features and entries are of this one, and values of terms of all."""
     batch: int = 0
@@ -93,7 +95,13 @@ def _multi_topk(settings: SaeSettings, d_in: int, steps: int) -> Term:
 def _aux(settings: SaeSettings, d_in: int, steps: int) -> Term:
     options = settings.aux
     strongest = TokenChoice(options.features or max(1, d_in // 2))
-    return Term("aux", lambda step: options.coefficient, auxiliary, lambda _, targets: Request(strongest, targets))
+
+    def request(rule: Rule, targets: Tensor | None) -> Request | None:
+        # a GPU's host would have to wait to know whether there are any
+        none = targets is not None and targets.device.type == "cpu" and not targets.any()
+        return None if none else Request(strongest, targets)
+
+    return Term("aux", lambda step: options.coefficient, auxiliary, request)
 
 
 def _l1(settings: SaeSettings, d_in: int, steps: int) -> Term:
@@ -120,18 +128,18 @@ TERMS: dict[str, Callable[[SaeSettings, int, int], Term]] = {
 """The terms that the settings `multi_topk`, `aux` and `sparsity` can name; the name none has no term."""
 
 
-def batch_fvu(x: Tensor, reconstruction: Tensor, axis: Axis = ALONE.data, tokens: int | None = None) -> Tensor:
-    """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar.
-
-    The processes along `axis` have parts of a batch of `tokens`; the value is that of the batch.
-    """
+def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Squared error over squared deviation from the batch mean: x, reconstruction ``[tokens, d]`` -> scalar."""
     # the deviation first, so that its temporary is freed before that of the error is allocated
-    deviation = _deviation(x, axis, len(x) if tokens is None else tokens)
-    return total(torch.linalg.vector_norm(x - reconstruction).square(), axis) / deviation
+    deviation = squared_deviation(x)
+    return torch.linalg.vector_norm(x - reconstruction).square() / deviation
 
 
-def _deviation(x: Tensor, axis: Axis, tokens: int) -> Tensor:
-    """Squared deviation from the mean over all `tokens`, summed, of which the processes along `axis` have parts."""
+def squared_deviation(x: Tensor, axis: Axis = ALONE.data, tokens: int = 0) -> Tensor:
+    """Squared deviation of x ``[tokens, d]`` from the mean over tokens, summed; a scalar.
+
+    If processes along `axis` have parts of the tokens, x is the part of this one, and `tokens` the number of all.
+    """
     mean = x.mean(0) if axis.size == 1 else axis.sum_(x.sum(0)) / tokens
     return axis.sum_(torch.linalg.vector_norm(x - mean).square())
 
@@ -142,7 +150,8 @@ def _wider_fvu(forward: Forward, wider: Selection | None) -> Tensor:
 
 
 def _fvu(forward: Forward, reconstruction: Tensor) -> Tensor:
-    return batch_fvu(forward.target, reconstruction, forward.ranks.data, forward.batch)
+    error = total(torch.linalg.vector_norm(forward.target - reconstruction).square(), forward.ranks.data)
+    return error / forward.deviation
 
 
 def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
@@ -153,7 +162,8 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
     decoder rows that ehat uses. b_dec receives none: neither side of the ratio contains it, and it is detached in the
     encoder's input. The value is 0 if nothing was chosen, or if the ratio is not finite (no error left).
     """
-    assert strongest is not None
+    if strongest is None:
+        return forward.x.new_zeros(())
     pattern, error = strongest.pattern, (forward.target - forward.reconstruction).detach()
     filled = pattern.values > -torch.inf
     known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
@@ -162,7 +172,7 @@ def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
     ranks = forward.ranks
     explained = total(spmm(pattern.with_values(values), forward.W_dec, read=forward.read), ranks.features)
     squares = total(torch.linalg.vector_norm(error - explained).square(), ranks.data)
-    ratio = squares / _deviation(error, ranks.data, forward.batch)
+    ratio = squares / squared_deviation(error, ranks.data, forward.batch)
     any_filled = ranks.every.max_(filled.any().to(ratio.dtype)) > 0
     return torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0)
 

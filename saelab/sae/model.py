@@ -26,7 +26,7 @@ from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
 from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
-from saelab.sae.losses import Forward
+from saelab.sae.losses import Forward, squared_deviation
 from saelab.sae.settings import EncoderSettings, SaeSettings
 
 LIFT = 1e-3
@@ -203,6 +203,7 @@ class SparseAutoencoder(nn.Module):
             aligned = alignment(batch.gradients, self.beta)
             if aligned is not None:
                 aligned = aligned._replace(gradients=aligned.gradients[own])
+            deviation = squared_deviation(batch.x if batch.target is None else batch.target)
             batch = batch.part(own)
             centred, scratch, W_dec = self._centre(batch.x), self._scratch, self.W_dec
             (main, *others), strongest = select(
@@ -225,7 +226,7 @@ class SparseAutoencoder(nn.Module):
             target = batch.x if batch.target is None else batch.target
             decoded = total(spmm(codes, W_dec, read=read), ranks.features) + self.b_dec
             forward = Forward(
-                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, ranks, tokens
+                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, deviation, ranks, tokens
             )
         found = iter(others)
         return forward, [

@@ -55,9 +55,7 @@ class Optimiser:
         """
         for group in self._adam.param_groups:
             group["lr"] = group["times"] * lr
-        for parameter in self.trained:
-            if parameter.grad is not None:
-                self.sae.ranks.data.sum_(parameter.grad)
+        self._add_up_gradients()
         if self.fixed_lengths:
             remove_parallel_gradient(self.sae)
         norm = self._norm()
@@ -71,6 +69,18 @@ class Optimiser:
         if self.fixed_lengths:
             self.sae.renormalise_decoder()
         return norm
+
+    def _add_up_gradients(self) -> None:
+        """Replace each gradient by the sum of those of the processes with other tokens."""
+        axis, gradients = self.sae.ranks.data, [p.grad for p in self.trained if p.grad is not None]
+        if axis.size == 1:
+            return
+        for table in (each for each in gradients if each.ndim > 1):
+            axis.sum_(table)
+        vectors = [each for each in gradients if each.ndim == 1]
+        summed = axis.sum_(torch.cat(vectors))  # in one exchange, which takes as long as that of one vector
+        for vector, part in zip(vectors, summed.split([len(each) for each in vectors]), strict=True):
+            vector.copy_(part)
 
     def _norm(self) -> Tensor:
         """Norm of the gradients of all trained weights, those of other processes included."""

@@ -135,6 +135,8 @@ class Trainer:
         forward, found = sae.training_pass(batch, rule, requests, bf16=bf16, tables=tables)
         values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
         coverage = _target_coverage(requests, found, self._counts) if logged else {}
+        if logged and targets is not None and not coverage:
+            coverage = {"targets": 0, "share_reached": 0.0}
         counts = self._counts(forward.codes)
         losses = self._losses(forward) if resampling else batch.x.new_zeros(0)
         del forward, found  # the backward pass needs the memory
@@ -145,8 +147,10 @@ class Trainer:
 
     def _counts(self, codes: Codes) -> Tensor:
         """Number of tokens of the batch on which each of all features is active, ``[n_features]`` int64."""
-        ranks = self.sae.ranks
-        return torch.cat(ranks.features.gather(ranks.data.sum_(codes.firing_counts())))
+        sae, axis = self.sae, self.sae.ranks.features
+        counts = sae.ranks.data.sum_(codes.firing_counts())
+        sizes = [part.stop - part.start for part in axis.parts(sae.all_features)]
+        return torch.cat(axis.gather(counts, sizes))
 
     def _losses(self, forward: Forward) -> Tensor:
         """Squared error of each token of the batch, ``[tokens]``."""

@@ -8,15 +8,20 @@ import tempfile
 from pathlib import Path
 
 
+BUFFER = 16_384
+"""Tokens that the model gives at a time: the measured half of a training begins and ends with a whole buffer."""
+
+
 def rate(*, data: int, features: int, threads: int, tokens: int) -> float:
     """Tokens per second of the quickstart trained by data x features processes of `threads` threads each.
 
-    Of the second half of the steps: loading, connecting and the first buffer are left out.
+    Of the second half of the tokens, with the passes of the model that give them. Loading and connecting are left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, world = Path(folder) / "run", data * features
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
         settings = [f"out={out}", f"training.tokens={tokens}", f"parallel.data={data}", f"parallel.features={features}"]
+        settings.append(f"activations.stream.buffer_tokens={BUFFER}")
         command = [sys.executable, *start, "-m", "saelab", "train", "quickstart", *settings, "training.log_every=1"]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, capture_output=True, env=environment)

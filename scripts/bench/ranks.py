@@ -55,7 +55,9 @@ def report(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--rounds", type=command.whole(1), default=3, help="number of rounds (3)")
-    parser.add_argument("--tokens", type=command.whole(16_384), default=131_072, help="trained on (131,072)")
+    parser.add_argument(
+        "--tokens", type=command.whole(2 * ours_ranks.BUFFER), default=131_072, help="trained on (131,072)"
+    )
     parser.add_argument("--processes", type=command.whole(2), default=2, help="of one thread each (2)")
     options = vars(parser.parse_args())
     json_file: Path | None = options.pop("json")

@@ -2,6 +2,7 @@
 argument, the text, or a file of the run folder."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -176,7 +177,7 @@ def bad_argument(draw: st.DrawFn) -> Case:
     path = draw(st.sampled_from(PATHS) | st.text(st.characters(exclude_characters="/.\0"), max_size=9))
     number = draw(st.sampled_from(NUMBERS))
     patterns = """
-        eval·@ index·@ features·@ run·@ plan·@ train·@ app·@ @ @·run train·c.yaml·out=@ train·c.yaml·@
+        eval·@ index·@ features·@ analyse·@·dead run·@ plan·@ train·@ app·@ @ @·run train·c.yaml·out=@ train·c.yaml·@
         train·c.yaml·--force·corpus=@ train·c.yaml·--force·model=@ train·c.yaml·--force·activations.cache=@
         plan·c.yaml·--out·@ train·c.yaml·--force·site=@ train·--resume·@ train·--resume·run·@ cache·c.yaml·--out·@
         cache·--verify·--out·@
@@ -186,7 +187,8 @@ def bad_argument(draw: st.DrawFn) -> Case:
     pattern = draw(st.sampled_from(words(patterns))).split("·")
     settings = [word.partition("=")[0] for word in pattern if "=" in word]
     command = [word.replace("@", path).replace("#", number) for word in pattern]
-    return Case(command, [printable(path)[:40] or ".", number, "out", "override", *settings])
+    names = [printable(name)[:40] or "." for name in (path, os.path.expanduser(path))]
+    return Case(command, [*names, number, "out", "override", *settings])
 
 
 TEXTS = [
