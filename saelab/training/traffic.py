@@ -66,7 +66,7 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
         how = f"{tokens:,} tokens x {most:,} pre-activations x {4 + _CHOSEN} bytes, and a reconstruction, added up"
         lift = sae.aux.lift * _reduced(4 * n, data)
         found.append(Traffic("auxiliary loss", parts * aux + lift, how + in_parts))
-    sums = len(budgets) * _reduced(mean + 8, data) + _reduced(mean + 4, features)
+    sums = len(budgets) * _reduced(4, data) + _reduced(mean + 4, features)
     sums += (sae.sparsity.name != "none") * _reduced(4, every)
     how = f"of {n:,} features x 8 bytes, {d_in:,} x 4 bytes of means, and sums of the losses"
     return [*found, Traffic("counts and means", parts * (counted + sums), how + in_parts)]
