@@ -133,7 +133,10 @@ def test_long_tokens_are_cut_with_more_on_the_card_and_line_breaks_are_marked_or
 def test_a_range_of_the_histogram_gives_examples_from_that_range(page, server, database):
     opened(page, server, "feature?run=whole&feature=1", ".plot")
     plot = page.locator(".root.brush .plot")
-    box = plot.bounding_box()
+    box, before = plot.bounding_box(), None
+    while box != before:  # until nothing above or beside it moves it any more
+        page.wait_for_timeout(300)
+        box, before = plot.bounding_box(), box
     at = lambda share: (box["x"] + share * box["width"], box["y"] + 20)  # noqa: E731
     page.mouse.move(*at(0.105))
     page.mouse.down()

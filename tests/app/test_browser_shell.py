@@ -78,7 +78,7 @@ def test_pages_have_titles_and_links_that_keep_the_run(page, server):
     assert page.title() == "Run · bare"
     page.get_by_test_id("stSidebar").get_by_role("link", name="Runs").click()
     page.wait_for_function("document.title === 'Runs · bare'")
-    assert page.url == f"{server}/runs?run=bare"
+    page.wait_for_url(f"{server}/runs?run=bare")  # the title may come first
     page.get_by_test_id("stMain").get_by_role("link", name="whole").click()
     page.wait_for_function("document.title === 'Run · whole'")
     assert page.url.startswith(f"{server}/run?run=whole")
@@ -87,7 +87,7 @@ def test_pages_have_titles_and_links_that_keep_the_run(page, server):
     page.wait_for_timeout(800)  # Streamlit loses a Back within some 0.2 s of another
     page.go_back()
     page.wait_for_function("document.title === 'Run · bare'")
-    assert page.url == f"{server}/run?run=bare"
+    page.wait_for_url(f"{server}/run?run=bare")
     opened(page, server, "?run=whole", "h2")  # the bare address leads on
     page.wait_for_url("**/run?run=whole")
 
@@ -100,7 +100,7 @@ def test_a_view_survives_a_reload_and_back_leaves_it(page, server):
     page.wait_for_selector("text=1 of 40 features are never active")
     page.go_back()
     page.wait_for_selector("text=FVU")
-    assert page.url == f"{server}/run?run=whole"
+    page.wait_for_url(f"{server}/run?run=whole")
 
 
 def test_a_range_of_the_rank_plot_opens_those_features(page, server):
