@@ -422,7 +422,6 @@ def _serve(runs: list[Path], port: int) -> None:
         f"--server.port={port}",
         "--server.headless=true",
         "--browser.gatherUsageStats=false",
-        "--runner.magicEnabled=false",  # it shows a page's bare strings
         "--",
         *(str(run.resolve()) for run in runs),
     ]

@@ -60,7 +60,7 @@ class Pursuit(NamedTuple):
     fvu: Interval
     fvu_pursued: Interval
     change: Interval
-    """Of FVU, relative: -0.05 is 5% less."""
+    """Relative change of FVU: -0.05 is 5% less."""
     fvu_nonlinear: Interval
     fvu_nonlinear_pursued: Interval
     change_of_nonlinear: Interval

@@ -67,7 +67,7 @@ class Widths(Result):
     fvu_linear: tuple[Interval, ...]
     fvu_nonlinear: tuple[Interval, ...]
     law: PowerLaw
-    """Of FVU."""
+    """The power law of FVU."""
     law_of_nonlinear: PowerLaw
     scaling: tuple[Scaling, ...]
 

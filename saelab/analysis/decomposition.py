@@ -249,7 +249,7 @@ def _pooled_r2(sums: np.ndarray) -> np.ndarray:
 
 
 def _shrinkage(sums: np.ndarray) -> np.ndarray:
-    """Of the deviations from the means, from sums of x, xhat, x xhat, ||xhat||^2 and tokens."""
+    """The best factor for the deviations of xhat, from sums of x, xhat, x xhat, ||xhat||^2 and tokens."""
     d = (sums.shape[-1] - 3) // 2
     x, xhat, tokens = sums[..., :d], sums[..., d : 2 * d], sums[..., -1]
     both, squared = sums[..., -3] - (x * xhat).sum(-1) / tokens, sums[..., -2] - (xhat**2).sum(-1) / tokens

@@ -33,7 +33,7 @@ class SeedPair(NamedTuple):
     first: int
     second: int
     mean_cosine: float
-    """Of their one-to-one pairs (`Assignment.mean_cosine`)."""
+    """Mean cosine of their one-to-one pairs (`Assignment.mean_cosine`)."""
     mean_cosine_by_chance: float
     share: float
     """Share of features with a counterpart."""

@@ -19,7 +19,7 @@ from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.training.optim import Optimiser
 
 SHARE = 0.2
-"""Of the mean length of the living encoder rows, without a budget; with one it is 1."""
+"""The new rows' length without a budget, as a share of the living encoder rows' mean length; with a budget it is 1."""
 
 
 @torch.no_grad()

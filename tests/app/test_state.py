@@ -260,6 +260,7 @@ def test_usage_statistics_are_off_and_only_this_machine_is_served(main_script):
     config = tomllib.loads((main_script.parent / ".streamlit" / "config.toml").read_text())
     assert config["browser"]["gatherUsageStats"] is False
     assert config["server"]["address"] == "127.0.0.1"
+    assert config["runner"]["magicEnabled"] is False  # it shows bare strings
 
 
 def test_no_folder_is_named_pages(main_script):

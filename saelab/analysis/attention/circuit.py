@@ -38,7 +38,7 @@ class Circuit:
     stream: Mapping[int, SparseAutoencoder]
     """Autoencoders of the residual stream at the input of a layer."""
     maps: Mapping[int, LayerMaps]
-    """Of each layer that has an autoencoder of its heads."""
+    """The maps of each layer that has an autoencoder of its heads."""
 
     def read(self, ids: Sequence[int] | Tensor) -> Prompt:
         """One pass over some token ids. Raises SaelabError if parts do not add up to the residual stream."""

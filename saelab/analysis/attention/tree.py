@@ -45,7 +45,7 @@ class Node:
     position: int | None = None
     feature: int | None = None
     activation: float | None = None
-    """Of a feature: what its children add up to."""
+    """A feature's own activation, which its children add up to; None for other kinds."""
     merged: int = 1
     """The number of parts that a `rest` is the sum of."""
     children: tuple["Node", ...] = ()
