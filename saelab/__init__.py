@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from saelab.runs.sweep import sweep
     from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
-    from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+    from saelab.sae.model import Batch, SparseAutoencoder
+    from saelab.sae.new import new_autoencoder
     from saelab.sae.settings import (
         AffinitySettings,
         AllocationSettings,
@@ -85,7 +86,7 @@ _HOME = {
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
-    "new_autoencoder": "saelab.sae.model",
+    "new_autoencoder": "saelab.sae.new",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
     "plot_pareto": "saelab.analysis.pareto",

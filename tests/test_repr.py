@@ -10,7 +10,7 @@ from saelab.activations.source import FromCache, FromModel
 from saelab.codes import Codes
 from saelab.corpus import CorpusSettings, open_corpus
 from saelab.features.database import open_database
-from saelab.sae.model import bare_autoencoder
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import AffinitySettings, SaeSettings
 from tests.activations.cache import made
 from tests.features.dense import made_up, write_database

@@ -27,7 +27,8 @@ from saelab.encoded import Autoencoder, Block
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.lm.splice import SplicedRuns
-from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import AuxSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer

@@ -27,7 +27,8 @@ from saelab.analysis.intervals import Interval, interval, ratio
 from saelab.analysis.result import Result
 from saelab.analysis.similarity import random_rows
 from saelab.errors import SaelabError
-from saelab.sae.model import Batch, new_autoencoder
+from saelab.sae.model import Batch
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import AllocationSettings, SaeSettings
 from saelab.sae.thresholds import calibrate
 from saelab.training.settings import TrainingSettings

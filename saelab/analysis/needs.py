@@ -9,8 +9,8 @@ from saelab.analysis.settings import EvalSettings
 from saelab.lm.model import LanguageModel
 from saelab.lm.needs import logits_bytes
 from saelab.memory import Need, Place, no_numbers
-from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import SaeSettings
 
 ENCODING, LOSSES, DECODER = "encoding", "losses", "decoder"

@@ -14,8 +14,8 @@ from saelab.features.settings import FeatureSettings
 from saelab.features.shards import SHARD_ENTRIES, SHARD_PLACES
 from saelab.features.weights import weight_bytes
 from saelab.memory import Need, Place, no_numbers, size
-from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import encoding_bytes
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import SaeSettings
 
 _FILLED_BYTES = 12

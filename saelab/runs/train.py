@@ -25,7 +25,7 @@ from saelab.runs.loop import Failures, Training, provenance_of, site_columns, tr
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
-from saelab.sae.model import bare_autoencoder, new_autoencoder
+from saelab.sae.new import bare_autoencoder, new_autoencoder
 from saelab.torchrun import processes, restarted
 from saelab.training.distributed import connected, mesh_shape, own_device
 from saelab.training.state import check_common

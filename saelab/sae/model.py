@@ -8,8 +8,7 @@ stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradi
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +21,10 @@ from saelab.ranks import ALONE, Ranks, shared, total
 from saelab.sae import summary
 from saelab.sae.affinity import alignment
 from saelab.sae.allocation.gathered import own_rule
-from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
 from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
 from saelab.sae.losses import Forward, squared_deviation
-from saelab.sae.settings import EncoderSettings, SaeSettings
 
 LIFT = 1e-3
 """Pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
@@ -361,47 +358,6 @@ class SparseAutoencoder(nn.Module):
             first, last = max(self.part.start, start), min(self.part.stop, start + len(drawn))
             if first < last:
                 table[first - self.part.start : last - self.part.start] = drawn[first - start : last - start]
-
-
-def bare_autoencoder(
-    settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
-) -> SparseAutoencoder:
-    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder.
-
-    If `ranks` share the features it has those of this process.
-    """
-    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
-    threshold = allocation_of(settings).initial_threshold
-    if threshold is not None:
-        sae.threshold = torch.full((1,), threshold)
-    ENCODERS[settings.encoder.name](sae, settings.encoder)
-    return sae
-
-
-ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
-    "linear": lambda sae, options: None,
-    "jumprelu": lambda sae, options: sae.train_thresholds(1.0, options.bandwidth),
-}
-"""By the name of an encoder, the function that adds its parameters to a bare autoencoder."""
-
-
-def new_autoencoder(
-    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None, ranks: Ranks = ALONE
-) -> SparseAutoencoder:
-    """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
-
-    The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]`` it is a transcoder.
-    Processes that share the training get the same sample.
-    """
-    torch.manual_seed(seed)
-    d_out = None if target is None else target.shape[1]
-    sae = bare_autoencoder(settings, sample.shape[1], d_out, ranks).to(sample.device)
-    sae.initialise(sample, settings.b_dec_init, target)
-    if sae.log_threshold is not None:
-        options = settings.encoder
-        start = options.threshold or sae.threshold_for(settings.sparsity.target_l0 or settings.k, sample)
-        sae.train_thresholds(start, options.bandwidth)
-    return sae
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
 from saelab.sae.losses import MULTI_FACTOR
-from saelab.sae.model import _DRAWN_ROWS, _MOST_ENTRIES, bare_autoencoder
+from saelab.sae.model import _DRAWN_ROWS, _MOST_ENTRIES
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from saelab.memory import BEGINNING, READING, RESUMING, STEP, THRESHOLDS, Need, Place, no_numbers
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import calibration_bytes, initialisation_bytes, step_needs
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer

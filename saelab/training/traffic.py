@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from saelab.memory import no_numbers
 from saelab.ranks import Axis, Ranks
 from saelab.sae.losses import MULTI_FACTOR
-from saelab.sae.model import bare_autoencoder
 from saelab.sae.needs import aux_entries, candidates
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings

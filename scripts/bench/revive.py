@@ -24,7 +24,8 @@ from torch import Tensor
 
 from saelab import AuxSettings, Batch, SaeSettings, Trainer, TrainingSettings, new_autoencoder, open_cache
 from saelab.errors import SaelabError
-from saelab.sae.model import SparseAutoencoder, bare_autoencoder
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.new import bare_autoencoder
 
 SAMPLE = 32_768
 RESAMPLE = 245_760

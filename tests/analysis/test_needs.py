@@ -5,7 +5,7 @@ from saelab.analysis.needs import evaluation_needs
 from saelab.analysis.settings import EvalSettings
 from saelab.encoded import Reader, read_all
 from saelab.memory import fullest, peak_bytes
-from saelab.sae.model import new_autoencoder
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import SaeSettings
 from tests.tiny import CONTEXT, language_model, random_rows
 

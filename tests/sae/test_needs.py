@@ -8,8 +8,9 @@ import torch
 from saelab.memory import peak_bytes
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import FeatureChoice, TokenChoice
-from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.needs import calibration_bytes, initialisation_bytes, step_needs
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

@@ -9,7 +9,8 @@ import torch
 
 import saelab
 from saelab.sae.checkpoint import save_sae
-from saelab.sae.model import SparseAutoencoder, new_autoencoder
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import AllocationSettings, EncoderSettings, SaeSettings, SparsitySettings
 
 GOLDEN = Path(__file__).parents[1] / "data"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from saelab.sae.losses import batch_fvu
-from saelab.sae.model import Batch, SparseAutoencoder, new_autoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from saelab.memory import peak_bytes
-from saelab.sae.model import Batch, new_autoencoder
+from saelab.sae.model import Batch
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from saelab.ranks import ALONE, Ranks
-from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder, bare_autoencoder
+from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

@@ -7,7 +7,8 @@ import torch
 
 from saelab.errors import SaelabError, SettingError
 from saelab.ranks import ALONE, Ranks
-from saelab.sae.model import Batch, bare_autoencoder
+from saelab.sae.model import Batch
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
 from saelab.training import trainer
 from saelab.training.resample import resample

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from saelab.errors import SettingError
 from saelab.memory import peak_bytes
 from saelab.sae.allocation.rules import FeatureChoice
-from saelab.sae.model import LIFT, Batch, SparseAutoencoder, new_autoencoder
+from saelab.sae.model import LIFT, Batch, SparseAutoencoder
+from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

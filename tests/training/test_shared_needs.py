@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from saelab.memory import peak_bytes
 from saelab.ranks import Ranks, layout
-from saelab.sae.model import Batch, bare_autoencoder
+from saelab.sae.model import Batch
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings, SparsitySettings
 from saelab.training.needs import STATE_TEXT, training_needs
 from saelab.training.settings import CheckpointSettings, TrainingSettings

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from saelab.ranks import ALONE, Ranks, layout
-from saelab.sae.model import Batch, bare_autoencoder
+from saelab.sae.model import Batch
+from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,

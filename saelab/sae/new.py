@@ -1,0 +1,53 @@
+"""The autoencoder that a training starts from, as its settings say."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from saelab.ranks import ALONE, Ranks
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.settings import EncoderSettings, SaeSettings
+
+
+def bare_autoencoder(
+    settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
+) -> SparseAutoencoder:
+    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder.
+
+    If `ranks` share the features it has those of this process.
+    """
+    sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
+    threshold = allocation_of(settings).initial_threshold
+    if threshold is not None:
+        sae.threshold = torch.full((1,), threshold)
+    ENCODERS[settings.encoder.name](sae, settings.encoder)
+    return sae
+
+
+ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
+    "linear": lambda sae, options: None,
+    "jumprelu": lambda sae, options: sae.train_thresholds(1.0, options.bandwidth),
+}
+"""By the name of an encoder, the function that adds its parameters to a bare autoencoder."""
+
+
+def new_autoencoder(
+    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None, ranks: Ranks = ALONE
+) -> SparseAutoencoder:
+    """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
+
+    The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]`` it is a transcoder.
+    Processes that share the training get the same sample.
+    """
+    torch.manual_seed(seed)
+    d_out = None if target is None else target.shape[1]
+    sae = bare_autoencoder(settings, sample.shape[1], d_out, ranks).to(sample.device)
+    sae.initialise(sample, settings.b_dec_init, target)
+    if sae.log_threshold is not None:
+        options = settings.encoder
+        start = options.threshold or sae.threshold_for(settings.sparsity.target_l0 or settings.k, sample)
+        sae.train_thresholds(start, options.bandwidth)
+    return sae
