@@ -81,7 +81,7 @@ def test_pages_have_titles_and_links_that_keep_the_run(page, server):
     page.wait_for_url(f"{server}/runs?run=bare")  # the title may come first
     page.get_by_test_id("stMain").get_by_role("link", name="whole").click()
     page.wait_for_function("document.title === 'Run · whole'")
-    assert page.url.startswith(f"{server}/run?run=whole")
+    page.wait_for_url(lambda url: url.startswith(f"{server}/run?run=whole"))
     page.go_back()
     page.wait_for_function("document.title === 'Runs · bare'")
     page.wait_for_timeout(800)  # Streamlit loses a Back within some 0.2 s of another
