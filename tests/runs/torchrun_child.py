@@ -53,5 +53,6 @@ for number, command in enumerate(json.loads(sys.argv[1])):
         main()
     except SystemExit as ended:
         code = ended.code or 0
-    print(f"ended: {number} {os.environ['RANK']} {code}", file=sys.stderr, flush=True)
+    # All processes write to one pipe: a line and its end in one call, or another process's line comes between them.
+    os.write(2, f"ended: {number} {os.environ['RANK']} {code}\n".encode())
 sys.exit(code)
