@@ -18,8 +18,8 @@ fraction     T = x p, P what the main features contribute, A the three largest c
              at least 0.1: 0 if P >= T or A < 0.4 T; 1 if P <= 0; else B / (B + P) with B = min(A, T - P)
 
 The rates are means over the words of a class, and over classes. Intervals are over words. The paper uses models of 1 B
-parameters and more, and SAEBench of 2 B: a model that does not know the concept has no probe to absorb from, so read F1
-of the probes first.
+parameters and more, and SAEBench of 2 B. Read both F1 first: without a good probe the model does not know the concept,
+and without good main features there is nothing that narrower ones could take over from.
 """
 
 from collections.abc import Mapping
