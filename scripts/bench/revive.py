@@ -4,7 +4,8 @@ An autoencoder is trained for a while without an auxiliary loss and with too lar
 that features die. From that state each remedy, and none, trains on the same further batches with --lr. `back` is the
 share of the features that were dead (not active for --dead-after tokens) that are active in the last --dead-after
 tokens; `back, held out` the share that is active on tokens that nothing was trained on, in inference. Mean ± standard
-deviation over seeds.
+deviation over seeds. A second table divides them by the reason for which `saelab.analysis.dead` finds them dead on the
+last --dead-after tokens before the remedies; those that it finds alive there are left out of it.
 
     saelab cache quickstart --out caches/quickstart --tokens 1.2e6
     python scripts/bench/revive.py --cache caches/quickstart          # half an hour on one core
@@ -23,6 +24,8 @@ from table import table
 from torch import Tensor
 
 from saelab import AuxSettings, Batch, SaeSettings, Trainer, TrainingSettings, new_autoencoder, open_cache
+from saelab.analysis.dead import REASONS, dead
+from saelab.encoded import Block
 from saelab.errors import SaelabError
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.new import bare_autoencoder
@@ -63,6 +66,21 @@ def fvu_and_counts(sae: SparseAutoencoder, x: Tensor) -> tuple[float, Tensor]:
     return error / (x.double() - mean).square().sum().item(), counts
 
 
+def reasons(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """Why each feature is dead on x ``[tokens, d_in]``: its index in REASONS, or -1, ``[n_features]``."""
+    row = 256
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, len(x), 16 * row):
+            part = x[start : start + 16 * row].float()
+            rows = torch.zeros(-(-len(part) // row), row, dtype=torch.long)
+            yield Block(rows, start // row, start + torch.arange(len(part)), part, sae.encode(part))
+
+    found, reason = dead(sae, blocks(), -(-len(x) // row)), torch.full((sae.n_features,), -1)
+    reason[torch.from_numpy(found.dead_features)] = torch.from_numpy(found.reason).long()
+    return reason
+
+
 def study(x: Tensor, held_out: Tensor, args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     """The figures of each remedy for one seed."""
     steps = args.before + args.after
@@ -74,6 +92,9 @@ def study(x: Tensor, held_out: Tensor, args: argparse.Namespace, seed: int) -> d
     for batch in batches(x, seed, 0, args.before, args.batch):
         base.step(batch)
     died = base.usage.dead()
+    until = args.before * args.batch
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:until][-args.dead_after :]
+    reason = torch.where(died, reasons(base.sae, x[order]), -1)
     print(f"seed {seed}: {int(died.sum())} of {args.n_features} dead after {base.tokens:,} tokens", flush=True)
     found = {}
     for name, (aux, resample) in REMEDIES.items():
@@ -87,18 +108,31 @@ def study(x: Tensor, held_out: Tensor, args: argparse.Namespace, seed: int) -> d
         trainer.usage.dead_after = args.dead_after
         for batch in batches(x, seed, args.before, args.after, args.batch):
             trainer.step(batch)
-        dead = trainer.usage.dead()
+        silent = trainer.usage.dead()
         fvu, counts = fvu_and_counts(trainer.sae, held_out)
+        of_reason = {name: reason == number for number, name in enumerate(REASONS)}
         found[name] = {
             "died": int(died.sum()),
-            "back": (died & ~dead).sum().item() / max(1, int(died.sum())),
+            "back": (died & ~silent).sum().item() / max(1, int(died.sum())),
             "back_held_out": (died & (counts > 0)).sum().item() / max(1, int(died.sum())),
-            "dead": int(dead.sum()),
-            "newly_dead": int((dead & ~died).sum()),
+            "dead": int(silent.sum()),
+            "newly_dead": int((silent & ~died).sum()),
             "fvu": fvu,
+            **{f"died: {name}": int(which.sum()) for name, which in of_reason.items()},
+            **{f"back: {name}": int((which & ~silent).sum()) for name, which in of_reason.items()},
         }
-        print(f"  {name:15}" + "  ".join(f"{key} {value:.4g}" for key, value in found[name].items()), flush=True)
+        print(f"  {name:15}" + "  ".join(f"{key} {found[name][key]:.4g}" for key in ("died", *COLUMNS)), flush=True)
     return found
+
+
+def by_reason(seeds: list[dict[str, dict[str, float]]]) -> str:
+    """A table: the share of the features dead for each reason that each remedy brings back, all seeds together."""
+    lines = []
+    for reason in REASONS:
+        total = sum(next(iter(found.values()))[f"died: {reason}"] for found in seeds)
+        back = {name: sum(found[name][f"back: {reason}"] for found in seeds) for name in seeds[0]}
+        lines.append([reason, f"{total}", *(f"{100 * n / total:.0f}" if total else "" for n in back.values())])
+    return table(["reason", "features", *(f"{name} (%)" for name in seeds[0])], lines)
 
 
 def main() -> None:
@@ -137,6 +171,7 @@ def main() -> None:
             spread = statistics.stdev(values) if len(values) > 1 else float("nan")
             lines[-1].append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")
     print(table(["remedy", *(title for title, _, _ in COLUMNS.values())], lines))
+    print(f"\n{by_reason(seeds)}")
 
 
 if __name__ == "__main__":

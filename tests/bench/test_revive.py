@@ -18,5 +18,9 @@ def test_each_remedy_goes_on_from_the_same_dead_features(capsys):
     for each in found.values():
         assert 0 <= each["back"] <= 1 and 0 <= each["back_held_out"] <= 1 and each["fvu"] > 0
         assert each["dead"] == round(died * (1 - each["back"])) + each["newly_dead"]
+        by_reason = {key: n for key, n in each.items() if key.startswith("died: ")}
+        assert 0 < sum(by_reason.values()) <= died and by_reason.items() <= found["none"].items()
+        assert all(each[key.replace("died", "back")] <= n for key, n in by_reason.items())
+    assert revive.by_reason([found]).count("\n") == 1 + len(revive.REASONS)
     assert found["aux_k, lift"]["back"] > found["none"]["back"]
     assert "dead after 600 tokens" in capsys.readouterr().out
