@@ -5,14 +5,14 @@
 
 1. `saelab cache` writes activations with gradients, unless --cache names some.
 2. For each method `saelab sweep` trains and evaluates its seeds on the same batches of the cache.
-3. One pass over the held-out text for each method: number of features and error of every token (adaptive.py).
+3. One pass over the held-out text for all runs: number of features and error of every token (adaptive.py).
 4. What the claims need besides: budgets dealt to other tokens, steering, selection by the gradient.
 5. Tables (methods_claims.py, methods_report.py) go to the terminal and to FOLDER/methods.md.
 
 The same command goes on after a kill; finished steps are not repeated. A step is made again if its weights, text or
-settings have changed. --write trains and measures nothing: it puts the tables of the finished methods between the
-marks of a file, `<!-- methods -->` and `<!-- /methods -->`, and the same with `methods: gradient`, and changes nothing
-else in it.
+settings have changed. Several commands with --only and different methods may train at the same time, from one --cache.
+--write trains and measures nothing: it puts the tables of the finished methods between the marks of a file,
+`<!-- methods -->` and `<!-- /methods -->`, and the same with `methods: gradient`, and changes nothing else in it.
 """
 
 import argparse
@@ -52,6 +52,8 @@ class Options(NamedTuple):
     seeds: int = 3
     steered: int = 100
     """Features of each autoencoder that are steered."""
+    only: Sequence[str] = ()
+    """Methods to train; then nothing is measured. () for all."""
 
 
 def methods() -> dict[str, list[str]]:
@@ -79,16 +81,20 @@ def runs_of(options: Options, name: str) -> list[Path]:
 
 
 def main(options: Options) -> str:
-    """Train and measure all that is missing; returns the report, which is also in `methods.md`."""
+    """Train and measure all that is missing; returns the report, which is also in `methods.md`; "" with `only`."""
     cache, begin = options.cache or options.out / "cache", time.monotonic()
     overrides = [f"eval.ce_tokens={CE_TOKENS}", *options.overrides]
     if options.cache is None:
         saelab.cache(options.config, cache, [*overrides, "cache.gradients=true"], track=bar, say=print)
     for name, settings in methods().items():
-        seeds = [int(run.name.removeprefix("seed")) for run in runs_of(options, name)]
+        if options.only and name not in options.only:
+            continue
+        seeds = [seed_of(run) for run in runs_of(options, name)]
         made = [f"out={options.out / name}", f"activations.cache={cache}", f"sweep.sae.seed={seeds}"]
         saelab.sweep(options.config, [*overrides, *settings, *made], track=bar, say=print)
         print(f"{TITLES[name]}: {time.monotonic() - begin:.0f} s so far", flush=True)
+    if options.only:
+        return ""
     text = "\n\n".join(report(found(options, measure=True)).values())
     (options.out / "methods.md").write_text(text + "\n", encoding="utf-8")
     print(f"{time.monotonic() - begin:.0f} s in all")
@@ -100,12 +106,14 @@ def found(options: Options, *, measure: bool) -> Found:
     finished = {name: [run for run in runs_of(options, name) if finished_run(run)] for name in TITLES}
     finished = {name: runs for name, runs in finished.items() if runs}
     study = _Study(options, measure)
+    if measure:
+        study.per_token([run for paths in finished.values() for run in paths])
     runs: dict[str, list[Run]] = {}
     for name, paths in finished.items():
-        if measure:
-            study.per_token(name, paths)
         read = [(path, study.arrays(path)) for path in paths]
-        runs[name] = [Run(folder.evaluation(path) or {}, arrays) for path, arrays in read if arrays is not None]
+        runs[name] = [
+            Run(seed_of(path), folder.evaluation(path) or {}, arrays) for path, arrays in read if arrays is not None
+        ]
     runs = {name: each for name, each in runs.items() if each}
     first = {name: paths[0] for name, paths in finished.items() if name in runs}
     experiments = {
@@ -117,6 +125,10 @@ def found(options: Options, *, measure: bool) -> Found:
     }
     settings = settings_of(next(iter(first.values())) / folder.SETTINGS) if first else None
     return Found(runs, {name: each for name, each in experiments.items() if each is not None}, settings)
+
+
+def seed_of(run: Path) -> int:
+    return int(run.name.removeprefix("seed"))
 
 
 def finished_run(run: Path) -> bool:
@@ -144,8 +156,8 @@ class _Study:
         path = self.file(run)
         return dict(np.load(path, allow_pickle=False)) if path.is_file() else None
 
-    def per_token(self, name: str, runs: Sequence[Path]) -> None:
-        """Measure the tokens of those `runs` of a method that have no file yet, in one pass over the text."""
+    def per_token(self, runs: Sequence[Path]) -> None:
+        """Measure the tokens of those `runs` that have no file yet, in one pass over the text."""
         runs = [run for run in runs if not self.file(run).is_file()]
         if not runs:
             return
@@ -157,7 +169,7 @@ class _Study:
             (sae, job.settings.site, [Reader(each.add, len(rows), s.rows_per_forward)])
             for sae, each in zip(saes, tokens, strict=True)
         ]
-        print(f"{TITLES[name]}: every token", flush=True)
+        print(f"{len(runs)} runs: every token", flush=True)
         read_all(job.lm, rows, readings, track=bar)
         self.folder.mkdir(parents=True, exist_ok=True)
         for run, each in zip(runs, tokens, strict=True):
@@ -288,8 +300,9 @@ if __name__ == "__main__":
     parser.add_argument("--cache", type=Path, help="a cache with gradients; by default FOLDER/cache is written")
     parser.add_argument("--seeds", type=command.whole(1), default=Options().seeds)
     parser.add_argument("--steered", type=command.whole(1), default=Options().steered, help="features to steer")
+    parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="only train these methods")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the finished figures into FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     a = parser.parse_args()
-    chosen = Options(a.config, a.overrides, a.out, a.cache, a.seeds, a.steered)
+    chosen = Options(a.config, a.overrides, a.out, a.cache, a.seeds, a.steered, a.only)
     command.run(lambda: print(main(chosen)) if a.write is None else write(chosen, a.write))

@@ -29,6 +29,7 @@ TITLES = {
     GRADIENT + FROZEN: "gradient-aware TopK, decoder frozen",
 }
 """By the name of the folder, in the order of training and of the table."""
+UNKNOWN = "no figure known to us"
 COLUMNS = {
     "fvu": ("FVU", 4, 1),
     "delta_ce": ("delta CE (nats)", 4, 1),
@@ -42,6 +43,7 @@ COLUMNS = {
 class Run(NamedTuple):
     """A finished run: its evaluation, and the arrays of `PerToken`."""
 
+    seed: int
     evaluation: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
@@ -70,7 +72,7 @@ def mutual_claims(found: Found, figures: Figures) -> list[Line]:
         lines.append(
             line(
                 "M1 tokens differ in how hard they are to reconstruct: error per token of TopK, over its mean",
-                "no figure known to us",
+                UNKNOWN,
                 f"Gini {shown(error['Gini'])}; the hardest tenth has {shown(error['share of the top tenth'])} of the "
                 f"error; 5% and 95% quantiles {_of_mean(error, '5%')} and {_of_mean(error, '95%')}",
                 away(error["Gini"], 0.05),
@@ -97,7 +99,7 @@ def mutual_claims(found: Found, figures: Figures) -> list[Line]:
         lines.append(
             line(
                 "M4 the number of active features varies by token (mutual choice, by its threshold)",
-                "no figure known to us",
+                UNKNOWN,
                 f"mean {shown(l0['mean'])}, standard deviation {shown(l0['standard deviation'])}, 5% to 95% of the "
                 f"tokens {l0['5% quantile']:.0f} to {l0['95% quantile']:.0f}",
                 away(l0["standard deviation"], 1),
@@ -112,7 +114,7 @@ def mutual_claims(found: Found, figures: Figures) -> list[Line]:
             )
         )
     zipf, none = f"{TOPK}-zipf", f"{TOPK}-none"
-    paired: Sequence[tuple[str, str, str, str]] = (
+    paired: Sequence[tuple[str, ...]] = (
         ("M6 aux_zipf leaves fewer dead features", zipf, TOPK, "never_active"),
         ("M6 the same, against no auxiliary loss", zipf, none, "never_active"),
         ("M6 aux_zipf leaves fewer under-used features", zipf, TOPK, "under_half"),
@@ -120,7 +122,7 @@ def mutual_claims(found: Found, figures: Figures) -> list[Line]:
         ("M6 dead, with mutual choice", f"{MUTUAL}-zipf", MUTUAL, "never_active"),
         ("M6 under-used, with mutual choice", f"{MUTUAL}-zipf", MUTUAL, "under_half"),
         ("M7 fewer dead features", MUTUAL, TOPK, "never_active"),
-        ("M7 fewer dead features", FEATURE, TOPK, "never_active"),
+        ("M7 fewer dead features", FEATURE, TOPK, "never_active", "nearly none dead"),
         ("M8 better reconstruction at equal sparsity", MUTUAL, TOPK, "fvu"),
         ("M8 better reconstruction at equal sparsity", f"{MUTUAL}-zipf", zipf, "fvu"),
         ("M8 better reconstruction at equal sparsity", FEATURE, TOPK, "fvu"),
@@ -130,7 +132,7 @@ def mutual_claims(found: Found, figures: Figures) -> list[Line]:
         lines.append(
             line(
                 "M8 the same for one seed, over rows: FVU of mutual choice less that of TopK",
-                "",
+                UNKNOWN,
                 shown(difference_of_errors(found.runs[MUTUAL][0], found.runs[TOPK][0]), sign=True),
                 below(difference_of_errors(found.runs[MUTUAL][0], found.runs[TOPK][0])),
             )
@@ -193,7 +195,7 @@ def gradient_claims(found: Found, figures: Figures) -> list[Line]:
             line(
                 f"G4 its features steer better in arbitrary contexts: steering score (logits), {steering['features']} "
                 "features matched by density",
-                "better on average, no figure known to us",
+                "better on average; " + UNKNOWN,
                 f"{shown(mean(gradient[:, 0]))} against TopK's {shown(mean(topk[:, 0]))}, difference "
                 f"{shown(difference, sign=True)}; random directions {shown(mean(gradient[:, 1]))} and "
                 f"{shown(mean(topk[:, 1]))}",
@@ -205,7 +207,7 @@ def gradient_claims(found: Found, figures: Figures) -> list[Line]:
             line(
                 "G5 features are representations and actions: rank correlation of activation share and effect of "
                 "ablation",
-                "no figure known to us",
+                UNKNOWN,
                 f"gradient-aware {shown(gradient, sign=True)}, TopK {shown(topk, sign=True)}",
                 "the effect does not follow the share" if gradient[1] <= 0 else "the effect follows the share",
             )
@@ -213,19 +215,20 @@ def gradient_claims(found: Found, figures: Figures) -> list[Line]:
     return lines
 
 
-def by_seed(figures: Figures, claim: str, better: str, worse: str, key: str) -> Line | None:
-    """The line of the claim that `better` is below `worse` in the figure `key`; None if one of them is missing."""
-    if better not in figures or worse not in figures:
-        return None
+def by_seed(figures: Figures, claim: str, better: str, worse: str, key: str, paper: str = UNKNOWN) -> Line | None:
+    """The line of the claim that `better` is below `worse` in the figure `key`; None if they have no seed in common."""
     title, digits, factor = COLUMNS[key]
-    each = [factor * (a[key] - b[key]) for a, b in zip(figures[better], figures[worse], strict=False)]
+    other = {line["seed"]: line[key] for line in figures.get(worse, ())}
+    each = [factor * (line[key] - other[line["seed"]]) for line in figures.get(better, ()) if line["seed"] in other]
+    if not each:
+        return None
     seeds = ", ".join(f"{value:+.{digits}f}" for value in each)
     what = f"{claim}: {title} of {TITLES[better]} less that of {TITLES[worse]}"
     if len(each) < 2:
-        return [what, "fewer, no figure known to us", f"{seeds} (one seed)", "one seed only"]
+        return [what, paper, f"{seeds} (one seed)", "one seed only"]
     low, high = students(each)
     here = f"{statistics.mean(each):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}); seeds {seeds}"
-    return [what, "lower, no figure known to us", here, below((0.0, low, high))]
+    return [what, paper, here, below((0.0, low, high))]
 
 
 def students(values: Sequence[float]) -> tuple[float, float]:

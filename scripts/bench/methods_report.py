@@ -70,7 +70,7 @@ def figures_of(found: Found) -> Figures:
         densities = -np.sort(-run.arrays["counts"] / e["tokens"])
         under = float("nan") if curve is None else float((densities < 0.5 * curve).mean())
         figures = {name: e[name] for name in ("fvu", "delta_ce", "loss_recovered_mean", "l0")}
-        return figures | {"never_active": e["never_active"] / e["n_features"], "under_half": under}
+        return figures | {"seed": run.seed, "never_active": e["never_active"] / e["n_features"], "under_half": under}
 
     return {name: [line(run) for run in runs] for name, runs in found.runs.items()}
 

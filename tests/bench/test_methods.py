@@ -37,6 +37,9 @@ def test_the_study_trains_measures_goes_on_and_writes(tmp_path: Path, monkeypatc
     with pytest.raises(SaelabError, match="no run of the study is finished"):
         methods.write(options, file)
 
+    assert methods.main(options._replace(only=[TOPK])) == ""  # as one of several commands at a time
+    assert methods.finished_run(options.out / TOPK / "seed1") and not (options.out / MUTUAL).exists()
+
     sweep, trained = saelab.sweep, []
 
     def killed(*arguments, **named):
@@ -101,9 +104,14 @@ def test_only_the_text_between_the_marks_changes() -> None:
 def test_the_interval_over_seeds_is_students() -> None:
     low, high = students([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
-    seeds = {"topk": [{"fvu": 0.2}, {"fvu": 0.21}, {"fvu": 0.2}], "mutual": [{"fvu": 0.1}, {"fvu": 0.11}, {"fvu": 0.1}]}
+    seeds = {
+        "topk": [{"seed": i, "fvu": fvu} for i, fvu in enumerate((0.2, 0.21, 0.2, 9))],
+        "mutual": [{"seed": i, "fvu": fvu} for i, fvu in ((2, 0.1), (0, 0.1), (1, 0.11))],
+        "gradient": [{"seed": 5, "fvu": 0.1}],
+    }
     line = by_seed(seeds, "M8", "mutual", "topk", "fvu")
     assert line is not None and line[3] == "shown" and by_seed(seeds, "M8", "feature", "topk", "fvu") is None
+    assert "seeds -0.1000, -0.1000, -0.1000" in line[2] and by_seed(seeds, "M8", "gradient", "topk", "fvu") is None
     worse = by_seed(seeds, "M8", "topk", "mutual", "fvu")
     assert worse is not None and worse[3] == "the opposite"
 
