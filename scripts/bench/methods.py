@@ -293,6 +293,14 @@ def write(options: Options, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def _methods(text: str) -> list[str]:
+    """The type of --only."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in TITLES]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(TITLES)}")
+    return names
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=Options().config, help="a file, or the name of a shipped config")
@@ -300,7 +308,7 @@ if __name__ == "__main__":
     parser.add_argument("--cache", type=Path, help="a cache with gradients; by default FOLDER/cache is written")
     parser.add_argument("--seeds", type=command.whole(1), default=Options().seeds)
     parser.add_argument("--steered", type=command.whole(1), default=Options().steered, help="features to steer")
-    parser.add_argument("--only", nargs="+", choices=TITLES, default=(), help="only train these methods")
+    parser.add_argument("--only", type=_methods, default=(), metavar="NAME,...", help="only train these methods")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the finished figures into FILE")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     a = parser.parse_args()

@@ -209,7 +209,10 @@ def gradient_claims(found: Found, figures: Figures) -> list[Line]:
                 "ablation",
                 UNKNOWN,
                 f"gradient-aware {shown(gradient, sign=True)}, TopK {shown(topk, sign=True)}",
-                "the effect does not follow the share" if gradient[1] <= 0 else "the effect follows the share",
+                {
+                    "shown": "the effect follows the share",
+                    "the opposite": "the larger the share, the smaller the effect",
+                }.get(above(gradient), "the effect does not follow the share"),
             )
         )
     return lines
@@ -252,7 +255,7 @@ def mean(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def shown(figure: Sequence[float], *, sign: bool = False) -> str:
-    value, low, high = (each if each is not None else float("nan") for each in figure)
+    value, low, high = figure
     form: Callable[[float], str] = (lambda x: f"{x:+.4f}") if sign else (lambda x: f"{x:.4g}")
     return f"{form(value)} ({form(low)} to {form(high)})"
 
