@@ -203,6 +203,14 @@ def steering_effects(
     )
 
 
+def steerable_features(
+    sae: SparseAutoencoder, lm: LanguageModel, rows: Tensor, site: str, settings: SteeringSettings
+) -> np.ndarray:
+    """The features that `steering_effects` takes on this text: those active in enough rows, rising, int64."""
+    survey = _survey(sae, lm, encoded(sae, lm, rows, site, settings.rows_per_forward))
+    return np.flatnonzero(survey.rows_active >= settings.contexts)
+
+
 class _Survey(NamedTuple):
     tokens: int
     norm: float

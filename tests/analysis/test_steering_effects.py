@@ -10,7 +10,13 @@ from torch import Tensor
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.analysis.settings import Intervention, SteeringSettings
 from saelab.analysis.steering import steered
-from saelab.analysis.steering_effects import CONTEXTS, MODES, SteeringEffects, steering_effects
+from saelab.analysis.steering_effects import (
+    CONTEXTS,
+    MODES,
+    SteeringEffects,
+    steerable_features,
+    steering_effects,
+)
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
@@ -106,6 +112,16 @@ def test_steered_positions_are_the_positions_that_are_reported(kind: str, monkey
                 else:  # a feature that has its value already changes nothing
                     assert all(place in places for place in where + random_where)
                 assert lengths == pytest.approx(random_lengths, rel=1e-3, abs=1e-5)
+
+
+def test_steerable_features_are_active_in_enough_rows() -> None:
+    lm, sae = language_model("gpt2"), autoencoder(SITE)
+    rows = random_rows(lm, ROWS)
+    _, z = activations(lm, sae, rows, SITE)
+    rows_active = ((z > 0) & lm.scored(rows)[..., None]).any(1).sum(0)
+    few = SteeringSettings(rows_per_forward=5, contexts=7)
+    found = steerable_features(sae, lm, rows, SITE, few)
+    assert found.tolist() == (rows_active >= 7).nonzero().squeeze(1).tolist() and 0 < len(found) < sae.n_features
 
 
 def test_a_feature_that_is_strongest_at_the_end_of_a_row_is_steered_before_it() -> None:
