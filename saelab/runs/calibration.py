@@ -1,9 +1,17 @@
-"""Thresholds that replace a batch-wide allocation in inference, set on text that evaluation does not read."""
+"""Thresholds that replace a batch-wide allocation in inference.
+
+One threshold for all features is a quantile over held-out text that evaluation does not read. Thresholds of single
+features need many documents besides: a feature that is frequent in few of them, and in none that is read, gets too low
+a threshold, and nothing makes up for it elsewhere, so L0 is too high on other text. Most documents are in the training
+text. But the models may know that text, and then features are stronger on it than on other text. So the thresholds are
+set on training text, in relation to each other, and then multiplied by the factor that gives their mean density on
+held-out text.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +23,9 @@ from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
+from saelab.runs.job import Say, quiet
 from saelab.sae.model import SparseAutoencoder
-from saelab.sae.thresholds import CALIBRATION_TOKENS
+from saelab.sae.thresholds import CALIBRATION_TOKENS, Calibration
 from saelab.sae.thresholds import calibrate as thresholds_for
 
 _ORDERS = 8
@@ -25,10 +34,18 @@ _STRIDE = 8
 """Rows of training text that are read for each one that calibration uses."""
 
 
+class CalibrationRows(NamedTuple):
+    """Token ids that thresholds are set on, int32 ``[rows, context]``."""
+
+    held_out: Tensor
+    training: Tensor | None = None
+    """Rows of many documents of the training text, for thresholds of single features; None if there is one for all."""
+
+
 def calibrate(
     sae: SparseAutoencoder,
     lm: LanguageModel,
-    rows: Tensor,
+    rows: CalibrationRows,
     site: str,
     densities: Tensor | None,
     *,
@@ -39,50 +56,63 @@ def calibrate(
 ) -> dict[str, Any]:
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
-    `rows` ``[rows, context]`` are token ids (`calibration_rows`); `sae` was trained on `scale` times the activations at
-    `site` with norms up to `largest_norm` (before scaling). The densities are those of `Trained`: a scalar,
-    ``[n_features]``, or None if inference needs no thresholds. Raises SaelabError, with row and position, if an
-    activation is NaN or infinite, and if no token is left.
+    `sae` was trained on `scale` times the activations at `site` with norms up to `largest_norm` (before scaling). The
+    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds. Raises
+    SaelabError, with row and position, if an activation is NaN or infinite, and if no token is left.
     """
     if densities is None:
         return {}
 
-    def activations() -> Iterator[Tensor]:
-        batches = read_activations(lm, rows.cpu().numpy(), site, rows_per_forward)
-        for batch in track(batches, "calibration", rows.numel(), len):
+    def activations(text: Tensor) -> Iterator[Tensor]:
+        batches = read_activations(lm, text.cpu().numpy(), site, rows_per_forward)
+        for batch in track(batches, "calibration", text.numel(), len):
             keep = within(batch.values, largest_norm)
             values = batch.values if keep is None else batch.values[keep]
             if len(values):
                 yield values * scale
 
-    some = activations()
-    first = next(some, None)
-    if first is None:
-        raise SaelabError(
-            "calibration: the rows hold no ordinary token that training would not leave out, so thresholds cannot be "
-            "set; use another text"
-        )
-    calibration = thresholds_for(sae.pre_activations, chain([first], some), densities, rows.numel())
-    sae.threshold = calibration.threshold.to(sae.W_dec).reshape(-1)
-    return {"calibration_tokens": calibration.tokens, "rough_thresholds": int(calibration.flagged.sum())}
+    def reproducing(densities: Tensor, text: Tensor, pre_activations: Callable[[Tensor], Tensor]) -> Calibration:
+        some = activations(text)
+        first = next(some, None)
+        if first is None:
+            raise SaelabError(
+                "calibration: the rows hold no ordinary token that training would not leave out, so thresholds cannot "
+                "be set; use another text"
+            )
+        return thresholds_for(pre_activations, chain([first], some), densities, text.numel())
+
+    pre_activations = sae.pre_activations
+    if rows.training is None:
+        found = reproducing(densities, rows.held_out, pre_activations)
+        threshold, tokens = found.threshold, found.tokens
+    else:
+        found = reproducing(densities, rows.training, pre_activations)
+        relative = found.threshold.to(sae.W_dec)
+        # above 0 / 0, which is NaN, nothing is active; x / 0 is active whatever the factor, as above the threshold 0
+        level = reproducing(densities.mean(), rows.held_out, lambda x: pre_activations(x).div_(relative))
+        threshold, tokens = level.threshold * relative, found.tokens + level.tokens
+    sae.threshold = threshold.to(sae.W_dec).reshape(-1)
+    return {"calibration_tokens": tokens, "rough_thresholds": int(found.flagged.sum())}
 
 
-def calibration_rows(corpus: Corpus, evaluated_tokens: int) -> Tensor:
-    """Rows of `corpus` for `calibrate`, int32 ``[rows, context]``, with about `CALIBRATION_TOKENS` tokens.
+def calibration_rows(
+    corpus: Corpus, evaluated_tokens: int, densities: Tensor | None, say: Say = quiet
+) -> CalibrationRows:
+    """The rows for `calibrate` with these densities, of each text about `CALIBRATION_TOKENS` tokens.
 
-    Up to half of them are held out, and come after the rows that an evaluation on `evaluated_tokens` reads; the others
-    are spread over the training text. They depend on the corpus only. Raises SaelabError if no text is held out.
-
-    A threshold for each feature needs many documents: a feature that is frequent in a few of them, and none of them is
-    read, gets too low a threshold, and nothing makes up for it elsewhere. Training text has the most documents. But
-    the language model and the autoencoder may know it, and then features are stronger there than on other text.
+    They depend on the corpus only. The held-out ones come after those that an evaluation on `evaluated_tokens` reads;
+    if less than a quarter of them is there, they are the last rows, and `say` reports it. Raises SaelabError if no text
+    is held out.
     """
     wanted = calibration_tokens(corpus.context) // corpus.context
     held_out = corpus.held_out_rows(evaluated_tokens + CALIBRATION_TOKENS)
     ordinary = (~np.isin(held_out, sorted(corpus.special_ids))).sum(1)
-    unread = held_out[ordinary.cumsum() - ordinary >= evaluated_tokens]
-    some = _evenly(unread, wanted // 2)
-    return torch.from_numpy(np.concatenate([_spread(corpus, wanted - len(some)), some]))
+    unread = int((ordinary.cumsum() - ordinary >= evaluated_tokens).sum())
+    if unread < (few := math.ceil(wanted / 4)):
+        say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
+    held_out = torch.from_numpy(held_out[-min(wanted, max(unread, few)) :])
+    per_feature = densities is not None and densities.ndim == 1
+    return CalibrationRows(held_out, torch.from_numpy(_spread(corpus, wanted)) if per_feature else None)
 
 
 def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
@@ -93,7 +123,8 @@ def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
     """
     first = list(islice(corpus.train_rows(seed=0), wanted * _STRIDE))
     if len(first) < wanted * _STRIDE:
-        return _evenly(np.stack(first), wanted)
+        chosen = np.arange(min(wanted, len(first))) * len(first) // min(wanted, len(first))
+        return np.stack(first)[chosen]
     rows = []
     for seed in range(_ORDERS):
         share = wanted * (seed + 1) // _ORDERS - wanted * seed // _ORDERS
@@ -101,11 +132,6 @@ def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _evenly(rows: np.ndarray, wanted: int) -> np.ndarray:
-    """`wanted` of the rows, or all there are, at equal distances."""
-    return rows[np.arange(wanted) * len(rows) // wanted] if wanted < len(rows) else rows
-
-
 def calibration_tokens(context: int) -> int:
-    """Tokens, BOS included, of the rows that `calibration_rows` returns if there is enough text."""
+    """Tokens, BOS included, of the rows of each text that `calibration_rows` returns if there is enough of it."""
     return math.ceil(CALIBRATION_TOKENS / (context - 1)) * context

@@ -1,14 +1,14 @@
 """The encoder's first scale, and the text that thresholds are set on: token, mutual and feature choice alike.
 
-Scale. Each method trains from the same activations with every rate of --lr and every scale of --scale: a multiple of
-the one that `new_autoencoder` sets. Thresholds are set on every other held-out row and figures are of the rows between,
-so that L0 is equal; `exact` is FVU with a cut through each batch of 2048 tokens instead.
+Scale. Each method trains on the same activations with every rate of --lr and every scale of --scale: a multiple of the
+one that `new_autoencoder` sets. FVU is of every other held-out row, in inference; thresholds are set on the rows
+between, so that L0 is equal.
 
-Thresholds. An autoencoder trained with --threshold-lr is evaluated on the first --evaluated held-out tokens, with
-thresholds set on the held-out rows that follow, and on `calibration_rows`.
+Thresholds. L0 on the first --evaluated held-out tokens, with thresholds set on the held-out text that follows, and with
+those of `saelab.calibrate`, which sets thresholds of single features on training text first.
 
     saelab cache quickstart --out caches/quickstart --tokens 1.3e6
-    python scripts/bench/start.py --cache caches/quickstart          # an hour on one core
+    python scripts/bench/start.py --cache caches/quickstart          # half an hour on one core
 """
 
 import argparse
@@ -27,6 +27,7 @@ from saelab import (
     ModelSettings,
     SaeSettings,
     TrainingSettings,
+    calibrate,
     calibration_rows,
     load_language_model,
     new_autoencoder,
@@ -36,10 +37,9 @@ from saelab import (
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
-from saelab.sae.allocation.rules import MutualChoice, Rule
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AllocationSettings
-from saelab.sae.thresholds import CALIBRATION_TOKENS, calibrate
+from saelab.sae.thresholds import calibrate as thresholds_for
 from saelab.training.trainer import Trained, train
 
 SAMPLE, PART, BATCH = 32_768, 8192, 2048
@@ -63,7 +63,9 @@ class Data(NamedTuple):
         return torch.cat(found) * self.scale
 
 
-def run(data: Data, method: str, lr: float, factor: float, seed: int, args: argparse.Namespace) -> tuple[Any, Trained]:
+def run(
+    data: Data, method: str, lr: float, factor: float, seed: int, args: argparse.Namespace
+) -> tuple[SparseAutoencoder, Trained]:
     """An autoencoder for scaled activations, and the results of its training besides the weights."""
     settings = SaeSettings(args.n_features, args.k, allocation=AllocationSettings(METHODS[method]))
     training = TrainingSettings(tokens=args.tokens, batch=BATCH, lr=lr, log_every=10**9)
@@ -78,75 +80,58 @@ def run(data: Data, method: str, lr: float, factor: float, seed: int, args: argp
     return sae, train(sae, batches(), training, settings)
 
 
-def set_thresholds(sae: SparseAutoencoder, trained: Trained, x: Tensor) -> None:
-    if trained.densities is not None:
-        found = calibrate(sae.pre_activations, x.split(PART), trained.densities, len(x))
-        sae.threshold = found.threshold.to(sae.W_dec).reshape(-1)
-
-
-def fvu_and_l0(sae: SparseAutoencoder, x: Tensor, rule: Rule | None = None) -> tuple[float, float]:
-    """FVU and L0 on x, in inference or with `rule` on batches."""
-    error = active = 0.0
-    for part in x.split(BATCH):
-        codes = sae._encode(part, rule or sae.rule)
-        active += (codes.values > 0).sum().item()
+def fvu_and_l0(sae: SparseAutoencoder, x: Tensor) -> tuple[float, float]:
+    """FVU and L0 on x ``[tokens, d_in]``, in inference."""
+    error, active = 0.0, 0
+    for part in x.split(PART):
+        codes = sae.encode(part)
+        active += len(codes.values)
         error += (part - sae.decode(codes)).double().square().sum().item()
     return error / (x.double() - x.double().mean(0)).square().sum().item(), active / len(x)
 
 
 def scales(data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures of every method, rate, scale and seed."""
     rows = torch.from_numpy(data.corpus.held_out_rows(10**9))
-    calibration, x = data.of(rows[::2]), data.of(rows[1::2])
-    found = []
-    print("scale: " + ", ".join(f"{factor:g}" for factor in args.scale), flush=True)
-    for lr in args.lr:
-        for method in METHODS:
-            for factor in args.scale:
-                for seed in range(args.seeds):
-                    sae, trained = run(data, method, lr, factor, seed, args)
-                    set_thresholds(sae, trained, calibration)
-                    fvu, l0 = fvu_and_l0(sae, x)
-                    exact, _ = (fvu, l0) if trained.densities is None else fvu_and_l0(sae, x, MutualChoice(args.k))
-                    line = {
-                        "method": method,
-                        "lr": lr,
-                        "scale": factor,
-                        "seed": seed,
-                        "fvu": fvu,
-                        "l0": l0,
-                        "exact": exact,
-                    }
-                    print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
-                    found.append(line)
-    lines = []
+    between, x = data.of(rows[::2]), data.of(rows[1::2])
+    found, lines = [], []
     for method in METHODS:
         for lr in args.lr:
-            of = [
-                [each for each in found if (each["method"], each["lr"], each["scale"]) == (method, lr, f)]
-                for f in args.scale
-            ]
-            lines.append([method, f"{lr:g}", *(f"{sum(e['fvu'] for e in each) / len(each):.4f}" for each in of)])
+            lines.append([method, f"{lr:g}"])
+            for factor in args.scale:
+                values = []
+                for seed in range(args.seeds):
+                    sae, trained = run(data, method, lr, factor, seed, args)
+                    if trained.densities is not None:
+                        of = thresholds_for(sae.pre_activations, between.split(PART), trained.densities, len(between))
+                        sae.threshold = of.threshold.to(sae.W_dec).reshape(-1)
+                    fvu, l0 = fvu_and_l0(sae, x)
+                    values.append(fvu)
+                    found.append({"method": method, "lr": lr, "scale": factor, "seed": seed, "fvu": fvu, "l0": l0})
+                    print("  ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
+                lines[-1].append(f"{sum(values) / len(values):.4f}")
     print("\n" + table(["method", "lr", *(f"{factor:g}" for factor in args.scale)], lines) + "\n", flush=True)
     return found
 
 
 def thresholds(data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = torch.from_numpy(data.corpus.held_out_rows(args.evaluated + CALIBRATION_TOKENS))
-    evaluated = math.ceil(args.evaluated / (data.corpus.context - 1))
-    x, after = data.of(rows[:evaluated]), data.of(rows[evaluated:])
-    spread = data.of(calibration_rows(data.corpus, args.evaluated))
+    """L0 of every batch-wide method and seed by both ways of setting thresholds."""
+    x = data.of(torch.from_numpy(data.corpus.held_out_rows(args.evaluated)))
     found = []
-    for method in list(METHODS)[1:]:
+    for method in [method for method in METHODS if method != "TopK"]:
         for seed in range(args.seeds):
             sae, trained = run(data, method, args.threshold_lr, 1.0, seed, args)
+            rows = calibration_rows(data.corpus, args.evaluated, trained.densities, print)
             line: dict[str, Any] = {"method": method, "seed": seed}
-            for name, calibration in {"the rows that follow": after, "calibration_rows": spread}.items():
-                set_thresholds(sae, trained, calibration)
+            # on the same text both times, the factor of all thresholds is 1
+            alone = rows if rows.training is None else rows._replace(training=rows.held_out)
+            for name, text in {"held-out text": alone, "saelab.calibrate": rows}.items():
+                calibrate(sae, data.lm, text, data.site, trained.densities, scale=data.scale)
                 line[name] = fvu_and_l0(sae, x)[1]
-            print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+            print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
             found.append(line)
-    head = list(found[0])
-    print("\n" + table(head, [[v if isinstance(v, str) else f"{v:.4g}" for v in line.values()] for line in found]))
+    lines = [[str(v) if isinstance(v, int | str) else f"{v:.2f}" for v in line.values()] for line in found]
+    print("\n" + table(list(found[0]), lines))
     return found
 
 
@@ -156,10 +141,10 @@ def main() -> None:
     parser.add_argument("--n-features", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--lr", type=float, nargs="*", default=[1e-3, 2e-3, 4e-3, 8e-3])
-    parser.add_argument("--scale", type=float, nargs="*", default=[0.5, 0.75, 1.0, 1.3])
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--scale", type=float, nargs="+", default=[0.5, 0.75, 1.0, 1.3])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threshold-lr", type=float, default=4e-3)
+    parser.add_argument("--threshold-lr", type=float, default=8e-3)
     parser.add_argument("--evaluated", type=int, default=300_000)
     parser.add_argument("--only", choices=["scale", "thresholds"])
     args = parser.parse_args()

@@ -141,7 +141,7 @@ def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
     run = saelab.train(with_sinks(tmp_path), ["activations.max_norm=10", "sae.allocation=mutual_choice"])
     facts = saelab.load(run).metadata["saelab"]
-    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500)
+    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500, torch.tensor(0.1)).held_out
     assert facts["calibration_tokens"] == len(rows) * (CONTEXT - 1)
 
 
