@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.allocation.rules import MutualChoice, Rule
+from saelab.sae.allocation.rules import Rule, TokenChoice
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import EncoderSettings, SaeSettings
 
@@ -55,12 +55,12 @@ def new_autoencoder(
 
 
 def first_rule(settings: SaeSettings) -> Rule | None:
-    """The rule whose selection the first scale of the encoder is fitted to: the one that training begins with.
+    """The rule whose selection the first scale of the encoder is fitted to: that of the first step, by its final k.
 
-    None: that of inference.
+    None: that of inference. JumpReLU has no thresholds yet, and the rule is token choice.
 
     With token choice's selection the encoder of mutual choice would begin 1.2 times as long (docs/results.md).
     """
-    if settings.encoder.name == "jumprelu":  # its thresholds are set from that scale, and cut the batch's largest off
-        return MutualChoice(max(1, round(settings.sparsity.target_l0 or settings.k)))
+    if settings.encoder.name == "jumprelu":  # its thresholds are set later, from that scale
+        return TokenChoice(settings.k)
     return allocation_of(settings).first_rule(settings.k)
