@@ -75,7 +75,7 @@ def train(settings: RunSettings, run: Path) -> None:
 
     facts, densities = {}, trainer.trained().densities
     if densities is not None:  # the tokens of a batch shared a budget: inference needs thresholds
-        rows = calibration_rows(corpus, settings.eval.tokens, densities, print)
+        rows = calibration_rows(corpus, settings.eval.tokens, print)
         facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
     save_run(settings, lm, corpus, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
 

@@ -1,11 +1,11 @@
 """Thresholds that replace a batch-wide allocation in inference.
 
-One threshold for all features is a quantile over held-out text that evaluation does not read. Thresholds of single
-features need many documents besides: a feature that is frequent in few of them, and in none that is read, gets too low
-a threshold, and nothing makes up for it elsewhere, so L0 is too high on other text. Most documents are in the training
-text. But the models may know that text, and then features are stronger on it than on other text. So the thresholds are
-set on training text, in relation to each other, and then multiplied by the factor that gives their mean density on
-held-out text.
+Thresholds need text of many documents. Above all those of single features: a feature that is frequent in few documents,
+and in none that is read, gets too low a threshold, and nothing makes up for it elsewhere, so L0 is too high on other
+text. The held-out text that evaluation leaves may be of few documents. Training text is of many, but the models may
+know it, and then features are stronger on it. So the thresholds of features are set on training text, in relation to
+each other, and their level on other rows of both texts. (On the same rows the level would be right already, and L0 stay
+too high elsewhere.) The one threshold for all features of mutual choice is a level only.
 """
 
 import math
@@ -38,8 +38,8 @@ class CalibrationRows(NamedTuple):
     """Token ids that thresholds are set on, int32 ``[rows, context]``."""
 
     held_out: Tensor
-    training: Tensor | None = None
-    """Rows of many documents of the training text, for thresholds of single features; None if there is one for all."""
+    training: Tensor
+    """Rows of many documents of the training text."""
 
 
 def calibrate(
@@ -81,28 +81,26 @@ def calibrate(
             )
         return thresholds_for(pre_activations, chain([first], some), densities, text.numel())
 
-    pre_activations = sae.pre_activations
-    if rows.training is None:
-        found = reproducing(densities, rows.held_out, pre_activations)
+    pre_activations, both = sae.pre_activations, torch.cat([rows.held_out, rows.training[1::2]])
+    if densities.ndim == 0:
+        found = reproducing(densities, both, pre_activations)
         threshold, tokens = found.threshold, found.tokens
     else:
-        found = reproducing(densities, rows.training, pre_activations)
+        found = reproducing(densities, rows.training[::2], pre_activations)
         relative = found.threshold.to(sae.W_dec)
         # above 0 / 0, which is NaN, nothing is active; x / 0 is active whatever the factor, as above the threshold 0
-        level = reproducing(densities.mean(), rows.held_out, lambda x: pre_activations(x).div_(relative))
+        level = reproducing(densities.mean(), both, lambda x: pre_activations(x).div_(relative))
         threshold, tokens = level.threshold * relative, found.tokens + level.tokens
     sae.threshold = threshold.to(sae.W_dec).reshape(-1)
     return {"calibration_tokens": tokens, "rough_thresholds": int(found.flagged.sum())}
 
 
-def calibration_rows(
-    corpus: Corpus, evaluated_tokens: int, densities: Tensor | None, say: Say = quiet
-) -> CalibrationRows:
-    """The rows for `calibrate` with these densities, of each text about `CALIBRATION_TOKENS` tokens.
+def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) -> CalibrationRows:
+    """The rows for `calibrate`: about `CALIBRATION_TOKENS` tokens of training text, and half as many held-out ones.
 
-    They depend on the corpus only. The held-out ones come after those that an evaluation on `evaluated_tokens` reads;
-    if less than a quarter of them is there, they are the last rows, and `say` reports it. Raises SaelabError if no text
-    is held out.
+    They depend on the corpus only. The held-out ones are spread over those that come after the ones that an evaluation
+    on `evaluated_tokens` reads; if there are too few of them, they are the last rows, and `say` reports it. Raises
+    SaelabError if no text is held out.
     """
     wanted = calibration_tokens(corpus.context) // corpus.context
     held_out = corpus.held_out_rows(evaluated_tokens + CALIBRATION_TOKENS)
@@ -110,9 +108,8 @@ def calibration_rows(
     unread = int((ordinary.cumsum() - ordinary >= evaluated_tokens).sum())
     if unread < (few := math.ceil(wanted / 4)):
         say("note: there is so little held-out text that thresholds are set on rows that evaluation also reads")
-    held_out = torch.from_numpy(held_out[-min(wanted, max(unread, few)) :])
-    per_feature = densities is not None and densities.ndim == 1
-    return CalibrationRows(held_out, torch.from_numpy(_spread(corpus, wanted)) if per_feature else None)
+    held_out = _evenly(held_out[-max(unread, few) :], math.ceil(wanted / 2))
+    return CalibrationRows(torch.from_numpy(held_out), torch.from_numpy(_spread(corpus, wanted)))
 
 
 def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
@@ -123,8 +120,7 @@ def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
     """
     first = list(islice(corpus.train_rows(seed=0), wanted * _STRIDE))
     if len(first) < wanted * _STRIDE:
-        chosen = np.arange(min(wanted, len(first))) * len(first) // min(wanted, len(first))
-        return np.stack(first)[chosen]
+        return _evenly(np.stack(first), wanted)
     rows = []
     for seed in range(_ORDERS):
         share = wanted * (seed + 1) // _ORDERS - wanted * seed // _ORDERS
@@ -132,6 +128,11 @@ def _spread(corpus: Corpus, wanted: int) -> np.ndarray:
     return np.stack(rows)
 
 
+def _evenly(rows: np.ndarray, wanted: int) -> np.ndarray:
+    """`wanted` of the rows, at equal distances, or all there are."""
+    return rows[np.arange(wanted) * len(rows) // wanted] if wanted < len(rows) else rows
+
+
 def calibration_tokens(context: int) -> int:
-    """Tokens, BOS included, of the rows of each text that `calibration_rows` returns if there is enough of it."""
-    return math.ceil(CALIBRATION_TOKENS / (context - 1)) * context
+    """The most tokens, BOS included, that a pass of `calibrate` over rows from `calibration_rows` reads."""
+    return 2 * math.ceil(CALIBRATION_TOKENS / (context - 1) / 2) * context

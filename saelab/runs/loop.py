@@ -128,7 +128,7 @@ class Training:
         job, settings, densities = self.job, self.job.settings, self.trainer.trained().densities
         if densities is None:
             return {}
-        rows = calibration_rows(job.corpus, settings.eval.tokens, densities, job.say)
+        rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
         facts = calibrate(
             sae,
             job.lm,

@@ -4,8 +4,8 @@ Scale. Each method trains on the same activations with every rate of --lr and ev
 one that `new_autoencoder` sets. FVU is of every other held-out row, in inference; thresholds are set on the rows
 between, so that L0 is equal.
 
-Thresholds. L0 on the first --evaluated held-out tokens, with thresholds set on the held-out text that follows, and with
-those of `saelab.calibrate`, which sets thresholds of single features on training text first.
+Thresholds. L0 on the first --evaluated held-out tokens, with thresholds set on the held-out text that follows, and on
+that and training text, as `saelab train` does.
 
     saelab cache quickstart --out caches/quickstart --tokens 1.3e6
     python scripts/bench/start.py --cache caches/quickstart          # half an hour on one core
@@ -121,10 +121,9 @@ def thresholds(data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
     for method in [method for method in METHODS if method != "TopK"]:
         for seed in range(args.seeds):
             sae, trained = run(data, method, args.threshold_lr, 1.0, seed, args)
-            rows = calibration_rows(data.corpus, args.evaluated, trained.densities, print)
+            rows = calibration_rows(data.corpus, args.evaluated, print)
             line: dict[str, Any] = {"method": method, "seed": seed}
-            # on the same text both times, the factor of all thresholds is 1
-            alone = rows if rows.training is None else rows._replace(training=rows.held_out)
+            alone = rows._replace(training=rows.held_out)
             for name, text in {"held-out text": alone, "saelab.calibrate": rows}.items():
                 calibrate(sae, data.lm, text, data.site, trained.densities, scale=data.scale)
                 line[name] = fvu_and_l0(sae, x)[1]

@@ -141,8 +141,9 @@ def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
     run = saelab.train(with_sinks(tmp_path), ["activations.max_norm=10", "sae.allocation=mutual_choice"])
     facts = saelab.load(run).metadata["saelab"]
-    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500, torch.tensor(0.1)).held_out
-    assert facts["calibration_tokens"] == len(rows) * (CONTEXT - 1)
+    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500)
+    read = len(rows.held_out) + len(rows.training[1::2])
+    assert facts["calibration_tokens"] == read * (CONTEXT - 1)
 
 
 def test_an_evaluation_prints_fvu_without_sinks_if_there_are_any(

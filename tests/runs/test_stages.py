@@ -407,7 +407,7 @@ def test_thresholds_need_an_ordinary_token() -> None:
     sae = SparseAutoencoder(32, 16, 2)
     rows = torch.tensor([[0, 1, 0, 1]] * 3)
     with pytest.raises(SaelabError, match="calibration: the rows hold no ordinary token"):
-        saelab.calibrate(sae, lm, CalibrationRows(rows), "blocks.1.hook_resid_post", torch.tensor(0.1))
+        saelab.calibrate(sae, lm, CalibrationRows(rows, rows), "blocks.1.hook_resid_post", torch.tensor(0.1))
 
 
 def test_a_site_that_is_always_0_is_refused(tmp_path: Path) -> None:
