@@ -123,8 +123,8 @@ class Training:
         self.ranks.every.together(write)
 
     def _calibrated(self, sae: SparseAutoencoder, track: Track) -> dict[str, Any]:
-        """Set thresholds of `sae` on held-out text after that of evaluation, if inference needs them; returns facts for
-        the record."""
+        """Set thresholds of `sae` on text that evaluation does not read, if inference needs them; returns facts for the
+        record."""
         job, settings, densities = self.job, self.job.settings, self.trainer.trained().densities
         if densities is None:
             return {}

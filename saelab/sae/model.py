@@ -235,13 +235,15 @@ class SparseAutoencoder(nn.Module):
         self._scratch = other._scratch
 
     @torch.no_grad()
-    def initialise(self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None) -> None:
+    def initialise(
+        self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None, rule: Rule | None = None
+    ) -> None:
         """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
 
         `b_dec_init` names the centre: mean or geometric_median. The encoder is then scaled so that the first
-        reconstruction of the sample has the least squared error that a common factor can give. With `target`
-        ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc
-        centres x.
+        reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
+        squared error that a common factor can give. With `target` ``[tokens, d_out]``, b_dec is the centre of `target`,
+        the encoder has other random unit rows, and b_enc centres x.
         """
         self._draw(self.W_dec)
         self.renormalise_decoder()
@@ -254,8 +256,7 @@ class SparseAutoencoder(nn.Module):
             self._draw(self.W_enc)
             self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
             self.b_enc.copy_(-self.W_enc @ sample.mean(0))
-        # trained thresholds are set later, and from this scale
-        rule = self.rule if self.log_threshold is None else TokenChoice(self.k)
+        rule = self.rule if rule is None else rule
         tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.all_features))
         first = total(spmm(self._encode(sample[:tokens], rule), self.W_dec), self.ranks.features)
         factor = ((output[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)

@@ -15,7 +15,7 @@ from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
 from saelab.sae.losses import MULTI_FACTOR
 from saelab.sae.model import _DRAWN_ROWS, _MOST_ENTRIES
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import first_rule
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 
@@ -190,27 +190,25 @@ def initialisation_bytes(
     """
     tokens, n_features = min(_FIRST_TOKENS, sample_tokens), axis.share(settings.n_features)
     dense = max(_MOST_ENTRIES, settings.n_features)
-    with no_numbers():
-        trains_threshold = bare_autoencoder(settings, d_in).log_threshold is not None
-    if _has_budget(settings) or trains_threshold:
-        entries = tokens * settings.k
-    else:
-        entries = min(tokens * n_features, dense) // 2
+    rule = first_rule(settings)
+    k = 0 if rule is None else rule.slots(1) or 0
+    entries = tokens * k if k else min(tokens * n_features, dense) // 2
     scores = _tile_bytes(n_features, d_in, tokens, where)
-    if trains_threshold:
+    if settings.encoder.name == "jumprelu":
         scores = max(scores, 3 * 4 * min(_THRESHOLD_TOKENS * n_features, dense))
     median = 4 * d_in * sample_tokens if settings.b_dec_init == "geometric_median" else 0
     first = 4 * _STEP_VECTORS * d_in * tokens + _ENTRY_BYTES * entries + scores
     if axis.size > 1:
         drawn = 4 * d_in * min(_DRAWN_ROWS, settings.n_features)
-        own = tokens * min(settings.k, n_features) * _has_budget(settings)
-        first += _met_bytes("candidates", Candidates(axis, own, own, False))
+        proposed, by_all = tokens * min(k, n_features), rule is not None and rule.compares == "batch"
+        sent = -(-k * tokens // axis.size) if by_all else proposed
+        first += _met_bytes("candidates", Candidates(axis, proposed, sent, by_all))
         first = max(first, drawn)
     return max(median, first)
 
 
 def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:
-    """Bytes that `calibrate` needs on `tokens` tokens; 0 if inference needs no thresholds set on held-out text."""
+    """Bytes that `calibrate` needs on `tokens` tokens; 0 if inference needs no thresholds set after training."""
     if not allocation_of(settings).calibrated:
         return 0
     largest = settings.k * tokens + 2 * settings.n_features  # two per feature more than its density

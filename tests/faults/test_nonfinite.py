@@ -21,6 +21,7 @@ from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings
 from saelab.runs import job
+from saelab.runs.calibration import CalibrationRows
 from saelab.sae.model import SparseAutoencoder
 from tests.activations.cache import made
 from tests.faults.tools import (
@@ -339,7 +340,7 @@ def test_thresholds_are_not_set_on_activations_that_are_not_finite(broken: Broke
     lm.model.get_parameter("transformer.wpe.weight").data[17, 3] = torch.nan
     densities = torch.tensor(0.05, dtype=torch.float64)
     with pytest.raises(SaelabError, match=rf"^{SITE}: .* at row 0, position 17;"):
-        saelab.calibrate(sae, lm, random_rows(lm, 6), SITE, densities)
+        saelab.calibrate(sae, lm, CalibrationRows(random_rows(lm, 6), random_rows(lm, 6)), SITE, densities)
     assert sae.threshold is None
 
 

@@ -142,7 +142,8 @@ def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) ->
     run = saelab.train(with_sinks(tmp_path), ["activations.max_norm=10", "sae.allocation=mutual_choice"])
     facts = saelab.load(run).metadata["saelab"]
     rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500)
-    assert facts["calibration_tokens"] == len(rows) * (CONTEXT - 1)
+    read = len(rows.held_out) + len(rows.training[1::2])
+    assert facts["calibration_tokens"] == read * (CONTEXT - 1)
 
 
 def test_an_evaluation_prints_fvu_without_sinks_if_there_are_any(

@@ -20,6 +20,7 @@ from saelab.features import shards
 from saelab.features.database import open_database
 from saelab.features.layout import COLUMNS, FACTS
 from saelab.runs import feed, folder, stages
+from saelab.runs.calibration import CalibrationRows
 from saelab.runs.job import Job, settings_of
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, language_model, model_folder, text
@@ -405,8 +406,8 @@ def test_thresholds_need_an_ordinary_token() -> None:
     lm = language_model("llama")
     sae = SparseAutoencoder(32, 16, 2)
     rows = torch.tensor([[0, 1, 0, 1]] * 3)
-    with pytest.raises(SaelabError, match="calibration: the held-out rows hold no ordinary token"):
-        saelab.calibrate(sae, lm, rows, "blocks.1.hook_resid_post", torch.tensor(0.1))
+    with pytest.raises(SaelabError, match="calibration: the rows hold no ordinary token"):
+        saelab.calibrate(sae, lm, CalibrationRows(rows, rows), "blocks.1.hook_resid_post", torch.tensor(0.1))
 
 
 def test_a_site_that_is_always_0_is_refused(tmp_path: Path) -> None:

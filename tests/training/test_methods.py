@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saelab.sae.allocation.rules import MutualChoice, Rule, Threshold, TokenChoice
 from saelab.sae.losses import batch_fvu
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import new_autoencoder
@@ -50,6 +51,34 @@ def trained(
 def jumprelu(target: float | None = 3.0, coefficient: float = 10.0) -> SaeSettings:
     sparsity = SparsitySettings("l0", coefficient, target)
     return SaeSettings(F, 3, encoder=EncoderSettings("jumprelu"), allocation=THRESHOLD, sparsity=sparsity)
+
+
+TOPK, BATCHTOPK = TokenChoice(3), MutualChoice(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule", "other"),
+    [
+        (SaeSettings(F, 3), TOPK, BATCHTOPK),
+        (SaeSettings(F, 3, allocation=AllocationSettings("mutual_choice")), BATCHTOPK, TOPK),
+        (SaeSettings(F, 3, allocation=AllocationSettings("feature_choice")), BATCHTOPK, TOPK),
+        (SaeSettings(F, 3, allocation=THRESHOLD, sparsity=SparsitySettings("l1")), Threshold(torch.zeros(1)), TOPK),
+    ],
+    ids=lambda value: value.allocation.name if isinstance(value, SaeSettings) else "",
+)
+def test_the_first_scale_is_the_best_for_the_entries_that_training_begins_with(
+    settings: SaeSettings, rule: Rule, other: Rule
+) -> None:
+    x = next(planted(1)) * torch.linspace(0.2, 1.7, BATCH)[:, None]  # so that one batch-wide cut is not k per token
+    sae = new_autoencoder(settings, x, seed=0)
+    pre = (x - sae.b_dec) @ sae.W_enc.T
+
+    def best_factor(of: Rule) -> float:
+        first = torch.where(of.mask(pre), pre, 0.0) @ sae.W_dec
+        return (((x - sae.b_dec) * first).sum() / first.square().sum()).item()
+
+    assert best_factor(rule) == pytest.approx(1, abs=1e-5)
+    assert abs(best_factor(other) - 1) > 0.02
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.model import BY_FEATURE, Batch, SparseAutoencoder
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import bare_autoencoder, new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,
@@ -121,6 +121,24 @@ def test_every_layout_trains_what_one_process_trains(method: str) -> None:
             assert torch.equal(found.usage.silent_for, expected.usage.silent_for)
             for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-8)
+
+
+@pytest.mark.parametrize("method", ["token choice", "mutual choice", "feature choice", "relu", "jumprelu"])
+def test_every_layout_begins_with_the_weights_of_one_process(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(FEATURES, D, generator=torch.Generator().manual_seed(5))  # threads share torch's random numbers
+    monkeypatch.setattr(SparseAutoencoder, "_draw", lambda sae, table: table.copy_(rows[sae.part]))
+    sample = torch.cat([batch.x for batch in batches()]).float()
+
+    def begun(ranks: Ranks) -> dict[str, Tensor]:
+        return all_weights(
+            Trainer(new_autoencoder(METHODS[method], sample, seed=0, ranks=ranks), TRAINING, METHODS[method])
+        )
+
+    expected = begun(ALONE)
+    for data, features in LAYOUTS:
+        for found in run_threads(begun, data=data, features=features):
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{data} x {features}: {name}")
 
 
 @pytest.mark.parametrize("method", ["token choice", "feature choice", "jumprelu"])

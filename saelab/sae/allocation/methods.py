@@ -22,13 +22,18 @@ class Allocation(Protocol):
     saelens: ClassVar[str]
     """Name of the architecture in training with a linear encoder; SAELens' name if it has one."""
     calibrated: ClassVar[bool]
-    """Whether inference needs thresholds that are set on held-out text, because the rule compares tokens of a batch."""
+    """Whether inference needs thresholds set after training, because the rule compares tokens of a batch."""
     whole_columns: ClassVar[bool]
     """Whether the rule compares all tokens of a batch at one feature, so that no tile may split the tokens."""
     initial_threshold: ClassVar[float | None]
     """Initial threshold of the autoencoder; None: it has no threshold and keeps the k best of each token."""
 
     def __init__(self, settings: SaeSettings, steps: int) -> None: ...
+
+    @staticmethod
+    def first_rule(k: int) -> Rule | None:
+        """The rule of the first step of a training with `k`; None: there is no budget, and the rule is inference's."""
+        ...
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         """The rule of step `step` for a batch of `tokens`; densities ``[n_features]`` are those of the run so far."""
@@ -76,6 +81,10 @@ class TokenAllocation(_Stateless):
 
     saelens, calibrated = "topk", False
 
+    @staticmethod
+    def first_rule(k: int) -> Rule:
+        return TokenChoice(k)
+
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         return TokenChoice(self.settings.k_at(step, self.steps))
 
@@ -88,6 +97,10 @@ class MutualAllocation(_Stateless):
 
     saelens, calibrated = "batchtopk", True
 
+    @staticmethod
+    def first_rule(k: int) -> Rule:
+        return MutualChoice(k)
+
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         return MutualChoice(self.settings.k_at(step, self.steps))
 
@@ -99,6 +112,10 @@ class ThresholdAllocation(_Stateless):
     """Every entry above the encoder's threshold: 0 (ReLU), or a trained one (JumpReLU). Inference does the same."""
 
     saelens, calibrated, initial_threshold = "standard", False, 0.0
+
+    @staticmethod
+    def first_rule(k: int) -> None:
+        return None
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         return Threshold(encoder.cut())
@@ -124,6 +141,10 @@ class FeatureAllocation(Allocation):
         """Share of a batch's tokens that each feature may have, ``[n_features]`` float64."""
         self._by_rank = self._rank = self._carry = torch.empty(0)
         self._bands: Bands | None = None
+
+    @staticmethod
+    def first_rule(k: int) -> Rule:
+        return MutualChoice(k)
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         options, k = self.settings.allocation, self.settings.k_at(step, self.steps)
