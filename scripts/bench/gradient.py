@@ -34,10 +34,11 @@ from pathlib import Path
 
 import command
 import torch
-from demo_methods import COLUMNS, CONTEXT, SITE, Remembering
+from demo_methods import COLUMNS, CONTEXT, SITE
 from planted_truth import (
     RECOVERED,
     Planted,
+    Sample,
     Small,
     cosine_similarity,
     draw,
@@ -112,6 +113,15 @@ def found(planted: Planted, sae: SparseAutoencoder) -> Tensor:
     return mask
 
 
+def strength(planted: Planted, data: Sample) -> tuple[float, float]:
+    """Mean |d . g| of the effective features on tokens on which they are active, and on the others; g has RMS 1."""
+    own = planted.directions[planted.effective]
+    # nothing but noise shares their directions, and the smallest magnitude is half of the mean
+    active = data.x @ own.T > planted.scale * planted.magnitudes[planted.effective] / 4
+    aligned = (data.gradients @ own.T).abs() / data.gradients.square().mean().sqrt()
+    return aligned[active].mean().item(), aligned[~active].mean().item()
+
+
 def planted_seed(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
     """The figures of each method on the dictionary of one seed."""
     small = Small(args.every, args.magnitude, args.effect)
@@ -119,6 +129,8 @@ def planted_seed(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
     data, calibration, held_out = (
         draw(planted, n, 10 * seed + part) for part, n in enumerate((args.tokens, 16_384, PLANTED_HELD_OUT), start=1)
     )
+    active, inactive = strength(planted, held_out)
+    report(seed, "|d . g| of effective", {"active": active, "inactive": inactive})
     training = TrainingSettings(args.tokens, BATCH, args.lr, log_every=10**9)
     control, figures = (planted.magnitudes < 1) & ~planted.effective, {}
     for name, (normalise, beta) in chosen(args).items():
@@ -161,7 +173,7 @@ class Demo:
     def __init__(self, cache: Path, tokens: int, held_out: int) -> None:
         self.x, self.gradients = read(cache, tokens)
         self.scale = math.sqrt(self.x.shape[1] / self.x[:SAMPLE].float().square().sum(1).double().mean().item())
-        self.lm = Remembering(load_language_model(ModelSettings("demo"), device="cpu"))
+        self.lm = load_language_model(ModelSettings("demo"), device="cpu")
         corpus = open_corpus(CorpusSettings("demo"), self.lm.tokenizer, CONTEXT)
         self.rows = torch.from_numpy(corpus.held_out_rows(held_out)).long()
 

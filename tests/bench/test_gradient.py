@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import gradient as script
 import pytest
 import torch
 from planted_truth import Sample, cosine_similarity, draw, learn, plant
 
+import saelab
 from saelab import Batch, SaeSettings, SparseAutoencoder, TrainingSettings
+from saelab.errors import SaelabError
 from saelab.sae.allocation.rules import TokenChoice
 
 D, F, K, N = 16, 40, 4, 60
@@ -87,6 +90,15 @@ def test_the_more_weight_the_gradient_has_the_more_entries_it_replaces(case: tup
     assert means == pytest.approx(shares[2][0], abs=0.1)
 
 
+def test_the_readout_is_surer_of_tokens_whose_effective_feature_is_active() -> None:
+    planted = plant(64, 64, 3, exponent=0.7, shift=5.0, noise=0.02, seed=1, small=SMALL)
+    data = draw(planted, 20_000, 2)
+    active, inactive = script.strength(planted, data)
+    twice = dataclasses.replace(data, gradients=2 * data.gradients)
+    assert script.strength(planted, twice) == pytest.approx((active, inactive))
+    assert 0 < active < inactive
+
+
 def test_a_dictionary_has_found_its_own_directions() -> None:
     planted = plant(D, F, K, exponent=0.7, shift=5.0, noise=0.1, seed=1, small=SMALL)
     sae = SparseAutoencoder(D, F, K)
@@ -116,3 +128,16 @@ def test_topk_is_beta_zero() -> None:
         rows.append((beta, learn(script.settings_of(F, K, beta), training, changed, 0)[0].W_dec))
     plain = learn(SaeSettings(F, K), training, data, 0)[0].W_dec
     assert [bool(torch.equal(W_dec, plain)) for _, W_dec in rows] == [beta == 0 for beta, _ in rows]
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_trained_from_a_cache_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "CE_TOKENS", 256)
+    cache = saelab.cache("quickstart", tmp_path / "cache", ["cache.gradients=true"], tokens=4096)
+    args = argparse.Namespace(tokens=4096, batch=512, lr=2e-3, n_features=64, k=8, betas=[0.3], only=["batch", "token"])
+    figures = script.demo_seed(args, script.Demo(cache, args.tokens, held_out=1000), seed=0)
+    assert list(figures) == ["TopK", "batch, beta 0.3", "token, beta 0.3"]
+    assert all(line["l0"] <= 8 and 0 < line["fvu"] < 1.5 for line in figures.values())
+    assert len({line["fvu"] for line in figures.values()}) == 3
+    with pytest.raises(SaelabError, match=r"has only [\d,]+ tokens; 100,000 are needed"):
+        script.read(cache, 100_000)
