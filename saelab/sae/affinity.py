@@ -6,9 +6,10 @@ gradient      z (1 + beta |d . g|), d the feature's decoder direction and g the 
 
 z |d . g| is the first-order change of the loss if the feature were removed from the token. The paper's abstract gives
 the score; that plain z is added, that g comes from the clean run's cross-entropy summed over the row, and that g is
-divided by its root mean square over the batch, are our reconstruction. The score only decides which entries are
-selected: neither d nor g receives a gradient through it. g depends on the next token, so evaluation selects by
-activation.
+divided by its root mean square over the batch, are our reconstruction. So g decides more on tokens where it is longer;
+dividing each token's g by its own root mean square instead is no better on planted features (docs/results.md). The
+score only decides which entries are selected: neither d nor g receives a gradient through it. g depends on the next
+token, so evaluation selects by activation.
 """
 
 from typing import NamedTuple

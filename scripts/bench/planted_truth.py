@@ -6,6 +6,7 @@ Directions are random unit vectors, more of them than dimensions. Feature r is a
 that a capped Zipf curve gives rank r, the probabilities summing to the mean number of active features; magnitudes are
 uniform between 0.5 and 1.5. A loss for gradients comes from a fixed random linear readout into a few classes, whose
 label is drawn from its own prediction on the noiseless activation: a stand-in for a language model's next token.
+Some features can be small (`Small`): half of them move the readout's logits far, the other half are their control.
 
 Scores, the same for every method, on fresh tokens, in inference mode (thresholds, or the k largest of a token):
 
@@ -18,7 +19,7 @@ under-used      features, dead ones included, active on less than half of what t
 delta CE        what the reconstruction adds to the readout's loss, in nats
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,24 @@ from saelab.training.trainer import train
 _BLOCK = 4096
 """Tokens drawn or encoded at a time."""
 
+RECOVERED = 0.9
+"""Cosine from which a decoder row counts as a planted feature."""
+
 _SHARE = 0.5
 """Share of its rank's planted density below which a feature is under-used."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """Planted features of small magnitude, orthogonal to all others; every other one of them has a large effect."""
+
+    every: int
+    """One feature in so many is small."""
+    magnitude: float
+    """Their magnitude, as a share of the others'."""
+    effect: float
+    """Standard deviation over classes of the logits that an effective one adds at its mean magnitude. The others of
+    the dictionary add some 4 / sqrt(d_in)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,10 @@ class Planted:
     shift: float
     scale: float
     """Factor of the activations, so that E||x||^2 = d_in."""
+    magnitudes: Tensor
+    """Mean magnitude of each active feature before scaling, ``[n_true]``."""
+    effective: Tensor
+    """Features of small magnitude and large effect, bool ``[n_true]``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,16 @@ class Scores:
 
 
 def plant(
-    d_in: int, n_true: int, l0: float, *, exponent: float, shift: float, noise: float, seed: int, classes: int = 32
+    d_in: int,
+    n_true: int,
+    l0: float,
+    *,
+    exponent: float,
+    shift: float,
+    noise: float,
+    seed: int,
+    classes: int = 32,
+    small: Small | None = None,
 ) -> Planted:
     """A dictionary of `n_true` random directions, `l0` of them active on a token on average."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,10 +121,21 @@ def plant(
     probabilities = expected_densities(n_true, l0, 1, exponent, shift)
     # a logit is a sum over active features of a direction's product with a column: this makes it a few units wide
     readout = torch.randn(d_in, classes, generator=generator) * 4 / (d_in * l0) ** 0.5
-    unscaled = Planted(directions, probabilities, readout * l0**0.5, noise, exponent, shift, 1.0)
+    readout = readout * l0**0.5
+    magnitudes, effective = torch.ones(n_true), torch.zeros(n_true, dtype=torch.bool)
+    if small is not None:
+        which = torch.arange(small.every // 2, n_true, small.every)
+        axes = torch.linalg.qr(directions[which].T).Q.T
+        directions = F.normalize(directions - directions @ axes.T @ axes, dim=1)
+        directions[which], magnitudes[which] = axes, small.magnitude
+        effective[which[::2]] = True
+        logits = small.effect * torch.randn(int(effective.sum()), classes, generator=generator)
+        own = directions[effective]
+        readout = readout + own.T @ (logits / small.magnitude - own @ readout)
+    unscaled = Planted(directions, probabilities, readout, noise, exponent, shift, 1.0, magnitudes, effective)
     x = draw(unscaled, 20_000, seed + 1_000_003).x
     scale = (d_in / x.square().sum(1).double().mean().item()) ** 0.5
-    return Planted(directions, probabilities, readout * l0**0.5 / scale, noise, exponent, shift, scale)
+    return replace(unscaled, readout=readout / scale, scale=scale)
 
 
 @torch.no_grad()
@@ -113,10 +154,10 @@ def draw(planted: Planted, tokens: int, seed: int) -> Sample:
 def _draw(planted: Planted, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     d_in, p = planted.directions.shape[1], planted.probabilities
     active = torch.rand(tokens, len(p), generator=generator) < p
-    magnitude = active * (0.5 + torch.rand(tokens, len(p), generator=generator))
+    magnitude = active * (0.5 + torch.rand(tokens, len(p), generator=generator)) * planted.magnitudes
     signal = planted.scale * magnitude @ planted.directions
     # E magnitude^2 = 13 / 12, and the cross terms of random directions vanish on average
-    deviation = planted.noise * planted.scale * (float(p.sum()) * 13 / 12 / d_in) ** 0.5
+    deviation = planted.noise * planted.scale * (float((p * planted.magnitudes.square()).sum()) * 13 / 12 / d_in) ** 0.5
     x = signal + deviation * torch.randn(tokens, d_in, generator=generator)
     labels = torch.multinomial((signal @ planted.readout).softmax(1), 1, generator=generator).squeeze(1)
     wrong = (x @ planted.readout).softmax(1) - F.one_hot(labels, planted.readout.shape[1])
@@ -197,7 +238,7 @@ def score(sae: SparseAutoencoder, planted: Planted, held_out: Sample, k: float) 
     return Scores(
         k=k,
         l0=densities.sum().item(),
-        recovered=len(largest_matching(cosines > 0.9)) / len(cosines),
+        recovered=len(largest_matching(cosines > RECOVERED)) / len(cosines),
         mean_cosine=cosines.amax(1).mean().item(),
         fvu=error / deviation,
         dead=(counts == 0).double().mean().item(),
