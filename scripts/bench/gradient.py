@@ -34,7 +34,7 @@ from pathlib import Path
 
 import command
 import torch
-from demo_methods import COLUMNS, CONTEXT, SITE
+from methods_claims import COLUMNS
 from planted_truth import (
     RECOVERED,
     Planted,
@@ -69,6 +69,7 @@ from saelab import (
 from saelab.errors import SaelabError
 from saelab.training.trainer import train
 
+SITE, CONTEXT = "blocks.2.hook_resid_post", 256
 BETAS = (0.03, 0.1, 0.3, 1.0)
 TOPK = "TopK"
 SAMPLE = 32_768
@@ -229,10 +230,7 @@ PLANTED = {
     "never_active": ("dead (%)", 1, 100),
     "l0": ("L0", 2, 1),
 }
-DEMO = {
-    name: COLUMNS[name]
-    for name in ("fvu", "delta_ce", "loss_recovered_zero", "loss_recovered_mean", "l0", "never_active")
-}
+DEMO = {name: COLUMNS[name] for name in ("fvu", "delta_ce", "loss_recovered_mean", "l0", "never_active")}
 
 
 def chosen(args: argparse.Namespace) -> dict[str, tuple[str, float]]:
