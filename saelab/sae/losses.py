@@ -6,11 +6,10 @@ that its value needs besides the active ones. `terms` lists the terms of a train
 fvu          squared error over squared deviation from the batch mean
 multi_topk   the same for a reconstruction with four times the budget, at an eighth of the weight (Gao et al. 2024,
              arXiv 2406.04093)
-aux          share of the error that features of little use leave unexplained. The two forms differ only in these
-             target features (training/usage.py):
-             aux_k: dead ones (Gao et al. 2024)
-             aux_zipf: under-used ones (Ayonrinde 2024, arXiv 2411.02124, says that it generalises aux_k to under-used
-             features; the formula is our reconstruction)
+aux          share of the error that features of little use leave unexplained (their choice: training/usage.py)
+             aux_k: dead features, together (Gao et al. 2024)
+             aux_zipf: dead features, together, and each under-used one alone (Ayonrinde 2024, arXiv 2411.02124, says
+             that it generalises aux_k to under-used features; the formula is our reconstruction)
 l1           sum of activation times length of the decoder row, per token, over sqrt(d_in) (Bricken et al. 2023)
 l0           mean number of active features per token, or (L0 / target - 1)^2; trains JumpReLU's thresholds
              (Rajamanoharan et al. 2024, arXiv 2407.14435)
@@ -18,13 +17,13 @@ l0           mean number of active features per token, or (L0 / target - 1)^2; t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saelab.codes import Codes
-from saelab.kernels import per_entry, spmm
+from saelab.kernels import per_entry, sddmm, spmm
 from saelab.ranks import ALONE, Axis, Ranks, total
 from saelab.sae.allocation.rules import Rule, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection
@@ -75,15 +74,16 @@ class Term(NamedTuple):
     name: str
     weight: Callable[[int], float]
     """Weight in a step; steps count from 0."""
-    value: Callable[[Forward, Selection | None], Tensor]
-    """A scalar with its gradient, from the forward pass and the entries that were requested."""
+    value: Callable[[Forward, Selection | None, Tensor], Tensor]
+    """A scalar with its gradient, from the forward pass, the entries that were requested, and which features are dead,
+    bool ``[n_features]``."""
     request: Callable[[Rule, Tensor | None], Request | None] = lambda rule, targets: None
     """The entries that the value needs, given the rule of the step and the features that an auxiliary loss targets."""
 
 
 def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
     """The terms that `settings` name, for a training of `steps` steps on inputs ``[tokens, d_in]``."""
-    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, _: _fvu(forward, forward.reconstruction))
+    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, *_: _fvu(forward, forward.reconstruction))
     named = [*["multi_topk"] * settings.multi_topk, settings.aux.name, settings.sparsity.name]
     return [reconstruction, *(TERMS[name](settings, d_in, steps) for name in named if name in TERMS)]
 
@@ -101,7 +101,10 @@ def _aux(settings: SaeSettings, d_in: int, steps: int) -> Term:
         none = targets is not None and targets.device.type == "cpu" and not targets.any()
         return None if none else Request(strongest, targets)
 
-    return Term("aux", lambda step: options.coefficient, auxiliary, request)
+    def value(forward: Forward, entries: Selection | None, dead: Tensor) -> Tensor:
+        return auxiliary(forward, entries, None if options.name == "aux_k" else ~dead, settings.unit_norm)
+
+    return Term("aux", lambda step: options.coefficient, value, request)
 
 
 def _l1(settings: SaeSettings, d_in: int, steps: int) -> Term:
@@ -110,7 +113,7 @@ def _l1(settings: SaeSettings, d_in: int, steps: int) -> Term:
 
 def _l0(settings: SaeSettings, d_in: int, steps: int) -> Term:
     target = settings.sparsity.target_l0
-    return Term("l0", _rising(settings.sparsity, steps), lambda forward, _: l0(forward, target))
+    return Term("l0", _rising(settings.sparsity, steps), lambda forward, *_: l0(forward, target))
 
 
 def _rising(options: SparsitySettings, steps: int) -> Callable[[int], float]:
@@ -144,7 +147,7 @@ def squared_deviation(x: Tensor, axis: Axis = ALONE.data, tokens: int = 0) -> Te
     return axis.sum_(torch.linalg.vector_norm(x - mean).square())
 
 
-def _wider_fvu(forward: Forward, wider: Selection | None) -> Tensor:
+def _wider_fvu(forward: Forward, wider: Selection | None, *_: Any) -> Tensor:
     assert wider is not None
     return _fvu(forward, forward.decode(wider))
 
@@ -154,30 +157,51 @@ def _fvu(forward: Forward, reconstruction: Tensor) -> Tensor:
     return error / forward.deviation
 
 
-def auxiliary(forward: Forward, strongest: Selection | None) -> Tensor:
+def auxiliary(
+    forward: Forward, strongest: Selection | None, living: Tensor | None = None, unit_norm: bool = True
+) -> Tensor:
     """Share of the error that chosen features leave unexplained: ``||e - ehat||^2 / ||e - mean e||^2``, a scalar.
 
     e ``[tokens, d_out]`` is detached. `strongest` holds the chosen features' largest pre-activations of each token,
     -inf in empty slots; ehat decodes those above zero, without bias. The gradient reaches exactly the encoder and
     decoder rows that ehat uses. b_dec receives none: neither side of the ratio contains it, and it is detached in the
     encoder's input. The value is 0 if nothing was chosen, or if the ratio is not finite (no error left).
+
+    Chosen features that are `living`, bool ``[n_features]``, have no part in ehat. Instead each adds to the numerator
+    what it alone would change, ``||e - z d||^2 - ||e||^2`` for its value z and its decoder row d on every token that
+    it was chosen for. The sum may be less than -||e||^2, since features that each explain the same part of e all count.
+    With `unit_norm` no gradient changes the length of these rows d.
     """
     if strongest is None:
         return forward.x.new_zeros(())
-    pattern, error = strongest.pattern, (forward.target - forward.reconstruction).detach()
+    pattern, error, ranks = strongest.pattern, (forward.target - forward.reconstruction).detach(), forward.ranks
     filled = pattern.values > -torch.inf
     known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
     centre = None if forward.centre is None else forward.centre.detach()
     values = forward.encoder.pre(pattern, forward.x.detach(), centre, known).relu() * filled
-    ranks = forward.ranks
-    explained = total(spmm(pattern.with_values(values), forward.W_dec, read=forward.read), ranks.features)
+    together, alone = values, None
+    if living is not None:
+        alone = living[ranks.features.part(len(living))][pattern.features]
+        together = values * ~alone
+    explained = total(spmm(pattern.with_values(together), forward.W_dec, read=forward.read), ranks.features)
     squares = total(torch.linalg.vector_norm(error - explained).square(), ranks.data)
+    if alone is not None:
+        changes = _changes_alone(forward, pattern.with_values(values * alone), error, unit_norm)
+        squares = squares + total(changes, ranks.every)
     ratio = squares / squared_deviation(error, ranks.data, forward.batch)
     any_filled = ranks.every.max_(filled.any().to(ratio.dtype)) > 0
     return torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0)
 
 
-def l1(forward: Forward, _: Selection | None = None) -> Tensor:
+def _changes_alone(forward: Forward, codes: Codes, error: Tensor, unit_norm: bool) -> Tensor:
+    """Sum over entries of ``||e - z d||^2 - ||e||^2``, a scalar."""
+    z, products = codes.values, sddmm(codes, error, forward.W_dec, read=forward.read)
+    # a gradient to lengths would be as large as W_dec, and with unit_norm the optimiser removes it anyway
+    rows = forward.W_dec.detach() if unit_norm else forward.W_dec
+    return (z * (z * per_entry(codes, torch.linalg.vector_norm(rows, dim=1).square()) - 2 * products)).sum()
+
+
+def l1(forward: Forward, *_: Any) -> Tensor:
     """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
     lengths = per_entry(forward.codes, torch.linalg.vector_norm(forward.W_dec, dim=1))
     summed = total((forward.codes.values * lengths).sum(), forward.ranks.every)

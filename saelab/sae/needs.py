@@ -31,6 +31,8 @@ _DENSE_ENTRY_BYTES = {"memory": 70, "gpu": _ENTRY_BYTES}
 """Bytes per entry if all are active; a CPU then uses dense products, which need no positions among the features."""
 _AUX_BYTES = 60
 """Bytes per entry of the auxiliary loss."""
+_ALONE_BYTES = 22
+"""As many more if features explain the error each alone."""
 _MET_BYTES = {"candidates": 95, "auxiliary loss": 3}
 """Bytes per entry, of this process or another one, among which this process chooses."""
 _OWN_BYTES = {"candidates": 80, "auxiliary loss": 15}
@@ -80,8 +82,9 @@ def step_needs(
     if not _has_budget(settings):
         entries, entry = n_features, _DENSE_ENTRY_BYTES[where]
     chosen = min(n_features, aux_entries(settings, d_in))
-    step = tokens * (4 * vectors * d_in + entry * entries + _AUX_BYTES * chosen)
-    each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {_AUX_BYTES} bytes"
+    aux = _AUX_BYTES + _ALONE_BYTES * (settings.aux.name == "aux_zipf")
+    step = tokens * (4 * vectors * d_in + entry * entries + aux * chosen)
+    each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {aux} bytes"
     how = f"{tokens:,} tokens x ({each})"
     if tokens < batch:
         whole = _WHOLE_VECTORS * (2 if settings.needs_gradients else 1)

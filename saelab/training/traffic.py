@@ -62,7 +62,7 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
         most = min(n, aux_entries(sae, d_in))
         aux = _swapped(4 * tokens * most, features) + _swapped(_CHOSEN * tokens * most, features)
         aux += _reduced(_SIZE, features) + _reduced(decoded, features) + _reduced(mean + 8, data)
-        aux += _reduced(4, every) + counted // settings.log_every
+        aux += (2 if sae.aux.name == "aux_zipf" else 1) * _reduced(4, every) + counted // settings.log_every
         how = f"{tokens:,} tokens x {most:,} pre-activations x {4 + _CHOSEN} bytes, and a reconstruction, added up"
         lift = sae.aux.lift * _reduced(4 * n, data)
         found.append(Traffic("auxiliary loss", parts * aux + lift, how + in_parts))

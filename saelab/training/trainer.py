@@ -133,7 +133,10 @@ class Trainer:
         requests = [term.request(rule, targets) for term in self.terms]
         bf16 = self.sae_settings.selection == "bfloat16"
         forward, found = sae.training_pass(batch, rule, requests, bf16=bf16, tables=tables)
-        values = {term.name: term.value(forward, entries) for term, entries in zip(self.terms, found, strict=True)}
+        dead = self.usage.dead()
+        values = {
+            term.name: term.value(forward, entries, dead) for term, entries in zip(self.terms, found, strict=True)
+        }
         coverage = _target_coverage(requests, found, self._counts) if logged else {}
         if logged and targets is not None and not coverage:
             coverage = {"targets": 0, "share_reached": 0.0}

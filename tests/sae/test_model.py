@@ -11,7 +11,7 @@ from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Token
 from saelab.sae.allocation.selection import Request
 from saelab.sae.losses import Forward, auxiliary, batch_fvu, terms
 from saelab.sae.model import Batch, SparseAutoencoder, geometric_median
-from saelab.sae.settings import SaeSettings
+from saelab.sae.settings import AuxSettings, SaeSettings
 from saelab.training.trainer import _target_coverage
 
 D, F, K, N = 6, 20, 4, 30
@@ -27,11 +27,18 @@ def forward_pass(sae: SparseAutoencoder, x: Tensor, rule: Rule = TOKEN, bf16: bo
 
 
 def aux_loss(
-    sae: SparseAutoencoder, x: Tensor, mask: Tensor, k_aux: int, bf16: bool = False, rule: Rule = TOKEN
+    sae: SparseAutoencoder,
+    x: Tensor,
+    mask: Tensor,
+    k_aux: int,
+    bf16: bool = False,
+    rule: Rule = TOKEN,
+    living: Tensor | None = None,
+    unit_norm: bool = True,
 ) -> tuple[Forward, Tensor]:
     forward, found = sae.training_pass(Batch(x), rule, [None, Request(TokenChoice(k_aux), mask)], bf16=bf16)
     assert found[0] is None
-    return forward, auxiliary(forward, found[1])
+    return forward, auxiliary(forward, found[1], living, unit_norm)
 
 
 def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
@@ -139,6 +146,88 @@ def test_aux_k_equals_its_dense_formula() -> None:
         torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
 
 
+@pytest.mark.parametrize(("bf16", "unit_norm"), [(False, False), (True, False), (False, True)])
+def test_aux_zipf_equals_its_dense_formula(bf16: bool, unit_norm: bool) -> None:
+    """Dead features explain the error together, each living one alone; with unit_norm, but for lengths of rows."""
+    sae, x = make_sae()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, F, dtype=torch.float64)[:, None])  # lengths count
+    twin = copy.deepcopy(sae)
+    targets, living = torch.tensor([0, 3, 8, 9, 12, 15]), mask_of(torch.tensor([3, 7, 9, 15]))
+    ours = aux_loss(sae, x, mask_of(targets), 3, bf16, living=living, unit_norm=unit_norm)[1]
+    ours.backward()
+    _, reconstruction = dense_pass(twin, x)
+    error = (x - reconstruction).detach()
+    pre = ((x - twin.b_dec.detach()) @ twin.W_enc.T + twin.b_enc)[:, targets]
+    z = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(3).indices, 1.0)
+    W_dec, alone = twin.W_dec[targets], living[targets]
+    loss = (error - (z * ~alone) @ W_dec).square().sum()
+    for i in alone.nonzero().squeeze(1).tolist():
+        loss = loss + (error - z[:, i, None] * W_dec[i]).square().sum() - error.square().sum()
+    dense = loss / (error - error.mean(0)).square().sum()
+    dense.backward()
+    torch.testing.assert_close(ours, dense)
+    if unit_norm:
+        for model in (sae, twin):
+            remove_parallel(model.W_dec, living)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
+    used = set(targets[(z > 0).any(0)].tolist())
+    for gradient in (sae.W_enc.grad, sae.W_dec.grad):
+        assert gradient is not None and set(gradient.abs().sum(1).nonzero().squeeze(1).tolist()) == used
+    assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
+
+
+def remove_parallel(rows: torch.nn.Parameter, which: Tensor) -> None:
+    """Remove the part of the gradient of some rows that changes their lengths."""
+    assert rows.grad is not None
+    d = torch.nn.functional.normalize(rows.detach(), dim=1) * which[:, None]
+    rows.grad -= (rows.grad * d).sum(1, keepdim=True) * d
+
+
+def test_if_all_its_targets_are_dead_aux_zipf_is_aux_k() -> None:
+    sae, x = make_sae()
+    twin, dead = copy.deepcopy(sae), mask_of(torch.tensor([0, 3, 8, 9]))
+    aux_k, aux_zipf = (
+        next(term for term in terms(SaeSettings(F, K, aux=AuxSettings(name)), D, 1) if term.name == "aux")
+        for name in ("aux_k", "aux_zipf")
+    )
+    values = []
+    for model, term in ((sae, aux_k), (twin, aux_zipf)):
+        forward, (entries,) = model.training_pass(Batch(x), TOKEN, [term.request(TOKEN, dead)])
+        values.append(term.value(forward, entries, dead))
+        values[-1].backward()
+    torch.testing.assert_close(values[0], values[1], rtol=1e-6, atol=0)
+    for ours, theirs in zip(sae.parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_features_that_share_a_direction_shrink_together_and_grow_alone() -> None:
+    """Each of 19 explains too little of the error, but all together too much: then they lower each other."""
+    directions = torch.eye(D, dtype=torch.float64)
+    x = torch.zeros(N, D, dtype=torch.float64)
+    x[:, 0], x[:, 1] = torch.linspace(1, 2, N, dtype=torch.float64), 5.0
+    targets = mask_of(torch.arange(1, F))
+    for living, expected in ((None, 1 / (F - 1)), (targets, 1.0)):
+        sae = SparseAutoencoder(D, F, 1).double()
+        with torch.no_grad():
+            sae.b_dec.zero_()
+            sae.b_enc.zero_()
+            sae.W_dec[:], sae.W_enc[:] = directions[0], 0.3 * directions[0]
+            sae.W_dec[0] = sae.W_enc[0] = directions[1]  # the one that is active, on every token
+        for step in range(200):
+            aux_loss(sae, x, targets, F, rule=TokenChoice(1), living=living)[1].backward()
+            assert sae.W_enc.grad is not None and not sae.W_enc.grad[0].any()
+            if step == 0:
+                assert bool((sae.W_enc.grad[1:, 0] * (0.3 - expected) > 0).all())
+            with torch.no_grad():
+                sae.W_enc[:, 0] -= 5e-4 * sae.W_enc.grad[:, 0]  # along the error only
+            sae.zero_grad()
+        assert sae.pre_activations(x)[:, 1:].mean().item() == pytest.approx(1.5 * expected, abs=0.03)
+
+
 def test_the_auxiliary_loss_of_no_feature_is_zero() -> None:
     sae, x = make_sae()
     assert aux_loss(sae, x, torch.zeros(F, dtype=torch.bool), 3)[1] == 0
@@ -205,7 +294,8 @@ def test_multi_topk_adds_the_reconstruction_with_four_times_the_budget() -> None
     assert (fvu.name, multi.name, fvu.weight(0), multi.weight(0)) == ("fvu", "multi_topk", 1.0, 1 / 8)
     found, (none, wider) = sae.training_pass(Batch(x), TOKEN, [fvu.request(TOKEN, None), multi.request(TOKEN, None)])
     assert none is None
-    (fvu.value(found, None) + multi.value(found, wider) / 8).backward()
+    nothing = torch.zeros(F, dtype=torch.bool)
+    (fvu.value(found, None, nothing) + multi.value(found, wider, nothing) / 8).backward()
     _, reconstruction = dense_pass(twin, x)
     wide = copy.copy(twin)
     wide.k = 4 * K

@@ -19,6 +19,7 @@ from saelab.sae.settings import (
     SaeSettings,
     SparsitySettings,
 )
+from saelab.training import usage
 from saelab.training.settings import TrainingSettings
 from saelab.training.state import load_state, save_state
 from saelab.training.trainer import Trainer
@@ -37,6 +38,7 @@ METHODS = {
     "bfloat16": SaeSettings(FEATURES, 4, allocation=AllocationSettings("mutual_choice"), selection="bfloat16"),
     "gradient": SaeSettings(FEATURES, 4, affinity=AffinitySettings("gradient", beta=1.0)),
     "lift": SaeSettings(FEATURES, 4, aux=AuxSettings("aux_zipf", features=7, lift=True)),
+    "under-used": SaeSettings(FEATURES, 4, aux=AuxSettings("aux_zipf", features=7)),
     "relu": SaeSettings(
         FEATURES, 4, allocation=AllocationSettings("threshold"), sparsity=SparsitySettings("l1", coefficient=0.01)
     ),
@@ -107,6 +109,12 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: s
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=f"{where}: {name}")
 
 
+@pytest.fixture(autouse=True)
+def ranked_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """aux_zipf ranks the features after 4 steps, so that it also targets living ones."""
+    monkeypatch.setattr(usage, "REFRESH", 4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_layout_trains_what_one_process_trains(method: str) -> None:
     """In float64, so that nothing but the order of sums differs."""
@@ -114,6 +122,8 @@ def test_every_layout_trains_what_one_process_trains(method: str) -> None:
     expected = train(settings, ALONE)
     assert len(expected.metrics) == STEPS and expected.metrics[-1]["fvu"] < expected.metrics[0]["fvu"]
     assert settings.aux.name == "none" or any(metrics.get("share_reached") for metrics in expected.metrics)
+    if method == "under-used":
+        assert any(metrics.get("targets", 0) > metrics["dead"] for metrics in expected.metrics)
     for data, features in LAYOUTS:
         for found in run_threads(lambda ranks: train(settings, ranks), data=data, features=features):
             assert_equal(found.weights, expected.weights, f"{data} x {features}")
