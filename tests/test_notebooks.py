@@ -55,6 +55,8 @@ def test_every_code_cell_parses_and_imports_what_a_user_has(path: Path) -> None:
     for source in cells(path, "code"):
         tree = ast.parse(source)
         assert isinstance(tree.body[-1], ast.Expr), "something to look at"
+        if ".style" in source and "texts" in source:
+            assert 'escape="html"' in source, "pandas' styles do not escape text by themselves"
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert {name.name.split(".")[0] for name in node.names} <= IMPORTS
