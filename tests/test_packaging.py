@@ -148,7 +148,7 @@ def test_start_leaves_heavy_libraries_alone(code: str, tmp_path: Path) -> None:
 def test_no_machine_paths() -> None:
     """No project file names a place that exists on its author's machine only."""
     machine = re.compile(r"(?<![\w.~-])/(?:root|work|opt|home/\w+|Users/\w+)/|\b[A-Z]:\\Users\\")
-    folders = [ROOT / name for name in ("saelab", "app", "configs", "scripts", "tests", "docs", ".ci")]
+    folders = [ROOT / name for name in ("saelab", "app", "configs", "notebooks", "scripts", "tests", "docs", ".ci")]
     files = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
     files += list(ROOT.iterdir())
     found = []

@@ -40,6 +40,7 @@ from torch import Tensor
 from saelab.activations.sinks import Moments, SinkSums, concentration
 from saelab.activations.stream import check_finite
 from saelab.analysis.decoder import mean_absolute_cosine
+from saelab.analysis.result import shown
 from saelab.analysis.settings import EvalSettings
 from saelab.analysis.spliced_loss import spliced_losses
 from saelab.encoded import Autoencoder, Block, encoded
@@ -136,6 +137,9 @@ class Fidelity:
         import pandas as pd
 
         return pd.DataFrame({"value": self.to_dict()})
+
+    def _repr_html_(self) -> str:
+        return f"<b>Fidelity</b>{self.to_frame().map(shown).to_html(border=0)}"  # pandas escapes names and values
 
     def plot(self) -> "go.Figure":
         """CE of the four runs, in nats per token."""

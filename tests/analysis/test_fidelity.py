@@ -347,6 +347,8 @@ def test_our_autoencoder_with_beta_0_is_its_own_oracle() -> None:
 
 def test_the_written_result_has_only_numbers_and_text() -> None:
     lm = language_model("gpt2")
-    written = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 3)).to_dict()
+    result = fidelity(Fixed(lambda x: x), lm, random_rows(lm, 3))
+    written = result.to_dict()
     assert json.loads(json.dumps(written)) == written
     assert "counts" not in written and {"never_active", "never_active_share", "share_below_1e4"} <= set(written)
+    assert all(f"<th>{name}</th>" in result._repr_html_() for name in written)

@@ -78,9 +78,11 @@ class DirectAttribution:
 
         import plotly.graph_objects as go
 
+        from saelab.errors import printable
+
         most = float(self.contributions.abs().max())
         heads, sources = self.contributions.shape
-        texts = [f"{s}: {escape(tokens[s])}" if tokens else str(s) for s in range(sources)]
+        texts = [f"{s}: {escape(printable(tokens[s]))}" if tokens else str(s) for s in range(sources)]
         figure = go.Figure(
             go.Heatmap(
                 z=self.contributions.tolist(),
@@ -95,10 +97,10 @@ class DirectAttribution:
         )
         title = f"Feature {self.feature} of layer {self.layer} at position {self.position}"
         figure.update_layout(title=title, xaxis_title="source position", yaxis_autorange="reversed")
-        return figure
+        return figure.update_xaxes(tickvals=list(range(sources)), ticktext=texts) if tokens else figure
 
-    def _repr_html_(self) -> str:
-        return self.plot().to_html(include_plotlyjs="cdn", full_html=False)
+    def _ipython_display_(self) -> None:
+        self.plot().show()
 
 
 def direct_attribution(

@@ -76,7 +76,8 @@ class Node:
         import pandas as pd
 
         names = ("kind", "layer", "position", "feature", "activation", "contribution", "merged")
-        return pd.DataFrame([{"depth": depth} | {n: getattr(node, n) for n in names} for depth, node in self.walk()])
+        frame = pd.DataFrame([{"depth": depth} | {n: getattr(node, n) for n in names} for depth, node in self.walk()])
+        return frame.astype(dict.fromkeys(("layer", "position", "feature"), "Int64"))
 
     def label(self) -> str:
         """The node in words; no text of the prompt is in it."""
@@ -86,11 +87,15 @@ class Node:
         return f"{name} ({self.merged} parts)" if self.kind == "rest" else name + at
 
     def _repr_html_(self) -> str:
+        return self._html(" open")
+
+    def _html(self, state: str = "") -> str:
+        """The node as an element that folds, with the attribute `state`."""
         line = f"{self.contribution:+.4g} &nbsp; {self.label()}"
         if not self.children:
             return f"<div style='margin-left:1.2em'>{line}</div>"
-        inner = "".join(child._repr_html_() for child in self.children)
-        return f"<details style='margin-left:1em'><summary>{line}</summary>{inner}</details>"
+        inner = "".join(child._html() for child in self.children)
+        return f"<details style='margin-left:1em'{state}><summary>{line}</summary>{inner}</details>"
 
 
 def attribution_tree(

@@ -77,15 +77,23 @@ def test_attention_is_as_before_after_a_reading_and_after_an_error() -> None:
     assert lm.attention == "sdpa" and torch.equal(lm.logits(ids[None]), before)
 
 
-def test_a_frame_and_a_plot() -> None:
+def test_a_frame_and_a_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    import plotly.graph_objects as go
+
     lm = lm_of("gpt2")
     found = direct_attribution(autoencoder(lm), lm, ids_of(lm), 5, 7)
     frame = found.to_frame()
     assert len(frame) == 4 * 8 and set(frame["source"] + frame["distance"]) == {7}
     sums = [sum(frame["contribution"][frame["head"] == head]) for head in range(4)]
     torch.testing.assert_close(torch.tensor(sums, dtype=torch.float64), found.by_head)
-    page = found.plot(["<b>x</b>"] * 8).to_json()
+    figure = found.plot(["<b>x</b>\n"] * 8)
+    assert figure.layout.xaxis.ticktext[3] == "3: &lt;b&gt;x&lt;/b&gt;\\n"
+    page = figure.to_json()
     assert page is not None and "<b>" not in page and "lt;b" in page
+    shown: list[go.Figure] = []
+    monkeypatch.setattr(go.Figure, "show", lambda self, *_: shown.append(self))
+    found._ipython_display_()
+    assert [each.layout.title.text for each in shown] == [found.plot().layout.title.text]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def test_a_tree_as_dictionary_frame_and_page() -> None:
     assert len(frame) == len(list(tree.walk())) and set(frame["depth"]) == {0, 1, 2, 3}
     page = tree._repr_html_()
     assert page.count("<summary>") == sum(bool(node.children) for _, node in tree.walk())
-    assert "attention feature 4 of layer 2 at 9" in page
+    assert "attention feature 4 of layer 2 at 9" in page and page.count(" open>") == 1
+    assert frame["feature"][0] == 4 and str(frame["feature"].dtype) == "Int64"
 
 
 def test_what_has_no_tree_is_an_error() -> None:
