@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
+    from saelab.analysis.spliced import spliced
     from saelab.analysis.steering import steer
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
@@ -97,6 +98,7 @@ _HOME = {
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
+    "spliced": "saelab.analysis.spliced",
     "steer": "saelab.analysis.steering",
     "sweep": "saelab.runs.sweep",
     "train": "saelab.runs.train",
@@ -150,6 +152,7 @@ __all__ = [
     "save_run",
     "save_sae",
     "settings_of",
+    "spliced",
     "steer",
     "sweep",
     "train",
