@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from saelab.activations.stream import read_activations
     from saelab.analysis.attention.direct import direct_attribution
     from saelab.analysis.attention.tree import attribution_tree
+    from saelab.analysis.attribution import attribute, next_token_loss
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
@@ -74,6 +75,7 @@ _HOME = {
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
     "analyse": "saelab.runs.analyses",
+    "attribute": "saelab.analysis.attribution",
     "attribution_tree": "saelab.analysis.attention.tree",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
@@ -88,6 +90,7 @@ _HOME = {
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
     "new_autoencoder": "saelab.sae.new",
+    "next_token_loss": "saelab.analysis.attribution",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
     "plot_pareto": "saelab.analysis.pareto",
@@ -128,6 +131,7 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "analyse",
+    "attribute",
     "attribution_tree",
     "bar",
     "cache",
@@ -142,6 +146,7 @@ __all__ = [
     "load_config",
     "load_language_model",
     "new_autoencoder",
+    "next_token_loss",
     "open_cache",
     "open_corpus",
     "plot_pareto",

@@ -52,11 +52,10 @@ def spliced(
     if site is None:
         raise SaelabError("splice: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
     opened = open_site(model, site)
-    check_fits(sae, type(model).__name__, site, opened.d_in, opened.device)
+    check_fits(sae, type(model).__name__, site, opened.d_in, opened.device, "splice")
     interventions = [
-        Intervention(feature, mode, value)
-        for mode, changes in (("add", steer), ("clamp", clamp))
-        for feature, value in (changes or {}).items()
+        *(Intervention(feature, "add", value) for feature, value in (steer or {}).items()),
+        *(Intervention(feature, "clamp", value) for feature, value in (clamp or {}).items()),
     ]
     check_interventions(sae, interventions)
     special = named_ids(model) if tokenizer is None else special_ids(tokenizer)

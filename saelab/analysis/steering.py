@@ -193,17 +193,18 @@ def check_steerable(sae: SparseAutoencoder, lm: LanguageModel, site: str) -> Non
     check_fits(sae, lm.name, site, lm.width(site), lm.device)
 
 
-def check_fits(sae: SparseAutoencoder, model: str, site: str, width: int, device: torch.device) -> None:
-    """Raises SaelabError if features of `sae` cannot be steered at a site of this width and device."""
+def check_fits(
+    sae: SparseAutoencoder, model: str, site: str, width: int, device: torch.device, what: str = "steer"
+) -> None:
+    """Raises SaelabError, which begins with `what`, if `sae` is not of activations of this width on this device."""
     if not sae.centred:
         raise SaelabError(
-            "steer: a transcoder's features write to another place than it reads from, so its site cannot be steered; "
-            "use an autoencoder of the site"
+            f"{what}: a transcoder's features write to another place than it reads from; use an autoencoder of {site}"
         )
     if width != sae.d_in:
-        raise SaelabError(f"steer: {site} of {model} has width {width}, the autoencoder has d_in {sae.d_in}")
+        raise SaelabError(f"{what}: {site} of {model} has width {width}, the autoencoder has d_in {sae.d_in}")
     if (own := sae.W_dec.device) != device:
-        raise SaelabError(f"steer: the autoencoder is on {own}, the model on {device}; move it with sae.to(...)")
+        raise SaelabError(f"{what}: the autoencoder is on {own}, the model on {device}; move it with sae.to(...)")
 
 
 def check_interventions(sae: SparseAutoencoder, interventions: Sequence[Intervention]) -> None:

@@ -225,10 +225,14 @@ class LanguageModel:
         """``[rows, context, vocabulary]``."""
         return self._forward(rows)
 
-    @torch.no_grad()
-    def spliced_logits(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``."""
-        with self.spliced(rows, site, replace):
+    def spliced_logits(
+        self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor], *, gradients: bool = False
+    ) -> Tensor:
+        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``.
+
+        With `gradients`, they have a graph from what `replace` returns.
+        """
+        with torch.set_grad_enabled(gradients), self.spliced(rows, site, replace):
             return self._forward(rows)
 
     @contextmanager
