@@ -2,25 +2,26 @@
 
     x = sum over features of a W_dec row + b_dec + error        a: the activation of a feature on a token
 
-The effect of a feature on a row of text is what the metric owes to it: positive if the metric is larger with the
-feature than without. The error is a part of its own, beside the features: it stays when a feature is taken out, and no
-gradient passes through it or through the encoder. Special tokens stay clean. Three methods:
+The effect of a feature on a row of text is the metric with the feature less the metric without it, so it is positive
+if the feature raises the metric. The error is a part of its own: it stays when a feature is taken out, and no gradient
+passes through it or through the encoder. Special tokens stay clean. There are three methods:
 
-exact        metric - metric with the feature's activation at 0 on all tokens of the row; all else at the site stays
+exact        the metric less the metric with the feature's activation at 0 on all tokens of the row and everything else
+             at the site as it is
 gradient     sum over tokens of a (W_dec row . gradient of the metric at x): exact if the metric is linear in x
 integrated   the same with the mean gradient on the line from x = b_dec, where all activations and the error are 0, to
-             x. So effects of features and error add up to metric - metric at b_dec, which is the baseline
+             x. Effects of features and error add up to the metric less the baseline, which is the metric at b_dec
 
-The effect of the error is found in the same way: exact replaces x by its reconstruction.
+The error's effect is found in the same way: by gradients, or exactly, with x replaced by its reconstruction.
 
-Effects of the first two methods do not add up: features act together after the site. Integrated gradients divide what
-all of them do together, so they are not an estimate of a single ablation either. `gap` reports how far their sum is
-from the difference, sum over rows of |sum of effects - difference| over sum of |difference|: what the Gauss-Legendre
-rule with `steps` nodes and rounding leave. Above 0.05, use more steps.
+Exact effects and those of gradients do not add up, because features act together after the site. Integrated gradients
+divide what all of them do together, so they are no estimate of a single ablation. `gap` says how far their sum is from
+the difference: the sum over rows of |sum of effects - difference| over the sum of |difference|. It comes from rounding
+and from the Gauss-Legendre rule with `steps` nodes that takes the mean. If it is above 0.05, use more steps.
 
 Cost per row, in passes through the layers above the site, besides one through those below it: gradient 1 and a backward
 pass; integrated 2, and `steps` with a backward pass each; exact 2, and one for each feature that is active in the row
-(of a block of rows, as many as its row with the most such features has).
+(for a block of rows, as many as its row with the most such features needs).
 """
 
 from collections.abc import Collection, Mapping
@@ -163,6 +164,9 @@ def attribute(
     if site is None:
         raise SaelabError("attribution: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
     _check(lm, sae, rows, site, method, features)
+    for name, number in (("steps", steps), ("rows_per_forward", rows_per_forward)):
+        if number < 1:
+            raise SaelabError(f"attribution: {name}={number} is not a positive number")
     passes = AttributionPasses(lm, sae, site, metric)
     only = None if features is None else torch.tensor(sorted(set(features)), dtype=torch.long)
     effect = torch.zeros(sae.n_features, dtype=torch.float64)

@@ -56,9 +56,10 @@ def open_site(model: nn.Module, name: str) -> OpenSite:
         raise SaelabError(f"site: {name} of {what} is not what its name says: {problem}; choose another site")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+    special = torch.tensor([*named_ids(model)], dtype=ids.dtype, device=ids.device)
     token = _measuring.set(True)  # splices that are open already would change what is measured
     try:
-        rows, changed = measuring_rows(ids[~torch.isin(ids, torch.tensor([*named_ids(model)], device=ids.device))])
+        rows, changed = measuring_rows(ids[~torch.isin(ids, special)])
         before, after = (
             read_values(model, {name: sites[name]}, partial(model, input_ids=each, use_cache=False)).get(name)
             for each in (rows, changed)

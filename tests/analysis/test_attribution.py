@@ -155,8 +155,10 @@ def test_integrated_gradients_add_up(kind: str) -> None:
     start = metric(lm.spliced_logits(rows, SITE, sae.b_dec.expand_as), rows)
     np.testing.assert_allclose(found.baseline, start, rtol=1e-9)
     np.testing.assert_allclose(found.by_row + found.error_by_row, found.metric - found.baseline, atol=1e-3)
-    gaps = [attribute(lm, sae, rows, metric, method="integrated", steps=n).gap for n in (4, 64)]
-    assert gaps[1] is not None and gaps[0] is not None and gaps[1] < 1e-4 < gaps[0]
+    few = attribute(lm, sae, rows, metric, method="integrated", steps=4)
+    assert found.gap is not None and few.gap is not None and found.gap < 1e-4 < few.gap
+    shares = np.abs(few.by_row + few.error_by_row - few.metric + found.baseline)
+    assert few.gap == pytest.approx(shares.sum() / np.abs(found.metric - found.baseline).sum())
     assert abs(found.effect.sum() - found.by_row.sum()) < 1e-9
 
 
@@ -235,6 +237,7 @@ def test_a_result_is_stored_and_shown() -> None:
         ({"site": "blocks.9.hook_resid_post"}, "Nearest"),
         ({"site": "blocks.1.mlp.hook_post"}, "attribution: .* has width 64"),
         ({"method": "guess"}, "use gradient, integrated, exact"),
+        ({"method": "integrated", "steps": 0}, "steps=0 is not a positive number"),
         ({"features": [1]}, "limits the passes of the exact method"),
         ({"features": [48], "method": "exact"}, "no feature 48: features are 0 to 47"),
         ({"metric": lambda logits, rows: logits[:, -1]}, "gave a tensor of shape"),

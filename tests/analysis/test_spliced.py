@@ -110,8 +110,8 @@ def test_left_padding_changes_nothing(kind: str) -> None:
     mask[1, :3] = 0
     with saelab.spliced(model, sae, clamp={2: 20.0}):
         expected = [generated(model, each)[0, each.shape[1] :] for each in (ids[:1], short)]
-        for cache in (True, False):
-            found = generated(model, padded, cache, attention_mask=mask)[:, 8:]
+        for cache in ({}, {"cache": False}, {"cache_implementation": "static"}):
+            found = generated(model, padded, attention_mask=mask, **cache)[:, 8:]
             for mine, own in zip(found, expected, strict=True):
                 assert torch.equal(mine[: len(own)], own)
 
