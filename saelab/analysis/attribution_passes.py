@@ -150,12 +150,13 @@ class AttributionPasses:
 
     def _slope(self, values: Tensor, leaf: Tensor) -> Tensor:
         """The gradient of the metric at the activations `leaf`, in the autoencoder's dtype."""
-        if not values.requires_grad:
+        slope = torch.autograd.grad(values.sum(), leaf, allow_unused=True)[0] if values.requires_grad else None
+        if slope is None:
             raise SaelabError(
                 "attribution: the metric does not depend on the logits; compute it from them by operations of torch, "
                 "without item() or detach()"
             )
-        return torch.autograd.grad(values.sum(), leaf)[0].to(self._sae.W_dec.dtype)
+        return slope.to(self._sae.W_dec.dtype)
 
     def _along(self, rows: Tensor, parts: _Parts, slope: Tensor, clean: Tensor, baseline: Tensor | None) -> Effects:
         """Effects of each feature at each token, and of the error, as products with `slope` ``[tokens, d_in]``."""
