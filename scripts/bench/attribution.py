@@ -19,7 +19,7 @@ from saelab.runs import folder
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 
-STEPS = (4, 16, 64)
+STEPS = (4, 16)
 
 
 def main() -> None:
