@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from saelab.activations.stream import read_activations
     from saelab.analysis.attention.direct import direct_attribution
     from saelab.analysis.attention.tree import attribution_tree
+    from saelab.analysis.attribution import attribute, next_token_loss
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
+    from saelab.analysis.spliced import spliced
     from saelab.analysis.steering import steer
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
@@ -74,6 +76,7 @@ _HOME = {
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
     "analyse": "saelab.runs.analyses",
+    "attribute": "saelab.analysis.attribution",
     "attribution_tree": "saelab.analysis.attention.tree",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
@@ -88,6 +91,7 @@ _HOME = {
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
     "new_autoencoder": "saelab.sae.new",
+    "next_token_loss": "saelab.analysis.attribution",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
     "open_database": "saelab.features.database",
@@ -99,6 +103,7 @@ _HOME = {
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
+    "spliced": "saelab.analysis.spliced",
     "steer": "saelab.analysis.steering",
     "sweep": "saelab.runs.sweep",
     "train": "saelab.runs.train",
@@ -128,6 +133,7 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "analyse",
+    "attribute",
     "attribution_tree",
     "bar",
     "cache",
@@ -142,6 +148,7 @@ __all__ = [
     "load_config",
     "load_language_model",
     "new_autoencoder",
+    "next_token_loss",
     "open_cache",
     "open_corpus",
     "open_database",
@@ -153,6 +160,7 @@ __all__ = [
     "save_run",
     "save_sae",
     "settings_of",
+    "spliced",
     "steer",
     "sweep",
     "train",

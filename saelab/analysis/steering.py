@@ -131,18 +131,21 @@ def steer(
 
 
 @torch.no_grad()
-def steered(sae: SparseAutoencoder, x: Tensor, interventions: Sequence[Intervention]) -> Tensor:
+def steered(sae: SparseAutoencoder, x: Tensor, interventions: Sequence[Intervention], *, error: bool = True) -> Tensor:
     """Activations x ``[tokens, d_in]`` of ordinary tokens with the interventions, in the dtype of x.
 
-    Computed in the autoencoder's dtype. Features must be different and in range (`steer` checks them).
+    Without `error` they are the reconstruction of x with the interventions. Computed in the autoencoder's dtype.
+    Features must be different and in range (`check_interventions`).
     """
     features = torch.tensor([i.feature for i in interventions], dtype=torch.long, device=x.device)
     values = torch.tensor([0.0 if i.mode == "ablate" else i.value for i in interventions], device=x.device)
     replaces = torch.tensor([i.mode != "add" for i in interventions], dtype=torch.bool, device=x.device)
-    change = values.to(sae.W_dec.dtype).expand(len(x), -1)
-    if len(x) and replaces.any():
-        change = torch.where(replaces, change - activations_of(sae.encode(x), features), change)
-    return (x.to(sae.W_dec.dtype) + change @ sae.W_dec[features]).to(x.dtype)
+    change, base = values.to(sae.W_dec.dtype).expand(len(x), -1), x.to(sae.W_dec.dtype)
+    if len(x) and (replaces.any() or not error):
+        codes = sae.encode(x)
+        change = torch.where(replaces, change - activations_of(codes, features), change)
+        base = base if error else sae.decode(codes)
+    return (base + change @ sae.W_dec[features]).to(x.dtype)
 
 
 def activations_of(codes: Codes, features: Tensor) -> Tensor:
@@ -187,15 +190,36 @@ def _of_tokens(log_p: Tensor, ids: Tensor) -> Tensor:
 
 def check_steerable(sae: SparseAutoencoder, lm: LanguageModel, site: str) -> None:
     """Raises SaelabError if features of `sae` cannot be steered at `site`."""
+    check_fits(sae, lm.name, site, lm.width(site), lm.device)
+
+
+def check_fits(
+    sae: SparseAutoencoder, model: str, site: str, width: int, device: torch.device, what: str = "steer"
+) -> None:
+    """Raises SaelabError, which begins with `what`, if `sae` is not of activations of this width on this device."""
     if not sae.centred:
         raise SaelabError(
-            "steer: a transcoder's features write to another place than it reads from, so its site cannot be steered; "
-            "use an autoencoder of the site"
+            f"{what}: a transcoder's features write to another place than it reads from; use an autoencoder of {site}"
         )
-    if (width := lm.width(site)) != sae.d_in:
-        raise SaelabError(f"steer: {site} of {lm.name} has width {width}, the autoencoder has d_in {sae.d_in}")
-    if (device := sae.W_dec.device) != lm.device:
-        raise SaelabError(f"steer: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)")
+    if width != sae.d_in:
+        raise SaelabError(f"{what}: {site} of {model} has width {width}, the autoencoder has d_in {sae.d_in}")
+    if (own := sae.W_dec.device) != device:
+        raise SaelabError(f"{what}: the autoencoder is on {own}, the model on {device}; move it with sae.to(...)")
+
+
+def check_interventions(sae: SparseAutoencoder, interventions: Sequence[Intervention]) -> None:
+    """Raises SaelabError for an unknown feature or mode, a feature that is named twice, or a value not finite."""
+    features = [i.feature for i in interventions]
+    for i in interventions:
+        if not 0 <= i.feature < sae.n_features:
+            raise SaelabError(f"steer: there is no feature {i.feature}: features are 0 to {sae.n_features - 1}")
+        if i.mode not in get_args(Mode):
+            raise SaelabError(f"steer: {i.mode!r} is not a mode; use {', '.join(get_args(Mode))}")
+        if not torch.isfinite(torch.tensor(i.value)):
+            raise SaelabError(f"steer: the value {i.value} of feature {i.feature} is not a finite number")
+    if len(set(features)) < len(features):
+        twice = next(feature for feature in features if features.count(feature) > 1)
+        raise SaelabError(f"steer: feature {twice} is named twice; give one intervention per feature")
 
 
 def _check(
@@ -210,17 +234,7 @@ def _check(
 ) -> None:
     """Raises SaelabError for what `steer` cannot do."""
     check_steerable(sae, lm, site)
-    features = [i.feature for i in interventions]
-    for i in interventions:
-        if not 0 <= i.feature < sae.n_features:
-            raise SaelabError(f"steer: there is no feature {i.feature}: features are 0 to {sae.n_features - 1}")
-        if i.mode not in get_args(Mode):
-            raise SaelabError(f"steer: {i.mode!r} is not a mode; use {', '.join(get_args(Mode))}")
-        if not torch.isfinite(torch.tensor(i.value)):
-            raise SaelabError(f"steer: the value {i.value} of feature {i.feature} is not a finite number")
-    if len(set(features)) < len(features):
-        twice = next(feature for feature in features if features.count(feature) > 1)
-        raise SaelabError(f"steer: feature {twice} is named twice; give one intervention per feature")
+    check_interventions(sae, interventions)
     if where not in get_args(Where):
         raise SaelabError(f"steer: where={where!r}; use {' or '.join(get_args(Where))}")
     if new_tokens < 1:

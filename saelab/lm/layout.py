@@ -48,6 +48,14 @@ class Layout:
         return f"rows positions ({' '.join(self._others)})"
 
 
+def measuring_rows(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[ROWS, POSITIONS]`` of different tokens, if `ids` are enough, and these rows with changed tokens."""
+    needed = ROWS * POSITIONS
+    ids = ids[torch.linspace(0, len(ids) - 1, 2 * needed, device=ids.device).long()]
+    rows = ids[:needed].view(ROWS, POSITIONS)
+    return rows, with_changed_tokens(rows, ids[needed:])
+
+
 def with_changed_tokens(rows: Tensor, others: Tensor) -> Tensor:
     """`rows` ``[ROWS, POSITIONS]`` with other tokens at the end of the last row, from `CHANGED` on."""
     changed = rows.clone()

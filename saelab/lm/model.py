@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saelab.corpus.special import special_ids
 from saelab.errors import SaelabError, did_you_mean
-from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, with_changed_tokens
+from saelab.lm.layout import POSITIONS, ROWS, Layout, layout_of, measuring_rows
 from saelab.lm.sites import Site, general_name, hook, read_values
 from saelab.tensors import kind
 
@@ -225,10 +225,14 @@ class LanguageModel:
         """``[rows, context, vocabulary]``."""
         return self._forward(rows)
 
-    @torch.no_grad()
-    def spliced_logits(self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``."""
-        with self.spliced(rows, site, replace):
+    def spliced_logits(
+        self, rows: Tensor, site: str, replace: Callable[[Tensor], Tensor], *, gradients: bool = False
+    ) -> Tensor:
+        """Logits of a run in which the activations at `site` are replaced, ``[rows, context, vocabulary]``.
+
+        With `gradients`, they have a graph from what `replace` returns.
+        """
+        with torch.set_grad_enabled(gradients), self.spliced(rows, site, replace):
             return self._forward(rows)
 
     @contextmanager
@@ -273,11 +277,7 @@ class LanguageModel:
             rows = torch.zeros(ROWS, POSITIONS, dtype=torch.long, device=self.device)
             return rows, rows
         ids = torch.arange(self.embeddings, device=self.device)
-        ids = ids[self.ordinary(ids)]
-        needed = ROWS * POSITIONS
-        ids = ids[torch.linspace(0, len(ids) - 1, 2 * needed, device=self.device).long()]
-        rows = ids[:needed].view(ROWS, POSITIONS)
-        return rows, with_changed_tokens(rows, ids[needed:])
+        return measuring_rows(ids[self.ordinary(ids)])
 
     def _flatten(self, site: str, value: Tensor, rows: Tensor) -> Tensor:
         """The value at `site` as ``[rows, positions, d_in]``: one vector per token, no copy if possible."""

@@ -35,23 +35,26 @@ class SplicedRuns:
             self._shared = self._exact(rows[:1])
         return self._shared
 
-    def __call__(self, rows: Tensor, replacements: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[Tensor]:
+    def __call__(
+        self, rows: Tensor, replacements: Iterable[Callable[[Tensor], Tensor]], *, gradients: bool = False
+    ) -> Iterator[Tensor]:
         """Logits of the clean run, then of one run per replacement: ``[rows, context, vocabulary]`` each.
 
-        A replacement is a function as `LanguageModel.spliced_logits` takes it, and the logits equal what that method
-        returns bit for bit. Memory, besides that of one run: the record ``[rows, context, hidden]`` in the model's
+        A replacement is a function as `LanguageModel.spliced_logits` takes it, `gradients` too, and the logits equal
+        what that method returns bit for bit. A replacement is asked for when the logits of the one before it have been
+        taken. Memory, besides that of one run: the record ``[rows, context, hidden]`` in the model's
         dtype, and a copy of it.
         """
         if not self.shared(rows):
             yield self._lm.logits(rows)
             for replace in replacements:
-                yield self._lm.spliced_logits(rows, self._site, replace)
+                yield self._lm.spliced_logits(rows, self._site, replace, gradients=gradients)
             return
         record: list[Any] = []
         yield self._recorded(rows, record)
         for replace in replacements:
             with skipped(self._below, record[0]):
-                logits = self._lm.spliced_logits(rows, self._site, replace)
+                logits = self._lm.spliced_logits(rows, self._site, replace, gradients=gradients)
             yield logits
             del logits  # the next run needs the memory
 

@@ -88,13 +88,13 @@ def test_steered_positions_are_the_positions_that_are_reported(kind: str, monkey
     seen: list[tuple[list[list[int]], list[float]]] = []
     original = lm.spliced_logits
 
-    def recorded(text: Tensor, site: str, replace) -> Tensor:
+    def recorded(text: Tensor, site: str, replace, **options: bool) -> Tensor:
         clean = lm.activations(text, [site])[site]
         new, keep = clean.clone(), lm.ordinary(text)
         new[keep] = replace(clean[keep])
         where = (new != clean).any(-1).nonzero().tolist()
         seen.append((where, (new - clean).norm(dim=-1).amax(1).tolist()))
-        return original(text, site, lambda value: new[keep])
+        return original(text, site, lambda value: new[keep], **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("saelab.lm.splice.SplicedRuns.shared", lambda self, rows: False)
