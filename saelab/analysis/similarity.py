@@ -13,9 +13,9 @@ are vectors of different spaces, and their cosines mean nothing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CANDIDATES = 32
 """Nearest features of the other autoencoder among which a feature may find its partner if there are many features."""
 _BLOCK = 2048
+_CHANCE_ROWS = 2**14
+"""Most features of B that are compared with random rows in the place of A's."""
 _MOST_COSINES = 2**24
 """Most cosines that `assign_decoders` keeps at once, in float64."""
 
@@ -97,18 +99,10 @@ class DecoderMatch:
 def match_decoders(a: np.ndarray, b: np.ndarray) -> DecoderMatch:
     """The best matches between decoder rows ``a [features of A, d]`` and ``b [features of B, d]``.
 
-    A row of zeros has cosine 0 with every other. Takes features of A x features of B x d multiply-adds, and 16 MiB
-    beside copies of both. Raises SaelabError if the widths differ, or if one has no rows.
+    A row of zeros has cosine 0 with every other. Takes features of A x features of B x d multiply-adds, and some
+    50 MB of memory. Raises SaelabError if the widths differ, or if one has no rows.
     """
-    a, b = _checked(a, b)
-    best_of_a, cosine_of_a = np.zeros(len(a), np.int64), np.full(len(a), -np.inf, np.float32)
-    best_of_b, cosine_of_b = np.zeros(len(b), np.int64), np.full(len(b), -np.inf, np.float32)
-    for first in range(0, len(a), _BLOCK):
-        for start in range(0, len(b), _BLOCK):
-            cosines = a[first : first + _BLOCK] @ b[start : start + _BLOCK].T
-            _improve(cosines, best_of_a[first : first + _BLOCK], cosine_of_a[first : first + _BLOCK], start)
-            _improve(cosines.T, best_of_b[start : start + _BLOCK], cosine_of_b[start : start + _BLOCK], first)
-    return DecoderMatch(best_of_a, cosine_of_a, best_of_b, cosine_of_b)
+    return _match(*_checked(a, b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,24 +131,44 @@ def assign_decoders(a: np.ndarray, b: np.ndarray, candidates: int = CANDIDATES) 
 
     Up to 4096 x 4096 features the sum of cosines is the largest of all (Hungarian algorithm). With more, a pair needs
     one of its features among the `candidates` nearest of the other, and the sum is the largest of all such pairs
-    (sparse assignment); memory is then 24 bytes per candidate of each feature, besides that of `match_decoders`. Raises
-    SaelabError as that does.
+    (sparse assignment); memory is then some 60 bytes per candidate of each feature, besides that of `match_decoders`.
+    Raises SaelabError as that does.
     """
+    return _match_and_assign(*_checked(a, b), candidates)[1]
+
+
+def _match(a: np.ndarray, b: np.ndarray, near: "_Near | None" = None) -> DecoderMatch:
+    """`match_decoders`; `near`, if given, takes the nearest ones of each from the same products."""
+    best_of_a, cosine_of_a = np.zeros(len(a), np.int64), np.full(len(a), -np.inf, np.float32)
+    best_of_b, cosine_of_b = np.zeros(len(b), np.int64), np.full(len(b), -np.inf, np.float32)
+    for rows in _blocks(a):
+        of_a = _unit(a[rows])
+        for columns in _blocks(b):
+            cosines = of_a @ _unit(b[columns]).T  # unit rows of all features at once would take as much memory again
+            _improve(cosines, best_of_a[rows], cosine_of_a[rows], columns.start)
+            _improve(cosines.T, best_of_b[columns], cosine_of_b[columns], rows.start)
+            if near is not None:
+                near.of_a.add(cosines, rows, columns.start)
+                near.of_b.add(cosines.T, columns, rows.start)
+    return DecoderMatch(best_of_a, cosine_of_a, best_of_b, cosine_of_b)
+
+
+def _match_and_assign(a: np.ndarray, b: np.ndarray, candidates: int = CANDIDATES) -> tuple[DecoderMatch, Assignment]:
+    """`match_decoders` and `assign_decoders`, from the same products."""
     from scipy.optimize import linear_sum_assignment
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-    a, b = _checked(a, b)
     if len(a) * len(b) <= _MOST_COSINES:
-        cosines = a @ b.T
+        match, cosines = _match(a, b), _unit(a) @ _unit(b).T
         left, right = linear_sum_assignment(np.maximum(cosines, 0), maximize=True)
         found = cosines[left, right]
     else:
-        near_b, cosine_b = _nearest(a, b, candidates)
-        near_a, cosine_a = _nearest(b, a, candidates)
-        rows = np.concatenate([np.repeat(np.arange(len(a)), near_b.shape[1]), near_a.ravel()])
-        columns = np.concatenate([near_b.ravel(), np.repeat(np.arange(len(b)), near_a.shape[1])])
-        cosines = np.concatenate([cosine_b.ravel(), cosine_a.ravel()])
+        near = _Near(_Nearest.start(len(a), min(candidates, len(b))), _Nearest.start(len(b), min(candidates, len(a))))
+        match = _match(a, b, near)
+        rows = np.concatenate([np.repeat(np.arange(len(a)), near.of_a.index.shape[1]), near.of_b.index.ravel()])
+        columns = np.concatenate([near.of_a.index.ravel(), np.repeat(np.arange(len(b)), near.of_b.index.shape[1])])
+        cosines = np.concatenate([near.of_a.cosine.ravel(), near.of_b.cosine.ravel()])
         _, first = np.unique(rows * len(b) + columns, return_index=True)
         rows, columns, cosines = rows[first], columns[first], cosines[first]
         # Every feature of A may stay without a partner: it is then paired with a column of its own, of cosine 0.
@@ -165,11 +179,13 @@ def assign_decoders(a: np.ndarray, b: np.ndarray, candidates: int = CANDIDATES) 
         graph = csr_array((costs, edges), shape=(len(a), len(b) + len(a)))
         left, right = min_weight_full_bipartite_matching(graph)
         left, right = left[right < len(b)], right[right < len(b)]
-        found = np.einsum("nd,nd->n", a[left], b[right])
+        found = np.empty(len(left), np.float32)
+        for part in _blocks(left):
+            found[part] = np.einsum("nd,nd->n", _unit(a[left[part]]), _unit(b[right[part]]))
     order = np.argsort(-found, kind="stable")
     order = order[found[order] > 0]
     pairs = np.stack([left[order], right[order]], 1).astype(np.int64)
-    return Assignment(pairs, found[order].astype(np.float32), (len(a), len(b)))
+    return match, Assignment(pairs, found[order].astype(np.float32), (len(a), len(b)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -183,7 +199,7 @@ class Similarity(Result):
     cosine_of_a_by_chance: np.ndarray
     """Cosine of each feature of A with the nearest of random rows in the place of B's, ``[features of A]`` float32."""
     cosine_of_b_by_chance: np.ndarray
-    """The same of B's features and random rows in the place of A's, ``[features of B]`` float32."""
+    """The same of B's features, or 16,384 drawn from them, and random rows in the place of A's, float32."""
     threshold: float
     """Cosine from which a feature has a counterpart."""
 
@@ -217,17 +233,20 @@ class Similarity(Result):
 def compare_decoders(a: np.ndarray, b: np.ndarray, threshold: float = 0.7, seed: int = 0) -> Similarity:
     """The decoder rows ``a [features of A, d]`` and ``b [features of B, d]`` matched, beside chance.
 
-    Takes four times the work of `match_decoders`, and that of two `assign_decoders`. Raises SaelabError as they do.
+    Takes the work of two to three `assign_decoders`. Raises SaelabError as that does.
     """
     a, b = _checked(a, b)
     numbers = np.random.default_rng(seed)
-    like_a, like_b = random_rows(a, numbers), random_rows(b, numbers)
+    some = b if len(b) <= _CHANCE_ROWS else b[np.sort(numbers.permutation(len(b))[:_CHANCE_ROWS])]
+    cosine_of_b = _match(some, random_rows(a, numbers)).cosine_of_a
+    by_chance, one_to_one_by_chance = _match_and_assign(a, random_rows(b, numbers))
+    match, one_to_one = _match_and_assign(a, b)
     return Similarity(
-        match=match_decoders(a, b),
-        one_to_one=assign_decoders(a, b),
-        one_to_one_by_chance=assign_decoders(a, like_b),
-        cosine_of_a_by_chance=match_decoders(a, like_b).cosine_of_a,
-        cosine_of_b_by_chance=match_decoders(b, like_a).cosine_of_a,
+        match=match,
+        one_to_one=one_to_one,
+        one_to_one_by_chance=one_to_one_by_chance,
+        cosine_of_a_by_chance=by_chance.cosine_of_a,
+        cosine_of_b_by_chance=cosine_of_b,
         threshold=threshold,
     )
 
@@ -237,16 +256,20 @@ def random_rows(rows: np.ndarray, numbers: np.random.Generator) -> np.ndarray:
 
     So what all decoders of a site have in common, such as a few directions of large variance, counts as chance.
     """
-    unit = _unit(rows)
-    mean, n = unit.mean(0, dtype=np.float64), len(unit)
-    covariance = sum(part.T @ part for part in (x.astype(np.float64) for x in np.split(unit, range(_BLOCK, n, _BLOCK))))
-    values, vectors = np.linalg.eigh(covariance / n - np.outer(mean, mean))
+    n, d = rows.shape
+    total, products = np.zeros(d), np.zeros((d, d))
+    for block in _blocks(rows):
+        unit = _unit(rows[block]).astype(np.float64)
+        total += unit.sum(0)
+        products += unit.T @ unit
+    mean = total / n
+    values, vectors = np.linalg.eigh(products / n - np.outer(mean, mean))
     root = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
-    drawn = np.empty_like(unit)
-    for start in range(0, n, _BLOCK):
-        part = drawn[start : start + _BLOCK]
-        part[:] = mean + numbers.standard_normal(part.shape, np.float32) @ root
-    return _unit(drawn)
+    drawn = np.empty((n, d), np.float32)
+    for block in _blocks(rows):
+        part = drawn[block]
+        part[:] = _unit(mean + numbers.standard_normal(part.shape, np.float32) @ root)
+    return drawn
 
 
 def absolute_cosine_by_chance(d: int) -> float:
@@ -262,28 +285,40 @@ def _histogram(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of both, scaled to length 1, float32."""
+    """Both, if their rows can be compared. Raises SaelabError if not."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise SaelabError(
             f"Decoders of shapes {list(a.shape)} and {list(b.shape)} cannot be matched: both need rows, of one width."
         )
-    return _unit(a), _unit(b)
+    return a, b
 
 
-def _nearest(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each unit row of `a` the `n` nearest of `b`, in any order, and their cosines: two ``[len(a), n]``."""
-    n = min(n, len(b))
-    index, cosine = np.zeros((len(a), n), np.int64), np.full((len(a), n), -np.inf, np.float32)
-    for first in range(0, len(a), _BLOCK):
-        rows = slice(first, first + _BLOCK)
-        for start in range(0, len(b), _BLOCK):
-            new = a[rows] @ b[start : start + _BLOCK].T
-            cosines = np.concatenate([cosine[rows], new], 1)
-            kept = np.argpartition(-cosines, n - 1, 1)[:, :n]
-            earlier = np.take_along_axis(index[rows], np.minimum(kept, n - 1), 1)
-            index[rows] = np.where(kept < n, earlier, kept - n + start)
-            cosine[rows] = np.take_along_axis(cosines, kept, 1)
-    return index, cosine
+class _Nearest(NamedTuple):
+    """The nearest rows so far of each row of a matrix, in any order."""
+
+    index: np.ndarray
+    """``[rows, n]`` int32"""
+    cosine: np.ndarray
+    """``[rows, n]`` float32"""
+
+    @classmethod
+    def start(cls, rows: int, n: int) -> "_Nearest":
+        return cls(np.zeros((rows, n), np.int32), np.full((rows, n), -np.inf, np.float32))
+
+    def add(self, new: np.ndarray, rows: slice, start: int) -> None:
+        """Take cosines of `rows` with the rows of the other matrix from `start` on."""
+        index, cosine = self.index[rows], self.cosine[rows]
+        n = index.shape[1]
+        cosines = np.concatenate([cosine, new], 1)
+        kept = np.argpartition(-cosines, n - 1, 1)[:, :n]
+        earlier = np.take_along_axis(index, np.minimum(kept, n - 1), 1)
+        index[:] = np.where(kept < n, earlier, kept - n + start)
+        cosine[:] = np.take_along_axis(cosines, kept, 1)
+
+
+class _Near(NamedTuple):
+    of_a: _Nearest
+    of_b: _Nearest
 
 
 def _improve(cosines: np.ndarray, best: np.ndarray, cosine: np.ndarray, start: int) -> None:
@@ -294,7 +329,12 @@ def _improve(cosines: np.ndarray, best: np.ndarray, cosine: np.ndarray, start: i
     best[better], cosine[better] = nearest[better] + start, found[better]
 
 
+def _blocks(rows: np.ndarray) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, len(rows), _BLOCK))
+
+
 def _unit(rows: np.ndarray) -> np.ndarray:
+    """The rows scaled to length 1, float32; a row of zeros stays as it is."""
     rows = rows.astype(np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1)
