@@ -11,7 +11,8 @@ from explorer.components.pairs import draw_pairs
 from explorer.components.tokens import draw_tokens, lines_of, token_names
 from explorer.pareto import choose_figure, draw_pareto
 
-from saelab.analysis.similarity import DecoderMatch, Similarity, compare_decoders
+from saelab.analysis.matching import DecoderMatch
+from saelab.analysis.similarity import Similarity, compare_decoders
 from saelab.errors import SaelabError
 from saelab.features.database import Database
 from saelab.features.marks import number

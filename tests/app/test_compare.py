@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from saelab.analysis.similarity import compare_decoders, match_decoders
+from saelab.analysis.matching import match_decoders
+from saelab.analysis.similarity import compare_decoders
 from saelab.features.database import open_database
 from saelab.runs.decoder import decoder_rows
 from tests.app.shown import check_inert, html, message, unescaped
