@@ -28,7 +28,8 @@ from saelab.analysis.settings import (
     SteeringSettings,
 )
 from saelab.analysis.similarities import Other, Similarities, similarities
-from saelab.analysis.steering_effects import SteeringEffects, steering_effects
+from saelab.analysis.steering_effects import steering_effects
+from saelab.analysis.steering_report import SteeringEffects
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json

@@ -13,7 +13,7 @@ from saelab.analysis.dark_matter import DarkMatter
 from saelab.analysis.dead import Dead
 from saelab.analysis.similarities import Similarities
 from saelab.analysis.similarity import training_of
-from saelab.analysis.steering_effects import SteeringEffects
+from saelab.analysis.steering_report import SteeringEffects
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.runs import folder
