@@ -11,11 +11,23 @@ if TYPE_CHECKING:
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
     from saelab.analysis.attention.direct import direct_attribution
+    from saelab.analysis.attention.logits import logit_attribution
+    from saelab.analysis.attention.overview import attention
     from saelab.analysis.attention.tree import attribution_tree
+    from saelab.analysis.cka import PairedCodes
+    from saelab.analysis.dark_matter import dark_matter
+    from saelab.analysis.dead import dead
+    from saelab.analysis.decoder import mean_absolute_cosine
     from saelab.analysis.fidelity import Fidelity, fidelity
+    from saelab.analysis.matching import assign_decoders, match_decoders
+    from saelab.analysis.meta_structure import meta_structure
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
+    from saelab.analysis.similarities import similarities
+    from saelab.analysis.similarity import compare_decoders
+    from saelab.analysis.stability import stability
     from saelab.analysis.steering import steer
+    from saelab.analysis.steering_effects import steering_effects
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
@@ -28,6 +40,7 @@ if TYPE_CHECKING:
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
+    from saelab.runs.decoder import decoder_rows
     from saelab.runs.job import settings_of
     from saelab.runs.save import create_run, save_run
     from saelab.runs.stages import evaluate, index, run
@@ -65,6 +78,7 @@ _HOME = {
     "Intervention": "saelab.analysis.settings",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
+    "PairedCodes": "saelab.analysis.cka",
     "RunSettings": "saelab.runs.config",
     "SaeSettings": "saelab.sae.settings",
     "SaelabError": "saelab.errors",
@@ -73,12 +87,18 @@ _HOME = {
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
     "analyse": "saelab.runs.analyses",
+    "assign_decoders": "saelab.analysis.matching",
+    "attention": "saelab.analysis.attention.overview",
     "attribution_tree": "saelab.analysis.attention.tree",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
     "calibrate": "saelab.runs.calibration",
     "calibration_rows": "saelab.runs.calibration",
+    "compare_decoders": "saelab.analysis.similarity",
     "create_run": "saelab.runs.save",
+    "dark_matter": "saelab.analysis.dark_matter",
+    "dead": "saelab.analysis.dead",
+    "decoder_rows": "saelab.runs.decoder",
     "direct_attribution": "saelab.analysis.attention.direct",
     "evaluate": "saelab.runs.stages",
     "fidelity": "saelab.analysis.fidelity",
@@ -86,6 +106,10 @@ _HOME = {
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
+    "logit_attribution": "saelab.analysis.attention.logits",
+    "match_decoders": "saelab.analysis.matching",
+    "mean_absolute_cosine": "saelab.analysis.decoder",
+    "meta_structure": "saelab.analysis.meta_structure",
     "new_autoencoder": "saelab.sae.new",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
@@ -97,7 +121,10 @@ _HOME = {
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
+    "similarities": "saelab.analysis.similarities",
+    "stability": "saelab.analysis.stability",
     "steer": "saelab.analysis.steering",
+    "steering_effects": "saelab.analysis.steering_effects",
     "sweep": "saelab.runs.sweep",
     "train": "saelab.runs.train",
 }
@@ -118,6 +145,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "ModelSettings",
+    "PairedCodes",
     "RunSettings",
     "SaeSettings",
     "SaelabError",
@@ -126,12 +154,18 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "analyse",
+    "assign_decoders",
+    "attention",
     "attribution_tree",
     "bar",
     "cache",
     "calibrate",
     "calibration_rows",
+    "compare_decoders",
     "create_run",
+    "dark_matter",
+    "dead",
+    "decoder_rows",
     "direct_attribution",
     "evaluate",
     "fidelity",
@@ -139,6 +173,10 @@ __all__ = [
     "load",
     "load_config",
     "load_language_model",
+    "logit_attribution",
+    "match_decoders",
+    "mean_absolute_cosine",
+    "meta_structure",
     "new_autoencoder",
     "open_cache",
     "open_corpus",
@@ -150,7 +188,10 @@ __all__ = [
     "save_run",
     "save_sae",
     "settings_of",
+    "similarities",
+    "stability",
     "steer",
+    "steering_effects",
     "sweep",
     "train",
 ]
