@@ -15,29 +15,34 @@ NAME = "similarity"
 
 def command(first: str, second: str) -> str:
     """The command that compares the run in the folder `first` with that in `second`."""
-    return f"saelab analyse {first} {NAME} analysis.{NAME}.other=[{second}]"
+    return f'saelab analyse {first} {NAME} "analysis.{NAME}.other=[{second}]"'
 
 
 def draw_stored(first: str, second: str) -> Similarity | None:
-    """Draw the codes and the weights of two runs beside each other, or the command that compares them.
+    """Draw the codes and the weights of two runs beside each other, if a comparison of them is stored.
 
     Returns their matched decoders; None without a stored comparison, or if the runs are of different sites. Raises
     SaelabError if the result is damaged.
     """
-    a, b = state.run(first), state.run(second)
     found = _stored(first, second)
     if found is None:
-        line = state.code(command(str(a.path), str(b.path)))
-        st.info(f"`{line}` also compares the codes on held-out text.")
-        if _stored(second, first) is not None:
-            query = {"run": second, "other": first}
-            st.page_link(state.COMPARE, label="It is stored for the two the other way round", query_params=query)
         return None
     try:
         _draw(found)
         return None if found["decoders"] is None else rebuilt(Similarity, found["decoders"])
     except (KeyError, TypeError) as error:
-        raise state.outdated(NAME, of=a) from error
+        raise state.outdated(NAME, of=state.run(first)) from error
+
+
+def draw_command(first: str, second: str) -> None:
+    """Draw the command that compares two runs, if no comparison of them is stored."""
+    if _stored(first, second) is not None:
+        return
+    line = state.code(command(*(str(state.run(name).path) for name in (first, second))))
+    st.caption(f"`{line}` also compares their codes on held-out text.")
+    if _stored(second, first) is not None:
+        query = {"run": second, "other": first}
+        st.page_link(state.COMPARE, label="It is stored for the two the other way round", query_params=query)
 
 
 def _stored(first: str, second: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from explorer import charts, state
 from explorer.components.pairs import draw_pairs
 from explorer.components.tokens import draw_tokens, lines_of, token_names
 from explorer.pareto import choose_figure, draw_pareto
-from explorer.similarity import command, draw_stored
+from explorer.similarity import command, draw_command, draw_stored
 
 from saelab.analysis.matching import DecoderMatch
 from saelab.analysis.similarity import Similarity, compare_decoders
@@ -274,13 +274,14 @@ def page() -> None:
         st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))
         if a.summary.same_model(b.summary):
             draw_stored(a.name, b.name)
+            draw_command(a.name, b.name)
         return
     found = draw_stored(a.name, b.name)
-    if found is not None:
-        draw_match(a, b, found)
-        return
-    weights = [folder.weights(each.run.path) for each in (a, b)]
-    draw_match(a, b, matched(str(a.run.path), str(b.run.path), state.stamp(weights)))
+    if found is None:
+        weights = [folder.weights(each.run.path) for each in (a, b)]
+        found = matched(str(a.run.path), str(b.run.path), state.stamp(weights))
+    draw_match(a, b, found)
+    draw_command(a.name, b.name)
 
 
 page()

@@ -165,15 +165,15 @@ def test_a_stored_comparison_is_shown_with_what_only_it_knows(explorer, pair, tm
     (second / "train.json").write_text(json.dumps(record | {"inputs": "1" * 64}))
     link = {"page": "compare", "run": "first", "other": "second"}
     app = explorer(tmp_path / "runs", **link)
-    command = f"`saelab analyse {first} similarity analysis.similarity.other=[{second}]`"
-    assert command in app.info[0].value and "Linear CKA of codes" not in {metric.label for metric in app.metric}
+    command = f'`saelab analyse {first} similarity "analysis.similarity.other=[{second}]"`'
+    assert command in app.caption[-1].value and "Linear CKA of codes" not in {metric.label for metric in app.metric}
 
     b = decoder_rows(second)
     write_result(first, [other_of(second, compare_decoders(b[::-1][:40], b))])  # as if 40 features were B's own
     with monkeypatch.context() as patch:
         patch.setattr("saelab.analysis.similarity.compare_decoders", None)
         app = explorer(tmp_path / "runs", **link)
-    assert not app.error and not app.info
+    assert not app.error and not any("saelab analyse" in caption.value for caption in app.caption)
     figures = {metric.label: metric.value for metric in app.metric}
     assert figures["Linear CKA of codes"] == "0.710" and figures["CKA by chance"] == "0.050"
     assert figures["c_dec, first"] == "0.2100" and figures["c_dec, second"] == "0.2300"
@@ -183,7 +183,7 @@ def test_a_stored_comparison_is_shown_with_what_only_it_knows(explorer, pair, tm
     back = explorer(tmp_path / "runs", page="compare", run="second", other="first")
     assert any("the other way round" in link.proto.label for link in back.main.get("page_link"))
     (second / "train.json").write_text(json.dumps(record | {"inputs": "2" * 64}))  # trained again
-    assert command in explorer(tmp_path / "runs", **link).info[0].value
+    assert command in explorer(tmp_path / "runs", **link).caption[-1].value
     (first / folder.ANALYSES / "similarity" / folder.FIGURES).write_text(json.dumps({"others": [{}]}))
     assert "similarity --force" in message(explorer(tmp_path / "runs", **link))
 
