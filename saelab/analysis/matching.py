@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CANDIDATES = 32
 """Nearest features of the other autoencoder among which a feature may find its partner if there are many features."""
 _BLOCK = 2048
+_FEW = 0.02
+"""Share of a block's cosines up to which those that are nearer than all so far are sorted by themselves."""
 _MOST_COSINES = 2**24
 """Most cosines that `assign_decoders` keeps at once, in float64."""
 
@@ -213,11 +215,23 @@ class _Nearest(NamedTuple):
         """Take cosines of `rows` with the rows of the other matrix from `start` on."""
         index, cosine = self.index[rows], self.cosine[rows]
         n = index.shape[1]
-        cosines = np.concatenate([cosine, new], 1)
-        kept = np.argpartition(-cosines, n - 1, 1)[:, :n]
-        earlier = np.take_along_axis(index, np.minimum(kept, n - 1), 1)
-        index[:] = np.where(kept < n, earlier, kept - n + start)
-        cosine[:] = np.take_along_axis(cosines, kept, 1)
+        nearer = np.flatnonzero(new > cosine.min(1)[:, None])
+        if len(nearer) > _FEW * new.size:
+            cosines = np.concatenate([cosine, new], 1)
+            kept = np.argpartition(-cosines, n - 1, 1)[:, :n]
+            earlier = np.take_along_axis(index, np.minimum(kept, n - 1), 1)
+            index[:] = np.where(kept < n, earlier, kept - n + start)
+            cosine[:] = np.take_along_axis(cosines, kept, 1)
+            return
+        row, column = np.divmod(nearer, new.shape[1])  # few are nearer than all so far: sort only these
+        touched, counts = np.unique(row, return_counts=True)
+        which = np.concatenate([np.repeat(np.arange(len(touched)), n), np.repeat(np.arange(len(touched)), counts)])
+        cosines = np.concatenate([cosine[touched].ravel(), new[row, column]])
+        indices = np.concatenate([index[touched].ravel(), column + start])
+        order = np.lexsort((-cosines, which))
+        firsts = np.concatenate([[0], np.cumsum(n + counts)[:-1]])
+        kept = order[firsts[:, None] + np.arange(n)]
+        index[touched], cosine[touched] = indices[kept], cosines[kept]
 
 
 class _Near(NamedTuple):

@@ -142,6 +142,19 @@ def test_many_features_are_matched_in_little_memory(monkeypatch):
     assert len(found.pairs) > 2500 and peak < 3000 * 3000 * 4 / 6  # of the matrix of cosines in float32
 
 
+def test_the_nearest_rows_are_those_of_the_whole_matrix_however_few_a_block_adds(monkeypatch):
+    a, b = rows(150, 6), rows(210, 6, seed=1)
+    cosines = unit(a) @ unit(b).T
+    monkeypatch.setattr(matching, "_BLOCK", 40)
+    for few in (0.0, 0.02, 1.0):  # never, sometimes and always sorted by themselves
+        monkeypatch.setattr(matching, "_FEW", few)
+        near = matching._Near(matching._Nearest.start(150, 7), matching._Nearest.start(210, 9))
+        matching.match_rows(a, b, near)
+        for found, whole, n in ((near.of_a, cosines, 7), (near.of_b, cosines.T, 9)):
+            assert (np.sort(found.index, 1) == np.sort(np.argsort(-whole, 1)[:, :n], 1)).all()
+            assert np.allclose(np.take_along_axis(whole, found.index.astype(int), 1), found.cosine, atol=1e-6)
+
+
 def test_random_rows_have_the_mean_and_the_covariance_of_the_unit_rows(monkeypatch):
     monkeypatch.setattr(matching, "_BLOCK", 3000)
     scales = np.linspace(2, 0.5, 48)
