@@ -254,8 +254,9 @@ def draw_shares(result: SteeringEffects, feature: int | None) -> None:
     )
     figure.update_xaxes(title="share of the sum of all activations", type="log", exponentformat="power", dtick=1)
     figure.update_yaxes(title="change of the logits", type="log", exponentformat="power")
-    charts.compact(figure, 320, top=30)
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"})
+    charts.compact(figure, 360, top=36)
+    legend = {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"}  # on a phone the buttons are above
+    figure.update_layout(showlegend=True, legend=legend)
 
     def picked(selection: Any) -> None:
         if selection["points"]:
