@@ -11,13 +11,25 @@ if TYPE_CHECKING:
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
     from saelab.analysis.attention.direct import direct_attribution
+    from saelab.analysis.attention.logits import logit_attribution
+    from saelab.analysis.attention.overview import attention
     from saelab.analysis.attention.tree import attribution_tree
     from saelab.analysis.attribution import attribute, next_token_loss
+    from saelab.analysis.cka import PairedCodes
+    from saelab.analysis.dark_matter import dark_matter
+    from saelab.analysis.dead import dead
+    from saelab.analysis.decoder import mean_absolute_cosine
     from saelab.analysis.fidelity import Fidelity, fidelity
+    from saelab.analysis.matching import assign_decoders, match_decoders
+    from saelab.analysis.meta_structure import meta_structure
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
+    from saelab.analysis.similarities import similarities
+    from saelab.analysis.similarity import compare_decoders
     from saelab.analysis.spliced import spliced
+    from saelab.analysis.stability import stability
     from saelab.analysis.steering import steer
+    from saelab.analysis.steering_effects import steering_effects
     from saelab.codes import Codes
     from saelab.corpus import CorpusSettings, open_corpus
     from saelab.errors import SaelabError
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
+    from saelab.runs.decoder import decoder_rows
     from saelab.runs.job import settings_of
     from saelab.runs.save import create_run, save_run
     from saelab.runs.stages import evaluate, index, run
@@ -68,6 +81,7 @@ _HOME = {
     "Intervention": "saelab.analysis.settings",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
+    "PairedCodes": "saelab.analysis.cka",
     "RunSettings": "saelab.runs.config",
     "SaeSettings": "saelab.sae.settings",
     "SaelabError": "saelab.errors",
@@ -77,12 +91,18 @@ _HOME = {
     "TrainingSettings": "saelab.training.settings",
     "analyse": "saelab.runs.analyses",
     "attribute": "saelab.analysis.attribution",
+    "assign_decoders": "saelab.analysis.matching",
+    "attention": "saelab.analysis.attention.overview",
     "attribution_tree": "saelab.analysis.attention.tree",
     "bar": "saelab.progress",
     "cache": "saelab.runs.cache",
     "calibrate": "saelab.runs.calibration",
     "calibration_rows": "saelab.runs.calibration",
+    "compare_decoders": "saelab.analysis.similarity",
     "create_run": "saelab.runs.save",
+    "dark_matter": "saelab.analysis.dark_matter",
+    "dead": "saelab.analysis.dead",
+    "decoder_rows": "saelab.runs.decoder",
     "direct_attribution": "saelab.analysis.attention.direct",
     "evaluate": "saelab.runs.stages",
     "fidelity": "saelab.analysis.fidelity",
@@ -90,6 +110,10 @@ _HOME = {
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
+    "logit_attribution": "saelab.analysis.attention.logits",
+    "match_decoders": "saelab.analysis.matching",
+    "mean_absolute_cosine": "saelab.analysis.decoder",
+    "meta_structure": "saelab.analysis.meta_structure",
     "new_autoencoder": "saelab.sae.new",
     "next_token_loss": "saelab.analysis.attribution",
     "open_cache": "saelab.activations.cache.reader",
@@ -104,7 +128,10 @@ _HOME = {
     "save_sae": "saelab.sae.checkpoint",
     "settings_of": "saelab.runs.job",
     "spliced": "saelab.analysis.spliced",
+    "similarities": "saelab.analysis.similarities",
+    "stability": "saelab.analysis.stability",
     "steer": "saelab.analysis.steering",
+    "steering_effects": "saelab.analysis.steering_effects",
     "sweep": "saelab.runs.sweep",
     "train": "saelab.runs.train",
 }
@@ -125,6 +152,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "ModelSettings",
+    "PairedCodes",
     "RunSettings",
     "SaeSettings",
     "SaelabError",
@@ -133,13 +161,19 @@ __all__ = [
     "Trainer",
     "TrainingSettings",
     "analyse",
+    "assign_decoders",
+    "attention",
     "attribute",
     "attribution_tree",
     "bar",
     "cache",
     "calibrate",
     "calibration_rows",
+    "compare_decoders",
     "create_run",
+    "dark_matter",
+    "dead",
+    "decoder_rows",
     "direct_attribution",
     "evaluate",
     "fidelity",
@@ -147,6 +181,10 @@ __all__ = [
     "load",
     "load_config",
     "load_language_model",
+    "logit_attribution",
+    "match_decoders",
+    "mean_absolute_cosine",
+    "meta_structure",
     "new_autoencoder",
     "next_token_loss",
     "open_cache",
@@ -160,8 +198,11 @@ __all__ = [
     "save_run",
     "save_sae",
     "settings_of",
+    "similarities",
     "spliced",
+    "stability",
     "steer",
+    "steering_effects",
     "sweep",
     "train",
 ]

@@ -1,8 +1,10 @@
 """Pictures of the explorer for docs/img, taken in a real browser.
 
-    python scripts/screenshots.py RUN OTHER_RUN
+    python scripts/screenshots.py RUN OTHER_RUN DEAD_RUN HEADS_RUN DARK_RUN
 
-RUN and OTHER_RUN are evaluated and indexed runs of the demo model, in one folder. Needs playwright and a Chromium.
+Runs of the demo model. RUN and OTHER_RUN are evaluated and indexed, and RUN has the analyses `steering` and
+`similarity` (with OTHER_RUN); the others have `dead`, `attention` (of blocks.N.attn.hook_z) and `dark_matter`, and
+DEAD_RUN and DARK_RUN are indexed. Needs playwright and a Chromium.
 """
 
 import shutil
@@ -17,13 +19,13 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 IMAGES = Path(__file__).parents[1] / "docs" / "img"
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+DESKTOP, TALL, PHONE = {"width": 1280, "height": 800}, {"width": 1280, "height": 1400}, {"width": 390, "height": 844}
 TEXT = "def%20main(argv):%0A%20%20%20%20return%20json.dumps(argv)"
 LONGEST = 120_000
 """Milliseconds that a page may take: the first text loads the language model."""
 
 
-def pictures(run: str, other: str) -> list[tuple[str, str, dict[str, int], str, str]]:
+def pictures(run: str, other: str, dead: str, heads: str, dark: str) -> list[tuple[str, str, dict[str, int], str, str]]:
     """Name, address, size, colour scheme, and the text or selector whose appearance ends the wait."""
     return [
         ("runs", "runs", DESKTOP, "light", "text=FVU over training"),
@@ -34,6 +36,10 @@ def pictures(run: str, other: str) -> list[tuple[str, str, dict[str, int], str, 
         ("prompt", f"prompt?run={run}&text={TEXT}", DESKTOP, "dark", "text=Click on a token"),
         ("compare", f"compare?run={run}&other={other}", DESKTOP, "light", "text=The same features"),
         ("map", f"map?run={run}", DESKTOP, "dark", ".js-plotly-plot"),
+        ("steer", f"steer?run={run}", TALL, "light", ".sl-effects"),
+        ("dead", f"dead?run={dead}", DESKTOP, "light", "text=Dead features in training"),
+        ("attention", f"attention?run={heads}&text={TEXT}", DESKTOP, "dark", "text=Heads on held-out text"),
+        ("dark-matter", f"dark_matter?run={dark}", TALL, "light", ".line .token"),
     ]
 
 
@@ -45,7 +51,7 @@ def take(page: Page, address: str, until: str, path: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 6:
         sys.exit(__doc__)
     runs = [Path(name) for name in sys.argv[1:]]
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -62,7 +68,7 @@ def main() -> None:
             time.sleep(0.1)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for name, address, size, scheme, until in pictures(runs[0].name, runs[1].name):
+            for name, address, size, scheme, until in pictures(*(run.name for run in runs)):
                 page = browser.new_page(viewport=size, color_scheme=scheme)
                 take(page, f"http://127.0.0.1:{port}/{address}", until, IMAGES / f"{name}.png")
                 page.close()

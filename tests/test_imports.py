@@ -1,6 +1,7 @@
 """What loads what: a command that only reads never loads a model library, the core loads with torch alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,22 @@ def test_public_names_are_known_to_type_checkers_too() -> None:
     (block,) = (node for node in ast.parse(Path(saelab.__file__).read_text("utf-8")).body if isinstance(node, ast.If))
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     assert sorted(name.name for node in imports for name in node.names) == sorted(saelab.__all__)
+
+
+def test_public_names_are_no_names_of_modules() -> None:
+    """Importing the module would put it in the place of the function of its name."""
+    modules = {path.stem for path in Path(saelab.__file__).parent.iterdir()}
+    assert not modules & set(saelab.__all__)
+
+
+@pytest.mark.parametrize("name", saelab.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    """Each has a docstring of its own or is a section of settings; the documentation names what analyses a notebook."""
+    public = getattr(saelab, name)
+    assert public.__doc__
+    if public.__module__.startswith("saelab.analysis."):
+        text = (Path(saelab.__file__).parents[1] / "docs" / "analysis.md").read_text("utf-8")
+        assert re.search(rf"\b{name}\b", text), "docs/analysis.md names it"
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

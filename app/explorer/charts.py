@@ -1,5 +1,6 @@
 """The charts, made from numbers of saelab; Streamlit's theme colours them."""
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -19,8 +20,10 @@ def draw(figure: go.Figure, key: str, alt: str) -> None:
     st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
 
 
-def draw_selectable(figure: go.Figure, key: str, alt: str, drag: str = "select") -> Any:
-    """Draw a chart of points that can be selected; returns the selection.
+def draw_selectable(
+    figure: go.Figure, key: str, alt: str, drag: str = "select", on_selected: Callable[[Any], None] | None = None
+) -> Any:
+    """Draw a chart of points that can be selected; returns the selection, and calls `on_selected` with a new one.
 
     `drag` is what dragging does: "select" draws a box around points, "lasso" a line, and with "pan" it moves the chart,
     and a click selects a point. The selection is a dictionary: `points`, each with its `customdata`, and the corners of
@@ -28,7 +31,12 @@ def draw_selectable(figure: go.Figure, key: str, alt: str, drag: str = "select")
     """
     figure.update_layout(dragmode=drag)
     config = CONFIG if drag == "select" else CONFIG | {"displayModeBar": True, "scrollZoom": True}
-    return st.plotly_chart(figure, key=key, config=config, alt=alt, on_select="rerun")["selection"]
+
+    def selected() -> None:
+        if on_selected is not None:
+            on_selected(st.session_state[key]["selection"])
+
+    return st.plotly_chart(figure, key=key, config=config, alt=alt, on_select=selected)["selection"]
 
 
 def inert(text: str, longest: int = 40) -> str:

@@ -282,9 +282,10 @@ def draw_dark_matter_link(label: str, **parameters: object) -> None:
         st.page_link(DARK, label=label, icon=":material/dark_mode:", query_params=link(**parameters))
 
 
-def outdated(name: str) -> SaelabError:
-    """The error for a result of an analysis that does not fit this version, or the rest of the run."""
-    path = current_run().path
+def outdated(name: str, of: RunInfo | None = None) -> SaelabError:
+    """The error for a result of an analysis that does not fit this version, or the rest of the run, the current one if
+    None."""
+    path = (of or current_run()).path
     return SaelabError(
         f"{folder.analysis_folder(path, name)}: is not what this version of saelab reads; "
         f"`saelab analyse {path} {name} --force` makes it again."

@@ -10,8 +10,10 @@ from explorer import charts, state
 from explorer.components.pairs import draw_pairs
 from explorer.components.tokens import draw_tokens, lines_of, token_names
 from explorer.pareto import choose_figure, draw_pareto
+from explorer.similarity import command, draw_command, draw_stored
 
-from saelab.analysis.similarity import DecoderMatch, Similarity, compare_decoders
+from saelab.analysis.matching import DecoderMatch
+from saelab.analysis.similarity import Similarity, compare_decoders
 from saelab.errors import SaelabError
 from saelab.features.database import Database
 from saelab.features.marks import number
@@ -121,9 +123,8 @@ def matched(a: str, b: str, stamp: tuple) -> Similarity:
     work = len(first) * len(second) * first.shape[-1]
     if work > MOST_WORK:
         raise SaelabError(
-            f"{len(first):,} x {len(second):,} pairs of features are too many to compare while a page waits. In a "
-            f"script, compare_decoders(decoder_rows({a!r}), decoder_rows({b!r})) does it; see "
-            "saelab.analysis.similarity."
+            f"{len(first):,} x {len(second):,} pairs of features are too many to compare while a page waits. "
+            f"`{command(a, b)}` does it, and this page shows the result."
         )
     return compare_decoders(first, second)
 
@@ -271,9 +272,16 @@ def page() -> None:
     reason = why_not(a, b)
     if reason:
         st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))
+        if a.summary.same_model(b.summary):
+            draw_stored(a.name, b.name)
+            draw_command(a.name, b.name)
         return
-    weights = [folder.weights(each.run.path) for each in (a, b)]
-    draw_match(a, b, matched(str(a.run.path), str(b.run.path), state.stamp(weights)))
+    found = draw_stored(a.name, b.name)
+    if found is None:
+        weights = [folder.weights(each.run.path) for each in (a, b)]
+        found = matched(str(a.run.path), str(b.run.path), state.stamp(weights))
+    draw_match(a, b, found)
+    draw_command(a.name, b.name)
 
 
 page()

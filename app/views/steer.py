@@ -10,6 +10,7 @@ import numpy as np
 import streamlit as st
 from explorer import live, state
 from explorer.components.tokens import Line
+from explorer.effects import draw_effects
 
 from saelab.analysis.settings import Intervention, Mode
 from saelab.features.marks import number, visible
@@ -46,7 +47,7 @@ def changes() -> list[Change]:
 
 
 def write(found: list[Change]) -> None:
-    state.change(steer=",".join(map(str, found)) or None)
+    state.change(steer=",".join(map(str, found)) or None, of=None)
 
 
 def draw_changes() -> list[Change]:
@@ -201,6 +202,23 @@ def draw_result(shown: Shown) -> None:
     st.caption("The frame marks the first new token. A token's shade is the KL of the two predictions of this token.")
 
 
+def draw_texts(text: str, bos: bool, found: list[Change], options: dict) -> None:
+    """Draw the button that generates the two texts, and the texts once they are generated."""
+    asked = (state.run_name(), text, bos, tuple(found), tuple(options.items()))
+    if st.button("Generate", key="generate", type="primary", icon=":material/play_arrow:", disabled=not found):
+        st.session_state.pop("steered", None)
+        with st.spinner("Generating both texts ..."):
+            st.session_state["steered"] = generate(text, bos, found, options, asked)
+    shown: Shown | None = st.session_state.get("steered")
+    if not found:
+        st.caption("Add a feature to steer.")
+    if shown is None or shown.asked[0] != state.run_name():
+        return
+    if shown.asked != asked:
+        st.caption("The settings have changed since these texts were generated.")
+    draw_result(shown)
+
+
 def page() -> None:
     text = st.text_area(
         "Prompt",
@@ -212,19 +230,10 @@ def page() -> None:
     bos = st.toggle("Begin with BOS", **state.bound("bos", True), help="as the rows of the training do")
     found = draw_changes()
     options = draw_options()
-    asked = (state.run_name(), text, bos, tuple(found), tuple(options.items()))
-    if st.button("Generate", key="generate", type="primary", icon=":material/play_arrow:", disabled=not found):
-        st.session_state.pop("steered", None)
-        with st.spinner("Generating both texts ..."):
-            st.session_state["steered"] = generate(text or "", bos, found, options, asked)
-    shown: Shown | None = st.session_state.get("steered")
-    if not found:
-        st.caption("Add a feature to steer.")
-    if shown is None or shown.asked[0] != state.run_name():
-        return
-    if shown.asked != asked:
-        st.caption("The settings have changed since these texts were generated.")
-    draw_result(shown)
+    with state.errors_shown():
+        draw_texts(text or "", bos, found, options)
+    with state.errors_shown():
+        draw_effects(found[0].feature if found else None)
 
 
 page()

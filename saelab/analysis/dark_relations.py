@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saelab.analysis.intervals import Interval, add_by_row, interval
 from saelab.analysis.least_squares import LinearMap, Moments, fit, mean_r2
+from saelab.analysis.matching import match_decoders
 from saelab.analysis.parts import Parts, Split, parts_of
-from saelab.analysis.similarity import match_decoders
 from saelab.encoded import Autoencoder, Block, Reader, read_all
 from saelab.kernels import sddmm
 from saelab.lm.model import LanguageModel

@@ -130,6 +130,25 @@ class SteeringSettings:
 
 
 @dataclass(frozen=True)
+class SimilaritySettings:
+    """Settings of `saelab.analysis.similarities`."""
+
+    other: tuple[str, ...] = ()
+    """Runs on the same model that the run is compared with, at least one."""
+    tokens: int = 100_000
+    """Held-out tokens on which codes are compared."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass."""
+    meta_rows: int = 0
+    """Decoder rows that the training of a meta-structure sees, such as 1,000,000; 0: none is trained."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "tokens", "rows_per_forward")
+        if self.meta_rows < 0:
+            raise SettingError(f"meta_rows: {self.meta_rows} is negative; 0 leaves this out")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
@@ -141,3 +160,5 @@ class AnalysisSettings:
     """What the autoencoder leaves out: the linear and the nonlinear part of its error."""
     steering: SteeringSettings = field(default_factory=SteeringSettings)
     """What steering single features does to predictions."""
+    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    """How much of the autoencoder comes back in other runs."""

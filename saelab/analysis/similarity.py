@@ -1,10 +1,6 @@
 """Which features of two autoencoders are the same: decoder rows matched by their cosine, beside chance.
 
-    match = match_decoders(rows_a, rows_b)
-    match.mean_max_cosine          # of A's features with their best ones of B
-    match.pairs                    # features that are each other's best
-    assign_decoders(rows_a, rows_b).mean_cosine       # of the best one-to-one pairs
-    compare_decoders(rows_a, rows_b).to_frame()       # all of these, each beside its value by chance
+    compare_decoders(rows_a, rows_b).to_frame()       # matching.py's figures, each beside its value by chance
 
 By chance: the same figure with `random_rows` in the place of the other autoencoder's rows.
 
@@ -15,161 +11,28 @@ are vectors of different spaces, and their cosines mean nothing.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from saelab.analysis.intervals import Interval
+from saelab.analysis.matching import (
+    Assignment,
+    DecoderMatch,
+    blocks_of,
+    checked_rows,
+    histogram,
+    match_and_assign,
+    match_decoders,
+    unit_rows,
+)
 from saelab.analysis.result import Result
-from saelab.errors import SaelabError
 
 if TYPE_CHECKING:
-    import pandas as pd
     import plotly.graph_objects as go
 
-CANDIDATES = 32
-"""Nearest features of the other autoencoder among which a feature may find its partner if there are many features."""
-_BLOCK = 2048
-_MOST_COSINES = 2**24
-"""Most cosines that `assign_decoders` keeps at once, in float64."""
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderMatch:
-    """For each feature of autoencoders A and B, the feature of the other with the largest cosine of decoder rows."""
-
-    best_of_a: np.ndarray
-    """The feature of B that is nearest to each feature of A, ``[features of A]`` int64; the lowest of equal ones."""
-    cosine_of_a: np.ndarray
-    """Their cosine, ``[features of A]`` float32."""
-    best_of_b: np.ndarray
-    """The feature of A that is nearest to each feature of B, ``[features of B]`` int64."""
-    cosine_of_b: np.ndarray
-
-    @property
-    def mutual(self) -> np.ndarray:
-        """Whether a feature of A is also the best of its best, ``[features of A]`` bool."""
-        return self.best_of_b[self.best_of_a] == np.arange(len(self.best_of_a))
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """Features of A and B that are each other's best, the largest cosine first, ``[n, 2]`` int64."""
-        a = np.flatnonzero(self.mutual)
-        a = a[np.argsort(-self.cosine_of_a[a], kind="stable")]
-        return np.stack([a, self.best_of_a[a]], 1)
-
-    @property
-    def mean_max_cosine(self) -> float:
-        """Mean over A's features of the cosine with their best of B."""
-        return float(self.cosine_of_a.mean(dtype=np.float64))
-
-    @property
-    def mean_max_cosine_of_b(self) -> float:
-        """Mean over B's features of the cosine with their best of A."""
-        return float(self.cosine_of_b.mean(dtype=np.float64))
-
-    def died(self, threshold: float) -> np.ndarray:
-        """Features of A without one in B of at least this cosine, the smallest cosine first, ``[n]`` int64."""
-        return _below(self.cosine_of_a, threshold)
-
-    def born(self, threshold: float) -> np.ndarray:
-        """Features of B without one in A of at least this cosine, the smallest cosine first, ``[n]`` int64."""
-        return _below(self.cosine_of_b, threshold)
-
-    def to_frame(self) -> "pd.DataFrame":
-        """A line per feature of A: feature, best of B, cosine, whether they are each other's best."""
-        import pandas as pd
-
-        columns = {"feature": np.arange(len(self.best_of_a)), "best": self.best_of_a, "cosine": self.cosine_of_a}
-        return pd.DataFrame(columns | {"mutual": self.mutual})
-
-    def plot(self, a: str = "A", b: str = "B") -> "go.Figure":
-        """Histograms of the cosines with the best feature, of A's features and of B's, which `a` and `b` name."""
-        import plotly.graph_objects as go
-
-        figure = go.Figure(layout={"barmode": "overlay", "xaxis_title": "cosine", "yaxis_title": "features"})
-        for name, cosines in ((f"{a}, best of {b}", self.cosine_of_a), (f"{b}, best of {a}", self.cosine_of_b)):
-            middles, counts = _histogram(cosines)
-            figure.add_bar(x=middles, y=counts, name=name, opacity=0.7)
-        return figure
-
-
-def match_decoders(a: np.ndarray, b: np.ndarray) -> DecoderMatch:
-    """The best matches between decoder rows ``a [features of A, d]`` and ``b [features of B, d]``.
-
-    A row of zeros has cosine 0 with every other. Takes features of A x features of B x d multiply-adds, and 16 MiB
-    beside copies of both. Raises SaelabError if the widths differ, or if one has no rows.
-    """
-    a, b = _checked(a, b)
-    best_of_a, cosine_of_a = np.zeros(len(a), np.int64), np.full(len(a), -np.inf, np.float32)
-    best_of_b, cosine_of_b = np.zeros(len(b), np.int64), np.full(len(b), -np.inf, np.float32)
-    for first in range(0, len(a), _BLOCK):
-        for start in range(0, len(b), _BLOCK):
-            cosines = a[first : first + _BLOCK] @ b[start : start + _BLOCK].T
-            _improve(cosines, best_of_a[first : first + _BLOCK], cosine_of_a[first : first + _BLOCK], start)
-            _improve(cosines.T, best_of_b[start : start + _BLOCK], cosine_of_b[start : start + _BLOCK], first)
-    return DecoderMatch(best_of_a, cosine_of_a, best_of_b, cosine_of_b)
-
-
-@dataclass(frozen=True, eq=False)
-class Assignment:
-    """One-to-one pairs of features of autoencoders A and B."""
-
-    pairs: np.ndarray
-    """Features of A and B, the largest cosine first, ``[n, 2]`` int64. Only cosines above 0 make a pair."""
-    cosine: np.ndarray
-    """Cosine of the decoder rows of each pair, ``[n]`` float32."""
-    features: tuple[int, int]
-    """Number of features of A and of B."""
-
-    @property
-    def mean_cosine(self) -> float:
-        """Sum of the cosines of the pairs over the number of features of the smaller autoencoder."""
-        return float(self.cosine.sum(dtype=np.float64)) / min(self.features)
-
-    def share(self, threshold: float) -> float:
-        """Share of the smaller autoencoder's features with a partner of at least this cosine."""
-        return int((self.cosine >= threshold).sum()) / min(self.features)
-
-
-def assign_decoders(a: np.ndarray, b: np.ndarray, candidates: int = CANDIDATES) -> Assignment:
-    """The one-to-one pairs of decoder rows ``a [features of A, d]`` and ``b [features of B, d]`` with the largest sum.
-
-    Up to 4096 x 4096 features the sum of cosines is the largest of all (Hungarian algorithm). With more, a pair needs
-    one of its features among the `candidates` nearest of the other, and the sum is the largest of all such pairs
-    (sparse assignment); memory is then 24 bytes per candidate of each feature, besides that of `match_decoders`. Raises
-    SaelabError as that does.
-    """
-    from scipy.optimize import linear_sum_assignment
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-
-    a, b = _checked(a, b)
-    if len(a) * len(b) <= _MOST_COSINES:
-        cosines = a @ b.T
-        left, right = linear_sum_assignment(np.maximum(cosines, 0), maximize=True)
-        found = cosines[left, right]
-    else:
-        near_b, cosine_b = _nearest(a, b, candidates)
-        near_a, cosine_a = _nearest(b, a, candidates)
-        rows = np.concatenate([np.repeat(np.arange(len(a)), near_b.shape[1]), near_a.ravel()])
-        columns = np.concatenate([near_b.ravel(), np.repeat(np.arange(len(b)), near_a.shape[1])])
-        cosines = np.concatenate([cosine_b.ravel(), cosine_a.ravel()])
-        _, first = np.unique(rows * len(b) + columns, return_index=True)
-        rows, columns, cosines = rows[first], columns[first], cosines[first]
-        # Every feature of A may stay without a partner: it is then paired with a column of its own, of cosine 0.
-        # Costs are 2 - cosine, because the solver takes a cost of 0 for no edge.
-        own = np.arange(len(a))
-        costs = np.concatenate([2 - cosines.astype(np.float64), np.full(len(a), 2.0)])
-        edges = np.concatenate([rows, own]), np.concatenate([columns, len(b) + own])
-        graph = csr_array((costs, edges), shape=(len(a), len(b) + len(a)))
-        left, right = min_weight_full_bipartite_matching(graph)
-        left, right = left[right < len(b)], right[right < len(b)]
-        found = np.einsum("nd,nd->n", a[left], b[right])
-    order = np.argsort(-found, kind="stable")
-    order = order[found[order] > 0]
-    pairs = np.stack([left[order], right[order]], 1).astype(np.int64)
-    return Assignment(pairs, found[order].astype(np.float32), (len(a), len(b)))
+_CHANCE_ROWS = 2**14
+"""Most features of B that are compared with random rows in the place of A's."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -183,7 +46,7 @@ class Similarity(Result):
     cosine_of_a_by_chance: np.ndarray
     """Cosine of each feature of A with the nearest of random rows in the place of B's, ``[features of A]`` float32."""
     cosine_of_b_by_chance: np.ndarray
-    """The same of B's features and random rows in the place of A's, ``[features of B]`` float32."""
+    """The same of B's features, or 16,384 drawn from them, and random rows in the place of A's, float32."""
     threshold: float
     """Cosine from which a feature has a counterpart."""
 
@@ -209,7 +72,7 @@ class Similarity(Result):
         """Histograms of the largest cosines of A's and of B's features, and those by chance as lines."""
         figure = self.match.plot()
         for name, cosines in (("A", self.cosine_of_a_by_chance), ("B", self.cosine_of_b_by_chance)):
-            middles, counts = _histogram(cosines)
+            middles, counts = histogram(cosines)
             figure.add_scatter(x=middles, y=counts, name=f"{name}, by chance", mode="lines")
         return figure
 
@@ -217,17 +80,20 @@ class Similarity(Result):
 def compare_decoders(a: np.ndarray, b: np.ndarray, threshold: float = 0.7, seed: int = 0) -> Similarity:
     """The decoder rows ``a [features of A, d]`` and ``b [features of B, d]`` matched, beside chance.
 
-    Takes four times the work of `match_decoders`, and that of two `assign_decoders`. Raises SaelabError as they do.
+    Takes the work of two to three `assign_decoders`. Raises SaelabError as that does.
     """
-    a, b = _checked(a, b)
+    a, b = checked_rows(a, b)
     numbers = np.random.default_rng(seed)
-    like_a, like_b = random_rows(a, numbers), random_rows(b, numbers)
+    some = b if len(b) <= _CHANCE_ROWS else b[np.sort(numbers.permutation(len(b))[:_CHANCE_ROWS])]
+    cosine_of_b = match_decoders(some, random_rows(a, numbers)).cosine_of_a
+    by_chance, one_to_one_by_chance = match_and_assign(a, random_rows(b, numbers))
+    match, one_to_one = match_and_assign(a, b)
     return Similarity(
-        match=match_decoders(a, b),
-        one_to_one=assign_decoders(a, b),
-        one_to_one_by_chance=assign_decoders(a, like_b),
-        cosine_of_a_by_chance=match_decoders(a, like_b).cosine_of_a,
-        cosine_of_b_by_chance=match_decoders(b, like_a).cosine_of_a,
+        match=match,
+        one_to_one=one_to_one,
+        one_to_one_by_chance=one_to_one_by_chance,
+        cosine_of_a_by_chance=by_chance.cosine_of_a,
+        cosine_of_b_by_chance=cosine_of_b,
         threshold=threshold,
     )
 
@@ -237,16 +103,20 @@ def random_rows(rows: np.ndarray, numbers: np.random.Generator) -> np.ndarray:
 
     So what all decoders of a site have in common, such as a few directions of large variance, counts as chance.
     """
-    unit = _unit(rows)
-    mean, n = unit.mean(0, dtype=np.float64), len(unit)
-    covariance = sum(part.T @ part for part in (x.astype(np.float64) for x in np.split(unit, range(_BLOCK, n, _BLOCK))))
-    values, vectors = np.linalg.eigh(covariance / n - np.outer(mean, mean))
+    n, d = rows.shape
+    total, products = np.zeros(d), np.zeros((d, d))
+    for block in blocks_of(rows):
+        unit = unit_rows(rows[block]).astype(np.float64)
+        total += unit.sum(0)
+        products += unit.T @ unit
+    mean = total / n
+    values, vectors = np.linalg.eigh(products / n - np.outer(mean, mean))
     root = (vectors * np.sqrt(np.maximum(values, 0))).T.astype(np.float32)
-    drawn = np.empty_like(unit)
-    for start in range(0, n, _BLOCK):
-        part = drawn[start : start + _BLOCK]
-        part[:] = mean + numbers.standard_normal(part.shape, np.float32) @ root
-    return _unit(drawn)
+    drawn = np.empty((n, d), np.float32)
+    for block in blocks_of(rows):
+        part = drawn[block]
+        part[:] = unit_rows(mean + numbers.standard_normal(part.shape, np.float32) @ root)
+    return drawn
 
 
 def absolute_cosine_by_chance(d: int) -> float:
@@ -254,52 +124,6 @@ def absolute_cosine_by_chance(d: int) -> float:
     return math.exp(math.lgamma(d / 2) - math.lgamma((d + 1) / 2)) / math.sqrt(math.pi)
 
 
-def _histogram(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Middles and counts of 50 bins, up to 1."""
-    cosines = np.minimum(cosines, 1)  # rounding takes equal rows above it, where no bin counts them
-    counts, edges = np.histogram(cosines, 50, (min(0.0, float(cosines.min(initial=0.0))), 1.0))
-    return (edges[:-1] + edges[1:]) / 2, counts
-
-
-def _checked(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of both, scaled to length 1, float32."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
-        raise SaelabError(
-            f"Decoders of shapes {list(a.shape)} and {list(b.shape)} cannot be matched: both need rows, of one width."
-        )
-    return _unit(a), _unit(b)
-
-
-def _nearest(a: np.ndarray, b: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each unit row of `a` the `n` nearest of `b`, in any order, and their cosines: two ``[len(a), n]``."""
-    n = min(n, len(b))
-    index, cosine = np.zeros((len(a), n), np.int64), np.full((len(a), n), -np.inf, np.float32)
-    for first in range(0, len(a), _BLOCK):
-        rows = slice(first, first + _BLOCK)
-        for start in range(0, len(b), _BLOCK):
-            new = a[rows] @ b[start : start + _BLOCK].T
-            cosines = np.concatenate([cosine[rows], new], 1)
-            kept = np.argpartition(-cosines, n - 1, 1)[:, :n]
-            earlier = np.take_along_axis(index[rows], np.minimum(kept, n - 1), 1)
-            index[rows] = np.where(kept < n, earlier, kept - n + start)
-            cosine[rows] = np.take_along_axis(cosines, kept, 1)
-    return index, cosine
-
-
-def _improve(cosines: np.ndarray, best: np.ndarray, cosine: np.ndarray, start: int) -> None:
-    """Take the largest cosine of each row if it is larger than the best so far; its columns begin at `start`."""
-    nearest = cosines.argmax(1)
-    found = np.take_along_axis(cosines, nearest[:, None], 1)[:, 0]
-    better = found > cosine
-    best[better], cosine[better] = nearest[better] + start, found[better]
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float32)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
-
-
-def _below(cosine: np.ndarray, threshold: float) -> np.ndarray:
-    found = np.flatnonzero(cosine < threshold)
-    return found[np.argsort(cosine[found], kind="stable")]
+def training_of(facts: Mapping[str, Any]) -> str | None:
+    """The training that made some weights, from its record in the run or in the checkpoint; None if it does not say."""
+    return f"{facts['inputs']} {facts['tokens']}" if facts.get("inputs") and "tokens" in facts else None

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from saelab.analysis.intervals import Interval
+from saelab.analysis.matching import Assignment, assign_decoders
 from saelab.analysis.result import Result
-from saelab.analysis.similarity import Assignment, assign_decoders, random_rows
+from saelab.analysis.similarity import random_rows
 from saelab.errors import SaelabError
 
 if TYPE_CHECKING:

@@ -30,121 +30,27 @@ Activation share: a feature's sum of activations over that of all features, over
 representations only, the effect of ablating them follows the share; those of small share and large effect are actions.
 
 Only tokens that are followed by an ordinary one are steered. Intervals are over features. Cost, in passes over one row:
-two to find the contexts, for every row of the text; and 14 for each context of each feature, which share the layers
-below the site.
+two to find the contexts, for every row of the text; and 7 for each token that is steered (the clean one, and one for
+each mode and direction), which share the layers below the site.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.analysis.intervals import Interval, between, interval
-from saelab.analysis.result import Result
-from saelab.analysis.settings import Intervention, Mode, SteeringSettings
+from saelab.analysis.settings import Intervention, SteeringSettings
 from saelab.analysis.steering import activations_of, check_steerable, steered
+from saelab.analysis.steering_report import EFFECTS, MODES, PASSES, SteeringEffects
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.lm.splice import SplicedRuns
 from saelab.progress import Track, silent
 from saelab.sae.model import SparseAutoencoder
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
-
-CONTEXTS = ("own", "random")
-MODES: tuple[Mode, ...] = get_args(Mode)
-DIRECTIONS = ("feature", "random direction")
-EFFECTS = ("kl", "logits", "next_token", "changed")
-_RESAMPLES = 500
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SteeringEffects(Result):
-    """Effects of steering single features; the head of the file defines them.
-
-    Effects are ``[features, 2, 3, 2]`` float32, means over the contexts: by feature, kind of context (`CONTEXTS`), mode
-    (`MODES`), and feature or random direction (`DIRECTIONS`).
-    """
-
-    site: str
-    tokens: int
-    """Ordinary tokens of the text."""
-    contexts: int
-    """Contexts of each kind of each feature."""
-    features: np.ndarray
-    """``[features]`` int64"""
-    share: np.ndarray
-    """Activation share of each feature, ``[features]`` float64."""
-    row: np.ndarray
-    """Row of the text of each steered token, ``[features, 2, contexts]`` int64, by feature and kind of context."""
-    position: np.ndarray
-    """Its position in the row, ``[features, 2, contexts]`` int64."""
-    length: np.ndarray
-    """Mean norm of the change of the activation, of the feature and of its random direction, ``[features, 2, 3]``."""
-    kl: np.ndarray
-    logits: np.ndarray
-    next_token: np.ndarray
-    changed: np.ndarray
-    targets: np.ndarray
-    """Target tokens of each feature and of its random direction, ``[features, 2, targets]`` int64."""
-    score: np.ndarray
-    """Steering score of each feature and of its random direction, ``[features, 2]`` float32."""
-
-    def figures(self) -> Mapping[str, int | float | str | Interval]:
-        found: dict[str, int | float | str | Interval] = {
-            "site": self.site,
-            "tokens": self.tokens,
-            "features": len(self.features),
-            "contexts of each kind per feature": self.contexts,
-            "steering score (logits)": _mean(self.score[:, 0]),
-            "steering score of random directions (logits)": _mean(self.score[:, 1]),
-            "steering score less that of random directions": _mean(self.score[:, 0] - self.score[:, 1]),
-        }
-        for (c, context), (m, mode), (d, direction) in product(*map(enumerate, (CONTEXTS, MODES, DIRECTIONS))):
-            found[f"KL of {mode}, {context} contexts, {direction} (nats)"] = _mean(self.kl[:, c, m, d])
-        return found | {"rank correlation of activation share and effect of ablation": self.share_against_effect()}
-
-    def share_against_effect(self) -> Interval:
-        """Spearman's correlation of activation share with the change of logits that ablation makes at own contexts."""
-        effect, n = self.logits[:, 0, MODES.index("ablate"), 0], len(self.share)
-        if n < 3:
-            return Interval(np.nan, np.nan, np.nan)
-        drawn = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
-        varied = [each for each in drawn if np.ptp(self.share[each]) > 0 and np.ptp(effect[each]) > 0]
-        resampled = np.array([_rank_correlation(self.share[each], effect[each]) for each in varied])
-        return between(_rank_correlation(self.share, effect), resampled)
-
-    def by_feature(self) -> "pd.DataFrame":
-        """A line per feature, kind of context, mode and direction, with the effects."""
-        import pandas as pd
-
-        n = len(self.features)
-        names = ["feature", "contexts", "mode", "direction"]
-        index = pd.MultiIndex.from_product([range(n), CONTEXTS, MODES, DIRECTIONS], names=names)
-        frame = pd.DataFrame({name: getattr(self, name).ravel() for name in EFFECTS}, index=index).reset_index()
-        frame["share"] = self.share[frame["feature"]]
-        frame["feature"] = self.features[frame["feature"]]
-        return frame
-
-    def plot(self) -> "go.Figure":
-        """A point per feature: activation share against the change of logits that ablation makes at own contexts."""
-        import plotly.graph_objects as go
-
-        figure = go.Figure(layout={"title": f"{self.site}: ablation at the {self.contexts} strongest contexts"})
-        for d, name in enumerate(DIRECTIONS):
-            effect = self.logits[:, 0, MODES.index("ablate"), d]
-            text = [f"feature {feature}" for feature in self.features]
-            figure.add_scatter(x=self.share, y=effect, mode="markers", name=name, text=text)
-        figure.update_xaxes(type="log", title="share of the sum of all activations")
-        return figure.update_yaxes(type="log", title="change of the logits, root mean square")
 
 
 @torch.no_grad()
@@ -183,23 +89,61 @@ def steering_effects(
     if not features or len(survey.scored) < contexts:
         raise SaelabError(f"steering: no feature is active in {contexts} rows of this text; use more text")
     own, largest = _strongest(lm, blocks(), len(rows), features, contexts)
-    width = rows.shape[1]
-    places = np.stack([own, np.stack([numbers.choice(survey.scored, contexts, replace=False) for _ in features])], 1)
+    random = np.stack([numbers.choice(survey.scored, contexts, replace=False) for _ in features])
+    share = survey.mass[features] / survey.mass.sum()
+    chosen = Chosen(features, np.stack([own, random], 1), largest, share, survey.tokens, survey.norm)
+    return effects_at(sae, lm, rows, site, chosen, settings, seed=seed, track=track)
+
+
+class Chosen(NamedTuple):
+    """The features that are steered, and the tokens at which each is."""
+
+    features: Sequence[int]
+    places: np.ndarray
+    """row x context + position of each token, ``[features, 2, contexts]`` int64, by kind of context."""
+    largest: np.ndarray
+    """Largest activation of each feature in the text, ``[features]``."""
+    share: np.ndarray
+    """Activation share of each feature, ``[features]``."""
+    tokens: int
+    """Ordinary tokens of the text."""
+    norm: float
+    """Mean norm of an activation at the site."""
+
+
+@torch.no_grad()
+def effects_at(
+    sae: SparseAutoencoder,
+    lm: LanguageModel,
+    rows: Tensor,
+    site: str,
+    chosen: Chosen,
+    settings: SteeringSettings = SteeringSettings(),  # noqa: B008 (frozen)
+    *,
+    seed: int = 0,
+    track: Track = silent,
+) -> SteeringEffects:
+    """The effects of steering the chosen features at the chosen tokens of `rows` ``[rows, context]``.
+
+    Each token must be ordinary and followed by an ordinary one. Raises SaelabError for a transcoder.
+    """
+    check_steerable(sae, lm, site)
+    width, contexts = rows.shape[1], chosen.places.shape[2]
     runs, generator = SplicedRuns(lm, site), torch.Generator().manual_seed(seed)
     found = []
-    size = 2 * (1 + 2 * len(MODES)) * contexts * width  # tokens in the passes of a feature
-    for i in track(iter(range(len(features))), "steering", size * len(features), lambda _: size):
-        feature = features[i]
-        value = settings.scale * survey.norm / float(sae.W_dec[feature].norm().clamp_min(1e-12))
-        values = {"add": value, "clamp": float(largest[i]), "ablate": 0.0}
+    size = PASSES * 2 * contexts * width  # tokens in the passes of a feature
+    for i in track(iter(range(len(chosen.features))), "steering", size * len(chosen.features), lambda _: size):
+        feature = chosen.features[i]
+        value = settings.scale * chosen.norm / float(sae.W_dec[feature].norm().clamp_min(1e-12))
+        values = {"add": value, "clamp": float(chosen.largest[i]), "ablate": 0.0}
         interventions = [Intervention(feature, mode, values[mode]) for mode in MODES]
         direction = F.normalize(torch.randn(sae.d_in, generator=generator), dim=0).to(lm.device)
-        kinds = [_at(sae, lm, runs, rows, torch.from_numpy(p), interventions, direction) for p in places[i]]
+        kinds = [_at(sae, lm, runs, rows, torch.from_numpy(p), interventions, direction) for p in chosen.places[i]]
         found.append(_of_feature(kinds[0], kinds[1], settings.targets))
     columns = [np.stack(column) for column in zip(*found, strict=True)]
-    mass = survey.mass[features] / survey.mass.sum()
+    places = chosen.places // width, chosen.places % width
     return SteeringEffects(
-        site, survey.tokens, contexts, np.array(features), mass, places // width, places % width, *columns
+        site, chosen.tokens, contexts, np.array(chosen.features), np.asarray(chosen.share), *places, *columns
     )
 
 
@@ -341,15 +285,3 @@ def _of_feature(own: _Effects, random: _Effects, targets: int) -> list[np.ndarra
     effects = [torch.stack([each.measured[name] for each in (own, random)]) for name in EFFECTS]
     found = [torch.stack([own.length, random.length]), *effects]
     return [each.float().cpu().numpy() for each in found] + [chosen.cpu().numpy(), score.float().cpu().numpy()]
-
-
-def _mean(of_features: np.ndarray) -> Interval:
-    """Mean over features with its interval."""
-    return interval(np.stack([of_features, np.ones(len(of_features))], 1))
-
-
-def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's correlation; equal values have their mean rank."""
-    from scipy.stats import rankdata
-
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

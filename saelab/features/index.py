@@ -26,7 +26,7 @@ from saelab.features.shards import Shard, ShardWriter, Totals, total
 from saelab.features.token_bytes import token_bytes
 from saelab.features.weights import weight_columns
 from saelab.files import recover_folder, replace_folder, translate_errors, write_json
-from saelab.lm.lens import logit_lens
+from saelab.lm.attention import direct_lens
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
@@ -79,7 +79,7 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = logit_lens(self.lm, self.site)
+        lens = direct_lens(self.lm, self.site)
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,

@@ -31,10 +31,10 @@ def weight_bytes(n_features: int, d_in: int, vocabulary: int) -> int:
 def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns of consecutive features, feature 0 first.
 
-    `lens` is the `logit_lens` of the site that the autoencoder reconstructs. Columns of logits are empty without it, or
-    if it is of another width. `encoder_decoder_cosine` is 0 if d_in and d_out differ.
+    `lens` is the `direct_lens` of the site that the autoencoder reconstructs. Without it, or if it is of another width,
+    columns of logits are empty. `encoder_decoder_cosine` is 0 if d_in and d_out differ.
     """
-    if lens is not None and lens.unembedding.shape[1] != sae.d_out:
+    if lens is not None and lens.width != sae.d_out:
         lens = None
     rows = _rows(max(sae.d_in, sae.d_out), 0 if lens is None else len(lens.unembedding))
     matrices = {"encoder": sae.W_enc, "decoder": sae.W_dec}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError
-from saelab.lm.lens import Norm, fitted_norm
+from saelab.lm.lens import Lens, Norm, fitted_norm, logit_lens
 from saelab.lm.model import LanguageModel
 from saelab.lm.sites import hook
 
@@ -208,6 +208,29 @@ def check_output(lm: LanguageModel, layer: int, output: Affine, z: Tensor, out: 
             f"model: what the attention of layer {layer} of {lm.name} adds to the residual stream is not linear in its "
             "heads' outputs, so features there cannot be attributed further"
         )
+
+
+def direct_lens(lm: LanguageModel, site: str) -> Lens | None:
+    """`logit_lens`; at the outputs of a layer's heads, hook_z, that of what they add to the residual stream by W_O.
+
+    So the logits of a direction at hook_z are those of the direct path: later layers' use of it is left out, as
+    elsewhere. None, too, if the attention's output is not a linear map of z, as with a norm after it.
+    """
+    match = _Z.fullmatch(site)
+    if match is None:
+        return logit_lens(lm, site)
+    layer = int(match[1])
+    out = f"blocks.{layer}.hook_attn_out"
+    lens = logit_lens(lm, out) if out in lm.sites else None
+    if lens is None:
+        return None
+    output = output_map(lm, layer)
+    found = lm.activations(torch.arange(8, device=lm.device)[None], [site, out])
+    try:
+        check_output(lm, layer, output, found[site], found[out])
+    except SaelabError:
+        return None
+    return lens._replace(output=output.weight.to(lens.gain.dtype), words=f"{lens.words}, after the layer's W_O")
 
 
 def input_norm(lm: LanguageModel, layer: int) -> Norm:

@@ -48,13 +48,21 @@ class Lens(NamedTuple):
     """Bias of the final norm times the factor of the logits, ``[d_model]``"""
     factor: float
     """Logits over the products of the unembedding's input with the unembedding."""
+    output: Tensor | None = None
+    """The map from the site to the residual stream, ``[width, d_model]``; None if the site is in the stream."""
+
+    @property
+    def width(self) -> int:
+        """Width of the site."""
+        return self.unembedding.shape[1] if self.output is None else len(self.output)
 
     def at_head(self, directions: Tensor) -> Tensor:
-        """What becomes of float32 directions ``[n, d_model]`` until the unembedding, in the same shape.
+        """What becomes of float32 directions ``[n, width]`` until the unembedding, ``[n, d_model]``.
 
         Their logits are ``at_head(directions) @ unembedding.T``.
         """
-        return (_centre(directions) if self.centred else directions) * self.gain
+        written = directions if self.output is None else directions @ self.output
+        return (_centre(written) if self.centred else written) * self.gain
 
 
 class Norm(NamedTuple):

@@ -20,10 +20,18 @@ from saelab.analysis.attention.report import Attention
 from saelab.analysis.dark_matter import DarkMatter, dark_matter
 from saelab.analysis.dead import Dead, dead
 from saelab.analysis.result import Result, rebuilt, stored
-from saelab.analysis.settings import AttentionSettings, DarkMatterSettings, DeadSettings, SteeringSettings
-from saelab.analysis.steering_effects import SteeringEffects, steering_effects
+from saelab.analysis.settings import (
+    AttentionSettings,
+    DarkMatterSettings,
+    DeadSettings,
+    SimilaritySettings,
+    SteeringSettings,
+)
+from saelab.analysis.similarities import Other, Similarities, similarities
+from saelab.analysis.steering_effects import steering_effects
+from saelab.analysis.steering_report import SteeringEffects
 from saelab.encoded import Block, encoded
-from saelab.errors import SaelabError, did_you_mean
+from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
@@ -124,11 +132,22 @@ def _steering(subject: Subject, settings: SteeringSettings) -> SteeringEffects:
     return steering_effects(subject.sae, subject.lm, rows, subject.site, settings, track=subject.track)
 
 
+def _similarity(subject: Subject, settings: SimilaritySettings) -> Similarities:
+    setting = "analysis.similarity.other"
+    if not settings.other:
+        raise SettingError(f"{setting}: name the runs to compare with: {setting}=[RUN, ...]")
+    others = [Other(run, *subject.other(run, setting)) for run in settings.other]
+    rows = subject.held_out(settings.tokens)
+    name = str(subject.run)
+    return similarities(subject.sae, subject.lm, rows, subject.site, others, settings, name=name, track=subject.track)
+
+
 ANALYSES: dict[str, Analysis] = {
     "dead": Analysis(Dead, _dead),
     "attention": Analysis(Attention, _attention),
     "dark_matter": Analysis(DarkMatter, _dark_matter, _runs_of_dark_matter),
     "steering": Analysis(SteeringEffects, _steering),
+    "similarity": Analysis(Similarities, _similarity, lambda settings: settings.other),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 

@@ -97,11 +97,11 @@ class Live:
 
     @cached_property
     def lens(self) -> "Lens | None":
-        """From features to logits; None if the site is not in the residual stream, or logits are not linear there."""
-        from saelab.lm.lens import logit_lens
+        """From features to logits (`saelab.lm.attention.direct_lens`); None if logits are not linear in them."""
+        from saelab.lm.attention import direct_lens
 
         with self.lock:
-            return logit_lens(self.lm, self.site)
+            return direct_lens(self.lm, self.site)
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The token that the model expects most after these."""

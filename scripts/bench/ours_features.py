@@ -57,7 +57,7 @@ def index(run: str, folder: str, tokens: int) -> dict[str, float]:
     The last is measured once more, without the rest.
     """
     from saelab.features.weights import weight_columns
-    from saelab.lm.lens import logit_lens
+    from saelab.lm.attention import direct_lens
 
     job, sae, rows = _opened(run, tokens)
     _warm(job, sae, rows)
@@ -67,7 +67,7 @@ def index(run: str, folder: str, tokens: int) -> dict[str, float]:
     passed = time.perf_counter()
     manifest = made.finish()
     ended = time.perf_counter()
-    for _ in weight_columns(sae, logit_lens(job.lm, job.settings.site)):
+    for _ in weight_columns(sae, direct_lens(job.lm, job.settings.site)):
         pass
     weights = time.perf_counter() - ended
     return {

@@ -6,12 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saelab.analysis import similarity
+from saelab.analysis import matching
+from saelab.analysis.matching import assign_decoders, match_decoders
 from saelab.analysis.similarity import (
     absolute_cosine_by_chance,
-    assign_decoders,
     compare_decoders,
-    match_decoders,
     random_rows,
 )
 from saelab.errors import SaelabError
@@ -36,7 +35,7 @@ def test_blocks_give_what_the_whole_matrix_of_cosines_gives(monkeypatch):
     a[5], b[9] = 0, b[2]  # a row of zeros, and two equal ones
     unit_a, unit_b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (a, b))
     cosines = unit_a @ unit_b.T
-    monkeypatch.setattr(similarity, "_BLOCK", 32)
+    monkeypatch.setattr(matching, "_BLOCK", 32)
     match = match_decoders(a, b)
     real = np.arange(130) != 5
     assert np.array_equal(match.best_of_a[real], cosines.argmax(1)[real])
@@ -100,7 +99,7 @@ def test_one_to_one_pairs_have_the_largest_sum_of_all_ways_to_pair(shape, monkey
     ways = itertools.permutations(range(few.shape[1]), len(few))
     most = max(few[np.arange(len(few)), list(way)].sum() for way in ways)
     for limit in (2**24, 0):
-        monkeypatch.setattr(similarity, "_MOST_COSINES", limit)
+        monkeypatch.setattr(matching, "_MOST_COSINES", limit)
         found = assign_decoders(a, b)
         assert found.cosine.sum() == pytest.approx(most, abs=1e-5)
         assert found.mean_cosine == pytest.approx(most / len(few)) and found.features == shape
@@ -110,8 +109,8 @@ def test_one_to_one_pairs_have_the_largest_sum_of_all_ways_to_pair(shape, monkey
 def test_sparse_assignment_equals_the_hungarian_algorithm(n_a, n_b, monkeypatch):
     a, b = related(n_a, n_b, 24)
     dense = assign_decoders(a, b)
-    monkeypatch.setattr(similarity, "_MOST_COSINES", 0)
-    monkeypatch.setattr(similarity, "_BLOCK", 100)
+    monkeypatch.setattr(matching, "_MOST_COSINES", 0)
+    monkeypatch.setattr(matching, "_BLOCK", 100)
     everything = assign_decoders(a, b, candidates=400)
     few = assign_decoders(a, b, candidates=16)
     assert np.array_equal(everything.pairs, dense.pairs) and np.allclose(everything.cosine, dense.cosine, atol=1e-6)
@@ -133,8 +132,8 @@ def test_a_pair_can_be_no_feature_s_best():
 
 
 def test_many_features_are_matched_in_little_memory(monkeypatch):
-    monkeypatch.setattr(similarity, "_MOST_COSINES", 0)
-    monkeypatch.setattr(similarity, "_BLOCK", 300)
+    monkeypatch.setattr(matching, "_MOST_COSINES", 0)
+    monkeypatch.setattr(matching, "_BLOCK", 300)
     a, b = rows(3000, 4), rows(3000, 4, seed=1)
     tracemalloc.start()
     found = assign_decoders(a, b, candidates=4)
@@ -143,8 +142,21 @@ def test_many_features_are_matched_in_little_memory(monkeypatch):
     assert len(found.pairs) > 2500 and peak < 3000 * 3000 * 4 / 6  # of the matrix of cosines in float32
 
 
+def test_the_nearest_rows_are_those_of_the_whole_matrix_however_few_a_block_adds(monkeypatch):
+    a, b = rows(150, 6), rows(210, 6, seed=1)
+    cosines = unit(a) @ unit(b).T
+    monkeypatch.setattr(matching, "_BLOCK", 40)
+    for few in (0.0, 0.02, 1.0):  # never, sometimes and always sorted by themselves
+        monkeypatch.setattr(matching, "_FEW", few)
+        near = matching._Near(matching._Nearest.start(150, 7), matching._Nearest.start(210, 9))
+        matching.match_rows(a, b, near)
+        for found, whole, n in ((near.of_a, cosines, 7), (near.of_b, cosines.T, 9)):
+            assert (np.sort(found.index, 1) == np.sort(np.argsort(-whole, 1)[:, :n], 1)).all()
+            assert np.allclose(np.take_along_axis(whole, found.index.astype(int), 1), found.cosine, atol=1e-6)
+
+
 def test_random_rows_have_the_mean_and_the_covariance_of_the_unit_rows(monkeypatch):
-    monkeypatch.setattr(similarity, "_BLOCK", 3000)
+    monkeypatch.setattr(matching, "_BLOCK", 3000)
     scales = np.linspace(2, 0.5, 48)
     like = (rows(8000, 48) * scales + 3 * (np.arange(48) == 0)).astype(np.float32)
     drawn, real = random_rows(like, np.random.default_rng(0)), unit(like)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from saelab.analysis.matching import assign_decoders
 from saelab.analysis.result import rebuilt, stored, with_arrays
-from saelab.analysis.similarity import assign_decoders
 from saelab.analysis.stability import Stability, stability
 from saelab.errors import SaelabError
 

@@ -10,13 +10,8 @@ from torch import Tensor
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.analysis.settings import Intervention, SteeringSettings
 from saelab.analysis.steering import steered
-from saelab.analysis.steering_effects import (
-    CONTEXTS,
-    MODES,
-    SteeringEffects,
-    steerable_features,
-    steering_effects,
-)
+from saelab.analysis.steering_effects import steerable_features, steering_effects
+from saelab.analysis.steering_report import CONTEXTS, MODES, SteeringEffects
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder

@@ -1,13 +1,18 @@
 """The Compare page."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from saelab.analysis.similarity import compare_decoders, match_decoders
+from saelab.analysis.matching import match_decoders
+from saelab.analysis.result import stored, with_arrays
+from saelab.analysis.similarity import Similarity, compare_decoders, training_of
 from saelab.features.database import open_database
+from saelab.runs import folder
 from saelab.runs.decoder import decoder_rows
 from tests.app.shown import check_inert, html, message, unescaped
 from tests.app.synthetic_run import OTHER, write_run
@@ -116,6 +121,80 @@ def test_a_run_without_a_database_is_matched_without_examples(explorer, pair):
     rows = components(app)["pair_rows"]
     assert "density" not in rows["sides"]["b"] and "density" in rows["sides"]["a"]
     assert any("no feature database" in caption.value for caption in app.caption)
+
+
+def write_result(run: Path, others: list[dict]) -> None:
+    """A stored analysis of the run beside others; arrays are among their values."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def taken(value, name: str):
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+            return {"$array": name}
+        if isinstance(value, dict):
+            return {key: taken(item, f"{name}.{key}") for key, item in value.items()}
+        return [taken(item, f"{name}.{i}") for i, item in enumerate(value)] if isinstance(value, list) else value
+
+    own = {"c_dec": 0.21, "c_dec_by_chance": 0.2, "meta": None}
+    path = run / folder.ANALYSES / "similarity"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / folder.FIGURES).write_text(json.dumps({"inputs": "0", "run": own, "others": taken(others, "others")}))
+    save_file(arrays, path / folder.ARRAYS)
+
+
+def other_of(run: Path, decoders: Similarity | None) -> dict:
+    meta = {"meta_features": 7, "explained": near(0.4), "explained_by_chance": near(0.25)}
+    training = training_of(folder.training_record(run))
+    weights = {"training": training, "c_dec": 0.23, "c_dec_by_chance": 0.2, "meta": meta}
+    found = None
+    if decoders is not None:
+        figures, arrays = stored(decoders)
+        found = with_arrays(figures, arrays)
+    return {"weights": weights, "cka": {"cka": near(0.71), "by_chance": 0.05, "tokens": 1234}, "decoders": found}
+
+
+def near(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01}
+
+
+def test_a_stored_comparison_is_shown_with_what_only_it_knows(explorer, pair, tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        shutil.copytree(pair / name, tmp_path / "runs" / name)
+    first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "second"
+    record = json.loads((second / "train.json").read_text())
+    (second / "train.json").write_text(json.dumps(record | {"inputs": "1" * 64}))
+    link = {"page": "compare", "run": "first", "other": "second"}
+    app = explorer(tmp_path / "runs", **link)
+    command = f'`saelab analyse {first} similarity "analysis.similarity.other=[{second}]"`'
+    assert command in app.caption[-1].value and "Linear CKA of codes" not in {metric.label for metric in app.metric}
+
+    b = decoder_rows(second)
+    write_result(first, [other_of(second, compare_decoders(b[::-1][:40], b))])  # as if 40 features were B's own
+    with monkeypatch.context() as patch:
+        patch.setattr("saelab.analysis.similarity.compare_decoders", None)
+        app = explorer(tmp_path / "runs", **link)
+    assert not app.error and not any("saelab analyse" in caption.value for caption in app.caption)
+    figures = {metric.label: metric.value for metric in app.metric}
+    assert figures["Linear CKA of codes"] == "0.710" and figures["CKA by chance"] == "0.050"
+    assert figures["c_dec, first"] == "0.2100" and figures["c_dec, second"] == "0.2300"
+    assert figures["Rows explained, second"] == "40.0%" and "Rows explained, first" not in figures
+    assert figures["Each other's best"] == "40 pairs", "the stored match, not one of these decoders"
+
+    back = explorer(tmp_path / "runs", page="compare", run="second", other="first")
+    assert any("the other way round" in link.proto.label for link in back.main.get("page_link"))
+    (second / "train.json").write_text(json.dumps(record | {"inputs": "2" * 64}))  # trained again
+    assert command in explorer(tmp_path / "runs", **link).caption[-1].value
+    (first / folder.ANALYSES / "similarity" / folder.FIGURES).write_text(json.dumps({"others": [{}]}))
+    assert "similarity --force" in message(explorer(tmp_path / "runs", **link))
+
+
+def test_codes_at_different_sites_compare_if_that_is_stored(explorer, pair, tmp_path):
+    run = Path(shutil.copytree(pair / "first", tmp_path / "runs" / "first"))
+    elsewhere = write_run(tmp_path / "runs" / "elsewhere", features=False, site="blocks.0.hook_mlp_out")
+    write_result(run, [other_of(elsewhere, None)])
+    app = explorer(tmp_path / "runs", page="compare", run="first", other="elsewhere")
+    assert "different sites" in unescaped(app.info[0].value) and not components(app)
+    assert {metric.label: metric.value for metric in app.metric}["Linear CKA of codes"] == "0.710"
 
 
 def test_what_cannot_be_compared_is_said(explorer, pair, runs, tmp_path):

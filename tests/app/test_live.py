@@ -11,11 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from streamlit.testing.v1 import AppTest
 
+from saelab.analysis.result import stored
+from saelab.analysis.settings import SteeringSettings
 from saelab.analysis.short_text import changes
+from saelab.analysis.steering_effects import steering_effects
+from saelab.analysis.steering_report import SteeringEffects
 from saelab.features.database import Feature, open_database
 from saelab.features.token_bytes import token_bytes
+from saelab.runs import folder
+from saelab.runs.effects import effects_of
 from saelab.runs.live import Live, open_live, text_at
 from tests.app.conftest import APP, serving
 from tests.app.shown import check_inert, html, message, unescaped
@@ -328,6 +335,97 @@ def test_a_link_with_no_steering_in_it_shows_the_page(at, steer) -> None:
     assert not app.exception and not app.error
 
 
+# effects of steering
+
+
+@pytest.fixture
+def analysed(tiny_runs: Path, live: Live, tmp_path: Path) -> tuple[Path, SteeringEffects]:
+    """A folder with the run `whole` and its effects of steering, on the text of its database."""
+    run = Path(shutil.copytree(tiny_runs / "whole", tmp_path / "runs" / "whole"))
+    settings = SteeringSettings(contexts=3, features=5, targets=4)
+    result = steering_effects(live.sae, live.lm, random_rows(live.lm, 24, 16), live.site, settings)
+    figures, arrays = stored(result)
+    path = run / folder.ANALYSES / "steering"
+    path.mkdir(parents=True)
+    (path / folder.FIGURES).write_text(json.dumps({"inputs": "0", "settings": {}} | figures))
+    save_file({name: array.copy() for name, array in arrays.items()}, path / folder.ARRAYS)
+    return run.parent, result
+
+
+def test_stored_effects_are_shown_at_the_tokens_that_were_steered(explorer, analysed) -> None:
+    runs, result = analysed
+    i, feature = 2, int(result.features[2])
+    app = explorer(runs, page="steer", steer=f"{feature}:add:1")
+    check_inert(app)
+    figures = {metric.label: metric.value for metric in app.metric}
+    assert figures["Steering score"] == f"{result.score[i, 0]:.2f}"
+    assert figures["Of a random direction"] == f"{result.score[i, 1]:.2f}"
+    for at, kind in (("own", 0), ("random", 1)):
+        app = explorer(runs, page="steer", steer=f"{feature}:add:1", at=at)
+        lines = components(app)["effect_tokens"]["lines"]
+        shown = {(line["row"], line["start"] + line["peak"]) for line in lines}
+        assert shown == set(zip(result.row[i, kind].tolist(), result.position[i, kind].tolist(), strict=True))
+        rows = random_rows(open_live(runs / "whole").lm, 24, 16).numpy()
+        assert all(line["ids"][line["peak"]] == rows[line["row"], line["start"] + line["peak"]] for line in lines)
+    (table,) = re.findall(r'<table class="sl-facts sl-effects">.*?</table>', html(app))
+    cells = re.findall(r'<td class="sl-value">(.*?)</td>', table)
+    assert (
+        len(cells) == 6 * 4
+        and cells[0] == f"{result.kl[i, 0, 0, 0]:.3g}"
+        and cells[1] == f"{result.kl[i, 0, 0, 1]:.3g}"
+    )
+    assert cells[2].startswith(f"{result.kl[:, 0, 0, 0].mean():.3g} (") and " to " in cells[2]
+    app.segmented_control(key="effect").set_value("next_token").run()
+    assert f">{result.next_token[i, 1, 2, 0]:.3g}<" in html(app) and app.query_params["effect"] == "next_token"
+
+
+def test_a_point_of_the_chart_is_a_feature_and_the_chosen_one_is_marked(explorer, analysed) -> None:
+    runs, result = analysed
+    app = explorer(runs, page="steer", of=str(result.features[1]))
+    (chart,) = [json.loads(each.proto.spec) for each in app.get("plotly_chart")]
+    points = {trace["name"]: trace for trace in chart["data"]}
+    assert points["feature"]["customdata"] == result.features.tolist()
+    assert points["feature"]["y"] == pytest.approx(result.logits[:, 0, 2, 0].tolist())
+    assert points["chosen"]["x"] == pytest.approx([result.share[1]])
+    assert f"**Feature {result.features[1]}**" in [each.value for each in app.markdown]
+    best = result.features[result.score[:, 0].argmax()]
+    assert f"**Feature {best}**" in [each.value for each in explorer(runs, page="steer").markdown]
+
+
+def test_a_feature_that_is_not_stored_is_measured_when_asked_for(explorer, at, analysed, tiny_runs) -> None:
+    runs, result = analysed
+    database = open_database(runs / "whole" / "features")
+    active = np.flatnonzero(database.table["n_active"] > 30)
+    feature = int(next(f for f in active if f not in result.features))
+    app = explorer(runs, page="steer", steer=f"{feature}:add:1")
+    assert f"Feature {feature} is not among the 5 features" in captions(app) and "effect_tokens" not in components(app)
+    app.button(key="measure").click().run()
+    assert not app.exception and not app.error
+    expected = effects_of(open_live(runs / "whole"), database, feature)
+    assert {m.label: m.value for m in app.metric}["Steering score"] == f"{expected.score[0, 0]:.2f}"
+    shown = {(line["row"], line["start"] + line["peak"]) for line in components(app)["effect_tokens"]["lines"]}
+    assert shown == set(zip(expected.row[0, 0].tolist(), expected.position[0, 0].tolist(), strict=True))
+    app = at("steer", steer=f"{feature}:add:1")
+    assert "saelab analyse" in app.info[0].value and app.button(key="measure")
+    assert "their strongest" not in captions(at("steer", "bare", steer=f"{feature}:add:1"))
+    assert "strongest tokens are not known" in captions(at("steer", "bare", steer=f"{feature}:add:1"))
+
+
+def test_a_result_of_another_text_is_outdated(explorer, analysed) -> None:
+    runs, result = analysed
+    path = runs / "whole" / folder.ANALYSES / "steering"
+    arrays = load_file(path / folder.ARRAYS)
+    database = open_database(runs / "whole" / "features")
+    feature = int(result.features[0])
+    inactive = np.setdiff1d(np.arange(24 * 16), database.facts.activations(feature).places)[0]
+    arrays["row"][0, 0, 0], arrays["position"][0, 0, 0] = divmod(inactive, 16)
+    save_file(arrays, path / folder.ARRAYS)
+    shown = message(explorer(runs, page="steer", of=str(feature)))
+    assert "steering: is not what this version of saelab reads" in shown
+    (path / folder.FIGURES).write_text("{}")
+    assert "steering: is not what this version" in message(explorer(runs, page="steer", of=str(feature)))
+
+
 # the test box, and what a server needs
 
 
@@ -335,7 +433,7 @@ def test_pages_of_typed_text_import_no_torch() -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(APP)!r})
-import explorer.live, explorer.feature_list, explorer.heatmap, saelab.analysis.settings
+import explorer.live, explorer.effects, explorer.feature_list, explorer.heatmap, saelab.analysis.settings
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

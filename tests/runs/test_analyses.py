@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 import saelab
 from saelab.analysis.dark_matter import DarkMatter
 from saelab.analysis.dead import Dead
-from saelab.analysis.steering_effects import SteeringEffects
+from saelab.analysis.similarities import Similarities
+from saelab.analysis.similarity import training_of
+from saelab.analysis.steering_report import SteeringEffects
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.runs import folder
@@ -89,6 +91,22 @@ def test_steering_is_stored_and_read_back(run: Path) -> None:
     again = saelab.read_analysis(run, "steering")
     assert isinstance(result, SteeringEffects) and isinstance(again, SteeringEffects)
     assert repr(again) == repr(result) and result.kl.shape == (2, 2, 3, 2) and (again.position == result.position).all()
+
+
+def test_similarity_names_the_runs_it_compares_with(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    with pytest.raises(SaelabError, match=r"analysis.similarity.other: name the runs to compare with: .*=\[RUN"):
+        saelab.analyse(run, "similarity")
+    options = ["analysis.similarity.tokens=1500", f"analysis.similarity.other=[{other}]"]
+    result = saelab.analyse(run, "similarity", options)
+    again = saelab.read_analysis(run, "similarity")
+    assert isinstance(result, Similarities) and repr(again) == repr(result)
+    (compared,) = result.others
+    assert compared.weights.name == str(other) and compared.cka.cka.value == pytest.approx(1, abs=1e-5)
+    assert compared.weights.training == training_of(folder.training_record(other)) is not None
+    said: list[str] = []
+    saelab.analyse(run, "similarity", options, say=said.append)
+    assert said[-1] == "similarity: up to date"
 
 
 def test_every_analysis_has_a_section_of_settings_of_its_name() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import saelab
+from saelab.analysis.attention.logits import logit_attribution
 from saelab.analysis.settings import Intervention
 from saelab.corpus.encoder import Encoder
 from saelab.errors import SaelabError
@@ -99,11 +100,25 @@ def test_the_effect_on_a_logit_is_what_the_last_layer_makes_of_the_feature(kind:
         assert effect == pytest.approx(float(logits[0] - logits[1]), rel=1e-3, abs=1e-4)
 
 
-def test_at_a_site_outside_the_residual_stream_there_is_no_effect_on_logits(live: Live) -> None:
-    other = Live(live.lm, live.sae, "blocks.1.attn.hook_z", live.encoder)
+def test_at_a_site_with_no_linear_way_to_the_logits_there_is_no_effect_on_them(live: Live) -> None:
+    other = Live(live.lm, live.sae, "blocks.1.mlp.hook_post", live.encoder)
     assert other.logit_effects(live.read("fox"), 1, 3) is None
     logits = live.lm.logits(torch.tensor([live.token_ids("fox")]))
     assert live.next_token(live.token_ids("fox")) == int(logits[0, -1].argmax())
+
+
+def test_effects_of_heads_features_are_their_direct_logit_attribution() -> None:
+    lm, site = language_model("llama"), "blocks.1.attn.hook_z"
+    torch.manual_seed(0)
+    sae = saelab.SparseAutoencoder(32, 20, 5, {"hook_name": site}).requires_grad_(False)
+    torch.nn.init.normal_(sae.W_enc)
+    torch.nn.init.normal_(sae.W_dec)
+    live = Live(lm, sae, site, Encoder(lm.tokenizer))
+    text = live.read("The quick brown fox")
+    expected = logit_attribution(sae, lm, text.token_ids.tolist(), 3, 50)
+    effects = live.logit_effects(text, 3, 50)
+    assert effects is not None and text.at(3)[0].tolist() == expected.features.tolist()
+    assert effects == pytest.approx(expected.contributions.numpy(), rel=1e-3, abs=1e-5)
 
 
 @pytest.fixture

@@ -124,15 +124,6 @@ def logit_attribution(
 
 
 @torch.no_grad()
-def feature_logits(sae: SparseAutoencoder, lens: Lens, output: Affine, features: Tensor) -> Tensor:
-    """Logits of the decoder rows of some features, ``W_dec W_O W_U`` through the final norm, ``[n, vocabulary]``.
-
-    Float32, for an activation of 1 and a norm's scale of 1; needs only weights.
-    """
-    return lens.at_head(sae.W_dec[features].float() @ output.weight.float()) @ lens.unembedding.float().T
-
-
-@torch.no_grad()
 def stream_effects(sae: SparseAutoencoder, stream: SparseAutoencoder, output: Affine, features: Tensor) -> Tensor:
     """What features at an activation of 1 add to the pre-activations of residual-stream features, ``[n, stream's]``.
 

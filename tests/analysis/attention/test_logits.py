@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from saelab.analysis.attention.logits import feature_logits, lens_of, logit_attribution, stream_effects
+from saelab.analysis.attention.logits import lens_of, logit_attribution, stream_effects
 from saelab.errors import SaelabError
-from saelab.lm.attention import output_map
+from saelab.features.weights import weight_columns
+from saelab.lm.attention import direct_lens, output_map
+from saelab.lm.lens import logit_lens
 from tests.analysis.attention.made import CONTEXT, Z, autoencoder, double_model, ids_of, lm_of
 from tests.lm.test_lens import HEADS, SIZES, made
 from tests.tiny import KINDS
@@ -50,18 +52,34 @@ def test_features_add_what_the_models_own_modules_make_of_them(kind: str) -> Non
         assert float(found.contributions[n]) == pytest.approx(float(y * norm.weight @ W_U) / scale, rel=1e-4, abs=1e-7)  # type: ignore[operator]
 
 
-def test_effects_that_need_only_weights() -> None:
+def test_pre_activations_of_later_features_need_only_weights() -> None:
     lm = lm_of("gpt2")
     sae, stream = autoencoder(lm), autoencoder(lm, "blocks.2.hook_resid_post", seed=4)
-    output, lens, which = output_map(lm, 2), lens_of(lm, 2), torch.tensor([3, 40])
     W_O = lm.model.get_submodule("transformer.h.2.attn.c_proj").weight
     assert isinstance(W_O, torch.Tensor)
-    written = sae.W_dec[which] @ W_O
-    torch.testing.assert_close(
-        stream_effects(sae, stream, output, which), written @ stream.W_enc.T, rtol=1e-3, atol=1e-4
-    )
-    logits = feature_logits(sae, lens, output, which)
-    torch.testing.assert_close(logits, lens.at_head(written) @ lm.unembedding.T, rtol=1e-3, atol=1e-4)
+    which = torch.tensor([3, 40])
+    expected = sae.W_dec[which] @ W_O @ stream.W_enc.T
+    torch.testing.assert_close(stream_effects(sae, stream, output_map(lm, 2), which), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_database_of_heads_outputs_has_the_logits_of_the_direct_path(kind: str) -> None:
+    """W_dec W_O, the mean subtraction and the gain of the final norm, W_U: the model's own modules and parameters."""
+    lm = lm_of(kind)
+    sae, lens = autoencoder(lm), direct_lens(lm, Z)
+    assert lens is not None and lens.width == sae.d_in and lens.words.endswith(", after the layer's W_O")
+    output = lm.model.get_submodule(lm.sites[Z].module)
+    norm = lm.model.get_submodule(lm.sites["ln_final.hook_in"].module)
+    written = output(sae.W_dec) - output(torch.zeros(1, sae.d_in))
+    written = written if kind == "llama" else written - written.mean(1, keepdim=True)
+    logits = written * norm.weight @ lm.unembedding.T  # type: ignore[operator]
+    (columns,) = weight_columns(sae, lens)
+    top, tokens = logits.topk(10)
+    torch.testing.assert_close(torch.from_numpy(columns["top_logits"]), top, rtol=1e-3, atol=1e-3)
+    assert (columns["top_logit_tokens"][:, 0] == tokens[:, 0].numpy()).mean() > 0.9  # some are all but equal
+    found = torch.from_numpy(columns["logit_range"])
+    torch.testing.assert_close(found, torch.stack(logits.aminmax(dim=1), 1), rtol=1e-3, atol=1e-3)
+    assert logit_lens(lm, Z) is None and direct_lens(lm, "blocks.2.hook_resid_post") is not None
 
 
 def test_a_frame_and_a_special_token_without_features() -> None:
@@ -88,5 +106,6 @@ def test_what_has_no_logits_is_an_error() -> None:
         SaelabError, match="attention of layer 1 of Gemma2ForCausalLM adds to the residual stream is not linear"
     ):
         logit_attribution(autoencoder(gemma, site), gemma, ids_of(gemma) % 90, 3, 3)
+    assert direct_lens(gemma, site) is None
     with pytest.raises(SaelabError, match="not linear in what the attention of layer 1 gives"):
         lens_of(made("OPTForCausalLM", OPT), 1)
