@@ -87,9 +87,7 @@ def test_by_chance_is_the_mean_over_all_orders_of_the_tokens() -> None:
 
 
 @pytest.mark.parametrize(("per_row", "dense"), [(50, True), (1, False)])
-def test_a_tile_is_dense_if_many_entries_meet_in_it(
-    per_row: int, dense: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tile_is_dense_if_many_entries_meet_in_it(per_row: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, row = made_up(40, per_row, 3)
     tiles, make = [], module._dense_parts
     monkeypatch.setattr(module, "_dense_parts", lambda *args: tiles.append(1) or make(*args))
