@@ -70,10 +70,9 @@ class Case:
         yield
         self.outside += np.array([time.perf_counter(), time.process_time()]) - began
 
-    def blocks(self, rows: int | None = None, seed: int = 0) -> Iterator[Block]:
+    def blocks(self, rows: int, seed: int = 0) -> Iterator[Block]:
         """Blocks of random activations and codes, of the first rows."""
         a, generator = self.args, torch.Generator().manual_seed(seed)
-        rows = self.rows if rows is None else rows
         for first in range(0, rows, ROWS):
             with self.stopped():
                 here = min(ROWS, rows - first)
@@ -103,7 +102,7 @@ class Case:
 
 
 def _dead(case: Case) -> None:
-    dead(case.sae, case.blocks(), case.rows)
+    dead(case.sae, case.blocks(case.rows), case.rows)
 
 
 def _decomposition(case: Case) -> None:
@@ -126,7 +125,7 @@ def _stability(case: Case) -> None:
 
 def _cka(case: Case) -> None:
     codes = PairedCodes()
-    for a, b in zip(case.blocks(), case.blocks(seed=1), strict=True):
+    for a, b in zip(case.blocks(case.rows), case.blocks(case.rows, seed=1), strict=True):
         codes.add(a.codes, b.codes, a.row_of_token().numpy())
     codes.cka()
 
@@ -140,7 +139,7 @@ def _direct(case: Case) -> None:
         heads, at = case.heads(), torch.arange(CONTEXT)
     often = draws(case.rows, RESAMPLES, np.random.default_rng(0))
     found = FamilyShares.empty(case.args.n_features, HEADS, often, AttentionSettings().per_feature)
-    for block in case.blocks():
+    for block in case.blocks(case.rows):
         for i, ids in enumerate(block.rows):
             codes = block.codes[i * CONTEXT : (i + 1) * CONTEXT]
             found.add(case.sae, ids, at, codes, heads, block.first_row + i)
@@ -151,7 +150,7 @@ def _head_scores(case: Case) -> None:
         heads = case.heads()
         heads = Heads(*(part.repeat(ROWS, 1, 1, 1) for part in heads))
     scores = HeadScores.empty(case.rows, [0], HEADS)
-    for block in case.blocks():
+    for block in case.blocks(case.rows):
         scores.add(block.rows, torch.ones_like(block.rows, dtype=torch.bool), 0, heads, block.first_row)
 
 

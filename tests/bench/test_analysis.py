@@ -29,7 +29,7 @@ def test_the_command_measures_in_a_process_of_its_own(tmp_path, monkeypatch, cap
 
 def test_made_up_blocks_cover_the_rows_and_features_fall_in_density():
     case = analysis.Case(argparse.Namespace(tokens=16_384, d_in=8, n_features=64, k=4))
-    blocks = list(case.blocks())
+    blocks = list(case.blocks(case.rows))
     assert [block.first_row for block in blocks] == [0, 16, 32, 48] and (case.outside > 0).all()
     assert sum(len(block.x) for block in blocks) == 16_384
     counts = sum(block.codes.firing_counts() for block in blocks)
