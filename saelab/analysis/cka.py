@@ -14,7 +14,7 @@ By chance: the mean of the same figure over all orders of Y's tokens, which is |
 denominator. It is above 0, and more so with fewer tokens.
 
 The dense codes are never made. The sum of squares of Y^T X is added up over tiles of X's features. A tile is dense if
-enough pairs of entries fall into it, else sparse. It takes k_A k_B + k_A^2 + k_B^2 multiply-adds per token, and memory
+enough pairs of entries meet in it, else sparse. It takes k_A k_B + k_A^2 + k_B^2 multiply-adds per token, and memory
 for the codes, MEMORY bytes per entry, and for one tile, some 150 MB, at any number of features. To centre, N mean(y)
 mean(x)^T is subtracted without being made.
 
@@ -25,7 +25,7 @@ With the part S of a tile T that comes from a group, ||T - S||^2 = ||T||^2 - 2 T
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,10 @@ CsrArray = Any
 GROUPS = 32
 _MOST_PAIRS = 2**21
 """Most pairs of an entry of X and one of Y at once, of some 50 bytes each."""
+_MOST_CELLS = 2**22
+"""Most cells of a dense tile, of 8 bytes each."""
+_CELLS_PER_PAIR = 32
+"""Cells that take as long in a dense tile as a pair does in a sparse one."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,9 +155,13 @@ def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:
     # (y . sum of y over group h) (x . sum of x over group i), summed over the tokens of each group g
     cross = np.zeros((groups, groups, groups))
     by_feature, length = x.T.tocsr(), np.diff(y.indptr)
-    for tile in _tiles(by_feature, length):
+    pairs = np.diff(np.append(0, np.cumsum(length[by_feature.indices], dtype=np.int64))[by_feature.indptr])
+    cells = groups * y.shape[1]
+    dense = cells <= _CELLS_PER_PAIR * pairs
+    tiles = chain(_tiles(dense, pairs, max(1, _MOST_CELLS // cells)), _tiles(~dense, pairs, len(pairs)))
+    for tile in tiles:
         left: CsrArray = by_feature[tile]
-        if groups * len(sums_y[0]) * left.shape[0] <= length[left.indices].sum():
+        if dense[tile[0]]:
             parts = _dense_parts(left, y, group, groups)
             both = parts.sum(0)
             whole += np.vdot(both, both)
@@ -176,13 +184,14 @@ def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:
     return squares - 2 * means / tokens + lengths[0] * lengths[1] / tokens**2
 
 
-def _tiles(by_feature: CsrArray, length: np.ndarray) -> Iterator[slice]:
-    """Consecutive features of X, at least one, so many that they meet entries of Y at most `_MOST_PAIRS` times."""
-    pairs = np.append(0, np.cumsum(length[by_feature.indices], dtype=np.int64))[by_feature.indptr]
-    first, features = 0, by_feature.shape[0]
-    while first < features:
-        last = max(first + 1, int(np.searchsorted(pairs, pairs[first] + _MOST_PAIRS, "right")) - 1)
-        yield slice(first, last)
+def _tiles(chosen: np.ndarray, pairs: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """The chosen features of X, at least one at a time, at most `most`, and at most `_MOST_PAIRS` pairs with Y."""
+    features = np.flatnonzero(chosen)
+    ends, first = np.append(0, pairs[features].cumsum()), 0
+    while first < len(features):
+        last = int(np.searchsorted(ends, ends[first] + _MOST_PAIRS, "right")) - 1
+        last = min(max(first + 1, last), first + most)
+        yield features[first:last]
         first = last
 
 

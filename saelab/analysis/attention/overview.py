@@ -160,5 +160,5 @@ def family_shares(family: np.ndarray, drawn: np.ndarray) -> list[Interval]:
         share = float((family == i).mean())
         with np.errstate(invalid="ignore"):
             resampled = (often * (drawn == i)).sum(1) / often.sum(1)
-        found.append(between(share, share + resampled - resampled.mean() if len(drawn) else resampled))
+        found.append(between(share, (share + resampled - resampled.mean()).clip(0, 1) if len(drawn) else resampled))
     return found
