@@ -68,7 +68,7 @@ def fidelity(live: Live, rows: torch.Tensor) -> dict[str, object]:
         return interval(losses, lambda s: (s[..., without] - s[..., 1]) / (s[..., without] - s[..., 0]))
 
     figures: dict[str, object] = {
-        "tokens": int(variance[:, 2].sum()),
+        "tokens": int(active[:, 1].sum()),
         "l0": interval(active),
         "fvu": interval(variance),
     }
