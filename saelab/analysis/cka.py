@@ -15,7 +15,7 @@ denominator. It is above 0, and more so with fewer tokens.
 
 The dense codes are never made. The sum of squares of Y^T X is added up over tiles of X's features. A tile is dense if
 enough pairs of entries meet in it, else sparse. It takes k_A k_B + k_A^2 + k_B^2 multiply-adds per token, and memory
-for the codes, MEMORY bytes per entry, and for one tile, some 150 MB, at any number of features. To centre, N mean(y)
+for the codes, some 20 bytes per entry, and for one tile, some 150 MB, at any number of features. To centre, N mean(y)
 mean(x)^T is subtracted without being made.
 
 Intervals are over rows of text, by a jackknife that leaves out one of up to 32 groups of consecutive rows at a time.
@@ -155,7 +155,10 @@ def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:
     # (y . sum of y over group h) (x . sum of x over group i), summed over the tokens of each group g
     cross = np.zeros((groups, groups, groups))
     by_feature, length = x.T.tocsr(), np.diff(y.indptr)
-    pairs = np.diff(np.append(0, np.cumsum(length[by_feature.indices], dtype=np.int64))[by_feature.indptr])
+    pairs = np.zeros(x.shape[1])
+    for first, last in pairwise(edges):
+        rows: CsrArray = x[first:last]
+        pairs += np.bincount(rows.indices, np.repeat(length[first:last], np.diff(rows.indptr)), len(pairs))
     cells = groups * y.shape[1]
     dense = cells <= _CELLS_PER_PAIR * pairs
     tiles = chain(_tiles(dense, pairs, max(1, _MOST_CELLS // cells)), _tiles(~dense, pairs, len(pairs)))

@@ -71,7 +71,8 @@ def test_95_percent_intervals_contain_the_truth_in_90_to_98_percent(monkeypatch:
     truth = dense_cka(*made_up(20_000, 6, 5, 8, 6)[:2])
     hits = 0
     for seed in range(100):
-        low, high = found(*made_up(60, 6, 100 + seed, 8, 6)).cka[1:]
+        x, y, row = made_up(60, 6, 100 + seed, 8, 6)
+        low, high = found(x, y, row).cka[1:]
         hits += low <= truth <= high
     assert 0.90 <= hits / 100 <= 0.98
 
