@@ -144,20 +144,21 @@ def main() -> None:
     ends = binomtest(sum(several), len(several)).proportion_ci()
     control = np.mean([found.control for found in analyses])
     say("polysemantic heads", n=sum(several), of=len(several), low=ends.low, high=ends.high, control=float(control))
+    for found in analyses:
+        say("families", site=found.site, tokens=found.tokens, living=found.alive, **found.families)
+    saes = {layer_of(live.site): live.sae for live in lives}
+    for features in (1, 5):
+        result = circuit_test(saes, lives[0].lm, questions(lives[0], args.task), features=features)
+        say("circuit", **result.figures())
+    for run, live, found in zip(args.runs, lives, analyses, strict=True):
+        rows = Job(settings_of(run / folder.SETTINGS)).held_out(TOKENS).numpy().astype(np.int64)
+        for family in ("induction", "short"):
+            kept(live, found, rows, family)
     prefix = prefix_scores(lives[0].lm)
     for name, kind in prefix.kinds().items():
         layer, head = map(int, name.split("."))
         scores = {f"with_{n}": prefix.score(layer, head, n) for n in range(len(prefix.scores))}
         say("induction head", head=name, kind=kind, **scores)
-    for run, live, found in zip(args.runs, lives, analyses, strict=True):
-        say("families", site=found.site, tokens=found.tokens, living=found.alive, **found.families)
-        rows = Job(settings_of(run / folder.SETTINGS)).held_out(TOKENS).numpy().astype(np.int64)
-        for family in ("induction", "short"):
-            kept(live, found, rows, family)
-    saes = {layer_of(live.site): live.sae for live in lives}
-    for features in (1, 5):
-        result = circuit_test(saes, lives[0].lm, questions(lives[0], args.task), features=features)
-        say("circuit", **result.figures())
 
 
 if __name__ == "__main__":
