@@ -221,9 +221,14 @@ def _dense_parts(left: CsrArray, y: CsrArray, group: np.ndarray, groups: int) ->
 
 def _variation(codes: CsrArray) -> float:
     """Sum of the squares of the centred codes."""
-    return float(np.square(codes.data, dtype=np.float64).sum() - np.square(_sums(codes)).sum() / codes.shape[0])
+    squares = np.einsum("e,e->", codes.data, codes.data, dtype=np.float64)  # makes no copy
+    return float(squares - np.square(_sums(codes)).sum() / codes.shape[0])
 
 
 def _sums(codes: CsrArray) -> np.ndarray:
     """Sum over the tokens of each feature, ``[n_features]`` float64; scipy's own sum is in float32."""
-    return np.bincount(codes.indices, codes.data, codes.shape[1])
+    found = np.zeros(codes.shape[1])
+    for first in range(0, codes.nnz, _MOST_PAIRS):
+        entries = slice(first, first + _MOST_PAIRS)
+        found += np.bincount(codes.indices[entries], codes.data[entries], len(found))
+    return found

@@ -140,7 +140,7 @@ def main() -> None:
         rows = Job(settings_of(run / folder.SETTINGS)).held_out(args.tokens)
         say("fidelity", site=found.site, **fidelity(live, rows))
     print(heads_table(analyses[0]), flush=True)
-    several = [head for found in analyses for head in found.polysemantic]
+    several = [bool(head) for found in analyses for head in found.polysemantic]
     ends = binomtest(sum(several), len(several)).proportion_ci()
     control = np.mean([found.control for found in analyses])
     say("polysemantic heads", n=sum(several), of=len(several), low=ends.low, high=ends.high, control=float(control))
