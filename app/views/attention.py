@@ -215,7 +215,11 @@ def draw_heads(stored: Mapping[str, Any]) -> None:
     shown = frame.iloc[own_first].style.format(counts, precision=3)
     titles = {name: st.column_config.Column(help=text) for name, text in COLUMNS.items()}
     st.dataframe(shown, hide_index=True, column_config=titles, key="heads", placeholder="")
-    families = ", ".join(f"{name} {100 * share:.0f}%" for name, share in found.families.items() if share)
+    families = ", ".join(
+        f"{name} {100 * value:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
+        for name, (value, low, high) in found.families.items()
+        if value
+    )
     st.caption(
         f"{found.tokens:,} tokens. Attention that is equal on all tokens has an induction score of "
         f"{found.chance['induction']:.3f}. Families of the {found.alive:,} living features of layer {found.layer}, by "

@@ -1,6 +1,7 @@
 """Linear CKA of sparse codes equals the dense formula, in any blocks and tiles, and its intervals are over rows."""
 
 import tracemalloc
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def test_it_equals_the_dense_formula_in_any_blocks_and_tiles(monkeypatch: pytest
     whole = found(x, y, row)
     assert whole.cka.value == pytest.approx(dense_cka(x, y), rel=1e-9) and 0.3 < whole.cka.value < 0.999
     assert (whole.tokens, whole.rows, whole.features) == (280, 40, (30, 17))
-    monkeypatch.setattr(module, "_MOST_ENTRIES", 700)  # tiles of a few features
+    monkeypatch.setattr(module, "_MOST_PAIRS", 700)  # tiles of a few features
     tiled = found(x, y, row, block=23)
     assert tiled.cka == pytest.approx(whole.cka, rel=1e-9) and tiled.by_chance == pytest.approx(whole.by_chance)
     assert found(y, x, row).cka.value == pytest.approx(whole.cka.value, rel=1e-9)
     assert found(x, x, row).cka == pytest.approx((1, 1, 1))
     assert found(x, 3 * x[:, ::-1], row).cka.value == pytest.approx(1)
-    assert len(whole.plot().data) == 1 and len(whole.to_frame()) == 6
+    assert whole.plot().to_json() and len(whole.to_frame()) == 6
 
 
 def test_the_interval_is_that_of_leaving_out_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,18 +71,29 @@ def test_95_percent_intervals_contain_the_truth_in_90_to_98_percent(monkeypatch:
     truth = dense_cka(*made_up(20_000, 6, 5, 8, 6)[:2])
     hits = 0
     for seed in range(100):
-        low, high = found(*made_up(60, 6, 100 + seed, 8, 6)).cka[1:]
+        x, y, row = made_up(60, 6, 100 + seed, 8, 6)
+        low, high = found(x, y, row).cka[1:]
         hits += low <= truth <= high
     assert 0.90 <= hits / 100 <= 0.98
 
 
-def test_by_chance_is_the_same_with_the_tokens_shuffled() -> None:
+def test_by_chance_is_the_mean_over_all_orders_of_the_tokens() -> None:
+    x, y, row = made_up(2, 3, 2, 5, 4)
+    orders = [dense_cka(x, y[list(order)]) for order in permutations(range(6))]
+    assert found(x, y, row).by_chance == pytest.approx(np.mean(orders), rel=1e-9)
     x, y, row = made_up(50, 6, 2)
-    shuffled = np.random.default_rng(0).permutation(300)
-    assert found(x, y, row).by_chance == pytest.approx(dense_cka(x, y[shuffled]), rel=1e-9)
     assert found(x, y, row).by_chance < 0.2 * found(x, y, row).cka.value
     unrelated = found(x, y[np.random.default_rng(1).permutation(300)], row)
     assert unrelated.cka.value == pytest.approx(unrelated.by_chance, abs=0.05)
+
+
+@pytest.mark.parametrize(("per_row", "dense"), [(50, True), (1, False)])
+def test_a_tile_is_dense_if_many_entries_meet_in_it(per_row: int, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, row = made_up(40, per_row, 3)
+    monkeypatch.setattr(module, "_CELLS_PER_PAIR", 1)
+    tiles, make = [], module._dense_parts
+    monkeypatch.setattr(module, "_dense_parts", lambda *args: tiles.append(1) or make(*args))
+    assert found(x, y, row).cka.value == pytest.approx(dense_cka(x, y), rel=1e-9) and bool(tiles) == dense
 
 
 def test_many_features_take_little_memory() -> None:

@@ -4,8 +4,9 @@ Attribution (direct.py, tree.py, logits.py) freezes patterns and norms. Here not
 is taken out of the activations at its site, x - f W_dec, and the model runs on. So these are the tests of attributions.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,10 @@ class FeatureAt(NamedTuple):
     feature: int | None
 
 
-@torch.no_grad()
+Taken = Callable[[Tensor], Tensor]
+"""From the activations ``[d_in]`` at a site and position of the run, in float32, what is taken away from them."""
+
+
 def ablated_logits(
     saes: Mapping[int, SparseAutoencoder], lm: LanguageModel, ids: Sequence[int] | Tensor, chosen: Iterable[FeatureAt]
 ) -> Tensor:
@@ -37,39 +41,52 @@ def ablated_logits(
     `saes` are autoencoders of heads' outputs by layer. What a feature contributes is encoded anew in the run, after the
     changes in lower layers. Raises SaelabError if a layer has no autoencoder or a position is a special token.
     """
-    row = torch.as_tensor(ids, device=lm.device).long()[None]
-    by_layer: dict[int, list[FeatureAt]] = {}
+    features: dict[tuple[int, int], set[int | None]] = {}
     for one in chosen:
         if one.layer not in saes:
             raise SaelabError(f"attribution: there is no autoencoder of layer {one.layer}: choose {sorted(saes)}")
-        if not bool(lm.ordinary(row)[0, one.position]):
-            raise SaelabError(f"attribution: the token at position {one.position} is special, and has no features")
-        by_layer.setdefault(one.layer, []).append(one)
-    order = torch.zeros(row.shape[1], dtype=torch.long, device=lm.device)
-    ordinary = lm.ordinary(row)[0]
-    order[ordinary] = torch.arange(int(ordinary.sum()), device=lm.device)  # splices see ordinary tokens only
+        features.setdefault((one.layer, one.position), set()).add(one.feature)
+    return changed_logits(lm, ids, {at: _contribution(saes[at[0]], which) for at, which in features.items()})
 
-    def without(layer: int, sae: SparseAutoencoder, x: Tensor) -> Tensor:
+
+def _contribution(sae: SparseAutoencoder, which: set[int | None]) -> Taken:
+    """What some features, and the error if `which` has None, contribute."""
+
+    def taken(x: Tensor) -> Tensor:
+        codes = sae.encode(x[None])
+        left = torch.tensor([int(f) in which for f in codes.features], dtype=codes.values.dtype, device=x.device)
+        found = sae.decode(codes.with_values(codes.values * left))[0] - sae.b_dec
+        return found + x - sae.decode(codes)[0] if None in which else found
+
+    return taken
+
+
+@torch.no_grad()
+def changed_logits(lm: LanguageModel, ids: Sequence[int] | Tensor, taken: Mapping[tuple[int, int], Taken]) -> Tensor:
+    """Logits ``[context, vocabulary]`` of a run in which something is taken from heads' outputs, by layer and position.
+
+    Raises SaelabError if a position is a special token.
+    """
+    row = torch.as_tensor(ids, device=lm.device).long()[None]
+    ordinary = lm.ordinary(row)[0]
+    for _, position in taken:
+        if not bool(ordinary[position]):
+            raise SaelabError(f"attribution: the token at position {position} is special, and has no features")
+    order = ordinary.cumsum(0) - 1  # splices see ordinary tokens only
+    layers = sorted({layer for layer, _ in taken})
+
+    def changed(x: Tensor, layer: int) -> Tensor:
         new = x.clone()
-        for position in {one.position for one in by_layer[layer]}:
-            here = {one.feature for one in by_layer[layer] if one.position == position}
-            at = x[order[position]][None].to(sae.W_dec.dtype)
-            codes = sae.encode(at)
-            kept = torch.tensor([int(f) not in here for f in codes.features], dtype=torch.bool, device=lm.device)
-            values = torch.where(kept, 0.0, codes.values)
-            taken = sae.decode(codes.with_values(values))[0] - sae.b_dec
-            if None in here:
-                taken = taken + at[0] - sae.decode(codes)[0]
-            new[order[position]] = (at[0] - taken).to(x.dtype)
+        for (at, position), take in taken.items():
+            if at == layer:
+                value = x[order[position]].float()
+                new[order[position]] = (value - take(value)).to(x.dtype)
         return new
 
-    lm.measure([site_of(layer) for layer in by_layer])
+    lm.measure([site_of(layer) for layer in layers])
     with ExitStack() as splices:
-        for layer in by_layer:
-            sae = saes[layer]
-            splices.enter_context(
-                lm.spliced(row, site_of(layer), lambda x, layer=layer, sae=sae: without(layer, sae, x))
-            )
+        for layer in layers:
+            splices.enter_context(lm.spliced(row, site_of(layer), partial(changed, layer=layer)))
         return lm.logits(row)[0]
 
 

@@ -2,6 +2,14 @@
 
 A question is a text with two possible next tokens. A name that is re-used (the paper's IOI task), or an argument of a
 function that is re-used in its body, against another that the text has too.
+
+The circuit of a question is the features with the largest direct attribution to the logit difference at its last
+position. They are ablated there at once. They are among the largest activations, so each control is as large:
+
+random       other active features at the same position and layer, in random order, until their mass (activation times
+             length of the decoder row, summed) is the circuit's; of the last one only the part that is needed
+direction    a random direction, as long as the circuit's contribution, taken from the same activations
+error        the autoencoders' errors
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from saelab.analysis.attention.ablation import FeatureAt, ablated_logits
+from saelab.analysis.attention.ablation import FeatureAt, Taken, ablated_logits, changed_logits
 from saelab.analysis.attention.logits import logit_attribution
 from saelab.analysis.intervals import Interval, interval
 from saelab.analysis.result import Result
@@ -21,7 +31,7 @@ from saelab.lm.model import LanguageModel
 from saelab.sae.model import SparseAutoencoder
 
 if TYPE_CHECKING:
-    pass
+    import plotly.graph_objects as go
 
 
 class Question(NamedTuple):
@@ -43,11 +53,17 @@ class CircuitTest(Result):
     ablated: Interval
     """Without the features of the circuit, errors kept."""
     random: Interval
-    """Without as many other features that are active at the same position."""
+    """Without other features of the same mass."""
+    random_mass: Interval
+    """Mass of these over that of the circuit: below 1 if the other active features together have less."""
+    direction: Interval
+    """Without as much of a random direction."""
     without_error: Interval
     """Without the autoencoders' errors at the same position."""
     effect_over_random: Interval
     """(clean - ablated) - (clean - random)"""
+    effect_over_direction: Interval
+    """(clean - ablated) - (clean - direction)"""
     correlation: float
     """Between what attribution says a feature adds to the difference and what its ablation takes away, over all
     features that are active at the last position."""
@@ -58,17 +74,21 @@ class CircuitTest(Result):
             "features in the circuit": self.features,
             "logit difference (nats)": self.clean,
             "without the circuit's features (nats)": self.ablated,
-            "without as many random active features (nats)": self.random,
+            "without random active features of the same mass (nats)": self.random,
+            "their mass over the circuit's": self.random_mass,
+            "without random directions of the same length (nats)": self.direction,
             "without the errors (nats)": self.without_error,
             "effect beyond random features (nats)": self.effect_over_random,
+            "effect beyond random directions (nats)": self.effect_over_direction,
             "correlation of attribution and ablation": self.correlation,
         }
 
-    def plot(self):
+    def plot(self) -> "go.Figure":
         """The logit difference of each run with its interval."""
         import plotly.graph_objects as go
 
-        runs = {"clean": self.clean, "circuit": self.ablated, "random": self.random, "error": self.without_error}
+        runs = {"clean": self.clean, "circuit": self.ablated, "random features": self.random}
+        runs |= {"random direction": self.direction, "error": self.without_error}
         ends = {"symmetric": False, "array": [v.high - v.value for v in runs.values()]}
         ends["arrayminus"] = [v.value - v.low for v in runs.values()]
         figure = go.Figure(go.Bar(x=list(runs), y=[v.value for v in runs.values()], error_y=ends))
@@ -82,20 +102,20 @@ def circuit_test(
     questions: Sequence[Question],
     *,
     features: int = 5,
+    draws: int = 4,
     single: int = 8,
     seed: int = 0,
 ) -> CircuitTest:
     """Whether the features that attribution finds matter causally (claim T8).
 
-    The circuit of a question is the `features` features with the largest direct attribution to the logit difference at
-    its last position, over all `saes`, which are autoencoders of heads' outputs by layer. They are ablated at once, and
-    so are as many random ones of the other active features there. On the first `single` questions each active feature
-    is ablated by itself, for the correlation.
+    `saes` are autoencoders of heads' outputs by layer; a circuit has `features` features of all of them. Random
+    controls are means over `draws` draws. On the first `single` questions each active feature is ablated by itself,
+    for the correlation. Raises SaelabError if there is no question.
     """
     if not questions:
         raise SaelabError("attribution: there is no question to test a circuit on")
-    numbers = np.random.default_rng(seed)
-    figures: list[list[float]] = []
+    generator = torch.Generator().manual_seed(seed)
+    figures = []
     attributed: list[float] = []
     measured: list[float] = []
     for number, question in enumerate(questions):
@@ -109,32 +129,84 @@ def circuit_test(
             found += [(value, FeatureAt(layer, last, feature)) for value, feature in values]
         found.sort(key=lambda pair: -pair[0])
         circuit = [one for _, one in found[:features]]
-        rest = [one for _, one in found[features:]]
-        others = [rest[i] for i in numbers.permutation(len(rest))[:features]]
         errors = [FeatureAt(layer, last, None) for layer in saes]
 
-        def difference(chosen: Iterable[FeatureAt], question: Question = question) -> float:
-            logits = ablated_logits(saes, lm, question.ids, chosen)[-1].double()
-            return float(logits[question.answer] - logits[question.other])
+        def asked(logits: Tensor, question: Question = question) -> float:
+            last = logits[-1].double()
+            return float(last[question.answer] - last[question.other])
 
-        clean = difference([])
-        figures.append([clean, difference(circuit), difference(others), difference(errors)])
+        def without(chosen: Iterable[FeatureAt], question: Question = question) -> float:
+            return asked(ablated_logits(saes, lm, question.ids, chosen))
+
+        sizes = {layer: Size(saes[layer], {one.feature for one in circuit if one.layer == layer}) for layer in saes}
+
+        def control(by_layer: Mapping[int, Taken], question: Question = question, last: int = last) -> float:
+            at = {(layer, last): take for layer, take in by_layer.items()}
+            return asked(changed_logits(lm, question.ids, at))
+
+        clean = without([])
+        random = [control({n: size.features(generator) for n, size in sizes.items()}) for _ in range(draws)]
+        taken, target = np.sum([size.masses for size in sizes.values()], 0)
+        direction = [control({n: size.direction(generator) for n, size in sizes.items()}) for _ in range(draws)]
+        share = taken / max(target, 1e-30)
+        figures.append([clean, without(circuit), np.mean(random), share, np.mean(direction), without(errors)])
         if number < single:
             attributed += [value for value, _ in found]
-            measured += [clean - difference([one]) for _, one in found]
-    sums = np.array(figures)
-    one = np.ones((len(sums), 1))
+            measured += [clean - without([one]) for _, one in found]
+    clean, ablated, random, mass, direction, error = np.array(figures).T
 
     def mean(values: np.ndarray) -> Interval:
-        return interval(np.concatenate([values[:, None], one], 1), seed=seed)
+        return interval(np.stack([values, np.ones_like(values)], 1), seed=seed)
 
     return CircuitTest(
         questions=len(questions),
         features=features,
-        clean=mean(sums[:, 0]),
-        ablated=mean(sums[:, 1]),
-        random=mean(sums[:, 2]),
-        without_error=mean(sums[:, 3]),
-        effect_over_random=mean(sums[:, 2] - sums[:, 1]),
+        clean=mean(clean),
+        ablated=mean(ablated),
+        random=mean(random),
+        random_mass=mean(mass),
+        direction=mean(direction),
+        without_error=mean(error),
+        effect_over_random=mean(random - ablated),
+        effect_over_direction=mean(direction - ablated),
         correlation=float(np.corrcoef(attributed, measured)[0, 1]) if len(attributed) > 1 else float("nan"),
     )
+
+
+class Size:
+    """Controls of the size of what some features of an autoencoder contribute, at the activations that they change."""
+
+    def __init__(self, sae: SparseAutoencoder, circuit: set[int | None]) -> None:
+        self.sae, self.lengths = sae, sae.W_dec.norm(dim=1)
+        self.circuit = torch.tensor(sorted(f for f in circuit if f is not None), dtype=torch.long)
+        self.masses = np.zeros(2)
+        """Sums over the calls of `features`: mass that was taken, and the circuit's."""
+
+    def features(self, generator: torch.Generator) -> Taken:
+        """Random other features of the same mass."""
+
+        def taken(x: Tensor) -> Tensor:
+            codes = self.sae.encode(x[None])
+            mass = codes.values * self.lengths[codes.features.long()]
+            own = torch.isin(codes.features.long(), self.circuit.to(x.device))
+            target = mass[own].sum()
+            others = (~own).nonzero().squeeze(1)
+            others = others[torch.randperm(len(others), generator=generator).to(x.device)]
+            before = mass[others].cumsum(0) - mass[others]
+            part = torch.zeros_like(mass)
+            part[others] = ((target - before) / mass[others].clamp_min(1e-30)).clamp(0, 1)
+            self.masses += [float((mass * part).sum()), float(target)]
+            return self.sae.decode(codes.with_values(codes.values * part))[0] - self.sae.b_dec
+
+        return taken
+
+    def direction(self, generator: torch.Generator) -> Taken:
+        """A random direction of the same length."""
+
+        def taken(x: Tensor) -> Tensor:
+            codes = self.sae.encode(x[None])
+            own = torch.isin(codes.features.long(), self.circuit.to(x.device))
+            length = (self.sae.decode(codes.with_values(codes.values * own))[0] - self.sae.b_dec).norm()
+            return length * F.normalize(torch.randn(len(x), generator=generator), dim=0).to(x.device)
+
+        return taken

@@ -19,7 +19,7 @@ from saelab.analysis.attention.polysemantic import Profiles, polysemanticity
 from saelab.analysis.attention.prompt import check_heads
 from saelab.analysis.attention.report import ALIVE, CHANCE, FAMILIES, ONE_TASK, TOP, Attention
 from saelab.analysis.attention.scores import HeadScores
-from saelab.analysis.intervals import between, draws
+from saelab.analysis.intervals import Interval, between, draws
 from saelab.analysis.settings import AttentionSettings
 from saelab.errors import SaelabError
 from saelab.lm.attention import Heads, read_heads, recorded_heads, site_of
@@ -131,7 +131,7 @@ def _result(
         high=high,
         chance={name: scores.chance_of(name) for name in CHANCE},
         reads={name: between(float(reads[i]), drawn_reads[:, i]) for i, name in enumerate(FAMILIES)},
-        families={name: float((family[alive] == i).mean()) for i, name in enumerate(FAMILIES)},
+        families=dict(zip(FAMILIES, family_shares(family[alive], families(drawn)), strict=True)),
         family=family,
         shares=found.shares(),
         counts=counts,
@@ -144,3 +144,21 @@ def _result(
         polysemantic=poly.polysemantic,
         control=float((poly.control < ONE_TASK).mean()),
     )
+
+
+def family_shares(family: np.ndarray, drawn: np.ndarray) -> list[Interval]:
+    """The share of each family ``[features]``, with intervals over rows and features.
+
+    `drawn` ``[resamples, features]`` are the families in each resample of the rows; the features are drawn too. A
+    feature that is in no row of a resample does not count there. Rows that are drawn twice make features with few
+    tokens look more one-sided than they are, so the intervals are centred.
+    """
+    n = len(family)
+    often = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), len(drawn)) * (drawn >= 0)
+    found = []
+    for i in range(len(FAMILIES)):
+        share = float((family == i).mean())
+        with np.errstate(invalid="ignore"):
+            resampled = (often * (drawn == i)).sum(1) / often.sum(1)
+        found.append(between(share, (share + resampled - resampled.mean()).clip(0, 1) if len(drawn) else resampled))
+    return found

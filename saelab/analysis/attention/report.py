@@ -51,9 +51,8 @@ class Attention(Result):
     """Scores of attention that is equal on all sources."""
     reads: dict[str, Interval]
     """Mean over living features of the share of direct attribution by kind of source, and of induction."""
-    families: dict[str, float]
-    """Share of the living features in each family. Without intervals: rows that are drawn twice make features with few
-    tokens look more one-sided than they are."""
+    families: dict[str, Interval]
+    """Share of the living features in each family, with intervals over rows and features."""
     family: np.ndarray
     """Index in `FAMILIES` of each feature, ``[n_features]`` int64; -1 if it was never active."""
     shares: np.ndarray
@@ -131,7 +130,7 @@ class Attention(Result):
         labels = [f"{layer}.{head}" for layer in self.layers for head in range(self.scores.shape[1])]
         z = self.scores[..., :5].reshape(-1, 5)
         figure.add_heatmap(z=z, x=list(names), y=labels, zmin=0, zmax=1, colorscale="Blues", row=1, col=1)
-        figure.add_bar(x=list(self.families), y=list(self.families.values()), row=1, col=2)
+        figure.add_bar(x=list(self.families), y=[share.value for share in self.families.values()], row=1, col=2)
         figure.update_yaxes(title_text="head", autorange="reversed", type="category", row=1, col=1)
         figure.update_yaxes(title_text="share of living features", row=1, col=2)
         return figure.update_layout(showlegend=False)

@@ -6,7 +6,7 @@ import torch
 
 from saelab.analysis.attention import induction as module
 from saelab.analysis.attention.ablation import FeatureAt, ablated_logits, path_effect
-from saelab.analysis.attention.causal import Question, circuit_test
+from saelab.analysis.attention.causal import Question, Size, circuit_test
 from saelab.analysis.attention.circuit import open_circuit
 from saelab.analysis.attention.induction import PrefixScores, corrupted, prefix_scores, repeated_rows, without_match
 from saelab.analysis.attention.prompt import read_prompt
@@ -182,6 +182,35 @@ def test_the_effect_along_a_path_is_that_of_a_plain_splice() -> None:
         path_effect(circuit, ids, FeatureAt(1, 6, None), upper)
 
 
+def test_controls_of_a_circuit_are_as_large_and_spare_its_features() -> None:
+    lm = lm_of("gpt2")
+    sae = autoencoder(lm, k=12)
+    x = lm.activations(random_rows(lm, 2, 12), [Z])[Z][1, 9].float()
+    codes = sae.encode(x[None])
+    order = codes.values.argsort(descending=True)
+    chosen = codes.features[order[:3]].long()
+    length = sae.W_dec.norm(dim=1)
+    generator = torch.Generator().manual_seed(0)
+
+    size = Size(sae, set(chosen.tolist()))
+    taken = [size.features(generator)(x) for _ in range(3)]
+    target = (codes.values * length[codes.features.long()])[torch.isin(codes.features.long(), chosen)].sum()
+    assert size.masses == pytest.approx([3 * float(target)] * 2)
+    others = sae.W_dec[[f for f in codes.features.tolist() if f not in chosen.tolist()]].double()
+    for vector in taken:
+        parts = torch.linalg.lstsq(others.T, vector.double()).solution
+        assert float((parts @ others - vector).norm()) < 1e-4 * float(vector.norm()) and float(parts.min()) > -1e-3
+        assert float((parts * others.norm(dim=1)).sum()) == pytest.approx(float(target), rel=1e-3)
+    assert not torch.allclose(taken[0], taken[1])
+
+    written = sum(float(codes.values[codes.features == f]) * sae.W_dec[f] for f in chosen)
+    direction = size.direction(generator)(x)
+    assert float(direction.norm()) == pytest.approx(float(torch.as_tensor(written).norm()), rel=1e-4)
+    all_but_one = Size(sae, set(codes.features[order[:11]].tolist()))
+    all_but_one.features(generator)(x)  # the others have less than the circuit
+    assert all_but_one.masses[0] < 0.2 * all_but_one.masses[1]
+
+
 def test_a_circuit_that_attribution_finds_matters_more_than_random_features() -> None:
     """The last layer's features write straight into the logits, so attribution and ablation nearly agree."""
     lm = lm_of("gpt2")
@@ -195,6 +224,7 @@ def test_a_circuit_that_attribution_finds_matters_more_than_random_features() ->
     assert found.questions == 6 and found.correlation > 0.7
     assert found.clean.value > found.ablated.value and found.effect_over_random.value > 0
     assert found.clean.low <= found.clean.value <= found.clean.high
+    assert found.random_mass.value == pytest.approx(1, abs=0.2) and found.effect_over_direction.value > 0
     assert "correlation of attribution and ablation" in repr(found) and found.plot().to_json()
     with pytest.raises(SaelabError, match="no question"):
         circuit_test({2: sae}, lm, [])

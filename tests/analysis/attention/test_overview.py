@@ -9,11 +9,12 @@ import torch
 from saelab.analysis.attention import families as families_module
 from saelab.analysis.attention.direct import direct
 from saelab.analysis.attention.families import FamilyShares, families
-from saelab.analysis.attention.overview import attention
+from saelab.analysis.attention.overview import attention, family_shares
 from saelab.analysis.attention.polysemantic import Profiles, cluster_sizes, polysemanticity
 from saelab.analysis.attention.prompt import read_prompt
 from saelab.analysis.attention.report import ALIVE, FAMILIES, SCORES, Attention
 from saelab.analysis.attention.scores import HeadScores
+from saelab.analysis.intervals import draws as resamples_of_rows
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.analysis.settings import AttentionSettings
 from saelab.errors import SaelabError
@@ -173,7 +174,8 @@ def test_the_whole_analysis_and_its_frames(kind: str) -> None:
     np.testing.assert_array_equal(found.counts, sae.encode(z).firing_counts().numpy())
     assert found.alive == (found.counts >= ALIVE).sum() >= 20
     assert (found.low <= found.scores + 1e-9).all() and (found.scores <= found.high + 1e-9).all()
-    assert sum(found.families.values()) == pytest.approx(1)
+    assert sum(share.value for share in found.families.values()) == pytest.approx(1)
+    assert all(low - 1e-9 <= value <= high + 1e-9 for value, low, high in found.families.values())
     assert sum(found.reads[name].value for name in FAMILIES[:5]) == pytest.approx(1)
     heads, features = found.heads(), found.features()
     assert len(heads) == 12 and np.nansum(heads["features"].to_numpy()) == found.alive
@@ -183,6 +185,25 @@ def test_the_whole_analysis_and_its_frames(kind: str) -> None:
     other = rebuilt(Attention, with_arrays(figures, arrays))
     assert other.figures() == found.figures() and "induction" in repr(found)
     assert found.plot().to_json()
+
+
+def test_95_percent_intervals_of_family_shares_contain_the_truth_in_90_to_98_percent() -> None:
+    """Features that lean to a kind of source by what they are and, in each row, by the row."""
+    rng, rows, n = np.random.default_rng(0), 40, 80
+    values, intervals = [], []
+    for _ in range(150):
+        lean = rng.standard_normal((1, n, 5)) + rng.standard_normal((rows, 1, 5)) + rng.standard_normal((rows, n, 5))
+        sums = np.zeros((rows, n, 7))
+        sums[..., :5] = np.exp(lean) * (rng.random((rows, n, 1)) < 0.2)  # most features are in few rows
+        drawn = families(np.tensordot(resamples_of_rows(rows, 100, rng), sums, 1))
+        [first, *_] = family_shares(families(sums.sum(0)), drawn)
+        values.append(first.value)
+        intervals.append(first)
+    truth = np.mean(values)
+    hits = np.mean([each.low <= truth <= each.high for each in intervals])
+    assert 0.90 <= hits <= 0.98
+    [single, *_] = family_shares(np.array([0, 1]), np.zeros((0, 2), int))
+    assert single.value == 0.5 and np.isnan(single.low)
 
 
 def test_text_without_living_features_or_without_tokens_is_an_error() -> None:
