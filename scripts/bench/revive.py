@@ -7,8 +7,8 @@ tokens; `back, held out` the share that is active on tokens that nothing was tra
 deviation over seeds. A second table divides them by the reason for which `saelab.analysis.dead` finds them dead on the
 last --dead-after tokens before the remedies; those that it finds alive there are left out of it.
 
-    saelab cache quickstart --out caches/quickstart --tokens 1.2e6
-    python scripts/bench/revive.py --cache caches/quickstart          # half an hour on one core
+    saelab cache quickstart --out caches/quickstart --tokens 1.3e6 cache.gradients=true
+    python scripts/bench/revive.py --cache caches/quickstart          # 13 minutes on one busy core
 """
 
 import argparse
