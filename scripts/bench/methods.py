@@ -1,6 +1,6 @@
 """The ways of training side by side on the demo language model: one cache, one table, and the claims; docs/results.md.
 
-    python scripts/bench/methods.py [--out FOLDER] [section.key=value ...]     # half an hour or more on one core
+    python scripts/bench/methods.py [--out FOLDER] [section.key=value ...]     # about an hour on one core
     python scripts/bench/methods.py --write docs/results.md                    # only from what is finished
 
 1. `saelab cache` writes activations with gradients, unless --cache names some.
