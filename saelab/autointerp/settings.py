@@ -1,0 +1,37 @@
+"""Settings of explanations and scores."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from saelab.errors import SettingError
+
+Sampling = Literal["top", "random", "quantiles", "mix"]
+"""How examples are chosen for the explanation; `contexts.py` defines them."""
+Negatives = Literal["random", "coactive", "decoder", "same_token"]
+"""Where windows come from on which the feature is silent; `contexts.py` defines them."""
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """The windows of text that an explanation is made from, and those that it is scored on."""
+
+    window: int = 32
+    """Tokens of a window."""
+    explain: int = 20
+    """Windows that the explainer sees."""
+    sampling: Sampling = "quantiles"
+    quantiles: int = 10
+    """Parts with equal numbers of windows that the feature's windows are divided into, strongest first."""
+    positives: int = 50
+    """Windows with an activation that a score is measured on, as many from each part."""
+    negatives: int = 50
+    """Windows without an activation that a score is measured on."""
+    negative: Negatives = "random"
+    centred: bool = False
+    """Whether the strongest token of a window lies in its middle; else windows begin at multiples of their length."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "explain", "quantiles", "positives", "negatives"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
