@@ -66,7 +66,7 @@ class BaseModel(Protocol):
     name: str
 
     def logprobs(self, texts: list[str]) -> list[tuple[list[str], list[float]]]:
-        """For each text its tokens, and the natural log of each one's probability given those before; the first is 0."""
+        """For each text its tokens, and the natural log of each one's probability after those before; first 0."""
         ...
 
 
