@@ -45,7 +45,7 @@ def balanced_accuracy_interval(said: np.ndarray, truth: np.ndarray, *, seed: int
 
 
 def _draws(truth: np.ndarray, seed: int) -> list[np.ndarray]:
-    """How often each resample has each example with the feature, and without it; no resamples if either is a single one."""
+    """How often each resample has each example with the feature, and without it; none if one of them is single."""
     rng, sizes = np.random.default_rng(seed), (int(truth.sum()), int((~truth).sum()))
     return [draws(size, RESAMPLES, rng) if min(sizes) > 1 else np.zeros((0, size)) for size in sizes]
 
