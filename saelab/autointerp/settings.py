@@ -35,3 +35,18 @@ class ContextSettings:
         for name in ("window", "explain", "quantiles", "positives", "negatives"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores that ask a judge do so."""
+
+    batch: int = 5
+    """Windows in one request."""
+    logprobs: bool = True
+    """Whether log-probabilities are asked for; with them a verdict has a probability, and a score an AUROC."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise SettingError(f"batch: {self.batch} is not a positive number")
