@@ -216,7 +216,7 @@ def test_the_key_is_nowhere(
             seen += [str(error), repr(error), *traceback.format_exception(error)]
             error = error.__cause__ or error.__context__
     seen += [path.read_bytes().decode(errors="replace") for path in tmp_path.iterdir()]
-    assert len(caplog.records) > 5
+    assert caplog.records
     for text in seen:
         assert SECRET not in str(text) and SECRET[:12] not in str(text)
 

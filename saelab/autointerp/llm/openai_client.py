@@ -60,7 +60,7 @@ class OpenAIClient:
         """`timeout`: seconds that the server may be silent."""
         import openai
 
-        for name in ("httpcore", "httpcore2"):  # they log the server's headers, in which it may repeat the key
+        for name in ("openai", "httpcore", "httpcore2"):  # some versions log headers, in which a server may repeat it
             logging.getLogger(name).setLevel(logging.WARNING)
         host, local = _checked(url)
         if not model.strip():
