@@ -136,11 +136,11 @@ def refusing(persona: Persona, part: str, message: str = "") -> Persona:
 
 
 def echoing_fault(status: int) -> Persona:
-    """Every request gets a fault whose message and headers have the key of the request."""
+    """Every request gets a fault with the key of the request in headers and message, once at its 300th character."""
 
     def answer(question: Question) -> Fault:
         key = question.headers["Authorization"]
-        return Fault(status, f"{'x' * 290} wrong key: {key}", (("X-Echo", key),))
+        return Fault(status, f"{key} {'x' * (279 - len(key))}{key}", (("X-Echo", key),))
 
     return answer
 
@@ -263,7 +263,7 @@ def _logprobs(token: str) -> dict[str, Any]:
         {"token": token, "logprob": -0.105, "bytes": None},
         {"token": other, "logprob": -2.303, "bytes": None},
     ]
-    return alternatives[0] | {"top_logprobs": alternatives}
+    return alternatives[0] | {"top_logprobs": alternatives[::-1]}  # the order is up to a server
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -75,9 +76,17 @@ def test_requests_are_read_as_places_free_up() -> None:
             taken[0] += 1
             yield taken[0], asked(taken[0])[0][1]
 
-    found = answers(Fake(3), endless(), cache=None)
+    made: list[weakref.ref[Reply]] = []
+
+    def ask(text: str, _: int) -> Reply:
+        reply = Reply(text)
+        made.append(weakref.ref(reply))
+        return reply
+
+    found = answers(Fake(3, ask), endless(), cache=None)
     for n in range(1, 200):
         assert next(found)[0] == n and taken[0] <= n + 3 * AHEAD
+    assert sum(reply() is not None for reply in made) <= 3 * AHEAD + 4, "answers are not kept in memory"
     found.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saelab-llm")]
 
@@ -152,6 +161,7 @@ def test_waits_double_with_jitter_unless_the_server_asks_for_a_time(monkeypatch:
     with pytest.raises(SaelabError):
         asking.repeated(asked("a")[0][1])
     assert len(waits) == TRIES - 1 and all(0.5 * 2**i <= wait <= 1.5 * 2**i for i, wait in enumerate(waits))
+    assert len({wait / 2**i for i, wait in enumerate(waits)}) == TRIES - 1
     waits.clear()
     asking.client = Fake(1, lambda text, before: Reply(text) if before else TemporaryError("busy", 20))  # type: ignore[assignment]
     assert asking.repeated(asked("a")[0][1]) == Reply("a") and 20 <= waits[0] <= 21
@@ -187,8 +197,24 @@ def test_at_an_error_what_is_under_way_is_kept_and_nothing_more_is_sent(tmp_path
     assert kept == [Reply("0"), Reply("1"), None, Reply("3"), None]
 
 
+def test_the_error_that_came_first_is_reported() -> None:
+    def ask(text: str, before: int) -> Exception:
+        if text == "0":
+            return TemporaryError("busy", 100)  # waits until the other fails
+        time.sleep(0.01)
+        return SaelabError("refused")
+
+    with pytest.raises(SaelabError) as raised:
+        list(answers(Fake(2, ask), asked(0, 1), cache=None))
+    assert str(raised.value) == "refused"
+
+
 def test_a_budget_in_tokens_is_never_exceeded(tmp_path: Path) -> None:
-    client, budget, found = Fake(4, lambda text, _: Reply(text, None, 10, 2)), Budget(tokens=100), []
+    def ask(text: str, _: int) -> Reply:
+        time.sleep(0.003)  # several are under way, and reserve more than they take
+        return Reply(text, None, 10, 2)
+
+    client, budget, found = Fake(4, ask), Budget(tokens=100), []
     with pytest.raises(BudgetSpent) as raised:
         found.extend(answers(client, asked(*range(50)), cache=tmp_path / "cache", budget=budget))
     # a request of at most 15 tokens that takes 12 fits while at most 85 are used
@@ -255,7 +281,8 @@ def test_a_cache_cut_short_by_a_kill_keeps_its_whole_answers(tmp_path: Path) -> 
         found = [cache.get(str(i)) for i in range(20)]
         whole = sum(reply is not None for reply in found)
         assert 15 < whole < 20 and found[:whole] == [Reply(f"answer {i}") for i in range(whole)]
-        cache.put("19", Reply("again"))
+        for text in ("once", "again"):
+            cache.put("19", Reply(text))
     with open_cache(tmp_path / "killed") as cache:
         assert cache.get("19") == Reply("again")
 

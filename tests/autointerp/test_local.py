@@ -32,7 +32,14 @@ def with_template(template: str, kind: str = "llama") -> LocalModel:
 def test_the_likeliest_answer_is_that_of_plain_passes(kind: str) -> None:
     lm = language_model(kind)
     model = LocalModel(lm)
+    positions: list[tuple[int, int]] = []
+    spy = lm.model.register_forward_hook(
+        lambda _module, _args, named, out: positions.append((named["input_ids"].shape[1], out.logits.shape[1])),
+        with_kwargs=True,
+    )
     reply = model.ask(ASKED)
+    spy.remove()
+    assert positions == [(reply.prompt_tokens, 1), *[(1, 1)] * 11], "no token is read twice, no logits are left over"
     assert model.ask(ASKED) == reply and reply.answer_tokens == 12
     ids = [lm.tokenizer.bos_token_id, *lm.tokenizer("User: a dog\n\nAssistant:", add_special_tokens=False).input_ids]
     assert reply.prompt_tokens == len(ids)

@@ -69,7 +69,7 @@ def test_every_field_of_a_request_is_sent_and_the_whole_reply_is_read(monkeypatc
         bodies, headers = server.bodies, {name.lower() for name in server.headers}
     assert reply.text == plain.text == '{"verdicts": [1, 0, 1]}' and plain.logprobs is None
     assert reply.prompt_tokens == tokens("Judge.\nthree texts") and reply.answer_tokens == tokens(reply.text)
-    assert reply.logprobs is not None and reply.logprobs[7] == (("1", -0.105), ("0", -2.303))
+    assert reply.logprobs is not None and reply.logprobs[7] == (("1", -0.105), ("0", -2.303)), "likeliest first"
     assert probabilities(reply, verdicts(reply.text, 3) or []) == pytest.approx([0.9, 0.1, 0.9], abs=1e-3)
     assert bodies[0] == {
         "model": "some/model",
