@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from saelab.lm.settings import ModelSettings
     from saelab.progress import bar
     from saelab.runs.analyses import analyse, read_analysis
+    from saelab.runs.autointerp import explain, score
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
@@ -81,6 +82,7 @@ _HOME = {
     "create_run": "saelab.runs.save",
     "direct_attribution": "saelab.analysis.attention.direct",
     "evaluate": "saelab.runs.stages",
+    "explain": "saelab.runs.autointerp",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
     "load": "saelab.sae.checkpoint",
@@ -96,6 +98,7 @@ _HOME = {
     "run": "saelab.runs.stages",
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
+    "score": "saelab.runs.autointerp",
     "settings_of": "saelab.runs.job",
     "steer": "saelab.analysis.steering",
     "sweep": "saelab.runs.sweep",
@@ -134,6 +137,7 @@ __all__ = [
     "create_run",
     "direct_attribution",
     "evaluate",
+    "explain",
     "fidelity",
     "index",
     "load",
@@ -149,6 +153,7 @@ __all__ = [
     "run",
     "save_run",
     "save_sae",
+    "score",
     "settings_of",
     "steer",
     "sweep",

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 import numpy as np
 
 from saelab.errors import SaelabError
+from saelab.features.database import Database
 
 Embedder = Callable[[Sequence[str]], np.ndarray]
 
+_COUNTED = 20_000
 WORDS = r"[^\W\d_]+|\d+|[^\w\s]"
 """What counts as a word: a run of letters, a run of digits, or any other sign."""
 
@@ -28,6 +30,22 @@ def tfidf(texts: Sequence[str]) -> Embedder:
     except ValueError:  # not a single word
         return lambda texts: np.zeros((len(texts), 1))
     return lambda texts: vectors.transform(texts).toarray()
+
+
+def of_database(database: Database, window: int = 32) -> Embedder:
+    """TF-IDF with the document frequencies of a database's text, in windows of `window` tokens.
+
+    Of a long text, `_COUNTED` windows at equal distances are counted, and words that are in none of them do not count.
+    """
+    rows = database.facts.rows
+    window = min(window, rows.shape[1])
+    per_row = rows.shape[1] // window
+    texts = []
+    for number in range(0, len(rows) * per_row, max(1, len(rows) * per_row // _COUNTED)):
+        row, part = divmod(number, per_row)
+        ids = np.array(rows[row, part * window : (part + 1) * window])
+        texts.append("".join(database.vocabulary.window(ids)))
+    return tfidf(texts)
 
 
 def sentence_transformer(model: str) -> Embedder:

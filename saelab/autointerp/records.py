@@ -4,10 +4,14 @@ An explanation is of one feature; a score is of one explanation, or, for scores 
 Both are lines of JSON, so that a run that is killed keeps the lines that it wrote.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from saelab.analysis.intervals import Interval
+
+SHUFFLED = "shuffled "
+"""What the kind of an explanation begins with that was made for another feature: a control."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Explanation:
     text: str
     """"" if the explainer's answer could not be read; `answer` has it."""
     kind: str
-    """How it was made: `default`, `contrastive`, `lexical`, `manual`, `shuffled` ..."""
+    """How it was made: `default`, `contrastive`, `lexical`, `manual` ...; `shuffled X`: for another feature, as X."""
     model: str
     """The model that wrote it; `lexical` for the offline explainer, which is no language model."""
     author: str = ""
@@ -29,14 +33,13 @@ class Explanation:
     """The explainer's whole answer."""
     tokens: int = 0
     """Tokens of its prompt and its answer."""
+    note: str = ""
+    """Why there is no text, or of how few windows it was made."""
 
     @property
     def key(self) -> str:
         """Identifies the explanation among those of a run."""
-        import hashlib
-
-        parts = "\0".join((str(self.feature), self.kind, self.model, self.author, self.text))
-        return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:16]
+        return _hash(str(self.feature), self.kind, self.model, self.author, self.text)
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,17 @@ class Score:
     tokens: int = 0
     """Tokens of all prompts and answers of the judge."""
     judged: tuple[Judged, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Identifies the score among those of a run."""
+        return score_key(self.feature, self.score, self.explanation, self.model)
+
+
+def score_key(feature: int, score: str, explanation: str, model: str) -> str:
+    """`Score.key` of the score with these fields."""
+    return _hash(str(feature), score, explanation, model)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()[:16]
