@@ -9,6 +9,7 @@ and those without the feature.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import norm, rankdata
@@ -46,7 +47,12 @@ def balanced_accuracy_interval(said: np.ndarray, truth: np.ndarray, *, seed: int
 
 def _draws(truth: np.ndarray, seed: int) -> list[np.ndarray]:
     """How often each resample has each example with the feature, and without it; none if one of them is single."""
-    rng, sizes = np.random.default_rng(seed), (int(truth.sum()), int((~truth).sum()))
+    return _draws_of(int(truth.sum()), int((~truth).sum()), seed)
+
+
+@lru_cache(8)  # most features have as many examples, and drawing takes longer than all else
+def _draws_of(with_it: int, without: int, seed: int) -> list[np.ndarray]:
+    rng, sizes = np.random.default_rng(seed), (with_it, without)
     return [draws(size, RESAMPLES, rng) if min(sizes) > 1 else np.zeros((0, size)) for size in sizes]
 
 

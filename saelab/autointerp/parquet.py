@@ -11,12 +11,12 @@ programs and figures are JSON.
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelab.autointerp.records import Explanation
+from saelab.autointerp.records import Explanation, Judged
 from saelab.autointerp.store import explanations, scores
 from saelab.files import replace_file, translate_errors
 
@@ -81,9 +81,11 @@ def _scores(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
 
 
 def _judged(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
+    names = [each.name for each in fields(Judged)]
     for score, _, _ in scores(folder, inputs):
+        key = score.key
         for each in score.judged:
-            yield {"feature": score.feature, "score": score.key} | asdict(each)
+            yield {"feature": score.feature, "score": key} | {name: getattr(each, name) for name in names}
 
 
 def _write(path: Path, types: "dict[str, pa.DataType]", lines: Iterable[dict[str, Any]]) -> None:
