@@ -62,7 +62,7 @@ class Judged:
     marked: tuple[int, ...] = ()
     """Indices of the tokens that were marked in the window."""
     answer: str = ""
-    """The judge's answer where it could not be read."""
+    """The judge's answer if it could not be read; for intervention, the texts that were written, as JSON."""
 
 
 @dataclass(frozen=True)

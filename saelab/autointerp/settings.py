@@ -50,3 +50,25 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise SettingError(f"batch: {self.batch} is not a positive number")
+
+
+@dataclass(frozen=True)
+class InterventionSettings:
+    """How features are steered for an explanation of their effect, and for its score."""
+
+    kl: float = 1.0
+    """KL(clean || steered) of the next token, in nats, that the strength is tuned to; the mean over the prompts."""
+    prompts: int = 32
+    """Prompts that a score is measured on."""
+    explain: int = 10
+    """Prompts that an explanation is made from."""
+    new_tokens: int = 8
+    """Tokens that are written after each prompt."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kl < float("inf"):
+            raise SettingError(f"kl: {self.kl} is not a positive number")
+        for name in ("prompts", "explain", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")

@@ -90,7 +90,7 @@ class LocalModel:
 
         The model reads BOS before each text if its tokenizer has one; the first token's log-probability is 0 all the
         same. Texts are passed in batches of similar length. Memory: at most three float32 copies of ``2**26`` logits,
-        or of the logits of one text. Raises SaelabError if a text is longer than the model's context.
+        or of the logits of one text.
         """
         encoded = [self._encoded(text) for text in texts]
         ids = [self._after_bos(each) for _, each in encoded]
@@ -105,18 +105,15 @@ class LocalModel:
             for row, i in zip(picked.tolist(), batch, strict=True):
                 first = len(ids[i]) - len(encoded[i][1])
                 found[i] = [0.0, *row[first : len(ids[i]) - 1]] if encoded[i][1] else []
-        return [(tokens, values) for (tokens, _), values in zip(encoded, found, strict=True)]
+        return [(tokens if values else [], values) for (tokens, _), values in zip(encoded, found, strict=True)]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of texts, longest first, so many that their padded logits are at most LOGITS_AT_ONCE."""
+        """Indices of the texts that fit, longest first, so many that their padded logits are at most LOGITS_AT_ONCE."""
         most = LOGITS_AT_ONCE // self.lm.embeddings
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             if self.lm.max_context is not None and lengths[i] > self.lm.max_context:
-                raise SaelabError(
-                    f"{self.name}: a text of {lengths[i]:,} tokens is longer than the model's context "
-                    f"({self.lm.max_context:,}); show fewer or shorter windows, or choose another model"
-                )
+                continue
             if batch and (len(batch) + 1) * lengths[batch[0]] > most:
                 yield batch
                 batch = []

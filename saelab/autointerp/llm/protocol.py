@@ -66,7 +66,8 @@ class BaseModel(Protocol):
     name: str
 
     def logprobs(self, texts: list[str]) -> list[tuple[list[str], list[float]]]:
-        """For each text its tokens, and the natural log of each one's probability after those before; first 0."""
+        """For each text its tokens, which together are the text, and the natural log of each one's probability after
+        those before; first 0. Neither of a text that is longer than the model's context."""
         ...
 
 
