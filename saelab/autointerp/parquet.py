@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saelab.autointerp.records import Explanation, Judged
-from saelab.autointerp.store import explanations, scores
+from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, scores
 from saelab.files import replace_file, translate_errors
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def export(folder: Path, inputs: str) -> None:
     types = {"feature": whole, "score": text, "row": whole, "position": whole, "start": whole, "length": whole}
     types |= {"quantile": whole, "truth": truth, "said": number, "marked": pa.list_(whole), "answer": text}
     _write(folder / TABLES[2], types, _judged(folder, inputs))
+
+
+def exported(folder: Path) -> bool:
+    """Whether the three tables are there and not older than the records: a kill may come between the two."""
+    tables = [folder / name for name in TABLES]
+    written = [path.stat().st_mtime_ns for name in (EXPLANATIONS, SCORES) if (path := folder / name).is_file()]
+    return all(table.is_file() and table.stat().st_mtime_ns >= max(written, default=0) for table in tables)
 
 
 def _explanations(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ from saelab.autointerp.jobs import Job, run_jobs
 from saelab.autointerp.llm.budget import Budget, Estimate, estimate
 from saelab.autointerp.llm.named import client as named
 from saelab.autointerp.llm.protocol import Client, Reply
-from saelab.autointerp.parquet import export
+from saelab.autointerp.parquet import export, exported
 from saelab.autointerp.plan import Plan, new_controls, stored
 from saelab.autointerp.records import Explanation
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
@@ -137,7 +137,7 @@ def explain(
 
     if not offline and todo:
         _confirm(client, (job(feature, None) for feature in _sample([*todo])), len(todo), budget, confirm, say)
-    if todo:
+    if todo or not exported(opened.folder):
         with writing(opened.folder, opened.inputs) as writer:
             jobs = (job(feature, writer) for feature in track(iter(todo), "explaining", len(todo), lambda _: 1))
             run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget)
@@ -205,7 +205,7 @@ def score(
     if client.name != lexical.NAME and todo:
         sample = (job for feature in _sample(todo) for job in plan.jobs(feature, lambda *_: None))
         _confirm(client, sample, len(todo), budget, confirm, say)
-    if todo:
+    if todo or not exported(opened.folder):
         with writing(opened.folder, opened.inputs) as writer:
             for explanation, of in new.values():
                 writer.explanation(explanation, of)

@@ -142,6 +142,10 @@ def test_a_killed_run_continues_and_asks_nothing_twice(run: Path) -> None:
     assert len(asked) == len(set(asked)) == len(set(keys(whole)))
     assert found.figures() == expected.figures()
 
+    (run / "autointerp/scores.parquet").unlink()  # as if killed before it was written
+    score(run, ["detection", "fuzzing"], llm=(judge := Oracle()))
+    assert (run / "autointerp/scores.parquet").is_file() and not judge.asked
+
 
 def test_another_feature_database_makes_the_records_invalid(run: Path) -> None:
     explained(run)
