@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from saelab.lm.settings import ModelSettings
     from saelab.progress import bar
     from saelab.runs.analyses import analyse, read_analysis
+    from saelab.runs.autointerp import explain, score
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
@@ -105,6 +106,7 @@ _HOME = {
     "decoder_rows": "saelab.runs.decoder",
     "direct_attribution": "saelab.analysis.attention.direct",
     "evaluate": "saelab.runs.stages",
+    "explain": "saelab.runs.autointerp",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
     "load": "saelab.sae.checkpoint",
@@ -126,6 +128,7 @@ _HOME = {
     "run": "saelab.runs.stages",
     "save_run": "saelab.runs.save",
     "save_sae": "saelab.sae.checkpoint",
+    "score": "saelab.runs.autointerp",
     "settings_of": "saelab.runs.job",
     "spliced": "saelab.analysis.spliced",
     "similarities": "saelab.analysis.similarities",
@@ -176,6 +179,7 @@ __all__ = [
     "decoder_rows",
     "direct_attribution",
     "evaluate",
+    "explain",
     "fidelity",
     "index",
     "load",
@@ -197,6 +201,7 @@ __all__ = [
     "run",
     "save_run",
     "save_sae",
+    "score",
     "settings_of",
     "similarities",
     "spliced",

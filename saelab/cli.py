@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from saelab import torchrun
+from saelab import cli_autointerp, torchrun
 from saelab.errors import SaelabError, printable
 from saelab.signals import stopping
 
@@ -299,6 +299,10 @@ def analyse(
     for title, value in result.figures().items():
         table.add_row(printable(title), printable(shown(value)))
     Console(width=120).print(table)
+
+
+app.command()(cli_autointerp.explain)
+app.command()(cli_autointerp.score)
 
 
 @app.command()

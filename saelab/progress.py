@@ -6,9 +6,16 @@ from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
+Say = Callable[[str], None]
+"""Takes a message for the user."""
+
+
+def quiet(message: str) -> None:
+    """Prints nothing."""
+
 
 class Track(Protocol):
-    """Yields `items` unchanged and counts their `size`, in tokens, towards `total`; `note` adds a few words."""
+    """Yields `items` unchanged and counts their `size`, mostly in tokens, towards `total`; `note` adds a few words."""
 
     def __call__(
         self,
@@ -28,9 +35,15 @@ def silent(
 
 
 def bar(
-    items: Iterator[T], label: str, total: int, size: Callable[[T], int], note: Callable[[], str] | None = None
+    items: Iterator[T],
+    label: str,
+    total: int,
+    size: Callable[[T], int],
+    note: Callable[[], str] | None = None,
+    *,
+    unit: str = "tokens",
 ) -> Iterator[T]:
-    """A Track that draws a bar on standard error: share done, tokens per second, time left, the note.
+    """A Track that draws a bar on standard error: share done, units per second, time left, the note.
 
     If standard error is not a terminal, it prints one line at the end instead.
     """
@@ -45,7 +58,7 @@ def bar(
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.completed / task.finished_time if task.finished_time else task.speed
-            return Text("" if speed is None else f"{speed:,.0f} tokens/s")
+            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
 
     class Time(ProgressColumn):
         """Time left, and at the end the time that it took."""
@@ -77,7 +90,7 @@ def bar(
     if not console.is_terminal:
         elapsed = time.monotonic() - begin
         rate = done / max(elapsed, 1e-9)
-        console.print(f"{label}: {done:,} tokens in {elapsed:.1f} s ({rate:,.0f} tokens/s)", highlight=False)
+        console.print(f"{label}: {done:,} {unit} in {elapsed:.1f} s ({rate:,.0f} {unit}/s)", highlight=False)
 
 
 def _clock(seconds: float | None) -> str:

@@ -36,6 +36,11 @@ def test_transformer_lens_comes_with_a_model_only() -> None:
     assert "transformer_lens" not in found and "transformers" not in found
 
 
+def test_explaining_and_scoring_need_no_torch_and_load_clients_when_they_are_used() -> None:
+    found = loaded("import saelab.runs.autointerp, saelab.cli_autointerp")
+    assert not found & {"torch", "transformers", "openai", "sklearn", "pandas", "pyarrow", "plotly"}
+
+
 def test_import_saelab_is_light() -> None:
     found = loaded("import time; begin = time.monotonic(); import saelab; assert time.monotonic() - begin < 1")
     assert not found & {"torch", "numpy", *HEAVY}

@@ -1,5 +1,6 @@
 """Small random-weight models of several architectures, with a tokenizer of their own, as local Hugging Face folders."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -98,6 +99,16 @@ def model_folder(kind: str) -> Path:
 @functools.cache
 def language_model(kind: str) -> LanguageModel:
     return load_language_model(ModelSettings(str(model_folder(kind))), "cpu")
+
+
+@functools.cache
+def long_language_model() -> LanguageModel:
+    """The Llama in float64, with room for 512 tokens and logits so large that predictions can differ by nats."""
+    lm = language_model("llama")
+    found = LanguageModel("long", copy.deepcopy(lm.model).double(), lm.tokenizer, lm.sites, lm.fingerprint)
+    found.unembedding.data.mul_(5)
+    found.max_context = 512
+    return found
 
 
 def random_rows(lm: LanguageModel, n: int, context: int = CONTEXT, seed: int = 0) -> torch.Tensor:

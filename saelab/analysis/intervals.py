@@ -71,12 +71,12 @@ def between(value: float, drawn: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def draws(rows: int, resamples: int, numbers: np.random.Generator) -> np.ndarray:
-    """How often each of `rows` rows is in each resample, ``[resamples, rows]`` int64; none at all of a single row.
+    """How often each of `rows` rows is in each resample, ``[resamples, rows]`` int64; no resample of fewer than two.
 
     Its product with the sums of some rows is what these rows contribute to each resample, so sums for many features
     need not be kept by row (dead.py).
     """
-    return numbers.multinomial(rows, np.full(rows, 1 / rows), resamples if rows > 1 else 0)
+    return numbers.multinomial(rows, np.full(rows, 1 / rows), resamples) if rows > 1 else np.zeros((0, rows), int)
 
 
 def _resampled(sums: np.ndarray, statistic: Statistic, resamples: int, seed: int) -> np.ndarray:

@@ -40,7 +40,10 @@ ANALYSES = "analyses"
 """A folder for each result of `saelab analyse`, by the name of the analysis."""
 FIGURES, ARRAYS = "result.json", "arrays.safetensors"
 """The files of such a result."""
-OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, ANALYSES, TENSORBOARD, WANDB, WANDB_RUN)
+AUTOINTERP = "autointerp"
+"""The folder of explanations and scores (`saelab.autointerp.store`)."""
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, ANALYSES, AUTOINTERP)
+OWN += (TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 
 

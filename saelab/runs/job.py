@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from saelab.errors import SaelabError
 from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
+from saelab.progress import Say, quiet
 from saelab.ranks import ALONE, Ranks
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, find_config, load_config, located, settings_from
@@ -24,7 +25,6 @@ from saelab.sae.allocation.methods import allocation_of
 from saelab.training.distributed import own_device
 
 Config = str | Path | Mapping[str, Any] | RunSettings
-Say = Callable[[str], None]
 
 
 _ADDED = {
@@ -32,10 +32,6 @@ _ADDED = {
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }
 """Settings that earlier versions did not have."""
-
-
-def quiet(message: str) -> None:
-    """Prints nothing."""
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,9 @@ def save_run(
 
     The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
     them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
-    the time of the training. Evaluation, feature database and analyses of an earlier checkpoint are removed. Raises
-    SaelabError if the files cannot be written; an earlier checkpoint is kept then.
+    the time of the training. Evaluation, feature database, analyses, explanations and scores of an
+    earlier checkpoint are removed. Raises SaelabError if the files cannot be written; an earlier checkpoint is kept
+    then.
     """
     run, trained = Path(settings.out), trainer.trained()
     sae = (sae or trainer.sae).folded(scale)
@@ -130,6 +131,8 @@ def _remove_results(run: Path) -> None:
             remove_folder(features)
         for name in folder.analyses(run):
             remove_folder(folder.analysis_folder(run, name))
+        if (run / folder.AUTOINTERP).exists():
+            remove_folder(run / folder.AUTOINTERP)
 
 
 def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:

@@ -70,8 +70,9 @@ def test_sums_by_row_equal_a_loop_and_rows_without_tokens_are_zero() -> None:
     assert sums == pytest.approx(np.stack([figures[row == i].sum(0) for i in range(7)]))
 
 
-def test_a_single_row_has_no_interval_and_undefined_resamples_are_left_out() -> None:
+def test_a_single_row_or_none_has_no_interval_and_undefined_resamples_are_left_out() -> None:
     alone = interval(np.array([[3.0, 4.0]]))
     assert alone.value == 0.75 and np.isnan(alone.low) and np.isnan(alone.high)
+    assert np.isnan(interval(np.zeros((0, 2)))).all()
     assert between(1.0, np.array([np.nan, 1.0, np.inf, 3.0])).high == pytest.approx(2.95)
     assert str(Interval(0.12345, 0.1, 0.2)) == "0.1235 [0.1, 0.2]"

@@ -52,8 +52,10 @@ def test_a_result_is_stored_read_back_and_made_again_only_if_settings_or_weights
     saelab.analyse(run, "dead", ["analysis.dead.dense=0.5"], force=True)
     assert (run / "analyses/dead/result.json").stat().st_mtime_ns > stamp
 
+    (run / folder.AUTOINTERP).mkdir()
     saelab.resume(run, ["training.tokens=6200"])
     assert folder.analyses(run) == [] and saelab.read_analysis(run, "dead") is None
+    assert not (run / folder.AUTOINTERP).exists()
 
 
 def test_errors_name_the_mistake(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Which features are explained and scored, and which of them are compared."""
+
+import re
+
+import numpy as np
+
+from saelab.errors import SaelabError
+from saelab.features.database import Database
+
+EXAMPLES = "0:100, 7,9 or random:200"
+NEAR = 1.5
+"""Largest ratio of the densities of two features that are compared."""
+
+
+def chosen(database: Database, text: str) -> list[int]:
+    """The features that `text` names, each once, rising: indices and ranges (``7,9,20:30``), or ``random:200``.
+
+    The end of a range is not in it. ``random:n`` draws n of the features that are active on the text, the same ones
+    each time: ordered by density they are divided into n parts of equal size, and one of each is drawn; all if there
+    are no more than n. Raises SaelabError if the text names no feature, or one that does not exist.
+    """
+    n = database.n_features
+    if drawn := re.fullmatch(r"\s*random:\s*([0-9]{1,9})\s*", text):
+        return _drawn(database.table["n_active"], int(drawn[1]))
+    found = np.zeros(n, bool)
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*([0-9]{1,12})?\s*(:)?\s*([0-9]{1,12})?\s*", part)
+        if ends is None or not (ends[1] or ends[2]) or (ends[3] and not ends[2]):
+            raise SaelabError(f"features: {part.strip()!r} names no features; write {EXAMPLES}")
+        first = int(ends[1] or 0)
+        stop = int(ends[3] or n) if ends[2] else first + 1
+        if not first < stop <= n:
+            raise SaelabError(f"features: {part.strip()!r} is not within the {n:,} features, which are 0 to {n - 1}")
+        found[first:stop] = True
+    return np.flatnonzero(found).tolist()
+
+
+def _drawn(n_active: np.ndarray, n: int) -> list[int]:
+    active = np.flatnonzero(n_active)
+    if n < 1 or not len(active):
+        raise SaelabError(f"features: there is nothing to draw: {len(active):,} features are active, and {n} are asked")
+    active = active[np.argsort(n_active[active], kind="stable")]
+    n = min(n, len(active))
+    bounds = np.linspace(0, len(active), n + 1).astype(int)
+    return np.sort(active[np.random.default_rng(0).integers(bounds[:-1], bounds[1:])]).tolist()
+
+
+def pairs(density: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of indices of two lists of densities, each used once, as many as there can be with ratios up to `NEAR`."""
+    a, b = np.argsort(density, kind="stable").tolist(), np.argsort(other, kind="stable").tolist()
+    found: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        low, high = density[a[i]] * NEAR, other[b[j]]
+        if high > low:
+            i += 1
+        elif density[a[i]] > other[b[j]] * NEAR:
+            j += 1
+        else:
+            found.append((a[i], b[j]))
+            i, j = i + 1, j + 1
+    return found
+
+
+def strangers(density: np.ndarray, texts: list[str]) -> list[int | None]:
+    """For each feature the index of the one nearest in the order of densities that has another text; None if none has.
+
+    Of two that are as near, the denser one.
+    """
+    order = np.argsort(density, kind="stable").tolist()
+    found: list[int | None] = [None] * len(texts)
+    for rank, feature in enumerate(order):
+        for step in range(1, len(order)):
+            near = [order[at] for at in (rank + step, rank - step) if 0 <= at < len(order)]
+            other = next((each for each in near if texts[each] != texts[feature]), None)
+            if other is not None or not near:
+                found[feature] = other
+                break
+    return found

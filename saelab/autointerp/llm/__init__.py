@@ -1,0 +1,1 @@
+"""Language models that explain and judge: one protocol, and a file for each kind of back-end."""

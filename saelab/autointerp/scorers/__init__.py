@@ -1,0 +1,1 @@
+"""Scores of explanations, a file for each."""

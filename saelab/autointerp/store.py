@@ -1,0 +1,191 @@
+"""Explanations and scores of a run on disk: two files of JSON lines that only grow.
+
+    explanations.jsonl    {"feature": 7, "key": "9f...", "inputs": "29...", "contexts": {...}, "text": ..., ...}
+    scores.jsonl          the same with "asked": {...} and the fields of a score
+
+`inputs` says which feature database a line was made from (`inputs` of its manifest): lines of another one are kept and
+not read. `contexts` and `asked` are the settings. Of lines with the same key the last one counts. Numbers that are NaN
+are null. Judged examples are lists, their fields in the order of `records.Judged`.
+
+A line is written when its record is finished. A last line that a kill cut off is not read, and the next writer cuts it
+off. Reading takes memory for 16 bytes of each line, besides the record that is read. Needs no torch.
+"""
+
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from saelab.analysis.intervals import Interval
+from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.settings import ContextSettings, ScoreSettings
+from saelab.errors import SaelabError
+from saelab.files import appended, locked, make_folder, translate_errors, translate_read_errors
+
+EXPLANATIONS, SCORES = "explanations.jsonl", "scores.jsonl"
+_HEAD = re.compile(rb'\{"feature": (\d+), "key": "([0-9a-f]{16})", "inputs": ("(?:[^"\\]|\\.)*"), ')
+T = TypeVar("T")
+_REMEDY = "Remove that line, or the file to begin anew."
+
+
+class Explained(NamedTuple):
+    """A stored explanation."""
+
+    explanation: Explanation
+    contexts: ContextSettings
+    """The windows that it was made from, and is scored on."""
+
+
+class Scored(NamedTuple):
+    """A stored score."""
+
+    score: Score
+    contexts: ContextSettings
+    asked: ScoreSettings
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Appends records; `writing` makes it."""
+
+    inputs: str
+    _explanation: Callable[[str], None]
+    _score: Callable[[str], None]
+
+    def explanation(self, explanation: Explanation, contexts: ContextSettings) -> None:
+        values = {"contexts": asdict(contexts)} | asdict(explanation)
+        self._explanation(_line(explanation, self.inputs, values))
+
+    def score(self, score: Score, contexts: ContextSettings, asked: ScoreSettings) -> None:
+        values: dict[str, Any] = {"contexts": asdict(contexts), "asked": asdict(asked)}
+        values |= {each.name: getattr(score, each.name) for each in fields(score)}
+        values["value"] = [_number(each) for each in score.value]
+        values["figures"] = {name: _number(each) for name, each in score.figures.items()}
+        values["judged"] = [[getattr(each, name) for name in _JUDGED] for each in score.judged]
+        self._score(_line(score, self.inputs, values))
+
+
+@contextmanager
+def writing(folder: Path, inputs: str) -> Iterator[Writer]:
+    """Yields the writer of the files in `folder`, for the feature database `inputs`; nobody else can write meanwhile.
+
+    Raises SaelabError if another process is writing, or if a file cannot be written.
+    """
+    with locked(folder):
+        with translate_errors(folder):
+            make_folder(folder)
+            for name in (EXPLANATIONS, SCORES):
+                _cut(folder / name)
+        with appended(folder / EXPLANATIONS) as explanation, appended(folder / SCORES) as score:
+            yield Writer(inputs, explanation, score)
+
+
+def explanations(folder: Path, inputs: str, feature: int | None = None) -> Iterator[Explained]:
+    """The explanations for the feature database `inputs`, of one feature or all, in the order of their writing.
+
+    Raises SaelabError if a line is damaged.
+    """
+    return _latest(folder / EXPLANATIONS, inputs, feature, _explained)
+
+
+def scores(folder: Path, inputs: str, feature: int | None = None, *, judged: bool = True) -> Iterator[Scored]:
+    """The scores for the feature database `inputs`, of one feature or all, in the order of their writing.
+
+    Without `judged` their judged examples are left out. Raises SaelabError if a line is damaged.
+    """
+    return _latest(folder / SCORES, inputs, feature, partial(_scored, judged=judged))
+
+
+def _explained(found: dict[str, Any]) -> Explained:
+    return Explained(Explanation(**_fields(Explanation, found)), ContextSettings(**found["contexts"]))
+
+
+def _scored(found: dict[str, Any], judged: bool) -> Scored:
+    values = _fields(Score, found)
+    values["value"] = Interval(*(_nan(each) for each in found["value"]))
+    values["figures"] = {name: _nan(each) for name, each in found["figures"].items()}
+    values["judged"] = tuple(_judged(each) for each in found["judged"]) if judged else ()
+    return Scored(Score(**values), ContextSettings(**found["contexts"]), ScoreSettings(**found["asked"]))
+
+
+def _fields(kind: type[Any], found: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: found[each.name] for each in fields(kind) if each.name in found}
+
+
+_JUDGED = [each.name for each in fields(Judged)]
+_MARKED = _JUDGED.index("marked")
+
+
+def _judged(values: list[Any]) -> Judged:
+    values[_MARKED] = tuple(values[_MARKED])
+    return Judged(*values)
+
+
+def _line(record: Explanation | Score, inputs: str, values: Mapping[str, Any]) -> str:
+    head = {"feature": record.feature, "key": record.key, "inputs": inputs}
+    return json.dumps(head | {name: value for name, value in values.items() if name != "feature"}, allow_nan=False)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _latest(path: Path, inputs: str, feature: int | None, build: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """What `build` makes of the last line of each key, of lines with these `inputs`."""
+    if not path.is_file():
+        return
+    keys, offsets, own = array("Q"), array("Q"), json.dumps(inputs).encode()
+    with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # the last one, cut off by a kill, or being written
+                break
+            head = _HEAD.match(line)
+            if head is None:
+                raise SaelabError(f"{path}, line {number}: is damaged. {_REMEDY}")
+            if head[3] == own and feature in (None, int(head[1])):
+                keys.append(int(head[2], 16))
+                offsets.append(offset)
+            offset += len(line)
+        last = np.unique(np.array(keys, np.uint64)[::-1], return_index=True)[1]
+        for offset in np.sort(np.array(offsets, np.uint64)[::-1][last]).tolist():
+            file.seek(offset)
+            what = f"a line of explanations or scores (byte {offset:,})"
+            with translate_read_errors(path, what, _REMEDY, (ValueError, KeyError, TypeError)):
+                record = build(json.loads(file.readline()))
+            yield record
+
+
+def _cut(path: Path) -> None:
+    """Remove the end of a file after its last whole line. Raises OSError."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = 0
+        for stop in range(end, 0, -_AT_ONCE):
+            begin = max(0, stop - _AT_ONCE)
+            file.seek(begin)
+            if (at := file.read(stop - begin).rfind(b"\n")) >= 0:
+                whole = begin + at + 1
+                break
+        if whole < end:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+_AT_ONCE = 1 << 20
+"""Bytes read at once."""

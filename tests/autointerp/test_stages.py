@@ -1,0 +1,228 @@
+"""The stages `explain` and `score` on a made-up feature database, with a judge that knows the truth."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from saelab.autointerp.llm.protocol import Client, Reply, Request
+from saelab.autointerp.records import SHUFFLED
+from saelab.autointerp.settings import ContextSettings
+from saelab.autointerp.store import explanations, scores
+from saelab.autointerp.summary import Line, ScoreTable
+from saelab.cli import app
+from saelab.errors import SaelabError
+from saelab.runs.autointerp import explain, score, table
+from tests.features.dense import write_database
+
+INPUTS = "0" * 64
+N = 6
+SETTINGS = ContextSettings(window=8, explain=6, quantiles=2, positives=10, negatives=10)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Feature f is active on the token " word{f}" and nowhere else; the last one is never active."""
+    return made(tmp_path / "run")
+
+
+def made(run: Path, inputs: str = INPUTS) -> Path:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(N, 60, (60, 32))
+    for feature in range(N - 1):
+        row, position = np.unravel_index(rng.permutation(tokens.size)[: 30 + 10 * feature], tokens.shape)
+        tokens[row, position] = feature + 1
+    tokens[:, 0] = 0
+    z = (tokens[..., None] == np.arange(1, N + 1)) * rng.uniform(1, 2, (*tokens.shape, N))
+    z[..., N - 1] = 0
+    vocabulary = [b"<eos>", *(f" word{chr(97 + i)}".encode() for i in range(59))]
+    write_database(run / "features", z.astype(np.float32), tokens, vocabulary, inputs=inputs)
+    return run
+
+
+class Oracle:
+    """Explains a feature by its token, and says of a window whether it has the token."""
+
+    name = "oracle"
+    concurrency = 2
+
+    def __init__(self, most: float = float("inf")) -> None:
+        self.asked: list[Request] = []
+        self.most = most
+
+    def ask(self, request: Request) -> Reply:
+        if len(self.asked) >= self.most:
+            raise SaelabError("killed")
+        self.asked.append(request)
+        text = request.messages[-1][1]
+        if "verdicts" not in text:
+            (token,) = set(re.findall(r"<< (word\w)>>", text))
+            return Reply(json.dumps({"explanation": token}), None, 10, 2)
+        token = re.findall(r"Description of the feature: (word\w)", text)[0]
+        marked = "<<" in text
+        lines = re.findall(r"^\d+: (.*)$", text, re.MULTILINE)
+        said = [bool(re.search(rf"<< {token}>>" if marked else rf"\b{token}\b", line)) for line in lines]
+        return Reply(json.dumps({"verdicts": [int(each) for each in said]}), None, 50, 5)
+
+    def count(self, text: str) -> int:
+        return len(text) // 4
+
+
+def line(found: ScoreTable, name: str) -> Line:
+    (only,) = [each for each in found.lines if each.score == name]
+    return only
+
+
+def keys(client: Oracle) -> list[str]:
+    return [request.key(client.name) for request in client.asked]
+
+
+def explained(run: Path, client: Client | None = None) -> None:
+    explain(run, f"0:{N}", llm=client or Oracle(), settings=SETTINGS)
+
+
+def test_the_oracle_scores_1_and_its_shuffled_control_less(run: Path) -> None:
+    made = explain(run, f"0:{N}", llm=Oracle(), settings=SETTINGS)
+    assert (made.explained, made.new, made.no_windows, made.unreadable) == (N - 1, N, 1, 0)
+    assert made.tokens == 12 * (N - 1)
+    messages: list[str] = []
+    found = score(run, ["detection", "fuzzing"], llm=Oracle(), say=messages.append)
+    assert "1 of 6 features have no explanation, and no score of one" in messages
+    for name in ("detection", "fuzzing"):
+        own = line(found, name)
+        assert own.mean == (1, 1, 1) and own.n == N - 1 and own.kind == "default" and not own.lexical
+        (shuffled,) = own.differences
+        assert shuffled.control == "shuffled" and shuffled.pairs == N - 1 and shuffled.value.low > 0.3
+        assert shuffled.verdict == "beats its control"
+    for each, _ in explanations(run / "autointerp", INPUTS):
+        if each.kind == SHUFFLED + "default":
+            assert each.text != f"word{chr(97 + each.feature)}"
+
+
+def test_garbage_is_counted_and_enters_no_score(run: Path) -> None:
+    class Garbage(Oracle):
+        name = "garbage"
+
+        def ask(self, request: Request) -> Reply:
+            return Reply("Sure!")
+
+    made = explain(run, "0:3", llm=Garbage(), settings=SETTINGS)
+    assert (made.explained, made.unreadable) == (0, 3)
+    explained(run)
+    own = line(score(run, ["detection"], llm=Garbage()), "detection")
+    assert own.n == 0 and own.without == N - 1 and own.unread == 4 * (N - 1) and np.isnan(own.mean.value)
+
+
+def test_a_killed_run_continues_and_asks_nothing_twice(run: Path) -> None:
+    whole, first = Oracle(), Oracle(most=3)
+    explained(made(run.parent / "whole"), whole)
+    with pytest.raises(SaelabError, match="killed"):
+        explained(run, first)
+    rest = Oracle()
+    explained(run, rest)
+    assert len(first.asked) + len(rest.asked) == len(whole.asked) == N - 1
+    again = Oracle()
+    explained(run, again)
+    assert not again.asked
+
+    asked: list[str] = []
+    whole = Oracle()
+    expected = score(run.parent / "whole", ["detection", "fuzzing"], llm=whole)
+    for most in (7, 11):
+        with pytest.raises(SaelabError, match="killed"):
+            score(run, ["detection", "fuzzing"], llm=(judge := Oracle(most)))
+        asked += keys(judge)
+    found = score(run, ["detection", "fuzzing"], llm=(judge := Oracle()))
+    asked += keys(judge)
+    assert len(asked) == len(set(asked)) == len(set(keys(whole)))
+    assert found.figures() == expected.figures()
+
+    (run / "autointerp/scores.parquet").unlink()  # as if killed before it was written
+    score(run, ["detection", "fuzzing"], llm=(judge := Oracle()))
+    assert (run / "autointerp/scores.parquet").is_file() and not judge.asked
+
+
+def test_another_feature_database_makes_the_records_invalid(run: Path) -> None:
+    explained(run)
+    (run / "features").rename(run / "old")
+    made(run, "another")
+    with pytest.raises(SaelabError, match="has no explanations; `saelab explain"):
+        score(run, ["detection"], llm=Oracle())
+    assert len(list(explanations(run / "autointerp", INPUTS))) == N  # they are kept
+
+
+def test_other_runs_are_controls_paired_by_density(run: Path) -> None:
+    other = made(run.parent / "other")
+    for each in (run, other):
+        explained(each)
+        score(each, ["detection"], llm=Oracle())
+    (difference,) = [each for each in line(table(run, [other]), "detection").differences if each.control == "other"]
+    assert difference.pairs == N - 1 and difference.value == (0, 0, 0)
+    assert difference.verdict == "does not beat its control"
+
+
+def test_parquet_equals_the_json_lines(run: Path) -> None:
+    explain(run, f"0:{N}", settings=SETTINGS)
+    score(run, ["detection", "embedding", "intruder", "predicate"])
+    folder = run / "autointerp"
+    stored = [each for each, _, _ in scores(folder, INPUTS)]
+    frame = pd.read_parquet(folder / "scores.parquet")
+    assert frame["key"].tolist() == [each.key for each in stored]
+    for column, get in (("value", 0), ("low", 1), ("high", 2)):
+        np.testing.assert_array_equal(frame[column], [each.value[get] for each in stored])
+    for column, field in (("type", "score"), ("model", "model"), ("unit", "unit"), ("note", "note")):
+        assert frame[column].tolist() == [getattr(each, field) for each in stored]
+    texts = {each.key: each.text for each, _ in explanations(folder, INPUTS)}
+    assert pq.read_table(folder / "scores.parquet")["text"].to_pylist() == [
+        texts.get(each.explanation) for each in stored
+    ]
+    judged = pd.read_parquet(folder / "judged.parquet")
+    assert len(judged) == sum(len(each.judged) for each in stored)
+    np.testing.assert_array_equal(judged["said"], [one.said for each in stored for one in each.judged])
+
+
+def test_the_cost_is_agreed_to_before_anything_is_asked(run: Path) -> None:
+    oracle = Oracle()
+
+    def refuse(cost: object) -> None:
+        raise SaelabError(f"refused: {cost}")
+
+    with pytest.raises(SaelabError, match=r"refused: [56] requests"):
+        explain(run, f"0:{N}", llm=oracle, settings=SETTINGS, confirm=refuse)
+    explained(run)
+    with pytest.raises(SaelabError, match=r"refused: 4\d requests"):
+        score(run, ["detection"], llm=oracle, confirm=refuse)
+    assert not oracle.asked
+
+
+def test_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = CliRunner()
+    done = runner.invoke(app, ["explain", str(run), "--features", "0:6"])
+    assert done.exit_code == 0 and "5 features explained by lexical" in done.output
+    assert "it is no language model" in done.output
+    done = runner.invoke(app, ["score", str(run), "--scores", "predicate,intruder_embedding,fuzzing"])
+    assert done.exit_code == 0 and "shuffled" in done.output and "chance (0.2)" in done.output
+    assert "lexical is no language model" in done.output
+    for wrong, message in (
+        (["score", str(run), "--scores", "detektion"], "Nearest: detection"),
+        (["score", str(run), "--scores", "simulation"], "name a language model"),
+        (["explain", str(run), "--features", "90"], "not within the 6 features"),
+        (["explain", str(run), "--contrastive"], "need a language model"),
+        (["explain", str(run), "--model", "any"], "llm: is missing"),
+        (["explain", str(run), "--price", "cheap"], "--price: 'cheap' is not two numbers"),
+        (["explain", str(run.parent)], "There is no feature database"),
+    ):
+        failed = runner.invoke(app, wrong)
+        assert isinstance(failed.exception, SaelabError) and message in str(failed.exception)
+    monkeypatch.setattr("saelab.runs.autointerp.named", lambda *_: (oracle := Oracle()) and oracle)
+    arguments = ["explain", str(run), "--llm", "http://localhost:1/v1", "--model", "any", "--features", "0:2"]
+    failed = runner.invoke(app, arguments)
+    assert "give --yes" in str(failed.exception)
+    done = runner.invoke(app, [*arguments, "--yes", "--price", "1,2"])
+    assert done.exit_code == 0, done.exception
+    assert "2 features explained by oracle" in done.output and "in money" in done.output
