@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.embedders import Embedder
-from saelab.autointerp.llm.protocol import Client, Reply, Request
+from saelab.autointerp.llm.protocol import BaseModel, Client, Reply, Request
 from saelab.autointerp.records import Explanation, Score
 from saelab.autointerp.scorers import detection, fuzzing, intruder, simulation
 from saelab.autointerp.scorers.embedding import embedding, example_embedding
 from saelab.autointerp.scorers.predicate import MODEL as EXACT
 from saelab.autointerp.scorers.predicate import predicate
+from saelab.autointerp.scorers.surprisal import surprisal
 from saelab.autointerp.settings import ScoreSettings
 
 CHANCE = {"AUROC": 0.5, "balanced accuracy": 0.5, "accuracy": 1 / intruder.SHOWN, "correlation": 0.0, "nats": 0.0}
@@ -31,6 +32,8 @@ class Judges:
     embedder: str
     """The name of `embed`."""
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+    base: BaseModel | None = None
+    """Gives the log-probabilities of text; None if no score reads any."""
 
 
 Asked = tuple[Sequence[Request], Callable[[Sequence[Reply]], Score]]
@@ -45,6 +48,8 @@ class Scorer(NamedTuple):
     """Whether it scores an explanation; else it scores the feature, and gets an explanation without text."""
     record: str = ""
     """`Score.score` if it is not the scorer's name."""
+    needs_base: bool = False
+    """Whether it reads log-probabilities of `Judges.base`."""
 
 
 def _judge(judges: Judges) -> str:
@@ -53,6 +58,11 @@ def _judge(judges: Judges) -> str:
 
 def _embedder(judges: Judges) -> str:
     return judges.embedder
+
+
+def _base(judges: Judges) -> BaseModel:
+    assert judges.base is not None, "a score that reads log-probabilities needs Judges.base"
+    return judges.base
 
 
 def _verdicts(scorer: ModuleType) -> Callable[[Contexts, Explanation, Judges], Asked]:
@@ -69,6 +79,9 @@ SCORERS: dict[str, Scorer] = {
     "simulation": Scorer(
         lambda c, e, by: (simulation.requests(c, e), lambda replies: simulation.score(c, e, replies, by.client.name)),
         _judge,
+    ),
+    "surprisal": Scorer(
+        lambda c, e, by: ((), lambda _: surprisal(c, e, _base(by))), lambda by: _base(by).name, needs_base=True
     ),
     "embedding": Scorer(lambda c, e, by: ((), lambda _: embedding(c, e, by.embed, by.embedder)), _embedder),
     "predicate": Scorer(lambda c, e, by: ((), lambda _: predicate(c, e)), lambda by: EXACT),

@@ -1,7 +1,8 @@
 """The stages `explain` and `score` of a run, and the table of its scores.
 
-They read the feature database, and no autoencoder, language model or torch. Records are written one by one, and what is
-written already is not made again: run again after a kill, a stage continues, and asks nobody twice.
+They read the feature database; only surprisal also loads the run's language model, and with it torch. Records are
+written one by one, and what is written already is not made again: run again after a kill, a stage continues, and asks
+nobody twice.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from saelab.autointerp.evidence import near_misses, top_logits
 from saelab.autointerp.jobs import Job, run_jobs
 from saelab.autointerp.llm.budget import Budget, Estimate, estimate
 from saelab.autointerp.llm.named import client as named
-from saelab.autointerp.llm.protocol import Client, Reply
+from saelab.autointerp.llm.protocol import BaseModel, Client, Reply
 from saelab.autointerp.parquet import export, exported
 from saelab.autointerp.plan import Plan, new_controls, stored
 from saelab.autointerp.records import Explanation
@@ -166,6 +167,7 @@ def score(
     llm: str | Client | None = None,
     model: str | None = None,
     embed: str | None = None,
+    base: BaseModel | None = None,
     controls: Sequence[str | Path] = (),
     settings: ScoreSettings = ScoreSettings(),  # noqa: B008
     concurrency: int = 8,
@@ -179,7 +181,8 @@ def score(
     Returns the table of all scores of the run, beside those of the runs `controls`. `scores` are keys of `SCORERS`.
     `features` as in `explain`; None: those that have an explanation. An explanation is scored on windows of the
     settings that it was made with, none of which it was made from. `llm` and `model` name the judge, as in `explain`;
-    None: the offline one, which is no language model. `embed`: a sentence-transformers model; None: TF-IDF.
+    None: the offline one, which is no language model. `embed`: a sentence-transformers model; None: TF-IDF. `base`
+    gives the log-probabilities for surprisal; None: the language model of the run.
 
     What was scored with these `settings` is not scored again. Raises SaelabError as `explain` does, if there is no such
     score, and if no feature has an explanation.
@@ -198,7 +201,9 @@ def score(
     unexplained += sum(each not in latest for each in subjects)
     if unexplained and any(SCORERS[name].explained for name in scores):
         say(f"{unexplained:,} of {len(subjects):,} features have no explanation, and no score of one")
-    judges = Judges(client, *_embedder(opened.database, embed), settings)
+    if base is None and any(SCORERS[name].needs_base for name in scores):
+        base = _subject(opened.run, say)
+    judges = Judges(client, *_embedder(opened.database, embed), settings, base)
     new = new_controls(opened.database, [latest[each] for each in subjects if each in latest], shuffled)
     plan = Plan(opened.database, scores, latest, shuffled | new, judges, opened.folder)
     todo = [feature for feature in subjects if plan.missing(feature)]
@@ -251,6 +256,14 @@ def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
         return fitted()(texts)
 
     return embedder, "TF-IDF"
+
+
+def _subject(run: Path, say: Say) -> BaseModel:
+    """The language model of a run."""
+    from saelab.autointerp.llm.local import LocalModel
+    from saelab.runs.reopen import reopen
+
+    return LocalModel(reopen(run, "analyse", [], say).job.lm)
 
 
 def _subjects(opened: _Opened, scores: Sequence[str], features: str | None, latest: dict[int, Explained]) -> list[int]:

@@ -18,6 +18,7 @@ from saelab.autointerp.summary import Line, ScoreTable
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.runs.autointerp import explain, score, table
+from tests.autointerp.test_surprisal import Reader
 from tests.features.dense import write_database
 
 INPUTS = "0" * 64
@@ -102,6 +103,14 @@ def test_the_oracle_scores_1_and_its_shuffled_control_less(run: Path) -> None:
     for each, _ in explanations(run / "autointerp", INPUTS):
         if each.kind == SHUFFLED + "default":
             assert each.text != f"word{chr(97 + each.feature)}"
+
+
+def test_surprisal_asks_a_model_for_log_probabilities(run: Path) -> None:
+    explained(run)
+    found = line(score(run, ["surprisal"], base=Reader()), "surprisal")
+    assert found.mean == (1, 1, 1) and found.judge == "reader" and found.n == N - 1
+    assert found.differences[0].value.low > 0.3
+    assert line(score(run, ["surprisal"], base=(again := Reader())), "surprisal") == found and not again.seen
 
 
 def test_garbage_is_counted_and_enters_no_score(run: Path) -> None:
