@@ -43,7 +43,7 @@ def database(runs):
 
 
 def opened(page, server, path, wait):
-    page.set_default_timeout(9000)
+    page.set_default_timeout(30_000)  # a busy machine takes seconds for a page
     page.goto(f"{server}/{path}")
     page.wait_for_selector(wait)
 
