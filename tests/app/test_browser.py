@@ -10,6 +10,7 @@ from saelab.features.marks import number
 from tests.app.synthetic_run import LONG, NEVER_ACTIVE, SCRIPT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+pytestmark = pytest.mark.slow
 
 MAIN = "document.querySelector('[data-testid=stMain]')"
 CONTRASTS = """(elements) => {

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import dark_matter
+import pytest
 
 import saelab
 from saelab.runs.grid import grid
 from tests.runs.test_stages import small
 
 
+@pytest.mark.slow
 def test_the_study_trains_analyses_and_reports_and_repeats_nothing(tmp_path: Path) -> None:
     config = small(tmp_path) | {"out": str(tmp_path / "study"), "sweep": {"sae.n_features": [32, 48, 64]}}
     config["training"] = config["training"] | {"tokens": 2000}
