@@ -19,7 +19,7 @@ PATIENCE = 3.0
 """Seconds in which an error that all processes raise has been raised by each."""
 _FAILED, _LOST, _CONNECTING = "failed", "lost", "connecting"
 _connections = 0
-"""How often this process has been connected to the others. Each time, the names in the store are new."""
+"""How often this process has been connected to the others."""
 
 
 class Processes(NamedTuple):
@@ -41,7 +41,7 @@ def processes() -> Processes:
 
 def restarted() -> bool:
     """Whether torchrun started these processes again after one of them had failed."""
-    return processes().world > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return processes().world > 1 and _restarts() > 0
 
 
 def meet() -> Any:
@@ -124,9 +124,17 @@ def cut_short(ended: BaseException) -> SaelabError | None:
 
 
 def _store() -> Any:
+    """The store, with new names for each connection, and after a restart.
+
+    torchrun keeps the store when it starts processes again: the addresses of those that have ended are still in it.
+    """
     from torch.distributed import PrefixStore
 
-    return PrefixStore(f"saelab/{_connections}", _torchruns_store())
+    return PrefixStore(f"saelab/{_restarts()}/{_connections}", _torchruns_store())
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 @cache
