@@ -16,6 +16,13 @@ class SettingError(SaelabError, ValueError):
     """An impossible setting. It is a ValueError too, so that pydantic reports it as the error of that field."""
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Raises SettingError if one of the named settings is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise SettingError(f"{name}: {getattr(settings, name)} is not a positive number")
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """The options nearest to a misspelt name, as `` Nearest: a, b.`` to append to a message; "" if none is near."""
     near = get_close_matches(name, list(options), n=3, cutoff=0.6)

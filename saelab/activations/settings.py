@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from saelab.errors import SettingError
+from saelab.errors import SettingError, check_positive
 from saelab.files import expanded
 from saelab.lm.settings import dtype_name
 
@@ -25,7 +25,7 @@ class StreamSettings:
     """Rows in one forward pass of the language model."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "buffer_tokens", "rows_per_forward")
+        check_positive(self, "buffer_tokens", "rows_per_forward")
         _check_rows(self.rows_per_forward)
 
 
@@ -42,7 +42,7 @@ class CacheSource:
         if not self.path:
             raise SettingError("path: is empty")
         object.__setattr__(self, "path", expanded(self.path, "path"))
-        _check_positive(self, "buffer_tokens")
+        check_positive(self, "buffer_tokens")
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,10 @@ class CacheSettings:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if len(set(self.sites)) != len(self.sites):
             raise SettingError(f"sites: {', '.join(self.sites)} names a site twice")
-        _check_positive(self, "rows_per_forward", "shard_tokens", "lanes")
+        check_positive(self, "rows_per_forward", "shard_tokens", "lanes")
         _check_rows(self.rows_per_forward)
         if self.lanes > MAX_LANES:
             raise SettingError(f"lanes: {self.lanes:,} is more than {MAX_LANES:,}; one for each process is enough")
-
-
-def _check_positive(settings: object, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise SettingError(f"{name}: {getattr(settings, name)} is not a positive number")
 
 
 def _check_rows(rows: int) -> None:

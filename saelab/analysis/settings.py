@@ -2,16 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from saelab.errors import SettingError
-
-
-def _check_positive(settings: Any, *names: str) -> None:
-    """Raises SettingError if one of the named settings is not a positive whole number."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise SettingError(f"{name}: {getattr(settings, name)} is not a positive number")
+from saelab.errors import SettingError, check_positive
 
 
 @dataclass(frozen=True)
@@ -24,7 +17,7 @@ class EvalSettings:
     """Rows in one forward pass."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "ce_tokens", "rows_per_forward")
+        check_positive(self, "tokens", "ce_tokens", "rows_per_forward")
 
 
 Mode = Literal["add", "clamp", "ablate"]
@@ -59,7 +52,7 @@ class DeadSettings:
     """Cosine of decoder rows from which a dead feature counts as a duplicate of a living one."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "rows_per_forward")
+        check_positive(self, "tokens", "rows_per_forward")
         for name in ("share", "dense", "duplicate"):
             if not 0 < getattr(self, name) <= 1:
                 raise SettingError(f"{name}: {getattr(self, name)} is not a number above 0 and up to 1")
@@ -77,7 +70,7 @@ class AttentionSettings:
     """Most tokens of each feature that are attributed to their sources."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "rows_per_forward", "per_feature")
+        check_positive(self, "tokens", "rows_per_forward", "per_feature")
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class DarkMatterSettings:
     """A run at the same site with more features: how much of those that this run lacks is in which part."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "rows_per_forward", "ce_tokens")
+        check_positive(self, "tokens", "rows_per_forward", "ce_tokens")
         for name in ("pursuit_tokens", "part_tokens"):
             if getattr(self, name) < 0:
                 raise SettingError(f"{name}: {getattr(self, name)} is negative; 0 leaves this out")
@@ -124,7 +117,7 @@ class SteeringSettings:
     """Tokens whose logits the steering score is about."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "rows_per_forward", "features", "contexts", "targets")
+        check_positive(self, "tokens", "rows_per_forward", "features", "contexts", "targets")
         if not 0 < self.scale < math.inf:
             raise SettingError(f"scale: {self.scale} is not a positive number")
 
@@ -143,7 +136,7 @@ class SimilaritySettings:
     """Decoder rows that the training of a meta-structure sees, such as 1,000,000; 0: none is trained."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "tokens", "rows_per_forward")
+        check_positive(self, "tokens", "rows_per_forward")
         if self.meta_rows < 0:
             raise SettingError(f"meta_rows: {self.meta_rows} is negative; 0 leaves this out")
 

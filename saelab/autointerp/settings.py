@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from saelab.errors import SettingError
+from saelab.errors import SettingError, check_positive
 
 Sampling = Literal["top", "random", "quantiles", "mix"]
 """How examples are chosen for the explanation; `contexts.py` defines them."""
@@ -32,9 +32,7 @@ class ContextSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("window", "explain", "quantiles", "positives", "negatives"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        check_positive(self, "window", "explain", "quantiles", "positives", "negatives")
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class ScoreSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise SettingError(f"batch: {self.batch} is not a positive number")
+        check_positive(self, "batch")
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,4 @@ class InterventionSettings:
     def __post_init__(self) -> None:
         if not 0 < self.kl < float("inf"):
             raise SettingError(f"kl: {self.kl} is not a positive number")
-        for name in ("prompts", "explain", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        check_positive(self, "prompts", "explain", "new_tokens")

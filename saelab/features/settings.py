@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from saelab.errors import SettingError
+from saelab.errors import SettingError, check_positive
 from saelab.features.layout import MOST_PLACES
 
 
@@ -14,9 +14,7 @@ class FeatureSettings:
     """Rows in one forward pass. `saelab run` shares the pass with evaluation if this is `eval.rows_per_forward`."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "rows_per_forward"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        check_positive(self, "tokens", "rows_per_forward")
         if self.tokens > MOST_PLACES:
             raise SettingError(
                 f"tokens: {self.tokens:,} are more than a database can have; set {MOST_PLACES:,} or less"

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from saelab.errors import SettingError
+from saelab.errors import SettingError, check_positive
 
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")
@@ -78,9 +78,7 @@ class TrainingSettings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name}: {getattr(self, name)} is not a positive number")
+        check_positive(self, "tokens", "batch", "log_every")
         if self.log not in (None, "tensorboard", "wandb"):
             raise SettingError(f"log: {self.log!r} is none of tensorboard, wandb and null")
         if self.resample is not None and self.resample < 1:
