@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saelab.autointerp.records import Judged
 from saelab.autointerp.settings import ContextSettings
 from saelab.errors import SaelabError
 from saelab.features.database import Database
@@ -48,6 +49,22 @@ class Context(NamedTuple):
     """Its marked token is the strongest; in a window without an activation, the one for which it was chosen."""
     quantile: int
     """The part of the feature's windows, 0 the strongest; -1 if the feature is silent."""
+
+    def judged(
+        self, said: float | None, *, truth: bool | None = None, marked: tuple[int, ...] = (), answer: str = ""
+    ) -> Judged:
+        """The record of what a judge said of the window; `truth` None: that the feature is active in it."""
+        return Judged(
+            row=self.example.row,
+            position=self.example.position,
+            start=self.example.start,
+            length=len(self.example.tokens),
+            quantile=self.quantile,
+            truth=self.quantile >= 0 if truth is None else truth,
+            said=said,
+            marked=marked,
+            answer=answer,
+        )
 
 
 @dataclass(frozen=True, eq=False)

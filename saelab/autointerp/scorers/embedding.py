@@ -12,7 +12,7 @@ import numpy as np
 from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.embedders import Embedder
 from saelab.autointerp.metrics import auroc_interval
-from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.records import Explanation, Score
 
 
 def embedding(contexts: Contexts, explanation: Explanation, embed: Embedder, model: str) -> Score:
@@ -31,17 +31,6 @@ def _scored(name: str, contexts: Contexts, query: list[str], embed: Embedder, mo
     texts = ["".join(each.example.tokens) for each in items]
     cosines = (embed(texts) @ embed(query).T).mean(1) if items else np.zeros(0)
     truth = np.arange(len(items)) < len(contexts.positives)
-    judged = tuple(
-        Judged(
-            row=each.example.row,
-            position=each.example.position,
-            start=each.example.start,
-            length=len(each.example.tokens),
-            quantile=each.quantile,
-            truth=bool(right),
-            said=float(cosine),
-        )
-        for each, right, cosine in zip(items, truth, cosines, strict=True)
-    )
+    judged = tuple(each.judged(float(cosine)) for each, cosine in zip(items, cosines, strict=True))
     value = auroc_interval(cosines, truth)
     return Score(contexts.feature, name, key, model, value, "AUROC", note=contexts.lacking, judged=judged)

@@ -19,7 +19,7 @@ from saelab.autointerp.embedders import Embedder
 from saelab.autointerp.llm.protocol import Reply, Request
 from saelab.autointerp.metrics import wilson
 from saelab.autointerp.prompts import numbered, strongest_tokens, window
-from saelab.autointerp.records import Judged, Score
+from saelab.autointerp.records import Score
 from saelab.autointerp.settings import ScoreSettings
 
 SHOWN = 5
@@ -117,19 +117,8 @@ def _scored(
     right = [pick == question.intruder for question, pick in zip(asked, picks, strict=True) if pick is not None]
     for question, pick, answer in zip(asked, picks, answers, strict=True):
         for i, each in enumerate(question.windows):
-            judged.append(
-                Judged(
-                    row=each.example.row,
-                    position=each.example.position,
-                    start=each.example.start,
-                    length=len(each.example.tokens),
-                    quantile=each.quantile,
-                    truth=i == question.intruder,
-                    said=None if pick is None else float(pick == i),
-                    marked=question.marked[i],
-                    answer=answer,
-                )
-            )
+            said, truth = None if pick is None else float(pick == i), i == question.intruder
+            judged.append(each.judged(said, truth=truth, marked=question.marked[i], answer=answer))
     figures = {"chance": 1 / SHOWN, "questions": float(len(asked))}
     for part in sorted({max(each.quantile for each in question.windows) for question in asked}):
         of_part = [

@@ -19,7 +19,7 @@ from saelab.analysis.intervals import Interval
 from saelab.autointerp.contexts import Context, Contexts
 from saelab.autointerp.metrics import balanced_accuracy_interval, confusion
 from saelab.autointerp.predicates import from_program, parse
-from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.records import Explanation, Score
 from saelab.errors import SaelabError
 
 MODEL = "exact"
@@ -37,7 +37,10 @@ def predicate(contexts: Contexts, explanation: Explanation) -> Score:
     except SaelabError as error:
         return _without(contexts, explanation, str(error))
     truth = np.arange(len(windows)) < len(contexts.positives)
-    judged = tuple(map(_judged, windows, active))
+    judged = tuple(
+        each.judged(float(on.any()), marked=tuple(np.flatnonzero(on).tolist()))
+        for each, on in zip(windows, active, strict=True)
+    )
     return Score(
         feature=contexts.feature,
         score="predicate",
@@ -67,16 +70,3 @@ def _of_tokens(windows: Sequence[Context], active: Sequence[np.ndarray]) -> dict
         "token_F1": 2 * both / union if union else math.nan,
         "correlation": float(np.corrcoef(said, z)[0, 1]) if varied else math.nan,
     }
-
-
-def _judged(each: Context, active: np.ndarray) -> Judged:
-    return Judged(
-        row=each.example.row,
-        position=each.example.position,
-        start=each.example.start,
-        length=len(each.example.tokens),
-        quantile=each.quantile,
-        truth=each.quantile >= 0,
-        said=float(active.any()),
-        marked=tuple(np.flatnonzero(active).tolist()),
-    )

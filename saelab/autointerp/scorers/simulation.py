@@ -16,7 +16,7 @@ import numpy as np
 from saelab.analysis.intervals import interval
 from saelab.autointerp.contexts import Context, Contexts
 from saelab.autointerp.llm.protocol import Reply, Request
-from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.records import Explanation, Score
 
 SCALE = 10
 TASK = (
@@ -70,18 +70,7 @@ def score(contexts: Contexts, explanation: Explanation, replies: Sequence[Reply]
         if predicted is not None:
             z, p = example.activations.astype(np.float64), np.array(predicted, np.float64)
             sums.append([len(z), z.sum(), p.sum(), z @ z, p @ p, z @ p])
-        judged.append(
-            Judged(
-                row=example.row,
-                position=example.position,
-                start=example.start,
-                length=len(example.tokens),
-                quantile=each.quantile,
-                truth=each.quantile >= 0,
-                said=None if predicted is None else max(predicted) / SCALE,
-                answer=reply.text,
-            )
-        )
+        judged.append(each.judged(None if predicted is None else max(predicted) / SCALE, answer=reply.text))
     return Score(
         feature=contexts.feature,
         score="simulation",

@@ -21,7 +21,7 @@ from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.likelihood import count_of_unfit, log_probabilities
 from saelab.autointerp.llm.protocol import BaseModel
 from saelab.autointerp.metrics import auroc, auroc_interval
-from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.records import Explanation, Score
 
 PREAMBLE = "Here is a description of a kind of text, and then a text of this kind.\n\n"
 DUMMY = "texts of all kinds, which have nothing in common"
@@ -55,16 +55,7 @@ def surprisal(contexts: Contexts, explanation: Explanation, base: BaseModel) -> 
         chosen = (part == q) | ~truth
         figures |= {f"nats: {q}": _mean(values[part == q]), f"AUROC: {q}": auroc(values[chosen], truth[chosen])}
     judged = tuple(
-        Judged(
-            row=each.example.row,
-            position=each.example.position,
-            start=each.example.start,
-            length=len(each.example.tokens),
-            quantile=each.quantile,
-            truth=each.quantile >= 0,
-            said=float(value) if fit else None,
-        )
-        for each, value, fit in zip(windows, said, fits, strict=True)
+        each.judged(float(value) if fit else None) for each, value, fit in zip(windows, said, fits, strict=True)
     )
     return Score(
         feature=contexts.feature,

@@ -76,7 +76,11 @@ def scored(
         unread += read is None
         values = [None] * len(batch) if read is None else probabilities(reply, read)
         certain &= all(value in (None, 0.0, 1.0) for value in values)
-        judged.extend(_judged(item, value, reply) for item, value in zip(batch, values, strict=True))
+        answer = reply.text if read is None else ""
+        judged.extend(
+            item.context.judged(value, truth=item.truth, marked=item.marked, answer=answer)
+            for item, value in zip(batch, values, strict=True)
+        )
     known = [(each.said, each.truth) for each in judged if each.said is not None]
     said, truth = np.array([value for value, _ in known]), np.array([right for _, right in known], bool)
     figures = confusion(judged)
@@ -96,19 +100,4 @@ def scored(
         note=contexts.lacking,
         tokens=sum(reply.prompt_tokens + reply.answer_tokens for reply in replies),
         judged=tuple(judged),
-    )
-
-
-def _judged(item: Item, value: float | None, reply: Reply) -> Judged:
-    example = item.context.example
-    return Judged(
-        row=example.row,
-        position=example.position,
-        start=example.start,
-        length=len(example.tokens),
-        quantile=item.context.quantile,
-        truth=item.truth,
-        said=value,
-        marked=item.marked,
-        answer=reply.text if value is None else "",
     )
