@@ -44,7 +44,7 @@ CLASSES: dict[str, re.Pattern[str]] = {
         "indentation": r"\n?[^\S\n]{2,}|\n?\t+",
     }.items()
 }
-"""Syntax labels: what the whole token must match; a look-behind sees the token before it."""
+"""Syntax labels: what the whole token must match; a look-behind of the pattern sees the token before it."""
 
 _NAMES = {"the token": "tokens", "the tokens": "tokens", "what follows": "after", "what matches": "pattern"}
 _TEXT = r'"(?:[^"\\]|\\.)*"'

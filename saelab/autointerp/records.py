@@ -48,7 +48,7 @@ class Judged:
 
     row: int
     position: int
-    """Of the strongest token, or of the first of the window without one."""
+    """Position of the strongest token; in a silent window, of the token for which it was chosen."""
     start: int
     """Position of the window in its row."""
     length: int
@@ -79,7 +79,7 @@ class Score:
     value: Interval
     """The headline figure with its 95% interval; NaN if there is none."""
     unit: str
-    """Of the value: `AUROC`, `balanced accuracy`, `nats`, `correlation`."""
+    """Unit of the value: `AUROC`, `balanced accuracy`, `nats`, `correlation`."""
     figures: dict[str, float] = field(default_factory=dict)
     """Further figures by name: accuracy, precision, recall, F1, true_positive ... , by quantile `recall: 0` ..."""
     unread: int = 0

@@ -29,7 +29,7 @@ class Question(NamedTuple):
     body: dict[str, Any]
     headers: Mapping[str, str]
     number: int
-    """Of the request since the server began, from 1."""
+    """Number of the request since the server began, from 1."""
 
 
 class Answer(NamedTuple):
@@ -156,13 +156,13 @@ class Server:
     answer_tokens: int = 0
     most_at_once: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    """Of the last 1000 requests."""
+    """Those of the last 1000 requests."""
     times: list[float] = field(default_factory=list)
     """When each of them came."""
     of_body: Counter[str] = field(default_factory=Counter)
     """Answers by a hash of the request."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Of the last request."""
+    """Those of the last request."""
 
 
 @contextmanager

@@ -47,7 +47,7 @@ _REMEDIES = {
     413: "show fewer or shorter windows",
 }
 _BYTES_PER_TOKEN = 3
-"""Of English some 4.5, of program text some 3."""
+"""English has some 4.5, program text some 3."""
 
 
 class OpenAIClient:
