@@ -70,7 +70,8 @@ class Tables(NamedTuple):
 class SparseAutoencoder(nn.Module):
     """A sparse autoencoder.
 
-    Parameters: W_enc ``[n_features, d_in]``, W_dec ``[n_features, d_out]``, b_enc ``[n_features]``, b_dec ``[d_out]``.
+    Parameters: W_enc ``[n_features, d_in]``, W_dec ``[n_features, d_out]``, b_enc ``[n_features]``, b_dec ``[d_out]``,
+    all zero until `initialise` or a checkpoint sets them.
     """
 
     threshold: Tensor | None
@@ -101,9 +102,10 @@ class SparseAutoencoder(nn.Module):
         """Origin of the autoencoder: model, site, context and our own facts (the checkpoint's metadata)."""
         self.figures: dict[str, Any] = {}
         """Evaluation of the run that it was loaded from (`eval.json`), by name; not part of the checkpoint."""
-        self.W_enc = nn.Parameter(torch.empty(n_features, d_in))
+        # zeros, not whatever the memory had: an autoencoder that nobody initialised reads the same everywhere
+        self.W_enc = nn.Parameter(torch.zeros(n_features, d_in))
         self.b_enc = nn.Parameter(torch.zeros(n_features))
-        self.W_dec = nn.Parameter(torch.empty(n_features, self.d_out))
+        self.W_dec = nn.Parameter(torch.zeros(n_features, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", None, persistent=False)
         self.register_parameter("log_threshold", None)

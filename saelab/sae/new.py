@@ -16,7 +16,7 @@ from saelab.sae.settings import EncoderSettings, SaeSettings
 def bare_autoencoder(
     settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
 ) -> SparseAutoencoder:
-    """An autoencoder for a training by `settings`, with uninitialised weights; with `d_out` a transcoder.
+    """An autoencoder for a training by `settings`, with weights of zero; with `d_out` a transcoder.
 
     If `ranks` share the features it has those of this process.
     """
