@@ -1,6 +1,6 @@
 """The study of dark matter: autoencoders of several widths and at other sites, trained and analysed; docs/results.md.
 
-    python scripts/bench/dark_matter.py [--config CONFIG] [--seeds 0 1 2] [section.key=value ...]
+    python scripts/bench/dark_matter.py [--config CONFIG] [--seeds 3] [section.key=value ...]
 
 1. `saelab sweep CONFIG` trains the widths on one pass over the activations.
 2. A second sweep trains autoencoders of the middle width at other sites: the layer below, and what attention and the
@@ -32,13 +32,13 @@ PREFIX = "analysis.dark_matter."
 PART_TOKENS = 300_000
 
 
-def main(config: str | Mapping = "dark_matter", overrides: Iterable[str] = (), seeds: Sequence[int] = ()) -> Path:
-    """Run the study, once or with each of the seeds; returns the folder with the runs and `dark_matter.md`."""
+def main(config: str | Mapping = "dark_matter", overrides: Iterable[str] = (), seeds: int | None = None) -> Path:
+    """Run the study, once or with `seeds` seeds; returns the folder with the runs and `dark_matter.md`."""
     overrides = list(overrides)
-    if not seeds:
+    if seeds is None:
         return study(config, overrides).out
     out = sweep_folder(grid(config, [each for each in overrides if not each.startswith(PREFIX)]))
-    studies = [study(config, [*overrides, f"seed={seed}", f"out={out}/seed{seed}"]) for seed in seeds]
+    studies = [study(config, [*overrides, f"seed={seed}", f"out={out}/seed{seed}"]) for seed in range(seeds)]
     report = "\n\n".join(spread(studies))
     print(report)
     (out / "dark_matter.md").write_text(report + "\n", encoding="utf-8")
@@ -101,7 +101,7 @@ def write(found: Study) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="dark_matter", help="a file, or the name of a shipped config")
-    parser.add_argument("--seeds", nargs="*", type=command.whole(0), default=[], help="a study of each")
+    parser.add_argument("--seeds", type=command.whole(1), help="a study of each of so many seeds, from 0")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     command.run(lambda: (main(arguments.config, arguments.overrides, arguments.seeds), None)[1])
