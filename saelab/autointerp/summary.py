@@ -7,8 +7,8 @@ A line is a score by one judge of the explanations of one kind by one explainer.
 
 The controls of an explanation's score are `shuffled`, the same feature's score with the explanation of another feature
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
-explanation is compared with chance, and with other runs. Intervention has controls in each score. Intervals that include
-0 mean that the score does not beat its control. Needs no torch.
+explanation is compared with chance, and with other runs. Intervention has controls in each score. An interval that
+includes 0 means that the score does not beat its control. Needs no torch.
 """
 
 from array import array
