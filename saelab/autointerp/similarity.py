@@ -19,6 +19,7 @@ compare with those of an untrained one. Intervals are over pairs. Needs no torch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ from saelab.analysis.intervals import Interval
 from saelab.analysis.matching import assign_decoders, blocks_of, unit_rows
 from saelab.analysis.result import Result
 from saelab.autointerp.embedders import Embedder
+from saelab.autointerp.plan import stored
 from saelab.autointerp.summary import mean_interval
 
 if TYPE_CHECKING:
@@ -118,6 +120,14 @@ class ExplanationSimilarities(Result):
         figure.add_bar(x=names, y=[each.value for each in means], error_y=error, name="pairs")
         chance = [other.figures()["similarity, by chance"] for other in self.others]
         return figure.add_bar(x=names, y=chance, name="by chance")
+
+
+def described(folder: Path, inputs: str, rows: np.ndarray) -> Described:
+    """An autoencoder by its decoder rows and the latest explanations in `folder` for the feature database `inputs`."""
+    latest, _ = stored(folder, inputs)
+    made = [each.explanation for each in latest.values() if each.explanation.text]
+    explainers = ", ".join(sorted({each.model for each in made}))
+    return Described({each.feature: each.text for each in made}, rows, explainers)
 
 
 def compare_explanations(

@@ -33,8 +33,7 @@ from saelab.analysis.similarities import Other, Similarities, similarities
 from saelab.analysis.steering_effects import steering_effects
 from saelab.analysis.steering_report import SteeringEffects
 from saelab.autointerp.embedders import sentence_transformer, tfidf
-from saelab.autointerp.plan import stored as stored_explanations
-from saelab.autointerp.similarity import Described, ExplanationSimilarities, compare_explanations
+from saelab.autointerp.similarity import Described, ExplanationSimilarities, compare_explanations, described
 from saelab.autointerp.store import EXPLANATIONS
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, SettingError, did_you_mean
@@ -174,13 +173,10 @@ def _explanations(subject: Subject, settings: ExplanationsSettings) -> Explanati
 def _described(run: Path, sae: SparseAutoencoder) -> Described:
     """Raises SaelabError if there are no explanations."""
     inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
-    latest, _ = stored_explanations(run / folder.AUTOINTERP, inputs)
-    made = [each.explanation for each in latest.values() if each.explanation.text]
-    if not made:
+    found = described(run / folder.AUTOINTERP, inputs, sae.W_dec.detach().float().cpu().numpy())
+    if not found.texts:
         raise SaelabError(f"{run}: has no explanations; `saelab explain {run} --features 0:` makes them")
-    explainers = ", ".join(sorted({each.model for each in made}))
-    rows = sae.W_dec.detach().float().cpu().numpy()
-    return Described({each.feature: each.text for each in made}, rows, explainers)
+    return found
 
 
 ANALYSES: dict[str, Analysis] = {

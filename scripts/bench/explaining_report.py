@@ -9,8 +9,7 @@ from table import table
 
 from saelab.analysis.intervals import Interval
 from saelab.autointerp.embedders import tfidf
-from saelab.autointerp.plan import stored
-from saelab.autointerp.similarity import Described, PairedExplanations, compare_explanations
+from saelab.autointerp.similarity import Described, PairedExplanations, compare_explanations, described
 from saelab.autointerp.summary import mean_interval
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
@@ -112,14 +111,16 @@ def layers(sweep: Path, untrained: Path | None) -> str:
         a, b, none = (
             {_layer(s): each for s, each in of.items() if s.endswith(hook)} for of in (first, second, nothing)
         )
-        for distance in range(len(a)):
+        for distance in sorted({abs(i - j) for i in a for j in b}):
             pairs = [(a[i], b[j]) for i in a for j in b if abs(i - j) == distance]
             title = "another seed, the same layer" if not distance else f"{distance} layer{'s' * (distance > 1)} apart"
             lines.append(_line(f"{kind}: {title}", pairs))
-        if none:
+        if a.keys() & none.keys():
             lines.append(_line(f"{kind}: untrained, the same layer", [(a[i], none[i]) for i in a if i in none]))
-    resid, mlp = ({_layer(s): each for s, each in first.items() if s.endswith(hook)} for hook in kinds.values())
-    lines.append(_line("residual stream and MLP of a layer", [(resid[i], mlp[i]) for i in resid if i in mlp]))
+    of_hook = zip((first, second), kinds.values(), strict=True)
+    resid, mlp = ({_layer(s): each for s, each in of.items() if s.endswith(hook)} for of, hook in of_hook)
+    if both := resid.keys() & mlp.keys():
+        lines.append(_line("residual stream and MLP of a layer", [(resid[i], mlp[i]) for i in sorted(both)]))
     head = ["A and B", "pairs of runs", "pairs by explanation: similarity", "by chance", "less chance"]
     return table([*head, "pairs by decoder row: less chance"], lines)
 
@@ -148,9 +149,8 @@ def _described(sweep: Path, ending: str) -> list[tuple[str, Described]]:
         if not (run / folder.AUTOINTERP).is_dir():
             continue
         inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
-        latest, _ = stored(run / folder.AUTOINTERP, inputs)
-        texts = {f: each.explanation.text for f, each in latest.items() if each.explanation.text}
-        found.append((settings_of(run / folder.SETTINGS).site, Described(texts, decoder_rows(run))))
+        made = described(run / folder.AUTOINTERP, inputs, decoder_rows(run))
+        found.append((settings_of(run / folder.SETTINGS).site, made))
     return found
 
 

@@ -15,6 +15,7 @@ from saelab.autointerp.lexical import LexicalJudge, explain
 from saelab.autointerp.llm.protocol import Reply, Request
 from saelab.autointerp.scorers.predicate import predicate
 from saelab.autointerp.settings import ContextSettings
+from saelab.autointerp.similarity import Described
 from saelab.features.database import open_database
 from tests.features.dense import write_database
 
@@ -104,3 +105,35 @@ def test_too_few_windows_are_no_score_and_the_layers_need_explained_runs(run: Pa
     with pytest.raises(saelab.SaelabError, match="has no explained runs named SITE-seed0"):
         explaining_report.layers(tmp_path, None)
     assert json.loads(json.dumps(explaining_report.TESTS)).keys() > set(explaining.NEGATIVES)
+
+
+def test_layers_are_compared_by_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbouring layers have the same features in another order, and others have other features."""
+    rng = np.random.default_rng(0)
+    words = [f"tokens word{chr(97 + i)}{chr(97 + j)}" for i in range(20) for j in range(20)]
+    rows = [rng.standard_normal((50, 40)) for _ in range(2)]
+    texts = [dict(enumerate(words[100 * i : 100 * i + 50])) for i in range(2)]
+
+    def described(_sweep: Path, ending: str) -> list[tuple[str, Described]]:
+        order = rng.permutation(50)
+        return [
+            (
+                f"blocks.{layer}.hook_resid_post",
+                Described({n: texts[i][o] for n, o in enumerate(order)}, rows[i][order]),
+            )
+            for layer, i in ((0, 0), (1, 0), (2, 1))
+            if ending
+        ]
+
+    monkeypatch.setattr(explaining_report, "_described", described)
+    lines = explaining_report.layers(Path("sweep"), None).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [line[0].split(": ")[1] for line in cells] == [
+        "another seed, the same layer",
+        "1 layer apart",
+        "2 layers apart",
+    ]
+    assert [line[1] for line in cells] == ["3", "4", "2"]
+    assert [float(line[2]) for line in cells] == pytest.approx([1, 0.5, 0], abs=0.05)
+    less = [float(line[4].split()[0]) for line in cells]
+    assert less == pytest.approx([0.95, 0.48, 0], abs=0.05) and less[2] == 0
