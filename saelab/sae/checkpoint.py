@@ -16,7 +16,7 @@ from torch import nn
 from saelab.errors import SaelabError
 from saelab.files import current_folder, expanded, make_folder, read_json, translate_errors, write_json
 from saelab.sae.interop.recognise import find
-from saelab.sae.interop.saelens import architecture_of
+from saelab.sae.interop.saelens import architecture_of, rule_of
 from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
@@ -38,9 +38,8 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     }
     metadata = {"sae_lens_version": "6.54.12", **sae.metadata}  # >= 6, or SAELens rebuilds and drops our metadata
     metadata["saelab"] = {"format": FORMAT, "k": sae.k, "beta": sae.beta, **metadata.get("saelab", {})}
-    rule = "topk" if sae.threshold is None else "threshold" if bool((sae.threshold > 0).any()) else "relu"
-    if rule == "threshold":
-        assert sae.threshold is not None
+    rule = rule_of(sae)
+    if rule == "threshold" and sae.threshold is not None:
         tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features)
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.detach()

@@ -30,7 +30,8 @@ _TRANSCODERS = {
     "jumprelu_transcoder": ("threshold", False),
     "jumprelu_skip_transcoder": ("threshold", True),
 }
-_OURS = "saelab_"
+OURS = "saelab_"
+"""What names of architectures begin with that SAELens does not have."""
 _REFUSED = {
     "abstopk": "its activations can be negative, and saelab's features are positive",
     "matching_pursuit": "its features depend on each other, one after another, and saelab encodes all at once",
@@ -46,8 +47,15 @@ def architecture_of(rule: str, *, transcodes: bool, skip: bool) -> str:
         known = {value: name for name, value in _TRANSCODERS.items()}
         if (rule, skip) in known:
             return known[rule, skip]
-        return f"{_OURS}{_name(rule)}_{'skip_' if skip else ''}transcoder"
-    return f"{_OURS}{_name(rule)}_skip" if skip else _name(rule)
+        return f"{OURS}{_name(rule)}_{'skip_' if skip else ''}transcoder"
+    return f"{OURS}{_name(rule)}_skip" if skip else _name(rule)
+
+
+def rule_of(sae: SparseAutoencoder) -> str:
+    """The rule of inference: relu, topk or threshold."""
+    if sae.threshold is None:
+        return "topk"
+    return "threshold" if bool((sae.threshold > 0).any()) else "relu"
 
 
 def _name(rule: str) -> str:

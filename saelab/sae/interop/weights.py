@@ -125,12 +125,3 @@ def fold_gate(sae: SparseAutoencoder, gate_bias: Tensor, magnitude_bias: Tensor,
     sae.W_enc.mul_(growth[:, None])
     sae.b_enc.copy_(magnitude_bias)
     sae.threshold = (magnitude_bias - growth * gate_bias).clamp_min(0)
-
-
-@torch.no_grad()
-def subtracted_b_dec(sae: SparseAutoencoder, centred: bool) -> Tensor:
-    """The b_enc with which `sae` computes the same if b_dec is (not) subtracted from x, ``[n_features]``."""
-    if sae.centred == centred:
-        return sae.b_enc.detach()
-    shift = sae.W_enc.double() @ sae.b_dec.double()
-    return (sae.b_enc.double() + (shift if centred else -shift)).to(sae.b_enc.dtype)
