@@ -52,7 +52,8 @@ _SAME = """
     sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
     sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
-    sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
+    sae.sparsity.warmup sae.sparsity.p sae.sparsity.slope sae.prefixes
+    sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
     training.batch training.lr training.warmup training.decay training.schedule training.clip training.accumulate
     training.precision training.ema training.resample
     eval.tokens eval.ce_tokens eval.rows_per_forward

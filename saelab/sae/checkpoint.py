@@ -2,7 +2,8 @@
 
 Weights are folded (they apply to unscaled activations); our own facts are under ``metadata.saelab``. The rule of
 inference decides the architecture: token choice becomes SAELens' ``topk``; thresholds become its ``jumprelu``, with one
-for each feature, above which an entry is active; thresholds that are all 0 become its ``standard`` (ReLU).
+for each feature, above which an entry is active; thresholds that are all 0 become its ``standard`` (ReLU). SAELens has
+no GroupMax, whose architecture is `GROUP_MAX`, in the same layout.
 """
 
 import json
@@ -22,17 +23,19 @@ from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 
 FORMAT = 1
+GROUP_MAX = "saelab_groupmax"
+_WITH_K = ("topk", GROUP_MAX)
 
 
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, each file whole or not at all; `replace_folder` of saelab.files replaces both at once.
 
-    Trained thresholds are written as fixed ones. Raises SaelabError if the files cannot be written, or for a
-    transcoder, which has no format yet.
+    Trained thresholds and gates are written as fixed thresholds. Raises SaelabError if the files cannot be written, or
+    for a transcoder, which has no format yet.
     """
     if not sae.centred:
         raise SaelabError(f"{folder}: a transcoder (d_out {sae.d_out}) cannot be saved by this version")
-    sae = sae.folded(1.0) if sae.log_threshold is not None else sae
+    sae = sae.folded(1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
         "W_enc": sae.W_enc.detach().T,
         "b_enc": sae.b_enc.detach(),
@@ -49,7 +52,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
         "architecture": architecture,
         "d_in": sae.d_in,
         "d_sae": sae.n_features,
-        **({"k": sae.k} if architecture == "topk" else {}),
+        **({"k": sae.k} if architecture in _WITH_K else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": True,
@@ -66,7 +69,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
 
 def _architecture(sae: SparseAutoencoder) -> str:
     if sae.threshold is None:
-        return "topk"
+        return GROUP_MAX if sae.groups else "topk"
     return "jumprelu" if bool((sae.threshold > 0).any()) else "standard"
 
 
@@ -76,7 +79,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     From a run folder it also takes the figures of the run's evaluation, if there is one, to show them in a notebook.
 
     Raises SaelabError if there is no checkpoint, if it is damaged or has weights that are not finite, or if it is not a
-    TopK, JumpReLU or ReLU autoencoder that saelab computes exactly.
+    TopK, GroupMax, JumpReLU or ReLU autoencoder that saelab computes exactly.
     """
     path = Path(expanded(path))
     inner = current_folder(path / FOLDER)
@@ -91,7 +94,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         ours = _object(metadata, "saelab")
         architecture = _checked_architecture(config, n_features, folder)
         # without a budget of its own, as from another trainer, nothing limits the active features
-        k = int(config["k"] if architecture == "topk" else ours.get("k", n_features))
+        k = int(config["k"] if architecture in _WITH_K else ours.get("k", n_features))
         beta = float(ours.get("beta", 0.0))
     except (OSError, ValueError, OverflowError, SafetensorError, KeyError, TypeError) as error:
         raise SaelabError(
@@ -101,7 +104,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
         tensors["W_enc"] = tensors["W_enc"].T
     _check_shape(folder, "W_enc", tensors.get("W_enc"), (n_features, d_in))  # before memory is allocated
     sae = SparseAutoencoder(d_in, n_features, k, metadata)
-    sae.beta = beta
+    sae.beta, sae.groups = beta, architecture == GROUP_MAX
     expected: dict[str, torch.Tensor] = dict(sae.named_parameters())
     if architecture == "jumprelu":
         sae.threshold = expected["threshold"] = torch.empty(n_features)
@@ -167,10 +170,13 @@ def _checked_architecture(config: dict[str, Any], n_features: int, folder: Path)
         if config.get(key, supported) != supported:
             raise SaelabError(f"{folder / CONFIG}: {key} is {config[key]!r}; this version computes {supported!r} only")
     architecture, k = config.get("architecture"), config.get("k")
-    if architecture not in ("topk", "jumprelu", "standard"):
+    if architecture not in (*_WITH_K, "jumprelu", "standard"):
         raise SaelabError(
-            f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk, jumprelu and standard"
+            f"{folder / CONFIG}: architecture is {architecture!r}; this version computes topk, jumprelu, standard and "
+            f"{GROUP_MAX}"
         )
-    if architecture == "topk" and not (isinstance(k, int) and 1 <= k <= n_features):
+    if architecture == GROUP_MAX and isinstance(k, int) and k > 0 and n_features % k:
+        raise SaelabError(f"{folder / CONFIG}: k is {k}, and {n_features} features are not k equal groups")
+    if architecture in _WITH_K and not (isinstance(k, int) and 1 <= k <= n_features):
         raise SaelabError(f"{folder / CONFIG}: k is {k!r}, not between 1 and d_sae")
     return architecture

@@ -33,6 +33,13 @@ _AUX_BYTES = 60
 """Bytes per entry of the auxiliary loss."""
 _ALONE_BYTES = 22
 """As many more if features explain the error each alone."""
+_GATED_BYTES = 30
+"""As many more per active entry of a gated encoder: its magnitude besides its gate, and a second reconstruction."""
+_PREFIX_VECTORS = 4
+"""Number of float32 tensors ``[tokens, d_in]`` more for each prefix: reconstruction, error, that of the auxiliary
+loss."""
+_SEGMENT_BYTES = {"memory": 40, "gpu": 60}
+"""As many more per entry, of the auxiliary loss too, if prefixes divide them."""
 _MET_BYTES = {"candidates": 95, "auxiliary loss": 3}
 """Bytes per entry, of this process or another one, among which this process chooses."""
 _OWN_BYTES = {"candidates": 80, "auxiliary loss": 15}
@@ -76,13 +83,15 @@ def step_needs(
     dense = f"{tokens:,} x {n_features:,} in {settings.selection}"
     if settings.needs_gradients:
         dense += ", and as much for the gradient's part"
-    vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
+    nested = len(settings.prefix_sizes) - 1
+    vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0) + _PREFIX_VECTORS * nested
     budgets = [settings.largest_k, *[MULTI_FACTOR * settings.largest_k] * settings.multi_topk]
     entries, entry = sum(min(n_features, k) for k in budgets), _ENTRY_BYTES
     if not _has_budget(settings):
         entries, entry = n_features, _DENSE_ENTRY_BYTES[where]
+    entry += _GATED_BYTES * (settings.encoder.name == "gated") + _SEGMENT_BYTES[where] * (nested > 0)
     chosen = min(n_features, aux_entries(settings, d_in))
-    aux = _AUX_BYTES + _ALONE_BYTES * (settings.aux.name == "aux_zipf")
+    aux = _AUX_BYTES + _ALONE_BYTES * (settings.aux.name == "aux_zipf") + _SEGMENT_BYTES[where] * (nested > 0)
     step = tokens * (4 * vectors * d_in + entry * entries + aux * chosen)
     each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {aux} bytes"
     how = f"{tokens:,} tokens x ({each})"
@@ -151,9 +160,12 @@ def candidates(settings: SaeSettings, k: int, batch: int, ranks: Ranks) -> list[
     tokens, n_features = ranks.data.share(batch), ranks.features.share(settings.n_features)
     of_tokens, of_features = tokens * min(k, n_features), -(-k * batch // ranks.features.size)
     proposed, share = min(k * batch, tokens * n_features), -(-k * batch // ranks.every.size)
+    group = max(1, settings.n_features // k)
+    of_groups = tokens * min(k, -(-n_features // group) + (n_features % group > 0))  # a border may cut a group
     by_batch = Candidates(ranks.every, proposed, share, True)
     return {
         "token_choice": [Candidates(ranks.features, of_tokens, of_tokens, False)],
+        "group_max": [Candidates(ranks.features, of_groups, of_groups, False)],
         "mutual_choice": [by_batch],
         "feature_choice": [by_batch, Candidates(ranks.data, 2 * of_features, of_features, False)],
         "threshold": [],

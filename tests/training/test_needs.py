@@ -39,6 +39,9 @@ METHODS = {
     "gradient": SaeSettings(N, K, affinity=AffinitySettings("gradient"), freeze="decoder"),
     "relu": RELU,
     "jumprelu": JUMPRELU,
+    "gated": SaeSettings(N, K, EncoderSettings("gated"), allocation=THRESHOLD, sparsity=SparsitySettings("l1")),
+    "tied": SaeSettings(N, K, EncoderSettings("tied"), allocation=AllocationSettings("group_max")),
+    "prefixes": SaeSettings(N, 64, prefixes=(0.1, 0.25, 0.5), aux=AuxSettings("aux_zipf")),
 }
 PLAIN = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
 SCHEDULED = dataclasses.replace(PLAIN, accumulate=4, precision="bfloat16", ema=0.9)
