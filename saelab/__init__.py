@@ -109,6 +109,7 @@ _HOME = {
     "explain": "saelab.runs.autointerp",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
+    "input_map": "saelab.sae.input_map",
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",

@@ -99,12 +99,15 @@ class Job:
             for name in names:
                 if found[name] == getattr(defaults, name):
                     del found[name]
-        cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
+        cache = self.settings.activations.cache
+        inputs, max_norm = (parts["activations"].pop(name) for name in ("inputs", "max_norm"))
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
+        if inputs != "scale":
+            parts["activations"]["inputs"] = inputs
         if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {

@@ -8,7 +8,7 @@ stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradi
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -264,7 +264,7 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
 
-        `b_dec_init` names the centre: mean or geometric_median. The encoder is then scaled so that the first
+        `b_dec_init` names the centre: mean, geometric_median or zero. The encoder is then scaled so that the first
         reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
         squared error that a common factor can give, unless its rows are bound to those of the decoder. With `target`
         ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc centres
@@ -274,7 +274,7 @@ class SparseAutoencoder(nn.Module):
         self.renormalise_decoder()
         self.b_enc.zero_()
         output = sample if target is None else target
-        self.b_dec.copy_(output.mean(0) if b_dec_init == "mean" else geometric_median(output))
+        self.b_dec.copy_(CENTRES[b_dec_init](output))
         if self.centred:
             self.W_enc.copy_(self.W_dec)
         else:
@@ -436,3 +436,11 @@ def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1
         if moved < tolerance * distance.mean():
             break
     return median
+
+
+CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda points: points.mean(0),
+    "geometric_median": geometric_median,
+    "zero": lambda points: torch.zeros_like(points[0]),
+}
+"""The centres of points ``[n, d]`` that `initialise` knows, ``[d]``."""

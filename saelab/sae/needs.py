@@ -9,7 +9,7 @@ import torch
 
 from saelab.kernels.cpu import CAST_ENTRIES
 from saelab.kernels.products import CAST_ELEMENTS
-from saelab.memory import READING, STEP, THRESHOLDS, Need, Place, no_numbers
+from saelab.memory import BEGINNING, READING, STEP, THRESHOLDS, Need, Place, no_numbers
 from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
@@ -53,6 +53,8 @@ _GATHERED_BYTES = 10
 """Bytes per number of the rows that a product on a CPU casts: in bfloat16, in float32, and times a value."""
 _FIRST_TOKENS = 4096
 """Tokens of the sample whose reconstruction sets the first scale of the encoder (`initialise`)."""
+_FITTED_MATRICES = 6
+"""Number of float64 matrices ``[d_in, d_in]`` alive while whitening is fitted: the covariance, its decomposition ..."""
 _THRESHOLD_TOKENS = 1024
 """Tokens of the sample that set the first threshold (`threshold_for`)."""
 _LIFTED = 4096
@@ -220,6 +222,19 @@ def initialisation_bytes(
         first += _met_bytes("candidates", Candidates(axis, proposed, sent, by_all))
         first = max(first, drawn)
     return max(median, first)
+
+
+def input_needs(inputs: str, d_in: int, sample_tokens: int, where: Place) -> list[Need]:
+    """Needs of `activations.inputs` besides those of a scale."""
+    if inputs != "whiten":
+        return []
+    square = f"{d_in:,} x {d_in:,}"
+    fitting = _FITTED_MATRICES * 8 * d_in**2 + 4 * d_in * sample_tokens
+    how = f"{_FITTED_MATRICES} x {square} x 8 bytes, and a copy of the first activations"
+    return [
+        Need("whitening", 12 * d_in**2, where, f"{square} x 4 bytes, and its inverse in float64"),
+        Need("whitening, while it is fitted", fitting, where, how, (BEGINNING,)),
+    ]
 
 
 def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:

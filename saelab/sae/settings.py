@@ -165,7 +165,7 @@ class SaeSettings:
     selection: str = "float32"
     """Precision of the scores that propose candidates: float32 or bfloat16. The final choice is in float32."""
     b_dec_init: str = "mean"
-    """Initial value of b_dec: mean or geometric_median of the first activations."""
+    """Initial value of b_dec: mean or geometric_median of the first activations, or zero."""
     unit_norm: bool = True
     """Whether decoder rows keep length 1."""
     seed: int | None = None
@@ -198,7 +198,7 @@ class SaeSettings:
                 f"prefixes: {', '.join(map(str, self.prefix_sizes))} do not rise from 1 to n_features, the last of them"
             )
         _one_of("selection", self.selection, ("float32", "bfloat16"))
-        _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
+        _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median", "zero"))
         _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))
         self._check_combination()
 

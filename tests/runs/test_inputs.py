@@ -19,6 +19,7 @@ from saelab.errors import SaelabError
 from saelab.runs.inputs import Inputs, concentration_notes
 from saelab.runs.job import Job, settings_of
 from saelab.runs.resume import states
+from saelab.sae.input_map import InputMap
 from saelab.training.state import load_state
 from saelab.training.trainer import Trainer
 from tests.corpus.made import opened, tokenised, write
@@ -135,7 +136,7 @@ def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     state = load_state(states(run)[-1])
     assert Inputs.from_state(state).state() == {name: state[name] for name in Inputs.from_state(state).state()}
     earlier = Inputs.from_state({"input_scale": 0.5})
-    assert earlier.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
+    assert earlier.map.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
 
 
 def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def batches_of(*norms: list[float]) -> Iterator[ActivationBatch]:
 
 
 def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tokens() -> None:
-    inputs = Inputs(2.0, 5.0, {})
+    inputs = Inputs(InputMap(2.0), 5.0, {})
     batches = batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4])
     found = [made for batch in batches if (made := inputs.batch(batch, torch.device("cpu"))) is not None]
     assert [batch.x[:, 1].tolist() for batch in found] == [[2, 4], [10, 8]]
@@ -178,7 +179,7 @@ def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tok
 
 
 def test_a_source_that_gives_only_larger_norms_ends_with_an_error() -> None:
-    inputs, (large, fair) = Inputs(1.0, 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
+    inputs, (large, fair) = Inputs(InputMap(1.0), 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
     for batch in [fair, *[large] * (SAMPLE_TOKENS // 1000)] * 2:  # in a row there are too few
         inputs.batch(batch, torch.device("cpu"))
     with pytest.raises(SaelabError, match=r"^activations.max_norm: 33,000 tokens in a row have norms above 5"):
