@@ -105,12 +105,14 @@ def test_tokens_above_max_norm_are_in_no_batch_scale_or_mean(
     assert plain.fvu < better.fvu, "FVU alone prefers the autoencoder that learnt the sinks"
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
-def test_a_killed_run_goes_on_with_the_same_bound_and_count(
-    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cached", "inputs"), [(False, "scale"), (True, "centre"), (False, "whiten")], ids=["stream", "cache", "whitened"]
+)
+def test_a_killed_run_goes_on_with_the_same_inputs_bound_and_count(
+    tmp_path: Path, cached: bool, inputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, step = with_sinks(tmp_path, cached=cached), Trainer.step
-    limits = ["activations.max_norm=10", "training.checkpoint.tokens=1000"]
+    limits = ["activations.max_norm=10", f"activations.inputs={inputs}", "training.checkpoint.tokens=1000"]
     whole = saelab.train(config, [*limits, f"out={tmp_path / 'whole'}"])
 
     def killed(trainer: Trainer, batch: Any) -> Any:
@@ -127,6 +129,8 @@ def test_a_killed_run_goes_on_with_the_same_bound_and_count(
         assert record(parts)[name] == record(whole)[name] is not None, name
     weights = [load_file(run / "sae" / "sae_weights.safetensors") for run in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    state, said = load_state(states(parts)[-1]), saelab.load(parts).metadata["saelab"]["inputs_of"]
+    assert ("input_mean" in state, "input_whitening" in state, said) == (inputs != "scale", inputs == "whiten", inputs)
     with pytest.raises(SaelabError, match=r"activations.max_norm: is 10.* in the run, not 20"):
         saelab.resume(parts, ["activations.max_norm=20"])
 

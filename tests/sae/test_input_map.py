@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from saelab.memory import peak_bytes
 from saelab.sae.checkpoint import load, save_sae
 from saelab.sae.input_map import FLOOR, input_map
 from saelab.sae.model import Batch
+from saelab.sae.needs import input_needs
 from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import AllocationSettings, EncoderSettings, SaeSettings, SparsitySettings
 from saelab.training.settings import TrainingSettings
@@ -87,6 +89,15 @@ def test_the_saved_autoencoder_takes_activations_as_they_are(name: str, method: 
     if inputs.mean is not None:
         expected = expected + inputs.mean
     torch.testing.assert_close(saved(x).double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_fitting_needs_is_bounded() -> None:
+    """By no more than three times what is there."""
+    x = torch.randn(4000, 96)
+    held = peak_bytes(lambda: input_map("whiten", x)(x)) - x.nbytes  # the result is counted as the sample of the start
+    bound = sum(need.bytes for need in input_needs("whiten", 96, len(x), "memory"))
+    assert held <= bound <= 3 * held
+    assert not input_needs("centre", 96, len(x), "memory")
 
 
 def test_gradients_keep_their_products_with_what_a_feature_writes() -> None:
