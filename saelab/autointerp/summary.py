@@ -7,12 +7,13 @@ A line is a score by one judge of the explanations of one kind by one explainer.
 
 The controls of an explanation's score are `shuffled`, the same feature's score with the explanation of another feature
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
-explanation is compared with chance, and with other runs. Intervals that include 0 mean that the score does not beat its
-control. Needs no torch.
+explanation is compared with chance, and with other runs. Intervention has controls in each score. An interval that
+includes 0 means that the score does not beat its control. Needs no torch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +31,12 @@ from saelab.features.database import Database
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+
+ABOVE = "above "
+"""What the name of a figure begins with that is the difference to a control in the score itself."""
+MANY = 20_000
+"""Features above which intervals are not bootstrapped."""
 
 
 class Group(NamedTuple):
@@ -84,6 +91,11 @@ class Line:
     differences: tuple[Difference, ...]
 
     @property
+    def tokens_per_feature(self) -> float:
+        """Tokens of a feature; 0 if the judge is no language model."""
+        return self.tokens / max(1, self.n + self.without)
+
+    @property
     def lexical(self) -> bool:
         """Whether explainer or judge is the offline one, so that the line is about the pipeline only."""
         return lexical.NAME in (self.judge, self.explainer)
@@ -113,7 +125,7 @@ class ScoreTable(Result):
             own = {name: getattr(line, name) for name in ("score", "judge", "explainer", "kind", "unit", "n")}
             own |= {"without value": line.without, "median": line.median}
             own |= {"mean": line.mean.value, "low": line.mean.low, "high": line.mean.high}
-            own |= {"unread": line.unread, "tokens": line.tokens}
+            own |= {"unread": line.unread, "tokens": line.tokens, "tokens per feature": line.tokens_per_feature}
             for each in line.differences:
                 of = {"control": each.control, "pairs": each.pairs, "difference": each.value.value}
                 of |= {"difference low": each.value.low, "difference high": each.value.high, "verdict": each.verdict}
@@ -141,12 +153,33 @@ class ScoreTable(Result):
         return go.Figure(points, {"xaxis": {"title": "mean over features, with its 95% interval"}})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A score of several features, the latest of each: 16 bytes for a feature, and 8 for each control in the score."""
+
+    features: np.ndarray
+    """``[n]`` int64, rising."""
+    values: np.ndarray
+    """``[n]``; NaN for a feature without a value."""
+    unread: int
+    tokens: int
+    above: Mapping[str, np.ndarray]
+    """What the value has above each control that is in the score itself, ``[n]``."""
+
+    @property
+    def finite(self) -> "Column":
+        """The features with a value."""
+        kept = np.isfinite(self.values)
+        above = {name: each[kept] for name, each in self.above.items()}
+        return replace(self, features=self.features[kept], values=self.values[kept], above=above)
+
+
+@dataclass(frozen=True, eq=False)
 class Measured:
-    """The scores of a run, by group and feature."""
+    """The scores of a run, by group."""
 
     name: str
-    scores: Mapping[Group, Mapping[int, Score]]
+    scores: Mapping[Group, Column]
     density: np.ndarray
     """``[n_features]``"""
 
@@ -154,35 +187,75 @@ class Measured:
 def measured(name: str, folder: Path, database: Database) -> Measured:
     """The scores in `folder` for this feature database. Raises SaelabError if a line is damaged."""
     inputs = database.arrays.manifest["inputs"]
-    made = {each.key: (each.model, each.kind) for each, _ in explanations(folder, inputs)}
-    found: dict[Group, dict[int, Score]] = {}
+    source_of = _sources(folder, inputs)
+    found: dict[Group, _Rows] = {}
     for score, _, _ in scores(folder, inputs, judged=False):
-        explainer, kind = made.get(score.explanation, ("", ""))
-        group = Group(score.score, score.model, explainer, kind, score.unit)
-        found.setdefault(group, {})[score.feature] = score
-    return Measured(name, found, np.asarray(database.table["density"]))
+        group = Group(score.score, score.model, *source_of(score.explanation), score.unit)
+        found.setdefault(group, _Rows()).add(score)
+    columns = {group: rows.column() for group, rows in found.items()}
+    return Measured(name, columns, np.asarray(database.table["density"]))
+
+
+def _sources(folder: Path, inputs: str) -> Callable[[str], tuple[str, str]]:
+    """A function from the key of an explanation to its explainer and kind; "" and "" if there is none."""
+    keys, numbers, names = array("Q"), array("q"), dict[tuple[str, str], int]()
+    for each, _ in explanations(folder, inputs):
+        keys.append(int(each.key, 16))
+        numbers.append(names.setdefault((each.model, each.kind), len(names)))
+    order = np.argsort(np.array(keys, np.uint64))
+    known, sources, listed = np.array(keys, np.uint64)[order], np.array(numbers, np.int64)[order], [*names]
+
+    def source_of(key: str) -> tuple[str, str]:
+        i = int(np.searchsorted(known, np.uint64(int(key or "0", 16))))
+        return listed[sources[i]] if key and i < len(known) and int(known[i]) == int(key, 16) else ("", "")
+
+    return source_of
+
+
+class _Rows:
+    """A `Column` that is being read."""
+
+    def __init__(self) -> None:
+        self.features, self.values = array("q"), array("d")
+        self.unread, self.tokens = array("q"), array("q")
+        self.above: dict[str, array[float]] = {}
+
+    def add(self, score: Score) -> None:
+        for name, value in score.figures.items():
+            if name.startswith(ABOVE) and not name.endswith((", low", ", high")):
+                missing = [np.nan] * len(self.features)
+                self.above.setdefault(name.removeprefix(ABOVE), array("d", missing)).append(value)
+        self.features.append(score.feature)
+        self.values.append(score.value.value)
+        self.unread.append(score.unread)
+        self.tokens.append(score.tokens)
+
+    def column(self) -> Column:
+        features, last = np.unique(np.array(self.features)[::-1], return_index=True)
+        values, unread, tokens = (np.array(each)[::-1][last] for each in (self.values, self.unread, self.tokens))
+        above = {name: np.array(each)[::-1][last] for name, each in self.above.items()}
+        return Column(features, values, int(unread.sum()), int(tokens.sum()), above)
 
 
 def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
     """The table of a run's scores."""
     lines = []
-    for group, found in run.scores.items():
+    for group, every in run.scores.items():
         if group.kind.startswith(SHUFFLED):
             continue
-        values = {feature: score.value.value for feature, score in found.items() if np.isfinite(score.value.value)}
-        shuffled = run.scores.get(group._replace(kind=SHUFFLED + group.kind), {})
-        differences = [_paired("shuffled", values, shuffled) if group.kind else _above_chance(group, values)]
+        found, shuffled = every.finite, run.scores.get(group._replace(kind=SHUFFLED + group.kind))
+        differences = [_paired("shuffled", found, shuffled) if group.kind else _above_chance(group, found)]
+        differences += [_difference(name, above) for name, above in found.above.items()]
         for control in controls:
-            differences.append(_matched(run, values, control, group))
-        numbers = np.array(list(values.values()))
+            differences.append(_matched(run, found, control, group))
         line = Line(
             *group,
-            n=len(values),
-            without=len(found) - len(values),
-            median=float(np.median(numbers)) if len(numbers) else np.nan,
-            mean=mean_interval(numbers),
-            unread=sum(score.unread for score in found.values()),
-            tokens=sum(score.tokens for score in found.values()),
+            n=len(found.values),
+            without=len(every.values) - len(found.values),
+            median=float(np.median(found.values)) if len(found.values) else np.nan,
+            mean=mean_interval(found.values),
+            unread=every.unread,
+            tokens=every.tokens,
             differences=tuple(differences),
         )
         lines.append(line)
@@ -190,27 +263,37 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """The mean of `values` ``[n]`` with its 95% interval over them; NaN of none."""
-    return interval(np.stack([values, np.ones(len(values))], 1)) if len(values) else Interval(np.nan, np.nan, np.nan)
+    """The mean of `values` ``[n]`` with its 95% interval over them; NaN of none.
+
+    Bootstrapped, or for more than `MANY` values, with which a bootstrap takes minutes, 1.96 standard errors.
+    """
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan)
+    if len(values) > MANY:
+        mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+        return Interval(mean, mean - half, mean + half)
+    return interval(np.stack([values, np.ones(len(values))], 1))
 
 
-def _paired(name: str, values: Mapping[int, float], other: Mapping[int, Score]) -> Difference:
-    both = [(value, other[feature].value.value) for feature, value in values.items() if feature in other]
-    return _difference(name, both)
+def _paired(name: str, found: Column, other: Column | None) -> Difference:
+    if other is None:
+        return _difference(name, np.zeros(0))
+    _, own, of_other = np.intersect1d(found.features, other.features, assume_unique=True, return_indices=True)
+    return _difference(name, found.values[own] - other.values[of_other])
 
 
-def _above_chance(group: Group, values: Mapping[int, float]) -> Difference:
-    return _difference(f"chance ({CHANCE[group.unit]:g})", [(value, CHANCE[group.unit]) for value in values.values()])
+def _above_chance(group: Group, found: Column) -> Difference:
+    return _difference(f"chance ({CHANCE[group.unit]:g})", found.values - CHANCE[group.unit])
 
 
-def _matched(run: Measured, values: Mapping[int, float], control: Measured, group: Group) -> Difference:
-    of_other = {f: score.value.value for f, score in control.scores.get(group, {}).items()}
-    of_other = {feature: value for feature, value in of_other.items() if np.isfinite(value)}
-    own, other = list(values), list(of_other)
-    found = pairs(run.density[own], control.density[other]) if own and other else []
-    return _difference(control.name, [(values[own[i]], of_other[other[j]]) for i, j in found])
+def _matched(run: Measured, found: Column, control: Measured, group: Group) -> Difference:
+    if group not in control.scores:
+        return _difference(control.name, np.zeros(0))
+    other = control.scores[group].finite
+    both = np.array(pairs(run.density[found.features], control.density[other.features]), int).reshape(-1, 2)
+    return _difference(control.name, found.values[both[:, 0]] - other.values[both[:, 1]])
 
 
-def _difference(name: str, both: Sequence[tuple[float, float]]) -> Difference:
-    differences = np.array([a - b for a, b in both if np.isfinite(b)])
+def _difference(name: str, differences: np.ndarray) -> Difference:
+    differences = differences[np.isfinite(differences)]
     return Difference(name, len(differences), mean_interval(differences))
