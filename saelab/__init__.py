@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from saelab.runs.sweep import sweep
     from saelab.runs.train import resume, train
     from saelab.sae.checkpoint import load, save_sae
+    from saelab.sae.input_map import InputMap, input_map
     from saelab.sae.model import Batch, SparseAutoencoder
     from saelab.sae.new import new_autoencoder
     from saelab.sae.settings import (
@@ -79,6 +80,7 @@ _HOME = {
     "Fidelity": "saelab.analysis.fidelity",
     "FromCache": "saelab.activations.source",
     "FromModel": "saelab.activations.source",
+    "InputMap": "saelab.sae.input_map",
     "Intervention": "saelab.analysis.settings",
     "LanguageModel": "saelab.lm.model",
     "ModelSettings": "saelab.lm.settings",
@@ -109,6 +111,7 @@ _HOME = {
     "explain": "saelab.runs.autointerp",
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
+    "input_map": "saelab.sae.input_map",
     "load": "saelab.sae.checkpoint",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
@@ -152,6 +155,7 @@ __all__ = [
     "Fidelity",
     "FromCache",
     "FromModel",
+    "InputMap",
     "Intervention",
     "LanguageModel",
     "ModelSettings",
@@ -182,6 +186,7 @@ __all__ = [
     "explain",
     "fidelity",
     "index",
+    "input_map",
     "load",
     "load_config",
     "load_language_model",

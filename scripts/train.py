@@ -5,7 +5,6 @@ saelab app runs
 """
 
 import json
-import math
 from pathlib import Path
 
 from saelab import (
@@ -21,6 +20,7 @@ from saelab import (
     create_run,
     evaluate,
     index,
+    input_map,
     load_language_model,
     new_autoencoder,
     open_corpus,
@@ -59,13 +59,13 @@ def train(settings: RunSettings, run: Path) -> None:
         track=bar,
     )
     sample = source.sample()
-    scale = math.sqrt(sample.shape[1] / sample.square().sum(1).double().mean().item())  # makes E||x||^2 = d_in
-    sae = new_autoencoder(settings.sae, sample * scale, seed=settings.seed)
+    inputs = input_map(settings.activations.inputs, sample)  # makes E||x||^2 = d_in
+    sae = new_autoencoder(settings.sae, inputs(sample), seed=settings.seed)
 
     trainer = Trainer(sae, training, settings.sae)
     with (run / "metrics.jsonl").open("w") as log:
         for batch in bar(source, "training", training.tokens, len):
-            metrics = trainer.step(Batch(batch.values * scale, gradients=batch.gradients))
+            metrics = trainer.step(Batch(inputs(batch.values), gradients=inputs.gradients(batch.gradients)))
             if metrics is not None:  # every `training.log_every` steps
                 print(json.dumps(metrics), file=log, flush=True)
             if trainer.finished:
@@ -76,8 +76,8 @@ def train(settings: RunSettings, run: Path) -> None:
     facts, densities = {}, trainer.trained().densities
     if densities is not None:  # the tokens of a batch shared a budget: inference needs thresholds
         rows = calibration_rows(corpus, settings.eval.tokens, print)
-        facts = calibrate(sae, lm, rows, site, densities, scale=scale, track=bar)
-    save_run(settings, lm, corpus, trainer, scale, facts)  # the saved autoencoder takes unscaled activations
+        facts = calibrate(sae, lm, rows, site, densities, inputs=inputs, track=bar)
+    save_run(settings, lm, corpus, trainer, inputs, facts)  # the saved autoencoder takes activations as they are
 
 
 if __name__ == "__main__":

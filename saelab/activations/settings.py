@@ -53,12 +53,17 @@ class ActivationSettings:
     cache: CacheSource | None = None
     special_tokens: bool = False
     """Whether BOS and other special tokens are trained on too. No metric counts them."""
+    inputs: str = "scale"
+    """What is done to activations before training: scale (so that E||x||^2 = d_in), centre (the mean of the first
+    activations is subtracted first) or whiten (the covariance becomes the identity). The saved weights contain it."""
     max_norm: float | None = None
     """Tokens whose norm is above this many times the median norm of the first activations are left out of training, of
     the input scale and of the thresholds, and their batches are smaller: 10 leaves out attention sinks. Default: none
     is left out. Evaluation counts all tokens, and gives FVU and delta CE without sinks too."""
 
     def __post_init__(self) -> None:
+        if self.inputs not in ("scale", "centre", "whiten"):
+            raise SettingError(f"inputs: {self.inputs!r} is not scale, centre or whiten")
         if self.max_norm is not None and not 1 < self.max_norm < math.inf:
             raise SettingError(
                 f"max_norm: {self.max_norm} is not a number above 1; at 1 or less, half of the tokens would be left out"

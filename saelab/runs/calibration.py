@@ -24,6 +24,7 @@ from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.runs.job import Say, quiet
+from saelab.sae.input_map import UNCHANGED, InputMap
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.thresholds import CALIBRATION_TOKENS, Calibration
 from saelab.sae.thresholds import calibrate as thresholds_for
@@ -49,14 +50,14 @@ def calibrate(
     site: str,
     densities: Tensor | None,
     *,
-    scale: float = 1.0,
+    inputs: InputMap = UNCHANGED,
     largest_norm: float = math.inf,
     rows_per_forward: int = 16,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
-    `sae` was trained on `scale` times the activations at `site` with norms up to `largest_norm` (before scaling). The
+    `sae` was trained on `inputs` of the activations at `site` with norms up to `largest_norm` (before that). The
     densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds. Raises
     SaelabError, with row and position, if an activation is NaN or infinite, and if no token is left.
     """
@@ -69,7 +70,7 @@ def calibrate(
             keep = within(batch.values, largest_norm)
             values = batch.values if keep is None else batch.values[keep]
             if len(values):
-                yield values * scale
+                yield inputs(values)
 
     def reproducing(densities: Tensor, text: Tensor, pre_activations: Callable[[Tensor], Tensor]) -> Calibration:
         some = activations(text)

@@ -1,7 +1,7 @@
 """From a source's activations to the batches of training: scaled, and without tokens of too large a norm.
 
-The first activations decide both: the scale makes E||x||^2 = d_in over them, and `activations.max_norm` is a multiple
-of their median norm.
+The first activations decide both: `activations.inputs` is fitted to them (`saelab.sae.input_map`), so that E||x||^2 =
+d_in over them, and `activations.max_norm` is a multiple of their median norm.
 """
 
 import math
@@ -18,6 +18,7 @@ from saelab.activations.stream import ActivationBatch
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.runs.job import Job
+from saelab.sae.input_map import InputMap, input_map
 from saelab.sae.model import Batch
 
 NOTED_SINKS = 0.1
@@ -31,7 +32,7 @@ NOTED_TOP = 0.5
 class Inputs:
     """How activations become the inputs of training; `left_out` counts the tokens that do not."""
 
-    scale: float
+    map: InputMap
     largest_norm: float
     """Norm above which a token is left out, before scaling; infinite: none is."""
     first: dict[str, Any]
@@ -57,21 +58,26 @@ class Inputs:
 
     def _scaled(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
         values, gradients = batch.values.to(device).float(), batch.gradients
-        gradients = None if gradients is None else gradients.to(device).float()
+        gradients = self.map.gradients(None if gradients is None else gradients.to(device).float())
         keep = within(values, self.largest_norm)
         if keep is None:
-            return Batch(values * self.scale, gradients=gradients)
+            return Batch(self.map(values), gradients=gradients)
         kept = int(keep.sum())
         self.left_out += len(keep) - kept
         if kept < 2:  # one token has no variance to explain
             return None
-        return Batch(values[keep].mul_(self.scale), gradients=None if gradients is None else gradients[keep])
+        return Batch(self.map(values[keep]), gradients=None if gradients is None else gradients[keep])
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; `from_state` reads it."""
+        """The record, and the tensors of the map; `from_state` reads it."""
+        found = {"input_mean": self.map.mean, "input_whitening": self.map.whitening}
+        return self.record() | {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able facts about the inputs."""
         bound = None if math.isinf(self.largest_norm) else self.largest_norm
         return {
-            "input_scale": self.scale,
+            "input_scale": self.map.scale,
             "largest_norm": bound,
             "left_out": self.left_out,
             "first_activations": self.first,
@@ -82,7 +88,7 @@ class Inputs:
         """The inputs of a run that goes on; states of earlier versions have the scale only."""
         bound = state.get("largest_norm")
         return cls(
-            state["input_scale"],
+            InputMap(state["input_scale"], state.get("input_mean"), state.get("input_whitening")),
             math.inf if bound is None else bound,
             state.get("first_activations", {}),
             state.get("left_out", 0),
@@ -102,14 +108,15 @@ def first_inputs(sample: Tensor, job: Job) -> tuple[Inputs, Tensor]:
         if (keep := within(sample, bound)) is not None:
             sample = sample[keep]
             trained_on = measure(sample)
-    square = sample.square().sum(1).double().mean().item()
-    if not 0 < square < math.inf:
-        what = "are all 0" if not square else "are so large that their squares are infinite"
-        raise SaelabError(f"{job.settings.site}: the first {len(sample):,} activations {what}; choose another site")
+    try:
+        fitted = input_map(job.settings.activations.inputs, sample)
+    except ValueError as error:
+        raise SaelabError(
+            f"{job.settings.site}: the first {len(sample):,} activations {error}; choose another site"
+        ) from error
     for note in concentration_notes(trained_on, job.corpus):
         job.say(note)
-    scale = math.sqrt(sample.shape[1] / square)
-    return Inputs(scale, bound, asdict(found)), sample * scale
+    return Inputs(fitted, bound, asdict(found)), fitted(sample)
 
 
 def concentration_notes(found: Concentration, corpus: Corpus) -> Iterator[str]:

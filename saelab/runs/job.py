@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import attrgetter, getitem
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ Config = str | Path | Mapping[str, Any] | RunSettings
 
 
 _ADDED = {
-    "sae": ("seed", "k_start", "k_steps"),
+    "sae": ("seed", "k_start", "k_steps", "prefixes"),
+    "sae.sparsity": ("p", "slope"),
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }
 """Settings that earlier versions did not have."""
@@ -92,18 +94,20 @@ class Job:
         parts = {name: settings[name] for name in ("site", "seed", "context", "activations", "sae", "training")}
         parts["training"] = {k: v for k, v in parts["training"].items() if k not in ("log", "log_every", "checkpoint")}
         for section, names in _ADDED.items():  # by default the same weights as of versions without these settings
-            defaults = type(getattr(self.settings, section))()
-            parts[section] = {
-                name: value
-                for name, value in parts[section].items()
-                if name not in names or value != getattr(defaults, name)
-            }
-        cache, max_norm = self.settings.activations.cache, parts["activations"].pop("max_norm")
+            defaults = type(attrgetter(section)(self.settings))()
+            found = reduce(getitem, section.split("."), parts)
+            for name in names:
+                if found[name] == getattr(defaults, name):
+                    del found[name]
+        cache = self.settings.activations.cache
+        inputs, max_norm = (parts["activations"].pop(name) for name in ("inputs", "max_norm"))
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
+        if inputs != "scale":
+            parts["activations"]["inputs"] = inputs
         if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
         parts |= {

@@ -116,9 +116,9 @@ class Training:
 
         def write() -> None:
             if sae is not None:
-                facts, inputs = self.inputs.state() | facts_of(sae), job.training_inputs()
+                facts, inputs = self.inputs.record() | facts_of(sae), job.training_inputs()
                 of = {"sae": sae, "inputs": inputs, "seconds": self.elapsed()}
-                save_run(job.settings, job.lm, job.corpus, self.trainer, self.inputs.scale, facts, **of)
+                save_run(job.settings, job.lm, job.corpus, self.trainer, self.inputs.map, facts, **of)
 
         self.ranks.every.together(write)
 
@@ -135,7 +135,7 @@ class Training:
             rows,
             settings.site,
             densities,
-            scale=self.inputs.scale,
+            inputs=self.inputs.map,
             largest_norm=self.inputs.largest_norm,
             rows_per_forward=settings.eval.rows_per_forward,
             track=track,

@@ -32,6 +32,7 @@ from saelab.runs.config import RunSettings
 from saelab.runs.feed import cache_group_tokens
 from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.needs import input_needs
 from saelab.torchrun import processes
 from saelab.training.needs import training_needs
 from saelab.training.traffic import Traffic, activation_traffic, step_traffic
@@ -172,6 +173,13 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         resumed=resumed,
         ranks=ranks,
     )
+    inputs, keep = settings.activations.inputs, settings.training.checkpoint.keep
+    for width in widths.values():
+        needs += input_needs(inputs, width, sample, where)
+        mapped = {"scale": 0, "centre": 4 * width, "whiten": 4 * width * (width + 1)}[inputs]
+        needs.append(
+            Need("input map", (keep + 1) * len(runs) * mapped, "disk", "the mean and whitening, in each state")
+        )
     out = Path(settings.out)
     states = sum(folder.bytes_of_states(Path(run.out)) for run in runs)
     needs = [need.less(states) if need.what == "states" else need for need in needs]

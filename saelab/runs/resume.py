@@ -45,14 +45,15 @@ _SAME = """
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
     activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache activations.cache.path
-    activations.cache.buffer_tokens activations.special_tokens activations.max_norm
+    activations.cache.buffer_tokens activations.special_tokens activations.max_norm activations.inputs
     cache.dtype cache.sites cache.gradients cache.rows_per_forward cache.shard_tokens cache.lanes cache.nonfinite
     sae.n_features sae.k sae.k_start sae.k_steps
     sae.encoder.name sae.encoder.bandwidth sae.encoder.threshold sae.affinity.name sae.affinity.beta
     sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
     sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
-    sae.sparsity.warmup sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
+    sae.sparsity.warmup sae.sparsity.p sae.sparsity.slope sae.prefixes
+    sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
     training.batch training.lr training.warmup training.decay training.schedule training.clip training.accumulate
     training.precision training.ema training.resample
     eval.tokens eval.ce_tokens eval.rows_per_forward

@@ -18,6 +18,7 @@ from saelab.runs import folder
 from saelab.runs.config import RunSettings, located
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.input_map import InputMap
 from saelab.sae.model import SparseAutoencoder
 from saelab.training.trainer import Trainer
 
@@ -75,7 +76,7 @@ def save_run(
     lm: LanguageModel,
     corpus: Corpus,
     trainer: Trainer,
-    scale: float,
+    inputs_of: InputMap,
     facts: Mapping[str, Any] | None = None,
     *,
     sae: SparseAutoencoder | None = None,
@@ -86,19 +87,20 @@ def save_run(
 
     `sae` is its whole autoencoder, if other processes have a part of it.
 
-    The trainer saw activations of `corpus` times `scale`; the checkpoint applies to activations as the model gives
+    The trainer saw `inputs_of` the activations of `corpus`; the checkpoint applies to activations as the model gives
     them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
     the time of the training. Evaluation, feature database, analyses, explanations and scores of an
     earlier checkpoint are removed. Raises SaelabError if the files cannot be written; an earlier checkpoint is kept
     then.
     """
     run, trained = Path(settings.out), trainer.trained()
-    sae = (sae or trainer.sae).folded(scale)
+    sae = inputs_of.folded(sae or trainer.sae)
     sae.metadata |= _metadata(located(settings), lm, corpus) | {
         "saelab": {
             "inputs": inputs,
             "tokens": trained.tokens,
-            "input_scale": scale,
+            "input_scale": inputs_of.scale,
+            "inputs_of": settings.activations.inputs,
             "model_folded": False,
             "model_fingerprint": lm.fingerprint,
             "corpus": provenance(lm, corpus)["corpus"],
@@ -115,7 +117,7 @@ def save_run(
     record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens) | {
         **(facts or {}),
         "seconds": seconds,
-        "input_scale": scale,
+        "input_scale": inputs_of.scale,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

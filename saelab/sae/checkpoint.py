@@ -27,9 +27,9 @@ FORMAT = 1
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, each file whole or not at all; `replace_folder` of saelab.files replaces both at once.
 
-    Trained thresholds are written as fixed ones. Raises SaelabError if the files cannot be written.
+    Trained thresholds and gates are written as fixed thresholds. Raises SaelabError if the files cannot be written.
     """
-    sae = sae.folded(1.0) if sae.log_threshold is not None else sae
+    sae = sae.folded(1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
         "W_enc": sae.W_enc.detach().T,
         "b_enc": sae.b_enc.detach(),
@@ -48,7 +48,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
         "d_in": sae.d_in,
         "d_sae": sae.n_features,
         **({"d_out": sae.d_out} if sae.transcodes else {}),
-        **({"k": sae.k} if rule == "topk" else {}),
+        **({"k": sae.k} if rule in ("topk", "groupmax") else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": sae.centred,

@@ -6,13 +6,18 @@
     jumprelu     value = z if z > theta, else 0; theta of each feature is trained by straight-through estimators
                  (Rajamanoharan et al. 2024, arXiv 2407.14435, section 3), with a rectangle of width `bandwidth` and
                  height 1 as the kernel K((z - theta) / bandwidth)
+    gated        value = relu(exp(r) (z - b_enc) + b_mag) if z > 0, else 0, with r and b_mag of each feature: z decides
+                 what is active, and the magnitude has a scale and a bias of its own (Rajamanoharan et al. 2024,
+                 arXiv 2404.16014)
+
+tied and aligned are linear; their rows of W_enc are bound to those of W_dec (model.py).
 
 `scores` is dense, one tile at a time, without gradients. `pre` and `values` are sparse, in float32 (or the parameters'
 wider dtype), and carry the gradients.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -87,6 +92,10 @@ class Encoder(Protocol):
         """1 for the active entries, else 0, ``[nnz]``; if thresholds are trained, with their gradient."""
         ...
 
+    def penalised(self, pre: Tensor, values: Tensor) -> Tensor:
+        """What a sparsity loss keeps small, ``[nnz]``: the values, or what decides whether entries are active."""
+        ...
+
     def cut(self) -> Tensor:
         """Bound that a score must exceed for a threshold rule to pick it in training, ``[1]`` or ``[n_features]``."""
         ...
@@ -113,8 +122,29 @@ class Linear:
     def active(self, pre: Tensor, pattern: Codes) -> Tensor:
         return (self.values(pre.detach(), pattern) > 0).to(pre.dtype)
 
+    def penalised(self, pre: Tensor, values: Tensor) -> Tensor:
+        return values
+
     def cut(self) -> Tensor:
         return self.b_enc.new_zeros(1)
+
+
+@dataclass(frozen=True)
+class Gated(Linear):
+    """The encoder of gated autoencoders in training. z is that of the gate, whose bias is b_enc."""
+
+    r_mag: Tensor = field(kw_only=True)
+    """Logarithm of the scale of each feature's magnitude, ``[n_features]``, a parameter."""
+    b_mag: Tensor = field(kw_only=True)
+    """Bias of each feature's magnitude, ``[n_features]``, a parameter."""
+
+    def values(self, pre: Tensor, pattern: Codes) -> Tensor:
+        scale, b_mag = per_entry(pattern, self.r_mag.exp()), per_entry(pattern, self.b_mag)
+        magnitude = scale * (pre - per_entry(pattern, self.b_enc)) + b_mag
+        return magnitude.relu() * ((pattern.values > 0) & (pre > 0)).to(pre.dtype)
+
+    def penalised(self, pre: Tensor, values: Tensor) -> Tensor:
+        return pre.relu()
 
 
 @dataclass(frozen=True)
@@ -140,6 +170,9 @@ class JumpReLU:
 
     def active(self, pre: Tensor, pattern: Codes) -> Tensor:
         return _Step.apply(pre, per_entry(pattern, self.log_threshold.exp()), self.bandwidth)
+
+    def penalised(self, pre: Tensor, values: Tensor) -> Tensor:
+        return values
 
     def cut(self) -> Tensor:
         """theta minus half the bandwidth: entries of the window that lie below theta are not active, but move it."""

@@ -4,19 +4,30 @@ A `Term` has a name (also in the metrics), a weight that may depend on the step,
 that its value needs besides the active ones. `terms` lists the terms of a training.
 
 fvu          squared error over squared deviation from the batch mean
+nested       mean of the same over reconstructions from the first features only (Matryoshka, Bussmann et al. 2025,
+             arXiv 2503.17547). The weights of fvu and nested make their sum the mean over all G prefixes, with the
+             whole autoencoder as the last. The paper and SAELens take the sum, dictionary_learning the mean
 multi_topk   the same for a reconstruction with four times the budget, at an eighth of the weight (Gao et al. 2024,
              arXiv 2406.04093)
 aux          share of the error that features of little use leave unexplained (their choice: training/usage.py)
              aux_k: dead features, together (Gao et al. 2024)
              aux_zipf: dead features, together, and each under-used one alone (Ayonrinde 2024, arXiv 2411.02124, says
              that it generalises aux_k to under-used features; the formula is our reconstruction)
-l1           sum of activation times length of the decoder row, per token, over sqrt(d_in) (Bricken et al. 2023)
+l1           sum of a over the features, per token, where a is activation times length of the decoder row, over
+             sqrt(d_in) (Bricken et al. 2023). A gated encoder's activation is here that of its gate, relu(z)
+lp           sum of a^p, per token, smoothed at 0: (a + e)^p - e^p with e = 1e-3. (dictionary_learning lowers p from
+             1 while it trains; here it is constant)
+tanh         sum of tanh(slope * activation * length of the decoder row), per token: a smooth L0 (Anthropic, January
+             2025)
+gate         fvu of the reconstruction by relu(z) of a gated encoder, with the decoder detached: it trains the gate,
+             which has no gradient from fvu (Rajamanoharan et al. 2024, arXiv 2404.16014)
 l0           mean number of active features per token, or (L0 / target - 1)^2; trains JumpReLU's thresholds
              (Rajamanoharan et al. 2024, arXiv 2407.14435)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +41,8 @@ from saelab.sae.allocation.selection import Request, Selection
 from saelab.sae.encoder import Encoder
 from saelab.sae.settings import SaeSettings, SparsitySettings
 
+SMOOTHING = 1e-3
+"""lp is smoothed below about this activation over sqrt(d_in); the gradient of a^p at 0 is infinite."""
 MULTI_FACTOR = 4
 MULTI_WEIGHT = 1 / 8
 
@@ -53,14 +66,21 @@ class Forward:
     """The active entries, with gradients."""
     pre: Tensor
     """Their pre-activations, with gradients, ``[nnz]``."""
-    reconstruction: Tensor
-    """``[tokens, d_out]``"""
+    reconstructions: tuple[Tensor, ...]
+    """By the first features of each size of `prefixes`, ``[tokens, d_out]``; the last is that of the whole."""
     deviation: Tensor
     """`squared_deviation` of the target of the whole batch, a scalar."""
     ranks: Ranks = ALONE
     """The processes that share the step. Tokens, features and entries are of this one, and values of terms of all."""
     batch: int = 0
     """Tokens of all processes."""
+    prefixes: tuple[int, ...] = ()
+    """Numbers of features, of this process, of the nested autoencoders; the last is that of all."""
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """``[tokens, d_out]``"""
+        return self.reconstructions[-1]
 
     def decode(self, selection: Selection) -> Tensor:
         """The reconstruction from other entries, with gradients, ``[tokens, d_out]``."""
@@ -83,9 +103,16 @@ class Term(NamedTuple):
 
 def terms(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
     """The terms that `settings` name, for a training of `steps` steps on inputs ``[tokens, d_in]``."""
-    reconstruction = Term("fvu", lambda step: 1.0, lambda forward, *_: _fvu(forward, forward.reconstruction))
-    named = [*["multi_topk"] * settings.multi_topk, settings.aux.name, settings.sparsity.name]
-    return [reconstruction, *(TERMS[name](settings, d_in, steps) for name in named if name in TERMS)]
+    share = 1 / len(settings.prefix_sizes)
+    reconstruction = Term("fvu", lambda step: share, lambda forward, *_: _fvu(forward, forward.reconstruction))
+    if share < 1:
+        return [reconstruction, Term("nested", lambda step: 1 - share, _nested), *_named(settings, d_in, steps)]
+    return [reconstruction, *_named(settings, d_in, steps)]
+
+
+def _named(settings: SaeSettings, d_in: int, steps: int) -> list[Term]:
+    named = [settings.encoder.name, *["multi_topk"] * settings.multi_topk, settings.aux.name, settings.sparsity.name]
+    return [TERMS[name](settings, d_in, steps) for name in named if name in TERMS]
 
 
 def _multi_topk(settings: SaeSettings, d_in: int, steps: int) -> Term:
@@ -107,8 +134,22 @@ def _aux(settings: SaeSettings, d_in: int, steps: int) -> Term:
     return Term("aux", lambda step: options.coefficient, value, request)
 
 
+def _gate(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    return Term("gate", lambda step: 1.0, gate)
+
+
 def _l1(settings: SaeSettings, d_in: int, steps: int) -> Term:
     return Term("l1", _rising(settings.sparsity, steps), l1)
+
+
+def _lp(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    p = settings.sparsity.p
+    return Term("lp", _rising(settings.sparsity, steps), lambda forward, *_: lp(forward, p))
+
+
+def _tanh(settings: SaeSettings, d_in: int, steps: int) -> Term:
+    slope = settings.sparsity.slope
+    return Term("tanh", _rising(settings.sparsity, steps), lambda forward, *_: smooth_l0(forward, slope))
 
 
 def _l0(settings: SaeSettings, d_in: int, steps: int) -> Term:
@@ -125,10 +166,13 @@ TERMS: dict[str, Callable[[SaeSettings, int, int], Term]] = {
     "multi_topk": _multi_topk,
     "aux_k": _aux,
     "aux_zipf": _aux,
+    "gated": _gate,
     "l1": _l1,
+    "lp": _lp,
+    "tanh": _tanh,
     "l0": _l0,
 }
-"""The terms that the settings `multi_topk`, `aux` and `sparsity` can name; the name none has no term."""
+"""The terms that the settings `encoder`, `multi_topk`, `aux` and `sparsity` can name; other names have no term."""
 
 
 def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
@@ -152,6 +196,27 @@ def _wider_fvu(forward: Forward, wider: Selection | None, *_: Any) -> Tensor:
     return _fvu(forward, forward.decode(wider))
 
 
+def nested_products(codes: Codes, W_dec: Tensor, read: Tensor | None, prefixes: tuple[int, ...]) -> Iterator[Tensor]:
+    """``codes[:, :m] @ W_dec[:m]`` for each m of `prefixes`, which rise, ``[tokens, d_out]``.
+
+    Each is the one before it and one product more, of the entries in between.
+    """
+    if len(prefixes) == 1:
+        yield spmm(codes, W_dec, read=read)
+        return
+    decoded = None
+    for start, stop in pairwise((0, *prefixes)):
+        segment = codes.where((codes.features >= start) & (codes.features < stop))
+        more = spmm(segment, W_dec, read=read)
+        decoded = more if decoded is None else decoded + more
+        yield decoded
+
+
+def _nested(forward: Forward, *_: Any) -> Tensor:
+    """Mean FVU over the nested autoencoders that are smaller than the whole, a scalar."""
+    return torch.stack([_fvu(forward, each) for each in forward.reconstructions[:-1]]).mean()
+
+
 def _fvu(forward: Forward, reconstruction: Tensor) -> Tensor:
     error = total(torch.linalg.vector_norm(forward.target - reconstruction).square(), forward.ranks.data)
     return error / forward.deviation
@@ -171,10 +236,13 @@ def auxiliary(
     what it alone would change, ``||e - z d||^2 - ||e||^2`` for its value z and its decoder row d on every token that
     it was chosen for. The sum may be less than -||e||^2, since features that each explain the same part of e all count.
     With `unit_norm` no gradient changes the length of these rows d.
+
+    With prefixes the value is the mean over the nested autoencoders, each with its error and those chosen features that
+    it has. (The paper on Matryoshka autoencoders takes the error of the whole only.)
     """
     if strongest is None:
         return forward.x.new_zeros(())
-    pattern, error, ranks = strongest.pattern, (forward.target - forward.reconstruction).detach(), forward.ranks
+    pattern, ranks = strongest.pattern, forward.ranks
     filled = pattern.values > -torch.inf
     known = None if strongest.pre is None else torch.where(filled, strongest.pre, 0.0)
     centre = None if forward.centre is None else forward.centre.detach()
@@ -183,14 +251,18 @@ def auxiliary(
     if living is not None:
         alone = living[ranks.features.part(len(living))][pattern.features]
         together = values * ~alone
-    explained = total(spmm(pattern.with_values(together), forward.W_dec, read=forward.read), ranks.features)
-    squares = total(torch.linalg.vector_norm(error - explained).square(), ranks.data)
-    if alone is not None:
-        changes = _changes_alone(forward, pattern.with_values(values * alone), error, unit_norm)
-        squares = squares + total(changes, ranks.every)
-    ratio = squares / squared_deviation(error, ranks.data, forward.batch)
-    any_filled = ranks.every.max_(filled.any().to(ratio.dtype)) > 0
-    return torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0)
+    any_filled = ranks.every.max_(filled.any().to(values.dtype)) > 0
+    decoded = nested_products(pattern.with_values(together), forward.W_dec, forward.read, forward.prefixes)
+    ratios = []
+    for size, reconstruction, explained in zip(forward.prefixes, forward.reconstructions, decoded, strict=True):
+        error = (forward.target - reconstruction).detach()
+        squares = total(torch.linalg.vector_norm(error - total(explained, ranks.features)).square(), ranks.data)
+        if alone is not None:
+            changing = pattern.with_values(values * (alone & (pattern.features < size)))
+            squares = squares + total(_changes_alone(forward, changing, error, unit_norm), ranks.every)
+        ratio = squares / squared_deviation(error, ranks.data, forward.batch)
+        ratios.append(torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0))
+    return ratios[0] if len(ratios) == 1 else torch.stack(ratios).mean()
 
 
 def _changes_alone(forward: Forward, codes: Codes, error: Tensor, unit_norm: bool) -> Tensor:
@@ -203,9 +275,39 @@ def _changes_alone(forward: Forward, codes: Codes, error: Tensor, unit_norm: boo
 
 def l1(forward: Forward, *_: Any) -> Tensor:
     """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
+    return _summed(forward, _contributions(forward)) / (forward.batch * forward.x.shape[1] ** 0.5)
+
+
+def lp(forward: Forward, p: float) -> Tensor:
+    """Mean over tokens of the sum of ``(a + e)^p - e^p``, a scalar; a as in `l1`, e = `SMOOTHING`."""
+    lengths = _contributions(forward) / forward.x.shape[1] ** 0.5
+    return _summed(forward, (lengths + SMOOTHING).pow(p) - SMOOTHING**p) / forward.batch
+
+
+def smooth_l0(forward: Forward, slope: float) -> Tensor:
+    """Mean over tokens of the sum of ``tanh(slope * activation * length of the decoder row)``, a scalar."""
+    return _summed(forward, torch.tanh(slope * _contributions(forward))) / forward.batch
+
+
+def _contributions(forward: Forward) -> Tensor:
+    """Activation of each entry (a gated encoder's gate) times the length of its decoder row, ``[nnz]``."""
     lengths = per_entry(forward.codes, torch.linalg.vector_norm(forward.W_dec, dim=1))
-    summed = total((forward.codes.values * lengths).sum(), forward.ranks.every)
-    return summed / (forward.batch * forward.x.shape[1] ** 0.5)
+    return forward.encoder.penalised(forward.pre, forward.codes.values) * lengths
+
+
+def _summed(forward: Forward, values: Tensor) -> Tensor:
+    """The sum of values ``[nnz]`` of the entries, over all processes."""
+    return total(values.sum(), forward.ranks.every)
+
+
+def gate(forward: Forward, *_: Any) -> Tensor:
+    """FVU of the reconstruction by relu(z) of the active entries, with detached W_dec and b_dec; a scalar.
+
+    Its gradient reaches the gate: W_enc, b_enc, and b_dec through the centring of x.
+    """
+    opened = forward.codes.with_values(forward.encoder.penalised(forward.pre, forward.codes.values))
+    decoded = total(spmm(opened, forward.W_dec.detach(), read=forward.read), forward.ranks.features)
+    return _fvu(forward, decoded + forward.b_dec.detach())
 
 
 def l0(forward: Forward, target: float | None) -> Tensor:

@@ -11,7 +11,7 @@ are for inference only.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +25,19 @@ from saelab.ranks import ALONE, Ranks, shared, total
 from saelab.sae import summary
 from saelab.sae.affinity import alignment
 from saelab.sae.allocation.gathered import own_rule
-from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
+from saelab.sae.allocation.rules import GroupMax, Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
-from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
-from saelab.sae.losses import Forward, squared_deviation
+from saelab.sae.encoder import Encoder, Gated, JumpReLU, Linear, Scratch
+from saelab.sae.losses import Forward, nested_products, squared_deviation
 from saelab.sae.normalisation import normalised
 
 LIFT = 1e-3
 """Pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
 
-BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_threshold")
+BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_threshold", "r_mag", "b_mag")
 """The parameters that have a row for each feature. Of processes that share the features each has some of the rows."""
 _DRAWN_ROWS = 4096
-"""Rows whose initial values are drawn at a time by a process that keeps some of them."""
+"""Rows whose initial values are drawn at a time by a process that keeps some of them, or that are aligned at a time."""
 
 _MOST_ENTRIES = 2**24
 """Most pre-activations of the sample that the initial scale and thresholds are fitted to if no budget limits them."""
@@ -108,6 +108,12 @@ class SparseAutoencoder(nn.Module):
         """Normalisation of each token, a key of `NORMALISATIONS`; a transcoder's output is not scaled back."""
         self.beta = 0.0
         """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
+        self.prefixes: tuple[int, ...] = (self.all_features,)
+        """Numbers of features, of all processes, of the nested autoencoders of training; the last is that of all."""
+        self.groups = False
+        """Whether the k active features of a token come from k groups of features, one each (GroupMax)."""
+        self.aligned = False
+        """Whether encoder rows are scaled in training so that their products with their decoder rows are 1."""
         self.metadata = metadata or {}
         """Origin of the autoencoder: model, site, context and our own facts (the checkpoint's metadata)."""
         self.figures: dict[str, Any] = {}
@@ -119,6 +125,8 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", None, persistent=False)
         self.register_parameter("log_threshold", None)
+        self.register_parameter("r_mag", None)
+        self.register_parameter("b_mag", None)
         self.register_parameter("W_skip", None)
         self.bandwidth = 0.0
         self._scratch = Scratch()
@@ -135,6 +143,8 @@ class SparseAutoencoder(nn.Module):
         return self._encoder(None)
 
     def _encoder(self, read: Tensor | None) -> Encoder:
+        if self.r_mag is not None and self.b_mag is not None:
+            return Gated(self.W_enc, self.b_enc, read, r_mag=self.r_mag, b_mag=self.b_mag)
         if self.log_threshold is None:
             return Linear(self.W_enc, self.b_enc, read)
         return JumpReLU(self.W_enc, self.b_enc, read, self.log_threshold, self.bandwidth)
@@ -142,9 +152,18 @@ class SparseAutoencoder(nn.Module):
     @property
     def rule(self) -> Rule:
         """The rule that selects in inference."""
+        if self.r_mag is not None:
+            return Threshold(self.encoder.cut())
         if self.log_threshold is not None:
             return Threshold(self.log_threshold.detach().exp())
-        return TokenChoice(self.k) if self.threshold is None else Threshold(self.threshold)
+        if self.threshold is not None:
+            return Threshold(self.threshold)
+        return GroupMax(self.k, self.all_features) if self.groups else TokenChoice(self.k)
+
+    @property
+    def tied(self) -> bool:
+        """Whether W_enc and W_dec are one parameter."""
+        return self.W_enc is self.W_dec
 
     @torch.no_grad()
     def encode(self, x: Tensor, gradients: Tensor | None = None) -> Codes:
@@ -264,9 +283,12 @@ class SparseAutoencoder(nn.Module):
             pre = encoder.pre(main.pattern, batch.x, centre, main.pre)
             codes = main.pattern.with_values(encoder.values(pre, main.pattern))
             target = batch.x if batch.target is None else batch.target
-            decoded = total(spmm(codes, W_dec, read=read), ranks.features) + self.b_dec
+            prefixes = tuple(min(max(size - self.part.start, 0), self.n_features) for size in self.prefixes)
+            products = nested_products(codes, W_dec, read, prefixes)
+            decoded = tuple(total(each, ranks.features) + self.b_dec for each in products)
+            sizes = {"ranks": ranks, "batch": tokens, "prefixes": prefixes}
             forward = Forward(
-                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, deviation, ranks, tokens
+                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, deviation, **sizes
             )
         found = iter(others)
         return forward, [
@@ -283,22 +305,25 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
 
-        `b_dec_init` names the centre: mean or geometric_median. The encoder is then scaled so that the first
+        `b_dec_init` names the centre: mean, geometric_median or zero. The encoder is then scaled so that the first
         reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
-        squared error that a common factor can give. With `target` ``[tokens, d_out]``, b_dec is the centre of `target`,
-        the encoder has other random unit rows, and b_enc centres x.
+        squared error that a common factor can give, unless its rows are bound to those of the decoder. With `target`
+        ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc centres
+        x.
         """
         self._draw(self.W_dec)
         self.renormalise_decoder()
         self.b_enc.zero_()
         output = sample if target is None else target
-        self.b_dec.copy_(output.mean(0) if b_dec_init == "mean" else geometric_median(output))
+        self.b_dec.copy_(CENTRES[b_dec_init](output))
         if self.centred:
             self.W_enc.copy_(self.W_dec)
         else:
             self._draw(self.W_enc)
             self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
             self.b_enc.copy_(-self.W_enc @ sample.mean(0))
+        if self.tied or self.aligned:
+            return
         rule = self.rule if rule is None else rule
         tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.all_features))
         first = total(spmm(self._encode(sample[:tokens], rule), self.W_dec), self.ranks.features)
@@ -315,6 +340,29 @@ class SparseAutoencoder(nn.Module):
         """
         start = torch.full((self.n_features,), max(threshold, bandwidth / 2), device=self.W_enc.device)
         self.threshold, self.bandwidth, self.log_threshold = None, bandwidth, nn.Parameter(start.float().log())
+
+    @torch.no_grad()
+    def train_magnitudes(self) -> None:
+        """Make it a gated autoencoder; its magnitudes are at first those of the gate."""
+        self.threshold = None
+        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros_like(self.b_enc)) for _ in range(2))
+
+    def tie(self) -> None:
+        """Make W_enc and W_dec one parameter, which is named W_enc."""
+        self.W_dec = self.W_enc
+
+    @torch.no_grad()
+    def align_encoder(self) -> None:
+        """Scale every encoder row so that its product with its decoder row is 1.
+
+        A row whose product is below 0.1, which no small step makes of 1, becomes its decoder row, scaled.
+        """
+        for encoder, decoder in zip(self.W_enc.split(_DRAWN_ROWS), self.W_dec.split(_DRAWN_ROWS), strict=True):
+            products = (encoder * decoder).sum(1, keepdim=True)
+            lost = products < 0.1
+            encoder.copy_(torch.where(lost, decoder, encoder))
+            squares = decoder.square().sum(1, keepdim=True).clamp_min(1e-12)
+            encoder.div_(torch.where(lost, squares, products))
 
     @torch.no_grad()
     def threshold_for(self, l0: float, sample: Tensor) -> float:
@@ -352,6 +400,8 @@ class SparseAutoencoder(nn.Module):
             if whole is not None and table is not None:
                 setattr(whole, name, nn.Parameter(table))
         if whole is not None:
+            if self.tied:
+                whole.tie()
             whole.ranks, whole.part, whole.n_features = ALONE, slice(0, self.all_features), self.all_features
         return whole
 
@@ -360,10 +410,17 @@ class SparseAutoencoder(nn.Module):
         """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
 
         Biases and threshold are divided by the scale, the matrices stay: relu and selection commute with a scale.
-        Trained thresholds become fixed ones. A normalisation of each token undoes the scale before the encoder; then
-        only what a transcoder writes is divided.
+        Trained thresholds become fixed ones. A gate becomes a threshold of the magnitude, max(0, b_mag - exp(r) b_enc),
+        with exp(r) in the rows of W_enc: z > 0 if and only if the magnitude before relu exceeds b_mag - exp(r) b_enc. A
+        normalisation of each token undoes the scale before the encoder; then only what a transcoder writes is divided.
         """
         folded = copy.deepcopy(self)
+        if folded.r_mag is not None and folded.b_mag is not None:
+            growth, b_mag = folded.r_mag.exp(), folded.b_mag.detach()
+            folded.threshold = (b_mag - growth * folded.b_enc).clamp_min(0)
+            folded.W_enc.mul_(growth[:, None])
+            folded.b_enc.copy_(b_mag)
+            folded.r_mag = folded.b_mag = None
         if folded.log_threshold is not None:
             folded.threshold, folded.log_threshold = folded.log_threshold.detach().exp(), None
         if folded.normalisation is None:
@@ -428,3 +485,11 @@ def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1
         if moved < tolerance * distance.mean():
             break
     return median
+
+
+CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda points: points.mean(0),
+    "geometric_median": geometric_median,
+    "zero": lambda points: torch.zeros_like(points[0]),
+}
+"""The centres of points ``[n, d]`` that `initialise` knows, ``[d]``."""

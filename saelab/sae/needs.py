@@ -9,7 +9,7 @@ import torch
 
 from saelab.kernels.cpu import CAST_ENTRIES
 from saelab.kernels.products import CAST_ELEMENTS
-from saelab.memory import READING, STEP, THRESHOLDS, Need, Place, no_numbers
+from saelab.memory import BEGINNING, READING, STEP, THRESHOLDS, Need, Place, no_numbers
 from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
@@ -33,6 +33,13 @@ _AUX_BYTES = 60
 """Bytes per entry of the auxiliary loss."""
 _ALONE_BYTES = 22
 """As many more if features explain the error each alone."""
+_GATED_BYTES = 30
+"""As many more per active entry of a gated encoder: its magnitude besides its gate, and a second reconstruction."""
+_PREFIX_VECTORS = 4
+"""Number of float32 tensors ``[tokens, d_in]`` more for each prefix: reconstruction, error, that of the auxiliary
+loss."""
+_SEGMENT_BYTES = {"memory": 40, "gpu": 60}
+"""As many more per entry, of the auxiliary loss too, if prefixes divide them."""
 _MET_BYTES = {"candidates": 95, "auxiliary loss": 3}
 """Bytes per entry, of this process or another one, among which this process chooses."""
 _OWN_BYTES = {"candidates": 80, "auxiliary loss": 15}
@@ -46,6 +53,8 @@ _GATHERED_BYTES = 10
 """Bytes per number of the rows that a product on a CPU casts: in bfloat16, in float32, and times a value."""
 _FIRST_TOKENS = 4096
 """Tokens of the sample whose reconstruction sets the first scale of the encoder (`initialise`)."""
+_FITTED_MATRICES = 6
+"""Number of float64 matrices ``[d_in, d_in]`` alive while whitening is fitted: the covariance, its decomposition ..."""
 _THRESHOLD_TOKENS = 1024
 """Tokens of the sample that set the first threshold (`threshold_for`)."""
 _LIFTED = 4096
@@ -76,13 +85,15 @@ def step_needs(
     dense = f"{tokens:,} x {n_features:,} in {settings.selection}"
     if settings.needs_gradients:
         dense += ", and as much for the gradient's part"
-    vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0)
+    nested = len(settings.prefix_sizes) - 1
+    vectors = _STEP_VECTORS + (3 if settings.needs_gradients else 0) + _PREFIX_VECTORS * nested
     budgets = [settings.largest_k, *[MULTI_FACTOR * settings.largest_k] * settings.multi_topk]
     entries, entry = sum(min(n_features, k) for k in budgets), _ENTRY_BYTES
     if not _has_budget(settings):
         entries, entry = n_features, _DENSE_ENTRY_BYTES[where]
+    entry += _GATED_BYTES * (settings.encoder.name == "gated") + _SEGMENT_BYTES[where] * (nested > 0)
     chosen = min(n_features, aux_entries(settings, d_in))
-    aux = _AUX_BYTES + _ALONE_BYTES * (settings.aux.name == "aux_zipf")
+    aux = _AUX_BYTES + _ALONE_BYTES * (settings.aux.name == "aux_zipf") + _SEGMENT_BYTES[where] * (nested > 0)
     step = tokens * (4 * vectors * d_in + entry * entries + aux * chosen)
     each = f"{vectors} x {d_in:,} x 4 + {entries:,} x {entry} + {chosen} x {aux} bytes"
     how = f"{tokens:,} tokens x ({each})"
@@ -151,9 +162,12 @@ def candidates(settings: SaeSettings, k: int, batch: int, ranks: Ranks) -> list[
     tokens, n_features = ranks.data.share(batch), ranks.features.share(settings.n_features)
     of_tokens, of_features = tokens * min(k, n_features), -(-k * batch // ranks.features.size)
     proposed, share = min(k * batch, tokens * n_features), -(-k * batch // ranks.every.size)
+    group = max(1, settings.n_features // k)
+    of_groups = tokens * min(k, -(-n_features // group) + (n_features % group > 0))  # a border may cut a group
     by_batch = Candidates(ranks.every, proposed, share, True)
     return {
         "token_choice": [Candidates(ranks.features, of_tokens, of_tokens, False)],
+        "group_max": [Candidates(ranks.features, of_groups, of_groups, False)],
         "mutual_choice": [by_batch],
         "feature_choice": [by_batch, Candidates(ranks.data, 2 * of_features, of_features, False)],
         "threshold": [],
@@ -208,6 +222,19 @@ def initialisation_bytes(
         first += _met_bytes("candidates", Candidates(axis, proposed, sent, by_all))
         first = max(first, drawn)
     return max(median, first)
+
+
+def input_needs(inputs: str, d_in: int, sample_tokens: int, where: Place) -> list[Need]:
+    """Needs of `activations.inputs` besides those of a scale."""
+    if inputs != "whiten":
+        return []
+    square = f"{d_in:,} x {d_in:,}"
+    fitting = _FITTED_MATRICES * 8 * d_in**2 + 4 * d_in * sample_tokens
+    how = f"{_FITTED_MATRICES} x {square} x 8 bytes, and a copy of the first activations"
+    return [
+        Need("whitening", 12 * d_in**2, where, f"{square} x 4 bytes, and its inverse in float64"),
+        Need("whitening, while it is fitted", fitting, where, how, (BEGINNING,)),
+    ]
 
 
 def calibration_bytes(settings: SaeSettings, tokens: int, where: Place) -> int:

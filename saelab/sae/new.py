@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from saelab.errors import SettingError
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, TokenChoice
@@ -18,12 +19,19 @@ def bare_autoencoder(
 ) -> SparseAutoencoder:
     """An autoencoder for a training by `settings`, with weights of zero; with `d_out` a transcoder.
 
-    If `ranks` share the features it has those of this process.
+    If `ranks` share the features it has those of this process. Raises SettingError for a transcoder whose encoder rows
+    are bound to those of the decoder.
     """
+    if d_out is not None and settings.encoder.name in BOUND:
+        raise SettingError(
+            f"encoder: {settings.encoder.name}: encoder and decoder rows of a transcoder are of different spaces; use "
+            "encoder: linear"
+        )
     sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
+    sae.prefixes, sae.groups = settings.prefix_sizes, settings.allocation.name == "group_max"
     ENCODERS[settings.encoder.name](sae, settings.encoder)
     return sae
 
@@ -31,8 +39,13 @@ def bare_autoencoder(
 ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
     "linear": lambda sae, options: None,
     "jumprelu": lambda sae, options: sae.train_thresholds(1.0, options.bandwidth),
+    "gated": lambda sae, options: sae.train_magnitudes(),
+    "tied": lambda sae, options: sae.tie(),
+    "aligned": lambda sae, options: setattr(sae, "aligned", True),
 }
 """By the name of an encoder, the function that adds its parameters to a bare autoencoder."""
+BOUND = ("tied", "aligned")
+"""Encoders whose rows are bound to those of the decoder."""
 
 
 def new_autoencoder(
@@ -63,4 +76,4 @@ def first_rule(settings: SaeSettings) -> Rule | None:
     """
     if settings.encoder.name == "jumprelu":  # its thresholds are set later, from that scale
         return TokenChoice(settings.k)
-    return allocation_of(settings).first_rule(settings.k)
+    return allocation_of(settings).first_rule(settings)

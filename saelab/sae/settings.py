@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from saelab.errors import SettingError
 
@@ -24,14 +25,16 @@ def _curve(exponent: float | None, shift: float | None) -> None:
 @dataclass(frozen=True)
 class EncoderSettings:
     name: str = "linear"
-    """Value of an active entry: linear (its pre-activation), or jumprelu (the same, above a trained threshold)."""
+    """Value of an active entry: linear (its pre-activation), jumprelu (the same, above a trained threshold), or gated
+    (a magnitude of its own scale and bias). tied is linear with W_enc = W_dec, and aligned is linear with every encoder
+    row scaled so that its product with its decoder row is 1."""
     bandwidth: float = 0.5
     """jumprelu: width of the window around a threshold whose entries move it; inputs have E||x||^2 = d_in."""
     threshold: float | None = None
     """jumprelu: initial value of all thresholds. Default: L0 then equals `sparsity.target_l0`, or k without one."""
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("linear", "jumprelu"))
+        _one_of("name", self.name, ("linear", "jumprelu", "gated", "tied", "aligned"))
         for name in ("bandwidth", "threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -55,7 +58,8 @@ class AffinitySettings:
 class AllocationSettings:
     name: str = "token_choice"
     """How the budget of k per token is divided: token_choice (k for each token, TopK), mutual_choice (over the whole
-    batch) or feature_choice (a capacity for each feature). threshold has no budget: every entry above the encoder's
+    batch), feature_choice (a capacity for each feature) or group_max (one of each of k groups of consecutive features,
+    for each token). threshold has no budget: every entry above the encoder's
     threshold is active (ReLU, JumpReLU), and a sparsity loss is needed."""
     capacity: str = "zipf"
     """Feature choice: how capacities fall with a feature's rank by density, zipf or uniform."""
@@ -69,7 +73,7 @@ class AllocationSettings:
     """Feature choice: steps between two rankings of the features."""
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("token_choice", "mutual_choice", "feature_choice", "threshold"))
+        _one_of("name", self.name, ("token_choice", "mutual_choice", "feature_choice", "group_max", "threshold"))
         _one_of("capacity", self.capacity, ("zipf", "uniform"))
         _curve(self.exponent, self.shift)
         if not 0 <= self.after <= 1:
@@ -109,16 +113,25 @@ class AuxSettings:
 @dataclass(frozen=True)
 class SparsitySettings:
     name: str = "none"
-    """Loss that keeps features inactive: none, l1 (of activations), or l0 (number of active features; jumprelu)."""
+    """Loss that keeps features inactive: none, l1 (sum of activations), lp (sum of their powers), tanh (a smooth number
+    of active features), or l0 (their number; jumprelu)."""
     coefficient: float = 1.0
     """Weight of that loss; the reconstruction loss (FVU) has weight 1."""
     target_l0: float | None = None
     """l0: the loss is (L0 / target_l0 - 1)^2. Default: L0 itself, so that `coefficient` is FVU per active feature."""
     warmup: float = 0.05
     """Share of the steps over which the weight rises from zero."""
+    p: float = 0.5
+    """lp: the power of an activation."""
+    slope: float = 4.0
+    """tanh: an activation of 1 / slope counts as 0.76 of an active feature; inputs have E||x||^2 = d_in."""
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("none", "l1", "l0"))
+        _one_of("name", self.name, ("none", "l1", "lp", "tanh", "l0"))
+        if not 0 < self.p <= 1:
+            raise SettingError(f"p: {self.p} is not a power above 0 and up to 1")
+        if not 0 < self.slope < math.inf:
+            raise SettingError(f"slope: {self.slope} is not a positive number")
         if not 0 <= self.coefficient < math.inf:
             raise SettingError(f"coefficient: {self.coefficient} is not a number from 0 up")
         if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
@@ -135,21 +148,24 @@ class SaeSettings:
     """Most features active on a token, on average over a batch. Without a budget: L0 that jumprelu's thresholds begin
     with, unless `sparsity.target_l0` is given."""
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
-    """linear, or jumprelu."""
+    """linear, jumprelu, gated, tied or aligned."""
     affinity: AffinitySettings = field(default_factory=AffinitySettings)
     """activation, or gradient."""
     allocation: AllocationSettings = field(default_factory=AllocationSettings)
-    """token_choice, mutual_choice, feature_choice or threshold."""
+    """token_choice, mutual_choice, feature_choice, group_max or threshold."""
     aux: AuxSettings = field(default_factory=AuxSettings)
     """none, aux_k or aux_zipf."""
     sparsity: SparsitySettings = field(default_factory=SparsitySettings)
-    """none, l1 or l0."""
+    """none, l1, lp, tanh or l0."""
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka: sizes of the nested autoencoders of the first features, in rising order: numbers of features, or
+    shares of them if below 1. The whole autoencoder is always the last of them. [] trains only the whole."""
     multi_topk: bool = False
     """Also reconstruct with four times the budget, at an eighth of the weight."""
     selection: str = "float32"
     """Precision of the scores that propose candidates: float32 or bfloat16. The final choice is in float32."""
     b_dec_init: str = "mean"
-    """Initial value of b_dec: mean or geometric_median of the first activations."""
+    """Initial value of b_dec: mean or geometric_median of the first activations, or zero."""
     unit_norm: bool = True
     """Whether decoder rows keep length 1."""
     seed: int | None = None
@@ -173,22 +189,38 @@ class SaeSettings:
             )
         if not 0 <= self.k_steps <= 1:
             raise SettingError(f"k_steps: {self.k_steps} is not a share between 0 and 1")
+        if any(not 0 < size < math.inf or (size >= 1 and size != int(size)) for size in self.prefixes):
+            raise SettingError(
+                f"prefixes: {list(self.prefixes)} are not numbers of features, or shares of them below 1"
+            )
+        if any(larger <= smaller for smaller, larger in pairwise((0, *self.prefix_sizes))):
+            raise SettingError(
+                f"prefixes: {', '.join(map(str, self.prefix_sizes))} do not rise from 1 to n_features, the last of them"
+            )
         _one_of("selection", self.selection, ("float32", "bfloat16"))
-        _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median"))
+        _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median", "zero"))
         _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))
         self._check_combination()
 
     def _check_combination(self) -> None:
         """Raises SettingError if the encoder, allocation and losses do not fit each other."""
         has_budget, trains_threshold = self.allocation.name != "threshold", self.encoder.name == "jumprelu"
-        if trains_threshold and has_budget:
-            raise SettingError("encoder: jumprelu decides what is active; it goes with allocation: threshold")
+        if self.encoder.name in ("jumprelu", "gated") and has_budget:
+            raise SettingError(
+                f"encoder: {self.encoder.name} decides what is active; it goes with allocation: threshold"
+            )
         if self.sparsity.name == "l0" and not trains_threshold:
-            raise SettingError("sparsity: l0 trains the thresholds of encoder: jumprelu; use l1 with a linear encoder")
+            raise SettingError("sparsity: l0 trains the thresholds of encoder: jumprelu; use l1 with another encoder")
+        if self.encoder.name == "tied" and self.freeze != "none":
+            raise SettingError(f"freeze: {self.freeze}: encoder: tied has one table for both; use a linear encoder")
+        if self.encoder.name == "aligned" and self.freeze == "encoder":
+            raise SettingError("freeze: encoder: aligned scales encoder rows in every step; use a linear encoder")
+        if self.allocation.name == "group_max":
+            self._check_groups()
         if has_budget:
             return
         if self.sparsity.name == "none":
-            raise SettingError("sparsity: allocation: threshold has no budget; it needs sparsity: l1 or l0")
+            raise SettingError("sparsity: allocation: threshold has no budget; it needs sparsity: l1, lp, tanh or l0")
         if self.beta:
             raise SettingError("affinity: gradient goes with a budget, not with allocation: threshold")
         if self.k_start is not None:
@@ -198,12 +230,31 @@ class SaeSettings:
         if self.selection != "float32":
             raise SettingError("selection: allocation: threshold selects in float32: pre-activations near 0 count too")
 
+    def _check_groups(self) -> None:
+        """Raises SettingError if the features cannot be divided into as many groups as the budget needs."""
+        if self.k_start is not None:
+            raise SettingError("k_start: allocation: group_max has k groups in every step; use token_choice")
+        groups = self.k * (4 if self.multi_topk else 1)
+        if self.n_features % groups:
+            near = max(1, round(self.n_features / groups)) * groups
+            what = "4 k, of multi_topk" if self.multi_topk else "k"
+            raise SettingError(
+                f"n_features: {self.n_features} cannot be divided into {groups} equal groups ({what}) for allocation: "
+                f"group_max; set n_features to {near}, say"
+            )
+
     def k_at(self, step: int, steps: int) -> int:
         """k of step `step`, from 0, of a training of `steps`: on the line from `k_start`, rounded, and then `k`."""
         falling = self.k_steps * steps
         if self.k_start is None or step >= falling:
             return self.k
         return round(self.k_start + (self.k - self.k_start) * step / falling)
+
+    @property
+    def prefix_sizes(self) -> tuple[int, ...]:
+        """Numbers of features of the nested autoencoders; the last is `n_features`, and the only one without any."""
+        sizes = [round(size * self.n_features) if size < 1 else int(size) for size in self.prefixes]
+        return tuple(sizes if sizes[-1:] == [self.n_features] else [*sizes, self.n_features])
 
     @property
     def largest_k(self) -> int:

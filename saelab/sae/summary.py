@@ -96,7 +96,11 @@ def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
 
 def _inference(sae: "SparseAutoencoder") -> str:
     """Which entries are active when `encode` is called."""
+    if sae.r_mag is not None:
+        return "every feature whose gate is above 0"
     threshold = sae.threshold if sae.log_threshold is None else sae.log_threshold.detach().exp()
+    if sae.groups and threshold is None:
+        return f"the largest pre-activation of each of {sae.k:,} groups of features, if above 0"
     if threshold is None:
         return f"the {sae.k:,} largest pre-activations of each token, if above 0"
     low, high = _ends(threshold)

@@ -40,6 +40,8 @@ class Average:
             parameters[name].copy_(average)
         if self.weights and self._unit_norm:
             self._sae.renormalise_decoder()  # a mean of directions is shorter than they are
+        if self.weights and self._sae.aligned:
+            self._sae.align_encoder()
         self.weights = {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -78,9 +78,9 @@ def training_needs(
 
     thresholds = sum(4 * sae.n_features * allocation_of(sae).calibrated for sae, _ in saes)
     keep, each = settings.checkpoint.keep, " + ".join(dict.fromkeys(f"{whole.state:,}" for whole in wholes))
-    weights, sizes = sum(whole.weights for whole in wholes), " + ".join(dict.fromkeys(whole.sizes for whole in wholes))
+    saved, sizes = sum(whole.saved for whole in wholes), " + ".join(dict.fromkeys(whole.sizes for whole in wholes))
     needs += [
-        Need("checkpoint", weights + thresholds, "disk", f"{times}{sizes}, {thresholds:,} bytes of thresholds"),
+        Need("checkpoint", saved + thresholds, "disk", f"{times}{sizes}, {thresholds:,} bytes of thresholds"),
         Need(
             "states",
             (keep + 1) * sum(whole.state for whole in wholes),
@@ -103,6 +103,9 @@ class _Part:
     statistics: int
     largest: int
     """The largest tensor."""
+    saved: int
+    """The tensors of the checkpoint, without thresholds set after training. There a tied autoencoder has two tables,
+    and a gated one a threshold for its gate."""
     state: int
     """A state on the disk, if it has only this part."""
     sizes: str
@@ -115,12 +118,14 @@ class _Part:
             parameters, trained = list(trainer.sae.parameters()), trainer.optimiser.trained
             weights, gradients = _nbytes(parameters), _nbytes(trained)
             statistics = trainer.usage.state_bytes() + trainer.allocation.state_bytes(sae.n_features)
+            saved = _nbytes([trainer.sae.W_enc, trainer.sae.b_enc, trainer.sae.W_dec, trainer.sae.b_dec])
+            saved += 4 * trainer.sae.n_features * (sae.encoder.name in ("jumprelu", "gated"))
             largest = max(parameter.nbytes for parameter in parameters)
         shapes = " + ".join(" x ".join(f"{n:,}" for n in parameter.shape) for parameter in parameters)
         counters = 4 * len(trained) + torch.get_rng_state().nbytes
         averages = gradients if settings.ema is not None else 0
         state = weights + 2 * gradients + averages + statistics + counters + STATE_TEXT
-        return cls(weights, gradients, averages, statistics, largest, state, f"({shapes}) x 4 bytes")
+        return cls(weights, gradients, averages, statistics, largest, saved, state, f"({shapes}) x 4 bytes")
 
 
 def _in_turn(steps: Sequence[tuple[str, list[Need]]]) -> list[Need]:

@@ -1,4 +1,5 @@
-"""One optimiser step: remove the decoder-parallel gradient, clip, Adam, normalise decoder rows. The host never waits.
+"""One optimiser step: remove the decoder-parallel gradient, clip, Adam, normalise decoder rows, align
+encoder rows. The host never waits.
 
 Memory bandwidth bounds it: a step reads parameters, gradients and two moments, and writes all but the gradients. So
 gradients are clipped inside Adam's own pass, and gradient memory is kept from step to step.
@@ -19,13 +20,17 @@ THRESHOLD_RATE = 10.0
 """Learning rate of trained thresholds, as a multiple of that of the weights. At the same rate thresholds follow the
 pre-activations, which get sparser, too slowly: L0 stays a fifth below its target on the demo model (docs/training.md).
 """
-_FROZEN: dict[str, tuple[str, ...]] = {"none": (), "decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
+_FROZEN: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "decoder": ("W_dec",),
+    "encoder": ("W_enc", "b_enc", "r_mag", "b_mag"),
+}
 
 
 class Optimiser:
     """Adam for `sae`. Until `release`, the large gradients stay allocated and are added to in place.
 
-    `freeze` names weights that are not trained: none, decoder (W_dec) or encoder (W_enc, b_enc). Decoder rows keep
+    `freeze` names weights that are not trained: none, decoder (W_dec) or encoder (W_enc and biases). Decoder rows keep
     length 1 if `unit_norm` and the decoder is trained.
     """
 
@@ -68,6 +73,8 @@ class Optimiser:
         self._adam.zero_grad(set_to_none=False)
         if self.fixed_lengths:
             self.sae.renormalise_decoder()
+        if self.sae.aligned:
+            self.sae.align_encoder()
         return norm
 
     def _add_up_gradients(self) -> None:

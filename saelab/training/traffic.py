@@ -45,6 +45,8 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
     tokens, n = data.share(part), features.share(sae.n_features)
     budgets = [sae.largest_k, *[MULTI_FACTOR * sae.largest_k] * sae.multi_topk]
     gradients = _trained_bytes(sae, settings, d_in, ranks)
+    gated, nested = sae.encoder.name == "gated", len(sae.prefix_sizes)
+    decodings = len(budgets) - 1 + nested + gated
     decoded, mean, counted = 4 * tokens * d_in, 4 * d_in, _reduced(8 * n, data) + _gathered(8 * n, features)
     in_parts = f", {parts} times" * (parts > 1)
     competing, how = _candidate_traffic(sae, budgets, part, ranks)
@@ -52,21 +54,21 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
         Traffic("gradients", _reduced(gradients, data), f"{gradients:,} bytes, added up over the parts of the tokens"),
         Traffic(
             "reconstruction",
-            parts * len(budgets) * _reduced(decoded, features),
-            f"{tokens:,} tokens x {d_in:,} x 4 bytes{' x 2' * sae.multi_topk}, added up over the parts of the features"
-            + in_parts,
+            parts * decodings * _reduced(decoded, features),
+            f"{tokens:,} tokens x {d_in:,} x 4 bytes{f' x {decodings}' * (decodings > 1)}, added up over the parts of "
+            f"the features{in_parts}",
         ),
         Traffic("candidates", parts * competing, how + in_parts),
     ]
     if sae.aux.name != "none":
         most = min(n, aux_entries(sae, d_in))
         aux = _swapped(4 * tokens * most, features) + _swapped(_CHOSEN * tokens * most, features)
-        aux += _reduced(_SIZE, features) + _reduced(decoded, features) + _reduced(mean + 8, data)
-        aux += (2 if sae.aux.name == "aux_zipf" else 1) * _reduced(4, every) + counted // settings.log_every
+        aux += _reduced(_SIZE, features) + nested * (_reduced(decoded, features) + _reduced(mean + 8, data))
+        aux += (1 + nested * (sae.aux.name == "aux_zipf")) * _reduced(4, every) + counted // settings.log_every
         how = f"{tokens:,} tokens x {most:,} pre-activations x {4 + _CHOSEN} bytes, and a reconstruction, added up"
         lift = sae.aux.lift * _reduced(4 * n, data)
         found.append(Traffic("auxiliary loss", parts * aux + lift, how + in_parts))
-    sums = len(budgets) * _reduced(4, data) + _reduced(mean + 4, features)
+    sums = decodings * _reduced(4, data) + _reduced(mean + 4, features)
     sums += (sae.sparsity.name != "none") * _reduced(4, every)
     how = f"of {n:,} features x 8 bytes, {d_in:,} x 4 bytes of means, and sums of the losses"
     return [*found, Traffic("counts and means", parts * (counted + sums), how + in_parts)]

@@ -37,6 +37,7 @@ from saelab import (
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
+from saelab.sae.input_map import InputMap
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AllocationSettings
 from saelab.sae.thresholds import calibrate as thresholds_for
@@ -125,7 +126,7 @@ def thresholds(data: Data, args: argparse.Namespace) -> list[dict[str, Any]]:
             line: dict[str, Any] = {"method": method, "seed": seed}
             alone = rows._replace(training=rows.held_out)
             for name, text in {"held-out text": alone, "saelab.calibrate": rows}.items():
-                calibrate(sae, data.lm, text, data.site, trained.densities, scale=data.scale)
+                calibrate(sae, data.lm, text, data.site, trained.densities, inputs=InputMap(data.scale))
                 line[name] = fvu_and_l0(sae, x)[1]
             print("  ".join(f"{name} {value}" for name, value in line.items()), flush=True)
             found.append(line)

@@ -19,6 +19,7 @@ from saelab.errors import SaelabError
 from saelab.runs.inputs import Inputs, concentration_notes
 from saelab.runs.job import Job, settings_of
 from saelab.runs.resume import states
+from saelab.sae.input_map import InputMap
 from saelab.training.state import load_state
 from saelab.training.trainer import Trainer
 from tests.corpus.made import opened, tokenised, write
@@ -104,12 +105,14 @@ def test_tokens_above_max_norm_are_in_no_batch_scale_or_mean(
     assert plain.fvu < better.fvu, "FVU alone prefers the autoencoder that learnt the sinks"
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["stream", "cache"])
-def test_a_killed_run_goes_on_with_the_same_bound_and_count(
-    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cached", "inputs"), [(False, "scale"), (True, "centre"), (False, "whiten")], ids=["stream", "cache", "whitened"]
+)
+def test_a_killed_run_goes_on_with_the_same_inputs_bound_and_count(
+    tmp_path: Path, cached: bool, inputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, step = with_sinks(tmp_path, cached=cached), Trainer.step
-    limits = ["activations.max_norm=10", "training.checkpoint.tokens=1000"]
+    limits = ["activations.max_norm=10", f"activations.inputs={inputs}", "training.checkpoint.tokens=1000"]
     whole = saelab.train(config, [*limits, f"out={tmp_path / 'whole'}"])
 
     def killed(trainer: Trainer, batch: Any) -> Any:
@@ -126,6 +129,8 @@ def test_a_killed_run_goes_on_with_the_same_bound_and_count(
         assert record(parts)[name] == record(whole)[name] is not None, name
     weights = [load_file(run / "sae" / "sae_weights.safetensors") for run in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    state, said = load_state(states(parts)[-1]), saelab.load(parts).metadata["saelab"]["inputs_of"]
+    assert ("input_mean" in state, "input_whitening" in state, said) == (inputs != "scale", inputs == "whiten", inputs)
     with pytest.raises(SaelabError, match=r"activations.max_norm: is 10.* in the run, not 20"):
         saelab.resume(parts, ["activations.max_norm=20"])
 
@@ -135,7 +140,7 @@ def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     state = load_state(states(run)[-1])
     assert Inputs.from_state(state).state() == {name: state[name] for name in Inputs.from_state(state).state()}
     earlier = Inputs.from_state({"input_scale": 0.5})
-    assert earlier.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
+    assert earlier.map.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
 
 
 def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def batches_of(*norms: list[float]) -> Iterator[ActivationBatch]:
 
 
 def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tokens() -> None:
-    inputs = Inputs(2.0, 5.0, {})
+    inputs = Inputs(InputMap(2.0), 5.0, {})
     batches = batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4])
     found = [made for batch in batches if (made := inputs.batch(batch, torch.device("cpu"))) is not None]
     assert [batch.x[:, 1].tolist() for batch in found] == [[2, 4], [10, 8]]
@@ -178,7 +183,7 @@ def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tok
 
 
 def test_a_source_that_gives_only_larger_norms_ends_with_an_error() -> None:
-    inputs, (large, fair) = Inputs(1.0, 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
+    inputs, (large, fair) = Inputs(InputMap(1.0), 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
     for batch in [fair, *[large] * (SAMPLE_TOKENS // 1000)] * 2:  # in a row there are too few
         inputs.batch(batch, torch.device("cpu"))
     with pytest.raises(SaelabError, match=r"^activations.max_norm: 33,000 tokens in a row have norms above 5"):

@@ -47,3 +47,9 @@ def test_settings_at_their_defaults_do_not_count_for_the_inputs_of_a_training(
         Job(settings_of(config, [f"{name}={value}"])).training_inputs()
         section, _, last = name.partition(".")
         assert last not in seen[0][section] and seen[-1][section] == seen[0][section] | {last: value}
+    for section, last, value in (("sae", "prefixes", [16]), ("activations", "inputs", "centre")):
+        Job(settings_of(config, [f"{section}.{last}={value}"])).training_inputs()
+        assert last not in seen[0][section] and list(seen[-1][section][last]) == list(value)
+    assert not {"p", "slope"} & set(seen[0]["sae"]["sparsity"])
+    Job(settings_of(config, ["sae.sparsity={name: none, p: 0.25}"])).training_inputs()
+    assert seen[-1]["sae"]["sparsity"] == seen[0]["sae"]["sparsity"] | {"p": 0.25}

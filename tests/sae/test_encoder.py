@@ -9,7 +9,7 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.sae.allocation.rules import Threshold
 from saelab.sae.encoder import JumpReLU
-from saelab.sae.losses import batch_fvu, l0, l1
+from saelab.sae.losses import SMOOTHING, batch_fvu, l0, l1, lp, smooth_l0
 from saelab.sae.model import Batch, SparseAutoencoder
 
 D, F, N, BANDWIDTH = 6, 20, 200, 0.3
@@ -104,6 +104,41 @@ def test_l1_equals_its_dense_formula_and_reaches_encoder_and_decoder_lengths() -
     torch.testing.assert_close(l1(forward), expected)
     for name in ("W_enc", "b_enc", "W_dec"):
         torch.testing.assert_close(getattr(sae, name).grad, getattr(twin, name).grad)
+
+
+@pytest.mark.parametrize(
+    ("term", "formula"),
+    [
+        (lambda forward: lp(forward, 0.5), lambda a: ((a / D**0.5 + SMOOTHING).sqrt() - SMOOTHING**0.5).sum() / N),
+        (lambda forward: smooth_l0(forward, 4.0), lambda a: (4 * a).tanh().sum() / N),
+    ],
+    ids=["lp", "tanh"],
+)
+def test_smoother_sparsity_losses_equal_their_dense_formulas(term, formula) -> None:
+    """Decoder rows are not of length 1; the gradient reaches encoder, centre and decoder lengths, and stays finite."""
+    sae, x = make()
+    sae.W_dec.data *= torch.linspace(0.5, 2, F, dtype=torch.float64)[:, None]
+    sae.log_threshold, sae.threshold = None, torch.zeros(1, dtype=torch.float64)
+    sae.b_enc.data[0] = -(sae.W_enc[0] @ (x[0] - sae.b_dec)).item() + 1e-12  # just active
+    twin = copy.deepcopy(sae)
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    expected = formula(((x - twin.b_dec) @ twin.W_enc.T + twin.b_enc).relu() * twin.W_dec.norm(dim=1))
+    torch.testing.assert_close(term(forward), expected)
+    term(forward).backward()
+    expected.backward()
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        found = getattr(sae, name).grad
+        assert torch.isfinite(found).all() and found.any()
+        torch.testing.assert_close(found, getattr(twin, name).grad)
+
+
+def test_lp_is_l1_if_the_power_is_one() -> None:
+    sae, x = make()
+    forward, _ = sae.training_pass(Batch(x), Threshold(sae.encoder.cut()))
+    torch.testing.assert_close(lp(forward, 1.0), l1(forward))
+    forward.codes.values.retain_grad()
+    smooth_l0(forward, 2.0).backward()  # of a JumpReLU, it also reaches the thresholds
+    assert sae.log_threshold is not None and sae.log_threshold.grad is not None and sae.log_threshold.grad.any()
 
 
 @pytest.mark.parametrize("target", [2.0, 6.0])

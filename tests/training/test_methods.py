@@ -152,11 +152,24 @@ RESUMED = {
     "jumprelu": jumprelu(),
     "relu": SaeSettings(F, 3, allocation=THRESHOLD, sparsity=SparsitySettings("l1", 0.1)),
     "frozen": SaeSettings(F, 3, freeze="decoder", unit_norm=False),
+    "gated": SaeSettings(F, 3, EncoderSettings("gated"), allocation=THRESHOLD, sparsity=SparsitySettings("l1", 0.1)),
+    "tanh": SaeSettings(F, 3, allocation=THRESHOLD, sparsity=SparsitySettings("tanh", 0.01)),
+    "tied": SaeSettings(F, 4, EncoderSettings("tied"), allocation=AllocationSettings("group_max")),
+    "aligned": SaeSettings(
+        F, 3, EncoderSettings("aligned"), allocation=THRESHOLD, sparsity=SparsitySettings("lp", 0.1)
+    ),
+    "prefixes": SaeSettings(F, 3, allocation=AllocationSettings("mutual_choice"), prefixes=(0.25, 0.5)),
 }
 
 
-@pytest.mark.parametrize("at", [0, 1, 99, 130])
-@pytest.mark.parametrize("name", RESUMED)
+ADDED = ("gated", "tanh", "tied", "aligned", "prefixes")
+"""Methods without a state of their own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [(name, at) for name in RESUMED for at in ((99,) if name in ADDED else (0, 1, 99, 130))],
+)
 def test_a_new_trainer_with_the_state_continues_to_the_bit(name: str, at: int) -> None:
     """Also within the first phases of feature choice and aux_zipf, and from a copy of the state."""
     settings, sample = RESUMED[name], next(planted(1, 99))

@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from saelab.memory import peak_bytes
+from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.checkpoint import save_sae
+from saelab.sae.layout import WEIGHTS
 from saelab.sae.model import Batch
 from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import (
@@ -39,6 +42,9 @@ METHODS = {
     "gradient": SaeSettings(N, K, affinity=AffinitySettings("gradient"), freeze="decoder"),
     "relu": RELU,
     "jumprelu": JUMPRELU,
+    "gated": SaeSettings(N, K, EncoderSettings("gated"), allocation=THRESHOLD, sparsity=SparsitySettings("l1")),
+    "tied": SaeSettings(N, K, EncoderSettings("tied"), allocation=AllocationSettings("group_max")),
+    "prefixes": SaeSettings(N, 64, prefixes=(0.1, 0.25, 0.5), aux=AuxSettings("aux_zipf")),
 }
 PLAIN = TrainingSettings(STEPS * BATCH, BATCH, checkpoint=CheckpointSettings(keep=KEEP))
 SCHEDULED = dataclasses.replace(PLAIN, accumulate=4, precision="bfloat16", ema=0.9)
@@ -145,6 +151,16 @@ def test_after_the_last_step_only_weights_and_buffers_are_left(
     trainer.release()
     assert all(parameter.grad is None for parameter in trainer.sae.parameters())
     assert not any(trainer.optimiser.state_dict().values()) and not trainer.state_dict().get("ema")
+
+
+@EVERY_METHOD
+def test_the_checkpoint_is_what_save_sae_writes(settings: SaeSettings, tmp_path: Path) -> None:
+    sae = new_trainer(settings).sae
+    sae.b_enc.data -= 1  # no threshold of a gate is 0
+    if allocation_of(settings).calibrated:
+        sae.threshold = torch.ones(N)
+    save_sae(sae, tmp_path)
+    assert needs(settings)["checkpoint"] == sum(each.nbytes for each in load_file(tmp_path / WEIGHTS).values())
 
 
 def test_a_resumed_training_reads_a_state_and_initialises_nothing() -> None:

@@ -50,6 +50,27 @@ METHODS = {
         sparsity=SparsitySettings("l0", target_l0=5.0),
     ),
     "frozen decoder": SaeSettings(FEATURES, 4, freeze="decoder"),
+    "gated": SaeSettings(
+        FEATURES,
+        4,
+        encoder=EncoderSettings("gated"),
+        allocation=AllocationSettings("threshold"),
+        sparsity=SparsitySettings("tanh", coefficient=0.01),
+    ),
+    "lp": SaeSettings(FEATURES, 4, allocation=AllocationSettings("threshold"), sparsity=SparsitySettings("lp", 0.01)),
+    "tied": SaeSettings(FEATURES, 4, encoder=EncoderSettings("tied")),
+    "aligned": SaeSettings(FEATURES, 4, encoder=EncoderSettings("aligned")),
+    "group max": SaeSettings(FEATURES, 5, allocation=AllocationSettings("group_max")),
+    "group max, bfloat16": SaeSettings(
+        FEATURES, 2, allocation=AllocationSettings("group_max"), selection="bfloat16", prefixes=(0.1,)
+    ),
+    "prefixes": SaeSettings(
+        FEATURES,
+        4,
+        allocation=AllocationSettings("mutual_choice"),
+        aux=AuxSettings("aux_zipf", features=7),
+        prefixes=(0.1, 0.5),
+    ),
 }
 LAYOUTS = [(3, 1), (1, 3), (2, 2)]
 """Processes along the axes of tokens and of features; 3 divides neither number."""
@@ -78,7 +99,14 @@ def first_weights(settings: SaeSettings) -> dict[str, Tensor]:
     W_dec = torch.nn.functional.normalize(torch.randn(FEATURES, D, generator=generator), dim=1)
     b_enc = torch.where(torch.arange(FEATURES) % 5 == 0, -3.0, 0.0)  # some are dead, in every part
     weights = {"W_dec": W_dec, "W_enc": 0.8 * W_dec, "b_enc": b_enc, "b_dec": torch.randn(D, generator=generator) / 4}
-    return weights | ({"log_threshold": torch.full((FEATURES,), -0.5)} if settings.encoder.name == "jumprelu" else {})
+    magnitudes = {"r_mag": torch.linspace(-0.2, 0.2, FEATURES), "b_mag": torch.linspace(0.3, -0.3, FEATURES)}
+    added = {
+        "jumprelu": {"log_threshold": torch.full((FEATURES,), -0.5)},
+        "gated": magnitudes,
+        "tied": {"W_enc": W_dec},
+        "aligned": {"W_enc": W_dec},
+    }
+    return weights | added.get(settings.encoder.name, {})
 
 
 def trainer_for(settings: SaeSettings, ranks: Ranks, training: TrainingSettings = TRAINING) -> Trainer:

@@ -30,6 +30,8 @@ METHODS = {
     "feature": SaeSettings(N, K, allocation=AllocationSettings("feature_choice", capacity="uniform")),
     "multi": SaeSettings(N, K, multi_topk=True, affinity=AffinitySettings("gradient"), aux=AuxSettings("none")),
     "lift": SaeSettings(N, K, aux=AuxSettings("aux_zipf", features=7, lift=True), freeze="decoder"),
+    "gated": SaeSettings(N, K, EncoderSettings("gated"), allocation=THRESHOLD, sparsity=SparsitySettings("tanh")),
+    "prefixes": SaeSettings(N, K, allocation=AllocationSettings("group_max"), prefixes=(0.1, 0.5)),
     "relu": SaeSettings(N, K, allocation=THRESHOLD, sparsity=SparsitySettings("l1"), aux=AuxSettings("none")),
     "jumprelu": SaeSettings(
         N, K, EncoderSettings("jumprelu"), allocation=THRESHOLD, sparsity=SparsitySettings("l0"), freeze="encoder"
@@ -47,6 +49,10 @@ KINDS = {
     "_norm": "counts and means",
     "batch_fvu": "counts and means",
     "l1": "counts and means",
+    "_nested": "counts and means",
+    "_fvu": "counts and means",
+    "smooth_l0": "counts and means",
+    "gate": "reconstruction",
     "l0": "counts and means",
     "backward": "counts and means",
 }

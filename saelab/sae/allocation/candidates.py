@@ -19,6 +19,10 @@ from torch import Tensor
 from saelab.kernels.products import topk
 
 _BLOCK = 32
+_GROUP_SPARE = 3
+"""Spare slots of a group on a GPU, if its scores are rounded."""
+_PART = 2**20
+"""Scores that are searched for the largest of groups at a time."""
 
 
 class Entries(NamedTuple):
@@ -119,6 +123,52 @@ class RowBounds:
             return entries
         cut = _lowered(self.best.amin(1), self.margin)
         return entries.where(entries.scores >= cut[entries.tokens])
+
+
+class GroupBounds:
+    """The largest of each token and group of `size` consecutive features; the features of the tiles begin at `first`.
+
+    A tile may have a part of a group, whose largest is then a candidate too.
+    """
+
+    whole_columns, row_major = False, False
+
+    def __init__(self, size: int, first: int, margin: float) -> None:
+        self.size, self.first, self.margin = size, first, margin
+
+    def candidates(self, scores: Tensor, first_token: int, first_feature: int) -> Entries:
+        find = self._reaching if scores.device.type == "cpu" else self._fixed
+        found, start, stop = [], 0, scores.shape[1]
+        while start < stop:  # the rest of a group, whole groups, the beginning of a group
+            rest = self.size - (self.first + first_feature + start) % self.size
+            whole = (stop - start) // self.size * self.size
+            length = whole if rest == self.size and whole else min(rest, stop - start)
+            part = scores[:, start : start + length].unflatten(1, (-1, min(self.size, length)))
+            found.append(find(part).shifted(first_token, first_feature + start))
+            start += length
+        return Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _reaching(self, groups: Tensor) -> Entries:
+        """Entries of groups ``[tokens, n, size]`` that may be the largest of their groups."""
+        found = []
+        rows = max(1, _PART // max(1, groups.shape[1] * groups.shape[2]))
+        for start in range(0, len(groups), rows):
+            part = groups[start : start + rows].transpose(1, 2)
+            maxima = _at_least_float32(part.amax(1))
+            token, slot, group, scores = _members(part, maxima, _lowered(maxima, self.margin))
+            found.append(Entries(token + start, group * groups.shape[2] + slot, scores))
+        return Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _fixed(self, groups: Tensor) -> Entries:
+        """As in RowBounds."""
+        tokens, n, size = groups.shape
+        values, slot = groups.topk(min(size, 1 + (_GROUP_SPARE if self.margin else 0)), dim=2)
+        token = torch.arange(tokens, device=groups.device)[:, None, None].expand_as(slot)
+        feature = slot + size * torch.arange(n, device=groups.device)[:, None]
+        return Entries(token.flatten(), feature.flatten(), _at_least_float32(values.flatten()))
+
+    def final(self, entries: Entries) -> Entries:
+        return entries
 
 
 class TotalBound:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.ranks import Axis, Ranks
 from saelab.sae.allocation.candidates import Bands, Entries
-from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule
+from saelab.sae.allocation.rules import FeatureChoice, GroupMax, MutualChoice, Rule
 
 
 def compared_along(rule: Rule, ranks: Ranks) -> Axis:
@@ -22,6 +22,8 @@ def compared_along(rule: Rule, ranks: Ranks) -> Axis:
 
 def own_rule(rule: Rule, part: slice) -> Rule:
     """`rule`, for all features, on the features of one process."""
+    if isinstance(rule, GroupMax):
+        return replace(rule, first=part.start)
     if not isinstance(rule, FeatureChoice):
         return rule
     capacities = rule.capacities[part]
@@ -48,6 +50,8 @@ def keep(rule: Rule, entries: Entries, tokens: int, ranks: Ranks) -> Tensor:
         own = rule.keep(entries, part.stop - part.start) & (entries.scores > 0)
         candidates = own.nonzero().squeeze(1)
     mine = entries.where(candidates)
+    if isinstance(rule, GroupMax):  # its groups count from the first feature of all
+        mine, rule = mine.shifted(0, rule.first), replace(rule, first=0)
     if rule.compares == "token":
         kept = _keep_by_parts(rule, mine, mine.tokens, part.stop - part.start, axis)
     elif isinstance(rule, FeatureChoice):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelab.sae.allocation.candidates import Bands, runs_of
 from saelab.sae.allocation.capacity import draw_capacities, fit_zipf, ranks, zipf_capacities
-from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
+from saelab.sae.allocation.rules import FeatureChoice, GroupMax, MutualChoice, Rule, Threshold, TokenChoice
 from saelab.sae.encoder import Encoder
 from saelab.sae.settings import SaeSettings
 
@@ -31,8 +31,9 @@ class Allocation(Protocol):
     def __init__(self, settings: SaeSettings, steps: int) -> None: ...
 
     @staticmethod
-    def first_rule(k: int) -> Rule | None:
-        """The rule of the first step of a training with `k`; None: there is no budget, and the rule is inference's."""
+    def first_rule(settings: SaeSettings) -> Rule | None:
+        """The rule of the first step of a training with the final k; None: there is no budget, and the rule is
+        inference's."""
         ...
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
@@ -82,11 +83,27 @@ class TokenAllocation(_Stateless):
     saelens, calibrated = "topk", False
 
     @staticmethod
-    def first_rule(k: int) -> Rule:
-        return TokenChoice(k)
+    def first_rule(settings: SaeSettings) -> Rule:
+        return TokenChoice(settings.k)
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         return TokenChoice(self.settings.k_at(step, self.steps))
+
+    def target(self) -> None:
+        return None
+
+
+class GroupAllocation(_Stateless):
+    """GroupMax in every step. Inference does the same."""
+
+    saelens, calibrated = "groupmax", False
+
+    @staticmethod
+    def first_rule(settings: SaeSettings) -> Rule:
+        return GroupMax(settings.k, settings.n_features)
+
+    def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
+        return self.first_rule(self.settings)
 
     def target(self) -> None:
         return None
@@ -98,8 +115,8 @@ class MutualAllocation(_Stateless):
     saelens, calibrated = "batchtopk", True
 
     @staticmethod
-    def first_rule(k: int) -> Rule:
-        return MutualChoice(k)
+    def first_rule(settings: SaeSettings) -> Rule:
+        return MutualChoice(settings.k)
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         return MutualChoice(self.settings.k_at(step, self.steps))
@@ -114,7 +131,7 @@ class ThresholdAllocation(_Stateless):
     saelens, calibrated, initial_threshold = "standard", False, 0.0
 
     @staticmethod
-    def first_rule(k: int) -> None:
+    def first_rule(settings: SaeSettings) -> None:
         return None
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
@@ -143,8 +160,8 @@ class FeatureAllocation(Allocation):
         self._bands: Bands | None = None
 
     @staticmethod
-    def first_rule(k: int) -> Rule:
-        return MutualChoice(k)
+    def first_rule(settings: SaeSettings) -> Rule:
+        return MutualChoice(settings.k)
 
     def rule(self, step: int, tokens: int, densities: Tensor, encoder: Encoder) -> Rule:
         options, k = self.settings.allocation, self.settings.k_at(step, self.steps)
@@ -220,6 +237,7 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
     "token_choice": TokenAllocation,
     "mutual_choice": MutualAllocation,
     "feature_choice": FeatureAllocation,
+    "group_max": GroupAllocation,
     "threshold": ThresholdAllocation,
 }
 

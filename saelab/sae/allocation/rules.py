@@ -6,7 +6,7 @@ other methods find the same entries fast (selection.py): `bounds` proposes candi
 the lower feature.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from saelab.sae.allocation.candidates import (
     ColumnBounds,
     Entries,
     FixedBounds,
+    GroupBounds,
     RowBounds,
     TotalBound,
 )
@@ -75,6 +76,45 @@ class TokenChoice:
     def keep(self, entries: Entries, tokens: int) -> Tensor:
         budgets = torch.full((tokens,), self.k, device=entries.tokens.device)
         return _best_of_each(entries.scores, entries.tokens, budgets)
+
+
+@dataclass(frozen=True)
+class GroupMax:
+    """Of each of k groups of consecutive features, every token keeps the best: sparsify's GroupMax.
+
+    The groups have n_features / k features each.
+    """
+
+    compares: ClassVar[str] = "token"
+    k: int
+    n_features: int
+    """All features, of which k is a divisor."""
+    first: int = 0
+    """Number of the first feature of the scores."""
+
+    @property
+    def size(self) -> int:
+        """Features of a group."""
+        return self.n_features // self.k
+
+    def mask(self, scores: Tensor) -> Tensor:
+        groups = scores.unflatten(1, (self.k, self.size))
+        return ((_rank(groups, dim=2) < 1) & (groups > 0)).flatten(1)
+
+    def slots(self, tokens: int) -> int:
+        return tokens * self.k
+
+    def times(self, factor: int) -> "GroupMax":
+        return replace(self, k=factor * self.k)
+
+    def bounds(self, tokens: int, n_features: int, margin: float, device: torch.device) -> GroupBounds:
+        return GroupBounds(self.size, self.first, margin)
+
+    def keep(self, entries: Entries, tokens: int) -> Tensor:
+        groups = entries.tokens * self.k + (entries.features + self.first) // self.size
+        order = _falling(entries.scores, groups)
+        first_of_group = groups[order].diff(prepend=groups.new_full((1,), -1)) != 0
+        return torch.zeros_like(groups, dtype=torch.bool).index_copy_(0, order, first_of_group)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from saelab.errors import SaelabError, did_you_mean
 from saelab.sae.interop.stored import Config, Stored
-from saelab.sae.interop.weights import From, built, fold_decoder_norms, fold_gate, vector
+from saelab.sae.interop.weights import From, built, fold_decoder_norms, fold_gate, set_groups, vector
 from saelab.sae.layout import CONFIG
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.normalisation import NORMALISATIONS
@@ -22,6 +22,7 @@ MARKS = ({"W_enc", "W_dec"},)
 """Sets of names of tensors, one of which a file of this kind has."""
 SUFFIX = ".safetensors"
 
+GROUP_MAX = "groupmax"
 _ALONE = {"standard": "relu", "topk": "topk", "jumprelu": "threshold", "gated": "gated"}
 _IN_TRAINING = {"batchtopk": "batch", "matryoshka_batchtopk": "batch"}
 _TRANSCODERS = {
@@ -42,24 +43,24 @@ _METADATA = ("model_name", "hook_name", "hook_head_index", "prepend_bos", "conte
 
 
 def architecture_of(rule: str, *, transcodes: bool, skip: bool) -> str:
-    """The name of an architecture; `rule` is that of inference: relu, topk or threshold."""
+    """The name of an architecture; `rule` is that of inference: relu, topk, threshold or groupmax."""
     if transcodes:
         known = {value: name for name, value in _TRANSCODERS.items()}
         if (rule, skip) in known:
             return known[rule, skip]
         return f"{OURS}{_name(rule)}_{'skip_' if skip else ''}transcoder"
-    return f"{OURS}{_name(rule)}_skip" if skip else _name(rule)
+    return f"{OURS}{_name(rule)}{'_skip' * skip}" if skip or rule == GROUP_MAX else _name(rule)
 
 
 def rule_of(sae: SparseAutoencoder) -> str:
-    """The rule of inference: relu, topk or threshold."""
+    """The rule of inference: relu, topk, threshold or groupmax."""
     if sae.threshold is None:
-        return "topk"
+        return GROUP_MAX if sae.groups else "topk"
     return "threshold" if bool((sae.threshold > 0).any()) else "relu"
 
 
 def _name(rule: str) -> str:
-    return next(name for name, value in _ALONE.items() if value == rule)
+    return next((name for name, value in _ALONE.items() if value == rule), rule)
 
 
 def _taken_apart(config: Config) -> tuple[str, bool, bool]:
@@ -68,7 +69,7 @@ def _taken_apart(config: Config) -> tuple[str, bool, bool]:
     if name in _TRANSCODERS:
         rule, skip = _TRANSCODERS[name]
         return rule, True, skip
-    for rule in ("relu", "topk", "threshold"):
+    for rule in ("relu", "topk", "threshold", GROUP_MAX):
         for transcodes in (False, True):
             for skip in (False, True):
                 if name == architecture_of(rule, transcodes=transcodes, skip=skip):
@@ -128,9 +129,11 @@ def _with_rule(
     if rescaled and rule in ("topk", "batch"):
         fold_decoder_norms(sae)
     k = config.size("k")
-    if rule == "topk":
+    if rule in ("topk", GROUP_MAX):
         if k is None or k > n:
             raise SaelabError(f"{config.path}: k is {config.values.get('k')!r}, not between 1 and d_sae")
+        if rule == GROUP_MAX:
+            set_groups(sae, k, str(config.path))
         sae.k = k
     else:
         sae.k = ours.size("k", n) or n

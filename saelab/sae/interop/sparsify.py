@@ -5,7 +5,7 @@ from typing import Any
 
 from saelab.errors import SaelabError
 from saelab.sae.interop.stored import Config, Stored
-from saelab.sae.interop.weights import From, built
+from saelab.sae.interop.weights import From, built, set_groups
 from saelab.sae.model import SparseAutoencoder
 
 NAME = "sparsify"
@@ -24,8 +24,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     if config.flag("signed", False):
         raise SaelabError(f"{config.path}: signed: its activations can be negative, and saelab's features are positive")
     activation = config.text("activation", "topk")
-    if activation != "topk":
-        raise SaelabError(f"{config.path}: activation is {activation!r}; saelab computes topk")
+    if activation not in ("topk", "groupmax"):
+        raise SaelabError(f"{config.path}: activation is {activation!r}; saelab computes topk and groupmax")
     d_in = config.size("d_in")
     n_features = None if config.values.get("num_latents") in (0, None) else config.size("num_latents")
     if n_features is None and d_in is not None and (factor := config.size("expansion_factor")) is not None:
@@ -41,6 +41,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     k = config.size("k")
     if k is None or k > sae.n_features:
         raise SaelabError(f"{config.path}: k is {config.values.get('k')!r}, not between 1 and {sae.n_features}")
+    if activation == "groupmax":
+        set_groups(sae, k, str(config.path))
     sae.k = k
     sae.metadata = _metadata(stored)
     return sae

@@ -125,3 +125,10 @@ def fold_gate(sae: SparseAutoencoder, gate_bias: Tensor, magnitude_bias: Tensor,
     sae.W_enc.mul_(growth[:, None])
     sae.b_enc.copy_(magnitude_bias)
     sae.threshold = (magnitude_bias - growth * gate_bias).clamp_min(0)
+
+
+def set_groups(sae: SparseAutoencoder, k: int, where: str) -> None:
+    """Make it select by GroupMax of k groups. Raises SaelabError, which begins with `where`, if they are not equal."""
+    if sae.n_features % k:
+        raise SaelabError(f"{where}: k is {k}, and {sae.n_features} features are not {k} equal groups")
+    sae.groups = True

@@ -16,7 +16,7 @@ from torch import Tensor
 from saelab.errors import SaelabError
 from saelab.files import make_folder, translate_errors, write_whole
 from saelab.sae.checkpoint import save_sae
-from saelab.sae.interop.saelens import OURS, architecture_of, rule_of
+from saelab.sae.interop.saelens import GROUP_MAX, OURS, architecture_of, rule_of
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 
@@ -31,7 +31,7 @@ def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
 
 def write_sparsify(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, a hookpoint, as sparsify does. Raises SaelabError if sparsify cannot compute it."""
-    if rule_of(sae) != "topk":
+    if rule_of(sae) not in ("topk", GROUP_MAX):
         raise SaelabError(f"sparsify has no {_described(sae)}; it has {_HAS['sparsify']}")
     if sae.normalisation is not None:
         raise SaelabError(f"sparsify does not normalise its input, and this autoencoder does ({sae.normalisation})")
@@ -47,7 +47,7 @@ def write_sparsify(sae: SparseAutoencoder, folder: Path) -> None:
         tensors["W_skip"] = sae.W_skip.detach()
     lengths = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
     config = {
-        "activation": "topk",
+        "activation": rule_of(sae),
         "expansion_factor": max(1, sae.n_features // sae.d_in),
         "normalize_decoder": bool(torch.allclose(lengths, torch.ones_like(lengths), atol=1e-4)),
         "num_latents": sae.n_features,
@@ -65,7 +65,7 @@ def write_sparsify(sae: SparseAutoencoder, folder: Path) -> None:
 
 def write_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder` as dictionary_learning does. Raises SaelabError if it has no class for it."""
-    if sae.transcodes or sae.W_skip is not None:
+    if sae.transcodes or sae.W_skip is not None or rule_of(sae) == GROUP_MAX:
         raise SaelabError(f"dictionary_learning has no {_described(sae)}; it has {_HAS['dictionary_learning']}")
     if sae.normalisation is not None:
         raise SaelabError(
@@ -128,7 +128,7 @@ def _described(sae: SparseAutoencoder) -> str:
 
 _HAS = {
     "saelens": "ReLU and JumpReLU autoencoders and transcoders, and TopK autoencoders",
-    "sparsify": "TopK autoencoders and transcoders, with or without a skip connection",
+    "sparsify": "TopK and GroupMax autoencoders and transcoders, with or without a skip connection",
     "dictionary_learning": "TopK, BatchTopK, JumpReLU and ReLU autoencoders",
 }
 WRITERS: dict[str, Callable[[SparseAutoencoder, Path], None]] = {

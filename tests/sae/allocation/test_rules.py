@@ -11,7 +11,7 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.sae import encoder
 from saelab.sae.allocation.candidates import Bands, Entries
-from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
+from saelab.sae.allocation.rules import FeatureChoice, GroupMax, MutualChoice, Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import _fixed, as_codes, in_order, select
 
 
@@ -51,7 +51,9 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Rule]]:
     capacities = torch.randint(0, tokens + 1, (n_features,), generator=generator)
     cut = torch.randn(draw(st.sampled_from([1, n_features])), generator=generator)
     feature_choice = FeatureChoice(capacities, int(capacities.sum()))
-    return scores, [TokenChoice(k), MutualChoice(k), feature_choice, Threshold(cut)]
+    groups = draw(st.sampled_from([n for n in range(1, n_features + 1) if n_features % n == 0]))
+    rules = [TokenChoice(k), MutualChoice(k), feature_choice, Threshold(cut), GroupMax(groups, n_features)]
+    return scores, rules
 
 
 @settings(max_examples=150, deadline=None)
@@ -75,6 +77,7 @@ def test_tiles_of_rounded_scores_propose_every_entry_of_the_exact_choice(dtype: 
     margin = 2**-6 if dtype == torch.bfloat16 else 0.0
     rules: list[Rule] = [TokenChoice(8), MutualChoice(8), FeatureChoice(capacities, int(capacities.sum()))]
     rules.append(Threshold(1.5 + torch.rand(256, dtype=scores.dtype)))
+    rules += [GroupMax(k, 256) for k in (8, 2)]  # tiles have whole groups, and parts of them
     for rule, rows, columns in itertools.product(rules, (96, 32), (256, 64)):
         bounds = rule.bounds(96, 256, margin, scores.device)
         if bounds.whole_columns and rows < 96:
@@ -191,3 +194,25 @@ def test_a_fixed_number_of_candidates_contains_the_exact_choice() -> None:
         exact = entries._replace(scores=scores[entries.tokens, entries.features])
         codes, _ = _fixed(exact, rule.keep(exact, 64) & (exact.scores > 0), rule.slots(64), 64, 128)
         assert torch.equal(codes.to_dense(), dense(scores, rule))
+
+
+def test_group_max_keeps_the_largest_of_each_group_and_the_first_of_equal_ones() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, -1.0, -2.0, -3.0], [0.0, 0.0, 5.0, 1.0, 2.0, 2.0]])
+    expected = torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0, 2.0, 0.0]])
+    assert torch.equal(dense(scores, GroupMax(2, 6)), expected)
+    assert torch.equal(allocate(scores, GroupMax(2, 6)).to_dense(), expected)
+    one_of_all = torch.randn(20, 12)
+    assert torch.equal(dense(one_of_all, GroupMax(1, 12)), dense(one_of_all, TokenChoice(1)))
+    assert torch.equal(dense(one_of_all, GroupMax(12, 12)), one_of_all.relu())
+    assert GroupMax(2, 24).times(4) == GroupMax(8, 24)
+
+
+@pytest.mark.parametrize("margin", [0.0, 2**-6])
+def test_the_fixed_number_of_candidates_of_a_gpu_has_the_largest_of_each_group(margin: float) -> None:
+    scores = torch.randn(50, 24)
+    bounds = GroupMax(4, 48).bounds(50, 24, margin, scores.device)
+    found = bounds._fixed(scores.unflatten(1, (4, 6)))
+    assert len(found.scores) == 50 * 4 * (4 if margin else 1)
+    assert torch.equal(scores[found.tokens, found.features], found.scores)
+    best = torch.zeros_like(scores).index_put_((found.tokens, found.features), found.scores)
+    assert torch.equal(best.unflatten(1, (4, 6)).amax(2).relu(), scores.unflatten(1, (4, 6)).amax(2).relu())

@@ -1,0 +1,118 @@
+"""What is done to activations before training, and how the trained weights take it in, so that they apply to x itself.
+
+    x' = scale (x - mean) whitening
+
+scale        the scale makes E||x'||^2 = d_in; there is no mean and no whitening
+centre       the mean of the first activations is subtracted first
+whiten       the covariance of x' is the identity, as far as the first activations show it (ZCA: whitening is symmetric,
+             so x' is the whitened point nearest to x). Training then counts an error in a direction in units of the
+             standard deviation of that direction
+
+All three are exact in the weights that are saved (`InputMap.folded`). Standard deviations below `FLOOR` times their
+root mean square count as this much: the sample says little about them, and they would become as large as all others.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from saelab.sae.model import SparseAutoencoder
+
+FLOOR = 0.03
+_PART = 1024
+"""Tokens of the sample that there is a copy of at a time."""
+
+
+@dataclass(frozen=True)
+class InputMap:
+    """``x -> scale (x - mean) whitening``."""
+
+    scale: float
+    mean: Tensor | None = None
+    """``[d_in]``, or None: nothing is subtracted."""
+    whitening: Tensor | None = None
+    """Symmetric, ``[d_in, d_in]``, or None; it goes with a mean."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The inputs of training: x ``[tokens, d_in]`` -> ``[tokens, d_in]``."""
+        if self.mean is None:
+            return x * self.scale
+        x = x - self.mean.to(x)
+        if self.whitening is not None:
+            x = x @ self.whitening.to(x)
+        return x.mul_(self.scale)
+
+    def gradients(self, g: Tensor | None) -> Tensor | None:
+        """The direction of the gradient with respect to x', given g with respect to x, ``[tokens, d_in]``, or None."""
+        return g if g is None or self.inverse is None else g @ self.inverse.to(g)
+
+    @torch.no_grad()
+    def folded(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """The autoencoder of x that computes what `sae`, trained on x', computes on x'; for inference.
+
+        Its activations are those of `sae` over the scale. Whitening leaves decoder rows of other lengths than 1.
+        """
+        folded = sae.folded(self.scale)
+        if self.whitening is not None and self.inverse is not None:
+            whitening, inverse = self.whitening.to(folded.W_dec), self.inverse.to(folded.W_dec)
+            encoder, decoder = folded.W_enc @ whitening, folded.W_dec @ inverse
+            folded.W_enc, folded.W_dec = nn.Parameter(encoder), nn.Parameter(decoder)
+            folded.b_dec.copy_(folded.b_dec @ inverse)
+        if self.mean is not None:
+            folded.b_dec.add_(self.mean.to(folded.b_dec))
+        return folded
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """The inverse of the whitening, float64."""
+        return None if self.whitening is None else torch.linalg.inv(self.whitening.double())
+
+
+UNCHANGED = InputMap(1.0)
+
+
+@torch.no_grad()
+def input_map(name: str, sample: Tensor) -> InputMap:
+    """The map called `name` (scale, centre or whiten), fitted to the first activations, `sample` ``[tokens, d_in]``.
+
+    Raises ValueError if all activations are 0, or equal if the mean is subtracted, or if their squares are infinite.
+    """
+    if name == "scale":
+        return InputMap(_scale(InputMap(1.0), sample))
+    centred = InputMap(1.0, sample.mean(0, dtype=torch.float64).to(sample.dtype))
+    scale = _scale(centred, sample)
+    if name == "centre":
+        return replace(centred, scale=scale)
+    whitened = replace(centred, whitening=_whitening(sample))
+    return replace(whitened, scale=_scale(whitened, sample))
+
+
+def _scale(inputs: InputMap, sample: Tensor) -> float:
+    """The scale that makes E||x'||^2 = d_in over the sample. Raises ValueError if none does."""
+    square = _mean_square(inputs, sample)
+    if not 0 < square < math.inf:
+        wrong = "are all 0" if inputs.mean is None else "are all equal"
+        raise ValueError("are so large that their squares are infinite" if square else wrong)
+    return math.sqrt(sample.shape[1] / square)
+
+
+def _mean_square(inputs: InputMap, sample: Tensor) -> float:
+    """Mean of ||x'||^2 over the sample."""
+    if inputs.mean is None:
+        return sample.square().sum(1).double().mean().item()
+    return sum(inputs(part).double().square().sum().item() for part in sample.split(_PART)) / len(sample)
+
+
+def _whitening(sample: Tensor) -> Tensor:
+    """The inverse square root of the covariance, symmetric, ``[d_in, d_in]`` in the dtype of `sample`."""
+    covariance = torch.zeros(sample.shape[1], sample.shape[1], dtype=torch.float64, device=sample.device)
+    mean = sample.mean(0, dtype=torch.float64)
+    for part in sample.split(_PART):
+        apart = part.double() - mean
+        covariance.addmm_(apart.T, apart, alpha=1 / len(sample))
+    variances, directions = torch.linalg.eigh(covariance)
+    variances = variances.clamp_min(FLOOR**2 * variances.mean().item())
+    return (directions * variances.rsqrt() @ directions.T).to(sample.dtype)
