@@ -60,7 +60,7 @@ def test_values_are_mistakes_if_half_of_the_other_kind_is_on_the_wrong_side() ->
             assert group.mistake == (wrong.mean() >= 0.5)
             assert group.title.startswith("active" if each.truth else "silent")
     worst = [group.judged[0].said for group in found if group.mistake]
-    assert worst == [min(e.said for e in found[0].judged), max(e.said for e in found[1].judged)]
+    assert worst == [min(e.said or 0 for e in found[0].judged), max(e.said or 0 for e in found[1].judged)]
     assert [group.title for group in groups(score(judged((True, 1.0)), "embedding", "AUROC"))] == ["active"]
 
 
