@@ -13,7 +13,8 @@ from saelab.errors import SaelabError
 from tests.app.shown import check_inert, html, message, unescaped
 from tests.app.synthetic_run import OTHER, write_run
 
-PAGES = ["runs", "run", "features", "feature", "prompt", "steer", "compare", "map", "dead", "attention", "dark_matter"]
+PAGES = ["runs", "run", "features", "feature", "explanations", "audit", "prompt", "steer", "compare", "map", "dead"]
+PAGES += ["attention", "dark_matter"]
 
 
 # the link
