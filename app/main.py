@@ -4,11 +4,10 @@ Pages only draw; every number comes from saelab. Streamlit runs this file again 
 link names, then runs the page. Text from elsewhere is always escaped.
 """
 
-import sys
 from pathlib import Path
 
 import streamlit as st
-from explorer import state
+from explorer import llm, state
 from explorer.html import STYLE
 
 from saelab.errors import SaelabError
@@ -25,6 +24,8 @@ PAGES = {
         (state.RUN, "Run", "monitoring"),
         (state.FEATURES, "Features", "table_rows"),
         (state.FEATURE, "Feature", "center_focus_strong"),
+        (state.EXPLANATIONS, "Explanations", "rate_review"),
+        (state.AUDIT, "Audit", "fact_check"),
         (state.PROMPT, "Prompt", "text_fields"),
         (state.STEER, "Steer", "tune"),
         (state.COMPARE, "Compare", "compare_arrows"),
@@ -81,7 +82,12 @@ def main() -> None:
     st.html(LAYOUT)
     if page.url_path == first.url_path:
         return page.run()
-    problems = state.find_runs(sys.argv[1:] or ["runs"])
+    problems, folders = [], ()
+    try:
+        folders = llm.options().runs
+    except SaelabError as error:
+        problems.append(error)
+    problems += state.find_runs(folders)
     try:
         state.pick_run(page.url_path)
     except SaelabError as error:

@@ -340,12 +340,23 @@ def features(run: Path, overrides: _Overrides = None) -> None:
 def explorer(
     runs: Annotated[list[Path] | None, typer.Argument(help="run folders, or folders of runs (default: runs)")] = None,
     port: _Port = 8501,
+    llm: cli_autointerp.Llm = None,
+    model: cli_autointerp.Model = None,
+    price: cli_autointerp.Price = None,
+    max_tokens: cli_autointerp.Tokens = None,
+    max_money: cli_autointerp.Money = None,
 ) -> None:
     """Serve the explorer on 127.0.0.1 until Ctrl-C.
 
+    With --llm its buttons can ask a language model for explanations and scores; --max-tokens and --max-money are caps
+    for all of them together. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY.
+
     Example: saelab app runs
+
+    Example: saelab app runs --llm http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
     """
-    _serve(runs or [Path("runs")], port)
+    options = cli_autointerp.explorer_options(llm, model, price, max_tokens, max_money)
+    _serve(runs or [Path("runs")], port, options)
 
 
 def _show_evaluation(run: Path) -> None:
@@ -401,7 +412,7 @@ def _print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
     Console(width=100).print(table)
 
 
-def _serve(runs: list[Path], port: int) -> None:
+def _serve(runs: list[Path], port: int, options: Sequence[str] = ()) -> None:
     """Start Streamlit on the explorer, in place of this process."""
     from saelab.files import expanded
 
@@ -432,6 +443,7 @@ def _serve(runs: list[Path], port: int) -> None:
         "--server.headless=true",
         "--browser.gatherUsageStats=false",
         "--",
+        *options,
         *(str(run.resolve()) for run in runs),
     ]
     os.execv(sys.executable, command)

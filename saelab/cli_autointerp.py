@@ -10,17 +10,17 @@ import typer
 from saelab.errors import SaelabError, printable
 
 if TYPE_CHECKING:
-    from saelab.autointerp.llm.budget import Budget, Estimate
+    from saelab.autointerp.llm.budget import Estimate
     from saelab.autointerp.records import About
     from saelab.autointerp.summary import Difference, Line, ScoreTable
 
 _Run = Annotated[Path, typer.Argument(help="a run folder with a feature database")]
-_Llm = Annotated[str | None, typer.Option(metavar="URL", help="a server with the OpenAI chat protocol, or local")]
-_Model = Annotated[str | None, typer.Option(metavar="NAME", help="the model there; with local its folder")]
+Llm = Annotated[str | None, typer.Option(metavar="URL", help="a server with the OpenAI chat protocol, or local")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="the model there; with local its folder")]
 _Concurrency = Annotated[int, typer.Option(min=1, help="requests under way at once")]
-_Price = Annotated[str | None, typer.Option(metavar="P,A", help="price of a million tokens of prompts and of answers")]
-_Tokens = Annotated[float | None, typer.Option(min=1, help="most tokens of prompts and answers")]
-_Money = Annotated[float | None, typer.Option(help="most money; needs --price")]
+Price = Annotated[str | None, typer.Option(metavar="P,A", help="price of a million tokens of prompts and of answers")]
+Tokens = Annotated[float | None, typer.Option(min=1, help="most tokens of prompts and answers")]
+Money = Annotated[float | None, typer.Option(help="most money; needs --price")]
 _About = Annotated[str, typer.Option(metavar="WHAT", help="when it is active (context) or what it causes (effect)")]
 _Yes = Annotated[bool, typer.Option("--yes", help="ask a language model without a question about the cost")]
 
@@ -31,15 +31,15 @@ def explain(
         str | None, typer.Option(metavar="LIST", help="such as 0:100, 7,9 or random:200 (default)")
     ] = None,
     about: _About = "context",
-    llm: _Llm = None,
-    model: _Model = None,
+    llm: Llm = None,
+    model: Model = None,
     contrastive: Annotated[bool, typer.Option("--contrastive", help="show similar silent text too")] = False,
     reasoning: Annotated[bool, typer.Option("--reasoning", help="let the model reason first")] = False,
     again: Annotated[bool, typer.Option("--again", help="make new explanations; the earlier ones stay")] = False,
     concurrency: _Concurrency = 8,
-    price: _Price = None,
-    max_tokens: _Tokens = None,
-    max_money: _Money = None,
+    price: Price = None,
+    max_tokens: Tokens = None,
+    max_money: Money = None,
     yes: _Yes = False,
 ) -> None:
     """Explain features in words, by a language model or, without --llm, offline from statistics of tokens.
@@ -52,6 +52,7 @@ def explain(
     Example: saelab explain runs/quickstart --llm http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
     """
     from saelab import progress
+    from saelab.autointerp.llm.budget import parsed_budget
     from saelab.runs import autointerp
 
     made = autointerp.explain(
@@ -64,7 +65,7 @@ def explain(
         reasoning=reasoning,
         again=again,
         concurrency=concurrency,
-        budget=_budget(price, max_tokens, max_money),
+        budget=parsed_budget(price, max_tokens, max_money),
         confirm=partial(_confirm, yes),
         track=partial(progress.bar, unit="features"),
         say=_say,
@@ -76,14 +77,14 @@ def score(
     run: _Run,
     scores: Annotated[str | None, typer.Option(metavar="LIST", help="such as detection,fuzzing (default: 5)")] = None,
     features: Annotated[str | None, typer.Option(metavar="LIST", help="(default: those with an explanation)")] = None,
-    llm: _Llm = None,
-    model: _Model = None,
+    llm: Llm = None,
+    model: Model = None,
     embed: Annotated[str | None, typer.Option(metavar="MODEL", help="sentence-transformers (default: TF-IDF)")] = None,
     controls: Annotated[str | None, typer.Option(metavar="RUN,...", help="runs to compare with")] = None,
     concurrency: _Concurrency = 8,
-    price: _Price = None,
-    max_tokens: _Tokens = None,
-    max_money: _Money = None,
+    price: Price = None,
+    max_tokens: Tokens = None,
+    max_money: Money = None,
     yes: _Yes = False,
 ) -> None:
     """Score the explanations of features beside controls, by a language model or, without --llm, offline.
@@ -97,6 +98,7 @@ def score(
     Example: saelab score runs/quickstart --scores detection,fuzzing --controls runs/untrained
     """
     from saelab import progress
+    from saelab.autointerp.llm.budget import parsed_budget
     from saelab.runs import autointerp
     from saelab.runs.autointerp import DEFAULT
 
@@ -109,12 +111,29 @@ def score(
         embed=embed,
         controls=_parts(controls or ""),
         concurrency=concurrency,
-        budget=_budget(price, max_tokens, max_money),
+        budget=parsed_budget(price, max_tokens, max_money),
         confirm=partial(_confirm, yes),
         track=partial(progress.bar, unit="scores"),
         say=_say,
     )
     _show(run, found)
+
+
+def explorer_options(
+    llm: str | None, model: str | None, price: str | None, max_tokens: float | None, max_money: float | None
+) -> list[str]:
+    """The arguments that pass these options on to the explorer.
+
+    Raises SettingError if the model is missing or named without a server, or if the budget cannot be read.
+    """
+    from saelab.autointerp.llm.budget import parsed_budget
+    from saelab.errors import SettingError
+
+    if (llm is None) != (model is None):
+        raise SettingError(f"--{'llm' if llm is None else 'model'}: is missing; --llm and --model go together")
+    parsed_budget(price, max_tokens, max_money)
+    given = {"llm": llm, "model": model, "price": price, "max-tokens": max_tokens, "max-money": max_money}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _say(message: str) -> None:
@@ -123,19 +142,6 @@ def _say(message: str) -> None:
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _budget(price: str | None, tokens: float | None, money: float | None) -> "Budget":
-    from saelab.autointerp.llm.budget import Budget, Price
-
-    numbers = None
-    if price is not None:
-        try:
-            prompt, answer = map(float, price.split(","))
-        except ValueError:
-            raise SaelabError(f"--price: {price!r} is not two numbers, such as 0.10,0.40") from None
-        numbers = Price(prompt, answer)
-    return Budget(None if tokens is None else int(tokens), money, numbers)
 
 
 def _confirm(yes: bool, cost: "Estimate") -> None:

@@ -3,7 +3,8 @@
 import streamlit as st
 
 from explorer import state
-from explorer.components.tokens import draw_tokens, lines_of, token_names
+from explorer.components.tokens import draw_tokens, feature_names, lines_of
+from explorer.explanations import draw_text
 from explorer.listing import current_listing, feature_address
 from saelab.features.marks import number
 
@@ -28,13 +29,14 @@ def draw_beside(index: int) -> None:
         if other.never_active:
             st.caption("never active")
             return
+        draw_text(database, beside)
         st.caption(f"density {100 * other.density:.3g}%, largest activation {number(other.maximum)}")
         draw_tokens(
             lines_of(database, beside, database.examples(beside, n=5, window=WINDOW)),
             key="tokens_beside",
             strongest=other.usual_maximum,
             link=feature_address(current_listing()),
-            names=token_names(database),
+            names=feature_names(database),
             legend=False,
             on_opened=lambda another: show_beside(another, index),
         )

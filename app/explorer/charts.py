@@ -40,8 +40,8 @@ def draw_selectable(
 
 
 def inert(text: str, longest: int = 40) -> str:
-    """Text for a label: Plotly takes labels for HTML. Long text is cut."""
-    return escape(text if len(text) <= longest else text[:longest] + "…")
+    """Text for a label: Plotly takes labels for HTML, in which it knows no escaped quotes. Long text is cut."""
+    return escape(text if len(text) <= longest else text[:longest] + "…", quote=False)
 
 
 def bars(

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from explorer import charts, live, state
-from explorer.components.tokens import draw_tokens, lines_of, token_names
+from explorer.components.tokens import draw_tokens, feature_names, lines_of
 from explorer.listing import Listing, feature_address, version
 from saelab.analysis.intervals import Interval
 from saelab.analysis.result import rebuilt
@@ -219,7 +219,7 @@ def draw_contexts(found: Effects, database: Database) -> None:
         key="effect_tokens",
         strongest=database.feature(feature).usual_maximum or 1.0,
         link=feature_address(Listing()),
-        names=token_names(database),
+        names=feature_names(database),
     )
     st.caption("The frame marks the token that is steered; shades are the feature's activation in the clean run.")
 

@@ -7,7 +7,7 @@ import streamlit as st
 
 from explorer import state
 from explorer.beside import show_beside
-from explorer.components.tokens import Line, draw_tokens, lines_of, token_names
+from explorer.components.tokens import Line, draw_tokens, feature_names, lines_of
 from explorer.listing import current_listing, feature_address
 from saelab.features.database import Database, Feature
 from saelab.features.layout import BINS
@@ -44,7 +44,7 @@ def draw_examples(index: int) -> None:
         key=f"tokens_{kind}",
         strongest=feature.usual_maximum,
         link=feature_address(current_listing()),
-        names=token_names(database),
+        names=feature_names(database),
         on_opened=lambda other: show_beside(other, index),
     )
 

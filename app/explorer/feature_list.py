@@ -19,6 +19,7 @@ class Row:
     feature: int
     name: str
     """A token that stands for the feature; "" if none is known."""
+    explanation: str = ""
     activation: float | None = None
     was: float | None = None
     """Its activation before a change."""
@@ -60,12 +61,13 @@ def draw_features(rows: Sequence[Row]) -> None:
 def _row(row: Row, columns: Sequence[str], strongest: float) -> str:
     address = escape(f"feature?{urlencode(state.link(feature=row.feature))}")
     token = escape(visible(cut(row.name))) if row.name else ""
+    said = f' <small class="sl-dim"><bdi>{escape(row.explanation)}</bdi></small>' if row.explanation else ""
     cells = "".join(f"<td>{_cell(row, name)}</td>" for name in columns)
     share = 100 * (row.activation or 0.0) / strongest
     bar = f"background: linear-gradient(90deg, rgba({HUE}, .3) {share:.0f}%, transparent {share:.0f}%)"
     return (
         f'<tr><td><a href="{address}" target="_self">{row.feature}</a></td>'
-        f'<td class="sl-name" style="{bar}"><bdi>{token}</bdi></td>{cells}</tr>'
+        f'<td class="sl-name" style="{bar}"><bdi>{token}</bdi>{said}</td>{cells}</tr>'
     )
 
 

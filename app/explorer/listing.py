@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import numpy as np
 import streamlit as st
 
-from explorer import state
+from explorer import explanations, state
 from saelab.features.database import Database
 from saelab.features.layout import MANIFEST
 from saelab.features.marks import typed
@@ -25,9 +25,10 @@ class Listing:
     """What chooses and orders the features; the fields are parameters of the link."""
 
     q: str = ""
-    """A query in the syntax of `saelab.features.search`."""
+    """A query in the syntax of `saelab.features.search`, or `EXPLANATION` and a text."""
     sort: str = ""
-    """A column; "" for the order of the query, best first, or of the indices."""
+    """A column, or the label of a score; anything else, such as "": the order of the query, best first, or of the
+    indices."""
     order: str = "desc"
     density: tuple[float, float] = (0.0, 1.0)
     maximum: tuple[float, float] = (0.0, inf)
@@ -41,7 +42,9 @@ class Listing:
         return {name: value for name, (value, default) in found.items() if value != default}
 
 
-OPTIONS = {"sort": ("", *SORTABLE), "order": ("asc", "desc"), "show": SHOWN}
+EXPLANATION = "explanation:"
+"""What a query for a text in explanations begins with."""
+OPTIONS = {"order": ("asc", "desc"), "show": SHOWN}
 
 
 class Listed(NamedTuple):
@@ -67,7 +70,7 @@ def current_listing() -> Listing:
 
 def listed(database: Database, listing: Listing) -> Listed:
     """The features of a list. Raises SaelabError if its query cannot be read."""
-    return _listed(database, version(database), listing)
+    return _listed(database, (version(database), explanations.version(database)), listing)
 
 
 def version(database: Database) -> tuple:
@@ -77,7 +80,12 @@ def version(database: Database) -> tuple:
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _listed(_database: Database, version: tuple, listing: Listing) -> Listed:
-    found = _database.search(typed(listing.q)) if listing.q else None
+    explained = explanations.known(_database)
+    found = None
+    if listing.q.startswith(EXPLANATION):
+        found = Found(explained.search(typed(listing.q).removeprefix(EXPLANATION)))
+    elif listing.q:
+        found = _database.search(typed(listing.q))
     ranges: dict[str, tuple[float, float]] = {
         column: given for column in ("density", "maximum") if (given := listing.parameters.get(column))
     }
@@ -85,9 +93,12 @@ def _listed(_database: Database, version: tuple, listing: Listing) -> Listed:
     if listing.show != "all" and not named:
         ranges["n_active"] = (0, 0) if listing.show == "never" else (1, inf)
     among = None if found is None else found.features
-    order = listing.sort or None
-    page = _database.table.page(ranges, among, order, listing.order == "desc", n=_database.n_features)
-    return Listed(page.features, found)
+    order, falling = listing.sort if listing.sort in SORTABLE else None, listing.order == "desc"
+    features = _database.table.page(ranges, among, order, falling, n=_database.n_features).features
+    if listing.sort in explained.columns:
+        scores = explained.columns[listing.sort][0][features]
+        features = features[np.argsort(-scores if falling else scores, kind="stable")]  # those without one come last
+    return Listed(features, found)
 
 
 def feature_address(listing: Listing) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import streamlit as st
 
 from explorer import state
-from explorer.components.tokens import Line, draw_tokens, token_names
+from explorer.components.tokens import Line, Name, draw_tokens, feature_names
 from saelab.analysis.short_text import ShortText
 from saelab.errors import SaelabError
 from saelab.features.database import Database
@@ -99,10 +99,10 @@ def scale(feature: int, values: np.ndarray) -> float:
     return (known.feature(feature).usual_maximum if known else 0.0) or float(values.max(initial=0)) or 1.0
 
 
-def names(features: Iterable[int]) -> dict[int, str]:
-    """A token for each feature: the one with most of its activation. Without a database there is none."""
+def names(features: Iterable[int]) -> dict[int, Name]:
+    """The token with most of its activation, and the explanation, of each feature. Without a database: none."""
     known = database()
-    return token_names(known)(features) if known else {}
+    return feature_names(known)(features) if known else {}
 
 
 @st.fragment

@@ -33,6 +33,7 @@ from saelab.runs.summary import SweepRun, read_sweep
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
 DEAD, ATTENTION, DARK = "views/dead.py", "views/attention.py", "views/dark_matter.py"
+EXPLANATIONS, AUDIT = "views/explanations.py", "views/audit.py"
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""

@@ -101,7 +101,7 @@ def draw_choice(features: np.ndarray, values: np.ndarray) -> int:
     """Draw the choice among the features of a token; returns the chosen one."""
     names = live.names(features)
     labels = {
-        int(f): "  ".join([str(f), *([visible(names[int(f)])] if int(f) in names else []), number(float(v))])
+        int(f): "  ".join([str(f), *([visible(names[int(f)].token)] if int(f) in names else []), number(float(v))])
         for f, v in zip(features, values, strict=True)
     }
     options = list(labels)

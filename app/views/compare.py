@@ -8,7 +8,8 @@ import numpy as np
 import streamlit as st
 from explorer import charts, state
 from explorer.components.pairs import draw_pairs
-from explorer.components.tokens import draw_tokens, lines_of, token_names
+from explorer.components.tokens import draw_tokens, feature_names, lines_of
+from explorer.explanations import draw_text
 from explorer.pareto import choose_figure, draw_pareto
 from explorer.similarity import command, draw_command, draw_stored
 
@@ -236,6 +237,7 @@ def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
                 st.caption("This run has no feature database.")
                 continue
             found = each.database.feature(feature)
+            draw_text(each.database, feature)
             st.caption(f"density {100 * found.density:.3g}%, largest activation {number(found.maximum)}")
             if found.never_active:
                 continue
@@ -244,7 +246,7 @@ def draw_panes(a: Side, b: Side, pair: tuple[int, int]) -> None:
                 key=key,
                 strongest=found.usual_maximum,
                 link=f"feature?{urlencode({'run': each.name})}&feature=",
-                names=token_names(each.database),
+                names=feature_names(each.database),
                 legend=False,
             )
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import streamlit as st
 from explorer import charts, state
 from explorer.components.histogram import draw_histogram
-from explorer.components.tokens import Line, draw_tokens, token_names
+from explorer.components.tokens import Line, draw_tokens, feature_names
 from explorer.listing import Listing, feature_address
 
 from saelab.errors import SaelabError
@@ -232,7 +232,7 @@ def draw_texts(found: dict[str, Any], database: Database) -> None:
         key="dark_tokens",
         strongest=float(values[chosen[0]]) or 1.0,
         link=feature_address(Listing()),
-        names=token_names(database),
+        names=feature_names(database),
         what=SHADES[measure],
         on_pinned=pinned,
     )

@@ -11,6 +11,7 @@ from explorer import live, state
 from explorer.beside import draw_beside, show_beside
 from explorer.components.copy_link import draw_copy_link
 from explorer.examples import draw_examples
+from explorer.explained_feature import draw_explanations, draw_headline
 from explorer.listing import SIZE, Listed, Listing, current_listing, listed
 from explorer.numbers import draw_numbers
 
@@ -106,6 +107,7 @@ def page() -> None:
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
     st.caption(state.plain(f"{database.site} of the model {database.model}, {database.n_features:,} features"))
+    draw_headline(database, feature)
     if not feature.never_active:
         state.draw_dark_matter_link("What is left out where it is active", feature=index)
     else:
@@ -120,6 +122,7 @@ def page() -> None:
             draw_examples(index)
     with right, st.container(key="rail"):
         draw_beside(index)
+        draw_explanations(index)
         draw_numbers(database, feature)
     st.caption(
         "Keys: J and K lead to the next and the previous feature. Tab reaches a text, arrow keys walk from token to "

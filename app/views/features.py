@@ -1,14 +1,17 @@
 """The features of a run: search, filter and sort them; each row opens one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from explorer import state
+from explorer import explanations, state
 from explorer.components.histogram import draw_histogram
-from explorer.components.rows import Column, Row, draw_rows
+from explorer.components.rows import NUMBER, Column, Row, draw_rows
 from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed, version
 
+from saelab.autointerp.overview import Overview
+from saelab.autointerp.tables import table_of
 from saelab.features.database import Database
 from saelab.features.search import Found, Match, match_of
 
@@ -18,7 +21,8 @@ HELP = r"""Features that are active on this text, those with most of their activ
 - `/def \w+/`: a regular expression, in this case
 - `token:import`: a token that is this text
 - `promotes:import`: tokens that the feature makes more likely
-- `id:7,12,40-50`: features by index"""
+- `id:7,12,40-50`: features by index
+- `explanation:import`: features whose explanation has this text, in any case"""
 COLUMNS = [
     Column("id", "feature", True),
     Column("density", "density", True, "share of the held-out tokens on which the feature is active, and their number"),
@@ -31,7 +35,12 @@ COLUMNS = [
 ]
 SCORE = Column("score", "match", True, "share of its activation that lies on the match; for promotes:, the logit")
 # The column of the database that each column sorts by; "" is the order of the query.
+EXPLAINED = Column("text", "explanation and example", False, "the latest explanation; and an example")
 SORTS = {"id": "feature", "density": "density", "maximum": "maximum", "score": ""}
+
+
+BETWEEN = "|"
+"""Between the labels of scores in the link."""
 
 
 class Facet(NamedTuple):
@@ -73,7 +82,7 @@ def draw_filters(database: Database, listing: Listing) -> None:
     with search:
         st.text_input(
             "Search",
-            placeholder="text, /regex/, token:, promotes:, id:",
+            placeholder="text, /regex/, token:, promotes:, id:, explanation:",
             help=HELP,
             icon=":material/search:",
             **state.bound("q", "", clears=("page", "sort", "order")),
@@ -95,8 +104,58 @@ def draw_filters(database: Database, listing: Listing) -> None:
         draw_facet(database, listing, "maximum", "largest activation")
 
 
-def rows_of(database: Database, found: Found | None, features: np.ndarray) -> list[Row]:
-    """The rows of some features of the list: where each matches the query, or else is most active."""
+def draw_scores_shown(explained: Overview) -> list[str]:
+    """The choice of the scores that have a column; returns their labels."""
+    labels = list(explained.columns)
+    if not labels:
+        return []
+    shown = [label for label in state.value("scores", labels[0]).split(BETWEEN) if label in labels]
+    st.session_state["scores_shown"] = shown
+
+    def chosen() -> None:
+        names = BETWEEN.join(st.session_state["scores_shown"])
+        state.change(scores=None if names == labels[0] else names)
+
+    st.pills(
+        "Scores",
+        labels,
+        selection_mode="multi",
+        format_func=state.plain,
+        key="scores_shown",
+        on_change=chosen,
+        help="of the latest explanation, with that of its shuffled control below",
+    )
+    return shown
+
+
+def score_columns(explained: Overview, labels: Sequence[str]) -> list[Column]:
+    """A column for each of the chosen scores, named by the score, and by the judge if two have the same name."""
+    names = {measure.label: measure.score for measure in explained.measures}
+    several = [name for name in names.values() if [*names.values()].count(name) > 1]
+    return [
+        Column(
+            NUMBER + label,
+            label if names[label] in several else names[label],
+            True,
+            f"{label}, of the latest explanation; below it, of its shuffled control",
+        )
+        for label in labels
+    ]
+
+
+def numbers_of(explained: Overview, labels: Sequence[str], feature: int) -> dict[str, tuple[str, str]]:
+    """The cells of a feature's scores."""
+    values = {label: [float(line[feature]) for line in explained.columns[label]] for label in labels}
+    return {
+        NUMBER + label: (f"{own:.2f}", f"{control:.2f} shuffled" if np.isfinite(control) else "")
+        for label, (own, control) in values.items()
+        if np.isfinite(own)
+    }
+
+
+def rows_of(database: Database, found: Found | None, features: np.ndarray, labels: Sequence[str]) -> list[Row]:
+    """The rows of some features of the list: where each matches the query, or else is most active; and its scores."""
+    explained = explanations.known(database)
     scored = found if has_scores(found) else None
     numbers: dict[int, int] = {}
     if scored:
@@ -105,10 +164,12 @@ def rows_of(database: Database, found: Found | None, features: np.ndarray) -> li
 
     def row(feature: int, top: int) -> Row:
         strongest = Match(top, top, top) if top >= 0 else None
+        own = numbers_of(explained, labels, feature)
         if scored is None:
-            return Row(feature, strongest)
+            return Row(feature, strongest, numbers=own)
         number = numbers[feature]
-        return Row(feature, match_of(database.facts, scored, number) or strongest, score(scored, number))
+        match = match_of(database.facts, scored, number) or strongest
+        return Row(feature, match, score(scored, number), numbers=own)
 
     top = database.table["top_places"][features, 0].tolist() if len(features) else []
     return [row(*each) for each in zip(features.tolist(), top, strict=True)]
@@ -125,25 +186,34 @@ def score(found: Found, number: int) -> str:
     return f"{found.logits[number]:+.2f}" if found.logits is not None else ""
 
 
-def draw_list(database: Database, listing: Listing, found: Listed) -> None:
+def draw_list(database: Database, listing: Listing, found: Listed, labels: Sequence[str]) -> None:
     total = len(found.features)
     page = min(state.value("page", 1, limits=(1, 1e9)), max(1, -(-total // SIZE)))
     first = (page - 1) * SIZE
     matched = has_scores(found.found)
+    explained = explanations.known(database)
+    columns = [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else [*COLUMNS]
+    columns[-2:-2] = score_columns(explained, labels)
+    left_out = ["bars", "tokens"][: max(0, len(labels) - 1)]  # so that the explanation keeps its room
+    columns = [column for column in columns if column.key not in left_out]
+    if explained.latest:
+        columns[-1] = EXPLAINED
+
+    sorts = SORTS | {NUMBER + label: label for label in labels}
 
     def sort_by(key: str) -> None:
-        sort = SORTS.get(key, "")
+        sort = sorts.get(key, "")
         again = sort == listing.sort
         rising = listing.order == "desc" if again else sort == "feature"
         state.change(sort=sort or None, order="asc" if sort and rising else None, page=None)
 
     draw_rows(
         database,
-        rows_of(database, found.found, found.features[first : first + SIZE]),
-        [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else COLUMNS,
+        rows_of(database, found.found, found.features[first : first + SIZE], labels),
+        columns,
         key="rows",
         link=feature_address(listing),
-        sort=next((key for key, column in SORTS.items() if column == listing.sort and (column or matched)), ""),
+        sort=next((key for key, column in sorts.items() if column == listing.sort and (column or matched)), ""),
         descending=listing.order == "desc",
         first=first,
         total=total,
@@ -158,12 +228,26 @@ def page() -> None:
     database = state.database()
     listing = current_listing()
     draw_filters(database, listing)
+    explanations.draw_problem(database)
+    explained = explanations.known(database)
+    labels = draw_scores_shown(explained)
     found = listed(database, listing)
-    st.caption(
-        f"{len(found.features):,} of {database.n_features:,} features; densities are of {database.n_tokens:,} tokens"
-    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(
+            f"{len(found.features):,} of {database.n_features:,} features, {len(explained.latest):,} explained; "
+            f"densities are of {database.n_tokens:,} tokens"
+        )
+        st.download_button(
+            "CSV",
+            lambda: table_of(database, found.features, explained),
+            "features.csv",
+            "text/csv",
+            on_click="ignore",
+            icon=":material/download:",
+            help="all features of this list, in this order, with their explanations and all scores",
+        )
     if len(found.features):
-        draw_list(database, listing, found)
+        draw_list(database, listing, found, labels)
     else:
         st.info("No feature matches. Change the search, or widen the ranges.")
 

@@ -1,11 +1,12 @@
 """The features in the plane of the first two principal components of their decoder rows."""
 
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 import streamlit as st
-from explorer import charts, state
+from explorer import charts, explanations, state
 from explorer.components.leave import leave_for
 from explorer.listing import version
 
@@ -62,13 +63,14 @@ def colours(database: Database, column: str, features: np.ndarray) -> tuple[np.n
 
 
 def names(database: Database, features: np.ndarray) -> list[str]:
-    """For each feature its index, and for the densest the tokens with most of their activation."""
+    """For the densest features the tokens with most of their activation, and their explanation; "" for the others."""
     n_active, top = database.table["n_active"][features], database.table["top_tokens"]
     named = set(features[np.argsort(-n_active, kind="stable")[:MOST_NAMED]].tolist())
-    texts = []
+    explained, texts = explanations.texts(database, named), []
     for feature in features.tolist():
         tokens = [token for token in top[feature].tolist()[:3] if token >= 0] if feature in named else []
-        texts.append(" ".join(charts.inert(visible(database.vocabulary.text(token)[:20]), 12) for token in tokens))
+        text = " ".join(charts.inert(visible(database.vocabulary.text(token)[:20]), 12) for token in tokens)
+        texts.append("<br>".join([text, *map(charts.inert, wrap(explained.get(feature, "")[:120], 40))]))
     return texts
 
 

@@ -169,7 +169,7 @@ def draw_token(
         [
             Row(
                 int(features[i]),
-                names.get(int(features[i]), ""),
+                *names.get(int(features[i]), ("", "")),
                 activation=float(values[i]),
                 quantile=rank,
                 density=share,
@@ -248,7 +248,7 @@ def draw_edit(text: ShortText, typed: str, shade: tuple[str, int], bos: bool) ->
     names = live.names(found.features[shown])
     draw_features(
         [
-            Row(int(feature), names.get(int(feature), ""), activation=float(now), was=float(was))
+            Row(int(feature), *names.get(int(feature), ("", "")), activation=float(now), was=float(was))
             for feature, was, now in zip(found.features[shown], found.before[shown], found.after[shown], strict=True)
         ]
     )

@@ -84,8 +84,8 @@ def draw_changes() -> list[Change]:
                 args=([*found[:i], *found[i + 1 :]],),
             )
             name = live.names([change.feature]).get(change.feature) if known(change.feature) else None
-            if name:
-                st.caption(state.plain(f"most active on {visible(name)}"))
+            if name is not None and (name.token or name.explanation):
+                st.caption(state.plain(name.explanation or f"most active on {visible(name.token)}"))
     used = {change.feature for change in found}
     new = Change(next(feature for feature in range(MOST_FEATURES + 1) if feature not in used), "add", 1.0)
     st.button(

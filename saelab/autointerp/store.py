@@ -218,6 +218,7 @@ def _heads(path: Path, start: int = 0) -> Iterator[tuple[int, int, bytes, re.Mat
     """The number, first byte, content and head of each whole line from byte `start` on; numbers begin with 1 there."""
     with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
         file.seek(start)
+        offset = start
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # the last one, cut off by a kill, or being written
                 break
@@ -225,8 +226,8 @@ def _heads(path: Path, start: int = 0) -> Iterator[tuple[int, int, bytes, re.Mat
             if head is None:
                 where = f"line {number}" if not start else f"line {number} from byte {start:,}"
                 raise SaelabError(f"{path}, {where}: is damaged. {_REMEDY}")
-            yield number, start, line, head
-            start += len(line)
+            yield number, offset, line, head
+            offset += len(line)
 
 
 def _read_at(path: Path, offset: int, line: bytes, build: Callable[[dict[str, Any]], T], *, judged: bool = True) -> T:

@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 
 from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.llm.protocol import Client, Reply, Request
-from saelab.autointerp.records import SHUFFLED
+from saelab.autointerp.plan import controls, stored
+from saelab.autointerp.records import SHUFFLED, Explanation
 from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
 from saelab.autointerp.steered_text import SteeredTexts, steered_texts
-from saelab.autointerp.store import explanations, scores
-from saelab.autointerp.summary import Line, ScoreTable
+from saelab.autointerp.store import explanations, scores, writing
+from saelab.autointerp.summary import Line, ScoreTable, mean_interval
 from saelab.cli import app
 from saelab.errors import SaelabError
+from saelab.features.database import open_database
 from saelab.runs.autointerp import Subject, explain, score, table
 from tests.autointerp.test_intervention import SITE, autoencoder
 from tests.autointerp.test_surprisal import Reader
@@ -341,3 +343,39 @@ def test_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = runner.invoke(app, [*arguments, "--yes", "--price", "1,2"])
     assert done.exit_code == 0, done.exception
     assert "2 features explained by oracle" in done.output and "in money" in done.output
+
+
+def test_the_interval_of_many_features_is_that_of_the_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).beta(2, 5, 1000)
+    drawn = mean_interval(values)
+    monkeypatch.setattr("saelab.autointerp.summary.MANY", 999)
+    assert mean_interval(values) == pytest.approx(drawn, abs=0.1 * (drawn.high - drawn.low))
+    assert mean_interval(values) != drawn
+
+
+def test_stored_explanations_are_read_when_they_are_needed(run: Path) -> None:
+    """The latest of each feature, and its control: the stored one, unless it has the same text, or a new one."""
+    folder = run / "autointerp"
+    with writing(folder, INPUTS) as writer:
+        for feature, text in ((3, "c"), (1, "a"), (2, "b"), (1, "A")):
+            writer.explanation(Explanation(feature, text, "default", "m", answer="long"), SETTINGS)
+        writer.explanation(Explanation(4, "", "default", "m"), SETTINGS)
+        writer.explanation(Explanation(2, "A", f"{SHUFFLED}default", "m"), SETTINGS)
+        writer.explanation(Explanation(3, "c", f"{SHUFFLED}default", "m"), SETTINGS)
+        writer.explanation(Explanation(1, "of another kind", f"{SHUFFLED}contrastive", "m"), SETTINGS)
+        writer.explanation(Explanation(1, "effect", "effect", "m"), SETTINGS)
+    latest, shuffled = stored(folder, INPUTS)
+    assert {feature: each.explanation.text for feature, each in latest.items()} == {1: "A", 2: "b", 3: "c", 4: ""}
+    assert not any(each.explanation.answer for each in latest.values()) and 0 not in latest
+    assert latest.features[latest.explained].tolist() == [1, 2, 3]
+    found = controls(open_database(run / "features"), latest, shuffled, np.array([1, 2, 3, 4]))
+    texts = {control: each.explanation.text for control, each in found.items()}
+    assert texts.pop((2, "m", "default")) == "A" and len(found) == 3
+    assert texts.pop((1, "m", "default")) == "b" and texts.pop((3, "m", "default")) == "b" and not texts
+    assert found.new_one(2) is None and found.new_one(4) is None and found.new_one(0) is None
+    new = found.new_one(3)
+    assert new is not None and new.explanation.kind == f"{SHUFFLED}default" and new.explanation.feature == 3
+    assert new.explanation.note == "the explanation of feature 2" and new.contexts == SETTINGS
+    assert found.get((3, "m", "contrastive")) is None
+    (effect,) = stored(folder, INPUTS, "effect")[0].values()
+    assert effect.explanation.text == "effect"

@@ -9,7 +9,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   function draw() {
     const d = JSON.parse(text), table = make("table"), head = table.createTHead().insertRow();
     d.columns.forEach(([key, label, sortable, hint]) => {
-      const cell = head.appendChild(make("th", key));
+      const cell = head.appendChild(make("th", key.startsWith("number:") ? "value" : key));
       cell.scope = "col";
       cell.title = hint ?? "";
       if (!sortable) return cell.append(label);
@@ -65,7 +65,12 @@ export default function ({ data, parentElement, setTriggerValue }) {
         const list = cell.appendChild(make("span", "list"));
         tokens.forEach((token) => write(list.appendChild(make("span", "token")), token, 24, false));
       });
-    } else if (row.text) {
+    } else if (key.startsWith("number:")) {
+      cell.className = "value";
+      cell.append(row[key]?.[0] ?? "", make("small", "", row[key]?.[1] ?? ""));
+    } else {
+      if (row.explained) cell.appendChild(make("div", "explained", row.explained));
+      if (!row.text) return;
       const snippet = cell.appendChild(make("div", "snippet"));
       let hit = null; // one frame for all tokens of the match
       row.text.forEach((token, i) => {

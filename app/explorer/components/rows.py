@@ -1,12 +1,13 @@
 """A table of features. Each row is a link; headers sort."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
 
+from explorer import explanations
 from explorer.components.mount import component, marked, packed
 from saelab.features.database import Database
 from saelab.features.marks import number
@@ -21,10 +22,12 @@ BEFORE = 24
 AROUND = 8
 """Most tokens of a snippet before and after it."""
 TOKENS = 5
+NUMBER = "number:"
+"""What the key of a column begins with whose cells are in `Row.numbers`."""
 
 
 class Column(NamedTuple):
-    """A column of the table. `key` is id, density, maximum, bars, tokens, score or text."""
+    """A column of the table. `key` is id, density, maximum, bars, tokens, score, text, or `NUMBER` and a name."""
 
     key: str
     label: str
@@ -41,6 +44,8 @@ class Row:
     """Where its snippet is, and the tokens of it that are lit."""
     score: str = ""
     note: str = ""
+    numbers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """By the keys of columns: a number, and what stands below it."""
 
 
 def draw_rows(
@@ -103,6 +108,7 @@ def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]
     table, chosen = database.table, [row.feature for row in rows]
     of = {name: table[name][chosen] for name in ("n_active", "histogram", "top_logit_tokens", "top_tokens")}
     maxima = database.facts.maxima[chosen]
+    explained = explanations.texts(database, chosen) if "text" in keys else {}
     sent = []
     for i, row in enumerate(rows):
         line: dict = {"id": row.feature}
@@ -122,6 +128,9 @@ def _rows(database: Database, rows: Sequence[Row], keys: set[str]) -> list[dict]
             line |= {"score": row.score, "note": row.note}
         if "text" in keys and row.match is not None:
             line |= _snippet(database, row.feature, row.match)
+        if "text" in keys and row.feature in explained:
+            line["explained"] = explained[row.feature]
+        line |= row.numbers
         sent.append(line)
     return sent
 

@@ -31,6 +31,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (line.side || line.more) row.append(side);
       else row.style.display = "block";
       row.append(shownText);
+      if (line.note) row.append(make("div", "note", line.note));
       return line.tokens.map((token, k) => {
         const span = shownText.appendChild(make("span", "token"));
         write(span, d.texts[token], LONGEST, breaks);
@@ -38,6 +39,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
         span.setAttribute("role", "button");
         span.at = [l, k];
         if (k === line.peak) span.classList.add("peak");
+        if (line.marks?.includes(k)) span.classList.add("marked");
         if (line.activations[k] > 0) {
           span.classList.add("on");
           span.style.setProperty("--share", Math.min(1, line.activations[k] / d.strongest).toFixed(3));
@@ -84,6 +86,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       const name = make("span", "dim token");
       write(name, d.names[others[i]] ?? "", 40, false);
       item.append(make("span", "", number(others[i + 1])), name);
+      if (d.explained[others[i]]) item.append(make("span", "explained", d.explained[others[i]]));
     }
     card.append(make("div", "dim", pinned ? "strongest other features here" : "strongest others here; click to pin"), list);
   }

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
 
+from explorer import explanations
 from explorer.components.mount import component, marked, packed, rounded
 from saelab.features.database import Database
 from saelab.features.examples import Example
@@ -18,6 +20,13 @@ _mount = component(
 )
 AROUND = 3
 """Examples are alike if their tokens are the same from this many before to this many after the peak."""
+
+
+class Name(NamedTuple):
+    """What stands for a feature."""
+
+    token: str = ""
+    explanation: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,10 @@ class Line:
     """Short text beside the line."""
     heading: str = ""
     """Text above the line."""
+    marks: Sequence[int] = ()
+    """Indices of tokens with a line below and above them."""
+    note: str = ""
+    """Text below the line."""
     alike: bool = False
     """Whether the line is folded into the last one that is not."""
 
@@ -50,7 +63,7 @@ def draw_tokens(
     key: str,
     strongest: float,
     link: str,
-    names: Callable[[Iterable[int]], dict[int, str]],
+    names: Callable[[Iterable[int]], dict[int, Name]],
     what: str = "activation",
     legend: bool = True,
     on_opened: Callable[[int], None] | None = None,
@@ -59,8 +72,8 @@ def draw_tokens(
     """Draw lines of tokens.
 
     Hovering over a token, or walking to it with the arrow keys, shows a card; a click or Enter pins it. `strongest` is
-    the activation from which on the shading is full; `what` names the values. `names` gives a token to show beside each
-    of the other features on the card. `link` is the address of a feature without its index, which they lead to.
+    the activation from which on the shading is full; `what` names the values. `names` gives what to show beside
+    each of the other features on the card. `link` is the address of a feature without its index, which they lead to.
 
     With `on_opened`, a plain click on one of these features calls it with the feature, before the page is drawn again,
     instead of following the link. With `on_pinned`, a click on a token also reaches Python:
@@ -79,6 +92,8 @@ def draw_tokens(
             "peak": line.peak,
             "side": line.side,
             "heading": line.heading,
+            "marks": list(line.marks) or None,
+            "note": line.note,
             "alike": line.alike or None,
             "more": more or None,
         }
@@ -91,11 +106,12 @@ def draw_tokens(
                 for other in line.others
             ]
         sent.append({name: value for name, value in facts.items() if value is not None and value != ""})
-    shown = {int(feature) for line in lines for other in line.others for feature in other.features}
+    shown = names(sorted({int(feature) for line in lines for other in line.others for feature in other.features}))
     data = {
         "lines": sent,
         "texts": list(texts),
-        "names": {feature: marked(name) for feature, name in names(sorted(shown)).items()},
+        "names": {feature: marked(name.token) for feature, name in shown.items()},
+        "explained": {feature: name.explanation for feature, name in shown.items() if name.explanation},
         "strongest": rounded(np.array([strongest]))[0],
         "above": any(bool((line.activations > strongest).any()) for line in lines),
         "what": what,
@@ -143,13 +159,17 @@ def lines_of(database: Database, feature: int, examples: Sequence[Example], head
     ]
 
 
-def token_names(database: Database) -> Callable[[Iterable[int]], dict[int, str]]:
-    """The function that names features by the token with most of their activation."""
+def feature_names(database: Database) -> Callable[[Iterable[int]], dict[int, Name]]:
+    """The function that names features by the token with most of their activation, and by their explanation."""
 
-    def names(features: Iterable[int]) -> dict[int, str]:
+    def names(features: Iterable[int]) -> dict[int, Name]:
         chosen = list(features)
         tokens = database.table["top_tokens"][chosen, 0].tolist() if chosen else []
-        return {f: database.vocabulary.text(token)[:40] for f, token in zip(chosen, tokens, strict=True) if token >= 0}
+        explained = explanations.texts(database, chosen)
+        return {
+            feature: Name(database.vocabulary.text(token)[:40] if token >= 0 else "", explained.get(feature, ""))
+            for feature, token in zip(chosen, tokens, strict=True)
+        }
 
     return names
 

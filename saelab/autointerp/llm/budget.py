@@ -101,6 +101,21 @@ class Budget:
         return ""
 
 
+def parsed_budget(price: str | None, tokens: float | None, money: float | None) -> Budget:
+    """The budget of command-line options; `price` is that of a million tokens of prompts and of answers, "0.10,0.40".
+
+    Raises SaelabError if the price cannot be read, and SettingError as `Budget` does.
+    """
+    numbers = None
+    if price is not None:
+        try:
+            prompt, answer = map(float, price.split(","))
+        except ValueError:
+            raise SaelabError(f"--price: {price!r} is not two numbers, such as 0.10,0.40") from None
+        numbers = Price(prompt, answer)
+    return Budget(None if tokens is None else int(tokens), money, numbers)
+
+
 class Estimate(NamedTuple):
     """What some requests cost, at most."""
 

@@ -55,10 +55,9 @@ def read(stored: Stored) -> SparseAutoencoder:
     """
     path = stored.path.with_name("config.json")
     trainer = Config.read(path).section("trainer") if path.is_file() else Config(path, {})
-    backup = "ae" in stored.other
-    if backup:  # written during a training, before the scale of the activations is folded
-        scale = stored.other.get("norm_factor", 1.0)
-        stored = inner(stored, "ae")
+    scale = None
+    if "ae" in stored.other:  # a backup during a training, before the scale of the activations is folded
+        scale, stored = stored.other.get("norm_factor"), inner(stored, "ae")
     name = trainer.text("dict_class") or _class_of(stored)
     if not name:
         raise SaelabError(
@@ -82,7 +81,7 @@ def read(stored: Stored) -> SparseAutoencoder:
         sae.threshold = torch.zeros(1)
     _set_k(sae, stored, trainer, needed=rule == "topk")
     sae.metadata = _metadata(trainer)
-    if not backup or scale is None:
+    if scale is None:
         return sae
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
         raise SaelabError(f"{stored.path}: norm_factor is {scale!r}, not a positive number")

@@ -91,6 +91,11 @@ def _open_pickle(path: Path) -> Stored:
         ) from error
     if not isinstance(content, dict):
         raise SaelabError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    return _of_dict(path, content, size)
+
+
+def _of_dict(path: Path, content: dict[Any, Any], size: int) -> Stored:
+    """`content` of a file of `size` bytes. Raises SaelabError if a tensor is not one of numbers that the file has."""
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         # strides can make a huge tensor of few stored numbers
@@ -105,14 +110,9 @@ def _open_pickle(path: Path) -> Stored:
 def inner(stored: Stored, name: str) -> Stored:
     """The dict of tensors `name` in a file of torch.save, as a file of its own."""
     content = stored.other[name]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict):
         raise SaelabError(f"{stored.path}: {name} is not a dict of tensors")
-    kinds = {str(key): Kind(tuple(value.shape), value.dtype) for key, value in content.items()}
-    size = stored.path.stat().st_size
-    for key, value in content.items():
-        if value.device.type != "cpu" or value.numel() * value.itemsize > size:
-            raise SaelabError(f"{stored.path}: {name}.{printable(str(key))[:60]} is more than the file holds")
-    return Stored(stored.path, kinds, {str(key): value for key, value in content.items()}.__getitem__, stored.other)
+    return _of_dict(stored.path, content, stored.path.stat().st_size)
 
 
 def _damaged(path: Path, error: Exception) -> SaelabError:

@@ -256,3 +256,16 @@ def test_a_state_dict_that_is_cut_or_flipped_anywhere(tmp_path: Path) -> None:
             except SaelabError:
                 refused += 1
     assert refused > len(good) / 211  # every file that was cut, at least
+
+
+def test_a_backup_that_is_not_one(tmp_path: Path) -> None:
+    state = _state()
+    for content, reason in [
+        ({"ae": {**state, "b_dec": torch.zeros(1).expand(10**8)}}, r"b_dec is \[100000000\], more than the file holds"),
+        ({"ae": state, "norm_factor": -1.0}, r"norm_factor is -1.0, not a positive number"),
+        ({"ae": [1]}, r"no autoencoder of SAELens, .*: it has no tensor; and ae"),
+    ]:
+        torch.save(content, tmp_path / "ae.pt")
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK"}}))
+        with pytest.raises(SaelabError, match=reason):
+            saelab.load(tmp_path)
