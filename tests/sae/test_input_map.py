@@ -12,7 +12,7 @@ from saelab.sae.input_map import FLOOR, input_map
 from saelab.sae.model import Batch
 from saelab.sae.needs import input_needs
 from saelab.sae.new import new_autoencoder
-from saelab.sae.settings import AllocationSettings, EncoderSettings, SaeSettings, SparsitySettings
+from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
 
@@ -109,3 +109,17 @@ def test_gradients_keep_their_products_with_what_a_feature_writes() -> None:
     assert found is not None and inputs.gradients(None) is None
     torch.testing.assert_close(found @ row, g @ (row @ inputs.inverse.float()), atol=1e-4, rtol=1e-4)
     assert input_map("centre", x).gradients(g) is g
+
+
+@pytest.mark.parametrize(("b_dec_init", "inputs"), [("zero", "scale"), ("zero", "centre"), ("mean", "scale")])
+def test_a_large_mean_kills_features_unless_it_is_subtracted(b_dec_init: str, inputs: str) -> None:
+    """By the input, or by a b_dec that begins as the mean."""
+    torch.manual_seed(0)
+    shift = 10 * D**0.5 * torch.nn.functional.normalize(torch.randn(D), dim=0)
+    x = torch.randn(2000, D) + shift
+    mapped, settings = input_map(inputs, x), SaeSettings(F, 4, aux=AuxSettings("none"), b_dec_init=b_dec_init)
+    trainer = Trainer(new_autoencoder(settings, mapped(x), seed=0), TrainingSettings(60 * BATCH, BATCH), settings)
+    for _ in range(60):
+        trainer.step(Batch(mapped(torch.randn(BATCH, D) + shift)))
+    dead = (mapped.folded(trainer.sae).encode(x).firing_counts() == 0).float().mean().item()
+    assert dead > 0.3 if (b_dec_init, inputs) == ("zero", "scale") else dead < 0.05
