@@ -8,11 +8,12 @@ A line is a score by one judge of the explanations of one kind by one explainer.
 The controls of an explanation's score are `shuffled`, the same feature's score with the explanation of another feature
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
 explanation is compared with chance, and with other runs. Intervals that include 0 mean that the score does not beat its
-control. Needs no torch.
+control. A reseed is another training, not a control to beat: the means of the run and its reseeds show how much a
+training changes them. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -51,12 +52,19 @@ class Difference:
     pairs: int
     value: Interval
     """Mean of score - control."""
+    ratio: float = 1.0
+    """Median ratio, at least 1, of the densities of a pair."""
+    largest_ratio: float = 1.0
+    reseed: bool = False
+    """Whether it is the same training from another seed, and no control to beat."""
 
     @property
     def verdict(self) -> str:
         """In words, from the interval."""
         if np.isnan(self.value.low):
             return "too few pairs"
+        if self.reseed:
+            return "is above it" if self.value.low > 0 else "is below it" if self.value.high < 0 else "no difference"
         if self.value.low > 0:
             return "beats its control"
         return "is below its control" if self.value.high < 0 else "does not beat its control"
@@ -82,6 +90,10 @@ class Line:
     tokens: int
     """Tokens of all prompts and answers of the judge."""
     differences: tuple[Difference, ...]
+    missing: tuple[str, ...] = ()
+    """Controls that have no such score."""
+    seeds: tuple[float, ...] = ()
+    """Means of the run and of each of its reseeds; empty without reseeds."""
 
     @property
     def lexical(self) -> bool:
@@ -114,9 +126,11 @@ class ScoreTable(Result):
             own |= {"without value": line.without, "median": line.median}
             own |= {"mean": line.mean.value, "low": line.mean.low, "high": line.mean.high}
             own |= {"unread": line.unread, "tokens": line.tokens}
+            own |= {"lowest seed": min(line.seeds, default=np.nan), "highest seed": max(line.seeds, default=np.nan)}
             for each in line.differences:
                 of = {"control": each.control, "pairs": each.pairs, "difference": each.value.value}
                 of |= {"difference low": each.value.low, "difference high": each.value.high, "verdict": each.verdict}
+                of |= {"density ratio": each.ratio, "largest density ratio": each.largest_ratio}
                 rows.append(own | of)
             if not line.differences:
                 rows.append(own)
@@ -149,6 +163,8 @@ class Measured:
     scores: Mapping[Group, Mapping[int, Score]]
     density: np.ndarray
     """``[n_features]``"""
+    reseed: bool = False
+    """Whether the run is the same training as the measured one from another seed."""
 
 
 def measured(name: str, folder: Path, database: Database) -> Measured:
@@ -169,11 +185,14 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
     for group, found in run.scores.items():
         if group.kind.startswith(SHUFFLED):
             continue
-        values = {feature: score.value.value for feature, score in found.items() if np.isfinite(score.value.value)}
+        values = _values(found)
         shuffled = run.scores.get(group._replace(kind=SHUFFLED + group.kind), {})
         differences = [_paired("shuffled", values, shuffled) if group.kind else _above_chance(group, values)]
+        there = {control.name: _values(control.scores.get(group, {})) for control in controls}
         for control in controls:
-            differences.append(_matched(run, values, control, group))
+            if there[control.name]:
+                differences.append(_matched(run, values, control, there[control.name]))
+        means = [np.mean(list(there[each.name].values())) for each in controls if each.reseed and there[each.name]]
         numbers = np.array(list(values.values()))
         line = Line(
             *group,
@@ -184,6 +203,8 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
             unread=sum(score.unread for score in found.values()),
             tokens=sum(score.tokens for score in found.values()),
             differences=tuple(differences),
+            missing=tuple(name for name, values in there.items() if not values),
+            seeds=tuple(map(float, (np.mean(numbers), *means))) if means and values else (),
         )
         lines.append(line)
     return ScoreTable(tuple(lines))
@@ -203,12 +224,22 @@ def _above_chance(group: Group, values: Mapping[int, float]) -> Difference:
     return _difference(f"chance ({CHANCE[group.unit]:g})", [(value, CHANCE[group.unit]) for value in values.values()])
 
 
-def _matched(run: Measured, values: Mapping[int, float], control: Measured, group: Group) -> Difference:
-    of_other = {f: score.value.value for f, score in control.scores.get(group, {}).items()}
-    of_other = {feature: value for feature, value in of_other.items() if np.isfinite(value)}
-    own, other = list(values), list(of_other)
-    found = pairs(run.density[own], control.density[other]) if own and other else []
-    return _difference(control.name, [(values[own[i]], of_other[other[j]]) for i, j in found])
+def _values(found: Mapping[int, Score]) -> dict[int, float]:
+    """The value of each feature that has one."""
+    return {feature: score.value.value for feature, score in found.items() if np.isfinite(score.value.value)}
+
+
+def _matched(
+    run: Measured, values: Mapping[int, float], control: Measured, of_control: Mapping[int, float]
+) -> Difference:
+    own, other = list(values), list(of_control)
+    a, b = run.density[own], control.density[other]
+    found = pairs(a, b) if own else []
+    made = _difference(control.name, [(values[own[i]], of_control[other[j]]) for i, j in found])
+    ratios = [max(a[i] / b[j], b[j] / a[i]) for i, j in found]
+    if ratios:
+        made = replace(made, ratio=float(np.median(ratios)), largest_ratio=float(max(ratios)))
+    return replace(made, reseed=control.reseed)
 
 
 def _difference(name: str, both: Sequence[tuple[float, float]]) -> Difference:

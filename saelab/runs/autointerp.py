@@ -15,7 +15,6 @@ import numpy as np
 
 from saelab.autointerp import explain as prompt
 from saelab.autointerp import lexical
-from saelab.autointerp.choice import chosen
 from saelab.autointerp.contexts import contexts
 from saelab.autointerp.embedders import Embedder, of_database, sentence_transformer
 from saelab.autointerp.evidence import near_misses, top_logits
@@ -29,15 +28,12 @@ from saelab.autointerp.records import Explanation
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
 from saelab.autointerp.settings import ContextSettings, ScoreSettings
 from saelab.autointerp.store import Explained, Writer, explanations, writing
-from saelab.autointerp.summary import Measured, ScoreTable, measured, summarised
+from saelab.autointerp.summary import ScoreTable
 from saelab.errors import SaelabError, SettingError, did_you_mean
-from saelab.features.database import Database, open_database
-from saelab.files import expanded
+from saelab.features.database import Database
 from saelab.progress import Say, Track, quiet, silent
-from saelab.runs import folder
+from saelab.runs.explained import Opened, controls_of, features_of, scores_of
 
-FEATURES = "random:200"
-"""The features that are explained if none are named."""
 ANSWERS = "answers.sqlite"
 """The cache of language models' answers, in the folder of explanations and scores."""
 NO_WINDOWS = "there are no windows to explain it from"
@@ -75,7 +71,7 @@ class Explanations(NamedTuple):
 
 def explain(
     run: str | Path,
-    features: str = FEATURES,
+    features: str | None = None,
     *,
     llm: str | Client | None = None,
     model: str | None = None,
@@ -90,7 +86,9 @@ def explain(
 ) -> Explanations:
     """Explain features of a run from its feature database, into RUN/autointerp; returns how many were.
 
-    `features`: indices, ranges, or a draw, such as "7,9", "0:100", "random:200" (`saelab.autointerp.choice.chosen`).
+    `features`: indices, ranges, or a draw, such as "7,9", "0:100", "random:200" (`saelab.autointerp.choice.chosen`); or
+    "matched:OTHER", the features nearest in density to those that are explained in the run OTHER. None: `FEATURES`; for
+    a control, those matched to the run that it is a control of.
     `llm`: the address of a server with the OpenAI chat protocol that has `model`, or ``local`` with `model` a model
     folder, or a `Client`; None: the offline explainer, which is no language model. `contrastive` and `reasoning` are
     for language models (`saelab.autointerp.explain`).
@@ -98,14 +96,14 @@ def explain(
     A feature that has an explanation of this kind, model and `settings` is not explained again. Raises SaelabError if
     there is no feature database or no such feature, as `answers` does, and if another process writes there.
     """
-    opened = _Opened(run)
+    opened = Opened(run)
     client = named(llm, model, concurrency)
     offline = client.name == lexical.NAME
     if offline and (contrastive or reasoning):
         raise SettingError("contrastive, reasoning: need a language model; name one with llm, or leave them out")
     kind = lexical.NAME if offline else "contrastive" if contrastive else "default"
     kind += ", reasoning" * reasoning
-    todo = dict.fromkeys(chosen(opened.database, features))
+    todo = dict.fromkeys(features_of(opened, features))
     made: list[Explanation] = []
     """Without their answers and programs."""
     for old, of in explanations(opened.folder, opened.inputs):
@@ -168,7 +166,7 @@ def score(
     model: str | None = None,
     embed: str | None = None,
     base: BaseModel | None = None,
-    controls: Sequence[str | Path] = (),
+    controls: Sequence[str | Path] | None = None,
     settings: ScoreSettings = ScoreSettings(),  # noqa: B008
     concurrency: int = 8,
     budget: Budget | None = None,
@@ -178,20 +176,21 @@ def score(
 ) -> ScoreTable:
     """Score the latest explanation of each feature, and a shuffled one as a control, into RUN/autointerp.
 
-    Returns the table of all scores of the run, beside those of the runs `controls`. `scores` are keys of `SCORERS`.
-    `features` as in `explain`; None: those that have an explanation. An explanation is scored on windows of the
-    settings that it was made with, none of which it was made from. `llm` and `model` name the judge, as in `explain`;
+    Returns the table of all scores of the run, beside those of the runs `controls`; None: its own controls (`saelab
+    controls`) that were read from the same text. `scores` are keys of `SCORERS`. `features` as in `explain`; None:
+    those that have an explanation. An explanation is scored on windows of the settings that it was made with, none of
+    which it was made from. `llm` and `model` name the judge, as in `explain`;
     None: the offline one, which is no language model. `embed`: a sentence-transformers model; None: TF-IDF. `base`
     gives the log-probabilities for surprisal; None: the language model of the run.
 
     What was scored with these `settings` is not scored again. Raises SaelabError as `explain` does, if there is no such
     score, and if no feature has an explanation.
     """
-    opened = _Opened(run)
+    opened = Opened(run)
     for name in scores:
         if name not in SCORERS:
             raise SaelabError(f"scores: there is no {name!r} ({', '.join(SCORERS)}).{did_you_mean(name, SCORERS)}")
-    others = [_Opened(each) for each in controls]
+    others = controls_of(opened, controls, say)
     client = named(llm, model, concurrency)
     if client.name == lexical.NAME:
         say("judge: lexical, from words in common; it is no language model")
@@ -219,28 +218,7 @@ def score(
             jobs = (job for feature in tracked for job in plan.jobs(feature, write))
             run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget)
             export(opened.folder, opened.inputs)
-    return summarised(opened.measured(), [each.measured() for each in others])
-
-
-def table(run: str | Path, controls: Sequence[str | Path] = ()) -> ScoreTable:
-    """The table of all scores of a run, beside those of the runs `controls`.
-
-    Raises SaelabError if there is no feature database, or if a file is damaged.
-    """
-    return summarised(_Opened(run).measured(), [_Opened(each).measured() for each in controls])
-
-
-class _Opened:
-    """A run's feature database, and the folder of its explanations and scores."""
-
-    def __init__(self, run: str | Path) -> None:
-        self.run = Path(expanded(run, "RUN"))
-        self.database = open_database(folder.features(self.run))
-        self.folder = self.run / folder.AUTOINTERP
-        self.inputs = str(self.database.arrays.manifest["inputs"])
-
-    def measured(self) -> Measured:
-        return measured(self.run.name, self.folder, self.database)
+    return scores_of(opened, others)
 
 
 def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
@@ -266,13 +244,13 @@ def _subject(run: Path, say: Say) -> BaseModel:
     return LocalModel(reopen(run, "analyse", [], say).job.lm)
 
 
-def _subjects(opened: _Opened, scores: Sequence[str], features: str | None, latest: dict[int, Explained]) -> list[int]:
+def _subjects(opened: Opened, scores: Sequence[str], features: str | None, latest: dict[int, Explained]) -> list[int]:
     """The features to be scored."""
     if not latest and any(SCORERS[name].explained for name in scores):
         raise SaelabError(f"{opened.run}: has no explanations; `saelab explain {opened.run}` makes them")
     if features is None and latest:
         return sorted(latest)
-    return chosen(opened.database, features or FEATURES)
+    return features_of(opened, features)
 
 
 def _sample(features: Sequence[int]) -> list[int]:

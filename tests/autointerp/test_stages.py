@@ -17,7 +17,8 @@ from saelab.autointerp.store import explanations, scores
 from saelab.autointerp.summary import Line, ScoreTable
 from saelab.cli import app
 from saelab.errors import SaelabError
-from saelab.runs.autointerp import explain, score, table
+from saelab.runs.autointerp import explain, score
+from saelab.runs.explained import table
 from tests.autointerp.test_surprisal import Reader
 from tests.features.dense import write_database
 
