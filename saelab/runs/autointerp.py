@@ -32,7 +32,7 @@ from saelab.autointerp.summary import ScoreTable
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.database import Database
 from saelab.progress import Say, Track, quiet, silent
-from saelab.runs.explained import Opened, controls_of, features_of, scores_of
+from saelab.runs.explained import Opened, control_runs, features_of, scores_of
 
 ANSWERS = "answers.sqlite"
 """The cache of language models' answers, in the folder of explanations and scores."""
@@ -190,7 +190,7 @@ def score(
     for name in scores:
         if name not in SCORERS:
             raise SaelabError(f"scores: there is no {name!r} ({', '.join(SCORERS)}).{did_you_mean(name, SCORERS)}")
-    others = controls_of(opened, controls, say)
+    others = control_runs(opened, controls, say)
     client = named(llm, model, concurrency)
     if client.name == lexical.NAME:
         say("judge: lexical, from words in common; it is no language model")

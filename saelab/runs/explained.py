@@ -68,14 +68,14 @@ def table(run: str | Path, controls: Sequence[str | Path] | None = None) -> Scor
     Raises SaelabError if there is no feature database, or if a file is damaged.
     """
     opened = Opened(run)
-    return scores_of(opened, controls_of(opened, controls, quiet))
+    return scores_of(opened, control_runs(opened, controls, quiet))
 
 
 def scores_of(opened: Opened, others: Sequence[Opened]) -> ScoreTable:
     return summarised(opened.measured(), [each.measured(of=opened) for each in others])
 
 
-def controls_of(opened: Opened, controls: Sequence[str | Path] | None, say: Say) -> list[Opened]:
+def control_runs(opened: Opened, controls: Sequence[str | Path] | None, say: Say) -> list[Opened]:
     """The runs `controls`, or else the run's own controls, of which those without the text of the run are left out."""
     if controls is not None:
         return [Opened(each) for each in controls]
