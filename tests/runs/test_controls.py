@@ -102,13 +102,12 @@ def test_the_untrained_one_is_the_start_of_the_training(run: Path, monkeypatch: 
     assert record["complete"] and record["tokens"] == 0 and record["control"] == "untrained"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sae",
     [
         {"allocation": "mutual_choice"},
-        pytest.param(
-            {"allocation": "threshold", "sparsity": {"name": "l1", "coefficient": 0.1}}, marks=pytest.mark.slow
-        ),
+        {"allocation": "threshold", "sparsity": {"name": "l1", "coefficient": 0.1}},
     ],
 )
 def test_thresholds_of_an_untrained_one_give_the_l0_of_the_run(sae: dict[str, Any], tmp_path: Path) -> None:
@@ -189,13 +188,18 @@ def test_controls_are_read_from_the_text_of_the_run(run: Path) -> None:
     assert stamps(run) == before  # finished ones are not made again
 
 
-def test_a_run_is_listed_without_its_controls_and_loses_them_with_its_weights(tmp_path: Path) -> None:
+def test_a_run_is_listed_without_its_controls_and_they_are_in_a_folder_of_their_own(run: Path) -> None:
+    assert run in (each.path for each in folder.find_runs(run.parent)) and folder.controlled(run) is None
+    assert not any("controls" in each.name for each in folder.find_runs(run.parent))
+    listed = folder.find_runs(run / "controls")
+    assert [each.path for each in listed] == folder.controls(run)
+    assert all(each.has_features and folder.controlled(each.path) == run for each in listed)
+
+
+@pytest.mark.slow
+def test_a_run_loses_its_controls_with_its_weights(tmp_path: Path) -> None:
     run = made(tmp_path)
     controls(run, kinds=["directions"])
-    assert [each.path for each in folder.find_runs(tmp_path)] == [run]
-    (listed,) = folder.find_runs(run / "controls")
-    assert listed.name == "directions" and listed.has_features and folder.controlled(listed.path) == run
-    assert folder.controlled(run) is None
     saelab.index(run, ["features.tokens=600"])
     with pytest.raises(SaelabError, match=r"directions: was made from something else.*--force"):
         controls(run, kinds=["directions"])
