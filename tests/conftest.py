@@ -10,7 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No deadline: how long an example takes depends on what else the machine does. The same examples in every run, so that
+# a run that passed passes again; `pytest --hypothesis-profile explore` looks for others.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 

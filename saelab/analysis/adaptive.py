@@ -263,7 +263,7 @@ class _Moments:
 
 
 def _squared_errors(sae: SparseAutoencoder, x: Tensor, codes: Codes) -> Tensor:
-    return (x.double() - sae.decode(codes).double()).square().sum(1).cpu()
+    return (x.double() - sae.decode(codes, x).double()).square().sum(1).cpu()
 
 
 def _largest(pre: Tensor, number: Tensor) -> Codes:

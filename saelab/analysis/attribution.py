@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.affine import check_affine
 from saelab.analysis.attribution_passes import AttributionPasses, Metric
 from saelab.analysis.intervals import Interval, interval
 from saelab.analysis.result import Result
@@ -228,6 +229,7 @@ def _check(
 ) -> None:
     """Raises SaelabError for what `attribute` cannot do."""
     check_fits(sae, lm.name, site, lm.width(site), lm.device, "attribution")
+    check_affine(sae, "attribution")
     if method not in get_args(Method):
         raise SaelabError(f"attribution: {method!r} is not a method; use {', '.join(get_args(Method))}")
     if features is not None and method != "exact":

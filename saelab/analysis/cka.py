@@ -140,7 +140,9 @@ def _csr(codes: "Codes") -> CsrArray:
     from scipy.sparse import csr_array
 
     values, features, offsets = (each.cpu().numpy() for each in (codes.values.float(), codes.features, codes.offsets))
-    return csr_array((values, features.astype(np.int32), offsets.astype(np.int64)), (codes.tokens, codes.n_features))
+    # scipy keeps both in the wider type: with offsets in int64 an entry takes 12 bytes and not 8
+    narrow = (features.astype(np.int32), offsets.astype(np.int32 if codes.nnz < 2**31 else np.int64))
+    return csr_array((values, *narrow), (codes.tokens, codes.n_features))
 
 
 def _squared_norms(x: CsrArray, y: CsrArray, edges: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.affine import check_affine
 from saelab.analysis.decomposition import decompose
 from saelab.analysis.gradient_pursuit import gradient_pursuit
 from saelab.analysis.intervals import Interval, add_by_row, interval, ratio
@@ -90,7 +91,7 @@ def cost_in_ce(
     """
     sums, runs = np.zeros((rows, 5)), SplicedRuns(lm, site)
     for block in blocks:
-        parts = parts_of(block.x, sae.decode(block.codes), linear)
+        parts = parts_of(block.x, sae.decode(block.codes, block.x), linear)
         keep = lm.scored(block.rows)
         targets = block.rows.roll(-1, 1)[keep]
         row = keep.nonzero(as_tuple=True)[0].cpu() + block.first_row
@@ -116,6 +117,7 @@ def pursued(sae: SparseAutoencoder, blocks: Blocks, split: Split, tokens: int, c
     Memory: the activations of these tokens and two codes of each. Cost: for each token the entries of its code times
     n_features * d_in multiply-adds.
     """
+    check_affine(sae, "dark_matter: pursuit_tokens")
     rows = max(5, tokens // context)
     few = Split(*(part[: max(2, round(share * rows))] for part, share in zip(split, (2 / 3, 1e-9, 1 / 3), strict=True)))
     own = {name: list(blocks(part)) for name, part in few._asdict().items()}
@@ -165,7 +167,7 @@ def trained_on_part(
     def part(rows: np.ndarray) -> Iterator[Tensor]:
         for block in blocks(rows):
             with torch.no_grad():
-                yield getattr(parts_of(block.x, sae.decode(block.codes), linear), which).float()
+                yield getattr(parts_of(block.x, sae.decode(block.codes, block.x), linear), which).float()
 
     x = torch.cat(list(part(split.fit)))
     scale = (x.shape[1] / x.square().sum(1).mean()).sqrt()

@@ -66,10 +66,10 @@ def from_other_sites(
     found: dict[str, Tensor] = {}
 
     def keep(name: str, of: SparseAutoencoder, block: Block) -> None:
-        found[name] = of.decode(block.codes).double()
+        found[name] = of.decode(block.codes, block.x).double()
 
     def inputs_and_targets(block: Block) -> tuple[dict[str, Tensor], Tensor]:
-        parts = parts_of(block.x, sae.decode(block.codes), linear)
+        parts = parts_of(block.x, sae.decode(block.codes, block.x), linear)
         found["here"] = parts.reconstruction
         here, *rest = inputs = {name: found[name] for name in names[:-2]}
         others = torch.cat([inputs[name] for name in rest], 1)
@@ -136,7 +136,7 @@ def of_missing_features(
     length = torch.linalg.vector_norm(wider.W_dec.detach(), dim=1)
     with torch.no_grad():
         for block in blocks:
-            parts: Parts = parts_of(block.x, sae.decode(block.codes), linear)
+            parts: Parts = parts_of(block.x, sae.decode(block.codes, block.x), linear)
             codes = wider.encode(block.x)
             along = [sddmm(codes, part.float(), directions).double().cpu() for part in parts[3:]]
             a = (codes.values * length[codes.features]).double().cpu()

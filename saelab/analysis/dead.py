@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.affine import check_affine
 from saelab.analysis.intervals import Interval, between, draws
 from saelab.analysis.result import Result
 from saelab.analysis.settings import DeadSettings
@@ -178,8 +179,9 @@ def dead(
 
     Of the settings, `share`, `dense` and `duplicate` are used. `silent_for` are the training tokens since each feature
     was last active, if known. Memory: ``RESAMPLES * n_features`` numbers of 4 bytes, and 64 MB of pre-activations.
-    Raises SaelabError if there is no ordinary token.
+    Raises SaelabError if there is no ordinary token, or if the autoencoder is not affine.
     """
+    check_affine(sae, "dead")
     sums = _Sums(sae, rows, seed)
     for block in blocks:
         sums.add(block)

@@ -68,7 +68,7 @@ def _first_sums(sae: Autoencoder, blocks: Iterable[Block]) -> Moments:
     sums: Moments | None = None
     for block in blocks:
         x = block.x.double()
-        error = x - sae.decode(block.codes).double()
+        error = x - sae.decode(block.codes, block.x).double()
         if sums is None:
             sums = Moments(x.shape[1], x.shape[1] + 1, x.device)
         sums.add(x, torch.cat([error, error.square().sum(1, keepdim=True)], 1))
@@ -88,7 +88,7 @@ def _norm_maps(sae: Autoencoder, blocks: Iterable[Block], linear: LinearMap) -> 
     d, device = len(linear.weights), linear.weights.device
     on_x, on_others = Moments(d, len(PARTS), device), [Moments(d, 1, device) for _ in PARTS[1:]]
     for block in blocks:
-        parts = parts_of(block.x, sae.decode(block.codes), linear)
+        parts = parts_of(block.x, sae.decode(block.codes, block.x), linear)
         norms = _norms(parts)
         on_x.add(parts.x, norms)
         for part, moments, norm in zip(parts[1:], on_others, norms[:, 1:].split(1, 1), strict=True):
@@ -125,7 +125,9 @@ class _Scores:
         self.tokens = self.context = 0
 
     def add(self, block: Block, rows: np.ndarray) -> None:
-        x, xhat, error, linear, nonlinear = parts = parts_of(block.x, self._sae.decode(block.codes), self._linear)
+        x, xhat, error, linear, nonlinear = parts = parts_of(
+            block.x, self._sae.decode(block.codes, block.x), self._linear
+        )
         norms, row = _norms(parts), block.row_of_token()
         target = torch.cat([error, norms[:, ERROR : ERROR + 1]], 1)
         product = (linear * nonlinear).sum(1)

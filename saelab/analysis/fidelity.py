@@ -222,7 +222,7 @@ class Evaluation:
     @torch.no_grad()
     def add(self, block: Block) -> None:
         """Add the next block of the pass. Raises SaelabError if a reconstruction is NaN or infinite."""
-        x, reconstruction = block.x, self._sae.decode(block.codes)
+        x, reconstruction = block.x, self._sae.decode(block.codes, block.x)
         if self._tokens < self._ce_tokens:
             self._ce_blocks.append((block.first_row, block.rows, reconstruction))
         reconstruction = reconstruction.float()

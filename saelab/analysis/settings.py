@@ -142,6 +142,25 @@ class SimilaritySettings:
 
 
 @dataclass(frozen=True)
+class ExplanationsSettings:
+    """Settings of the analysis `explanations` (`saelab/autointerp/similarity.py`)."""
+
+    other: tuple[str, ...] = ()
+    """Runs on the same model whose explanations are compared with the run's, at least one."""
+    pair: Literal["site", "decoder", "explanation"] = "site"
+    """How features are paired: by decoder rows, by explanations, or by decoder rows if the other run is of the same
+    site and else by explanations. Sites of one residual stream also have decoder rows of one space."""
+    embed: str | None = None
+    """A sentence-transformers model, a folder or a name; None: TF-IDF of the explanations."""
+    threshold: float = 0.5
+    """Cosine of explanations from which a share of pairs is reported."""
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1:
+            raise SettingError(f"threshold: {self.threshold} is no cosine; give a number from -1 to 1")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
@@ -155,3 +174,5 @@ class AnalysisSettings:
     """What steering single features does to predictions."""
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
     """How much of the autoencoder comes back in other runs."""
+    explanations: ExplanationsSettings = field(default_factory=ExplanationsSettings)
+    """How similar the features' explanations are to those of other runs."""

@@ -161,7 +161,7 @@ def similarities(
     decoder = sae.W_dec.detach().float().cpu().numpy()
     found, counterparts = [], np.zeros(sae.n_features, np.int64)
     for other, paired in zip(others, codes, strict=True):
-        comparable = other.site == site and (other.sae.centred, other.sae.d_out) == (sae.centred, sae.d_out)
+        comparable = other.site == site and (other.sae.transcodes, other.sae.d_out) == (sae.transcodes, sae.d_out)
         decoders = compare_decoders(decoder, other.sae.W_dec.detach().float().cpu().numpy()) if comparable else None
         if decoders is not None:
             pairs = decoders.one_to_one

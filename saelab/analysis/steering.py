@@ -144,8 +144,9 @@ def steered(sae: SparseAutoencoder, x: Tensor, interventions: Sequence[Intervent
     if len(x) and (replaces.any() or not error):
         codes = sae.encode(x)
         change = torch.where(replaces, change - activations_of(codes, features), change)
-        base = base if error else sae.decode(codes)
-    return (base + change @ sae.W_dec[features]).to(x.dtype)
+        base = base if error else sae.decode(codes, base)
+    written = change @ sae.W_dec[features]
+    return (base + (written if sae.affine else written * sae.gain(x.to(written.dtype)))).to(x.dtype)
 
 
 def activations_of(codes: Codes, features: Tensor) -> Tensor:
@@ -197,7 +198,7 @@ def check_fits(
     sae: SparseAutoencoder, model: str, site: str, width: int, device: torch.device, what: str = "steer"
 ) -> None:
     """Raises SaelabError, which begins with `what`, if `sae` is not of activations of this width on this device."""
-    if not sae.centred:
+    if sae.transcodes:
         raise SaelabError(
             f"{what}: a transcoder's features write to another place than it reads from; use an autoencoder of {site}"
         )

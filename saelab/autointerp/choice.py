@@ -4,6 +4,7 @@ import re
 from bisect import bisect_left
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from saelab.errors import SaelabError
 from saelab.features.database import Database
@@ -30,6 +31,10 @@ def chosen(database: Database, text: str) -> list[int]:
             raise SaelabError(f"features: {part.strip()!r} names no features; write {EXAMPLES}")
         first = int(ends[1] or 0)
         stop = int(ends[3] or n) if ends[2] else first + 1
+        if ends[2] and not first < stop:
+            raise SaelabError(
+                f"features: {part.strip()!r} names no feature: the end of a range is not in it; write {EXAMPLES}"
+            )
         if not first < stop <= n:
             raise SaelabError(f"features: {part.strip()!r} is not within the {n:,} features, which are 0 to {n - 1}")
         found[first:stop] = True
@@ -82,18 +87,20 @@ def matched(density: np.ndarray, other: np.ndarray) -> list[int]:
     return sorted(found)
 
 
-def strangers(density: np.ndarray, texts: list[str]) -> list[int | None]:
-    """For each feature the index of the one nearest in the order of densities that has another text; None if none has.
+def strangers(density: np.ndarray, texts: ArrayLike) -> np.ndarray:
+    """For each feature the index of the one nearest in the order of densities that has another text; -1 if none has.
 
-    Of two that are as near, the denser one.
+    Of two that are as near, the denser one. `texts` ``[n]`` are texts, or numbers that stand for them.
     """
-    order = np.argsort(density, kind="stable").tolist()
-    found: list[int | None] = [None] * len(texts)
-    for rank, feature in enumerate(order):
-        for step in range(1, len(order)):
-            near = [order[at] for at in (rank + step, rank - step) if 0 <= at < len(order)]
-            other = next((each for each in near if texts[each] != texts[feature]), None)
-            if other is not None or not near:
-                found[feature] = other
-                break
+    texts = np.asarray(texts)
+    n, order = len(texts), np.argsort(density, kind="stable")
+    ranks, different = np.arange(n), texts[order][1:] != texts[order][:-1]
+    starts = np.flatnonzero(np.concatenate([np.ones(min(1, n), bool), different]))  # of runs with the same text
+    run = np.cumsum(np.concatenate([np.zeros(min(1, n), int), different]))
+    before, after = starts[run] - 1, np.append(starts[1:], n)[run]
+    down, up = (np.where((end >= 0) & (end < n), abs(end - ranks), n) for end in (before, after))
+    found = np.full(n, -1)
+    found[order] = np.where(
+        np.minimum(down, up) < n, order[np.where(up <= down, after, before).clip(0, max(0, n - 1))], -1
+    )
     return found

@@ -18,7 +18,7 @@ from saelab.autointerp.records import Explanation
 from saelab.features.examples import Example
 
 SCALE = 10
-_LABEL = re.compile(r"explanation:\W*(.*)", re.IGNORECASE)
+_LABEL = re.compile(r'explanation:\W*(.*)|"explanation"\s*:\s*"(.*)"', re.IGNORECASE)
 LONGEST = 400
 """Characters of an explanation; what is longer is cut at a word."""
 TASK = (
@@ -75,7 +75,8 @@ def _values(context: Context, contexts: Contexts) -> str:
 
 
 def read(answer: str) -> str | None:
-    """The explanation in an answer: in the last JSON object with one, or after the last "explanation:"; else None."""
+    """The explanation in an answer: in the last JSON object with one, also if it is not quite JSON, or after the last
+    "explanation:"; else None."""
     decoder, found = json.JSONDecoder(strict=False), None
     start = answer.find("{")
     while start >= 0:
@@ -89,7 +90,7 @@ def read(answer: str) -> str | None:
         start = answer.find("{", end)
     if found is None:
         labels = list(_LABEL.finditer(answer))
-        found = labels[-1][1] if labels else ""
+        found = (labels[-1][1] or labels[-1][2] or "") if labels else ""
     found = " ".join(found.strip().strip("\"'*").split())
     if not found:
         return None

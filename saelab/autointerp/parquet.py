@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelab.autointerp.records import Explanation, Judged
-from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, scores
+from saelab.autointerp.records import Judged
+from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, explanations_by_key, scores
 from saelab.files import replace_file, translate_errors
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ _AT_ONCE = 1 << 14
 def export(folder: Path, inputs: str) -> None:
     """Write the three tables of what `folder` has for the feature database `inputs`, each file whole.
 
-    Needs memory for the explanations of all features. Raises SaelabError if a line is damaged or a file cannot be
+    Raises SaelabError if a line is damaged or a file cannot be
     written.
     """
     import pyarrow as pa
 
     text, number, whole, truth = pa.string(), pa.float64(), pa.int64(), pa.bool_()
     types = {"feature": whole, "key": text, "text": text, "kind": text, "model": text, "author": text, "program": text}
-    types |= {"answer": text, "tokens": whole, "note": text, "contexts": text}
+    types |= {"answer": text, "tokens": whole, "note": text, "attempt": whole, "contexts": text}
     _write(folder / TABLES[0], types, _explanations(folder, inputs))
     types = {"feature": whole, "key": text, "explanation": text, "text": text, "kind": text, "explainer": text}
     types |= {"author": text, "type": text, "model": text, "value": number, "low": number, "high": number, "unit": text}
@@ -63,9 +63,9 @@ def _explanations(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
 
 
 def _scores(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
-    of: dict[str, Explanation] = {each.key: each for each, _ in explanations(folder, inputs)}
+    of = explanations_by_key(folder, inputs)
     for score, contexts, asked in scores(folder, inputs, judged=False):
-        explained = of.get(score.explanation)
+        explained = of(score.explanation)
         found = {"text": explained.text, "kind": explained.kind, "author": explained.author} if explained else {}
         yield found | {
             "feature": score.feature,

@@ -6,25 +6,32 @@ Both are lines of JSON, so that a run that is killed keeps the lines that it wro
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
 from saelab.analysis.intervals import Interval
 
 SHUFFLED = "shuffled "
 """What the kind of an explanation begins with that was made for another feature: a control."""
 
+MANUAL = "manual"
+"""The kind of an explanation that a person wrote; it stands for the model too, and `author` has the name."""
+EFFECT: Final = "effect"
+"""The kind of an explanation that says what comes after the feature, when it is made stronger."""
+About = Literal["context", "effect"]
+"""What an explanation is about: when the feature is active, or what comes after it."""
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """A text that says when a feature is active."""
+    """A text that says when a feature is active, or, of the kind `EFFECT`, what comes after it."""
 
     feature: int
     text: str
     """"" if the explainer's answer could not be read; `answer` has it."""
     kind: str
-    """How it was made: `default`, `contrastive`, `lexical`, `manual` ...; `shuffled X`: for another feature, as X."""
+    """How it was made: `default`, `contrastive`, `lexical`, `effect`, `manual` ...; `shuffled X`: another feature's."""
     model: str
-    """The model that wrote it; `lexical` for the offline explainer, which is no language model."""
+    """The model that wrote it; `lexical` for the offline explainer, which is no language model; `manual` for none."""
     author: str = ""
     """The person who wrote or edited it; "" for a model."""
     program: dict[str, Any] | None = None
@@ -35,11 +42,18 @@ class Explanation:
     """Tokens of its prompt and its answer."""
     note: str = ""
     """Why there is no text, or of how few windows it was made."""
+    attempt: int = 0
+    """0; 1 if the feature was explained again in the same way, and so on."""
+
+    @property
+    def about(self) -> About:
+        return EFFECT if self.kind.removeprefix(SHUFFLED) == EFFECT else "context"
 
     @property
     def key(self) -> str:
         """Identifies the explanation among those of a run."""
-        return _hash(str(self.feature), self.kind, self.model, self.author, self.text)
+        again = (str(self.attempt),) * bool(self.attempt)
+        return _hash(str(self.feature), self.kind, self.model, self.author, self.text, *again)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,22 @@ To add one, write `scorers/NAME.py` and a line of `SCORERS`; what it asks goes i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.embedders import Embedder
 from saelab.autointerp.llm.protocol import BaseModel, Client, Reply, Request
-from saelab.autointerp.records import Explanation, Score
+from saelab.autointerp.records import About, Explanation, Score
 from saelab.autointerp.scorers import detection, fuzzing, intruder, simulation
 from saelab.autointerp.scorers.embedding import embedding, example_embedding
+from saelab.autointerp.scorers.intervention import intervention
 from saelab.autointerp.scorers.predicate import MODEL as EXACT
 from saelab.autointerp.scorers.predicate import predicate
 from saelab.autointerp.scorers.surprisal import surprisal
 from saelab.autointerp.settings import ScoreSettings
+
+if TYPE_CHECKING:
+    from saelab.autointerp.steered_text import SteeredTexts  # with torch
 
 CHANCE = {"AUROC": 0.5, "balanced accuracy": 0.5, "accuracy": 1 / intruder.SHOWN, "correlation": 0.0, "nats": 0.0}
 """The value of each unit that a judge reaches who knows nothing."""
@@ -34,6 +38,8 @@ class Judges:
     settings: ScoreSettings = field(default_factory=ScoreSettings)
     base: BaseModel | None = None
     """Gives the log-probabilities of text; None if no score reads any."""
+    steered: "Callable[[Contexts], SteeredTexts] | None" = None
+    """Gives what the subject model writes after a feature's windows; None if no score reads it."""
 
 
 Asked = tuple[Sequence[Request], Callable[[Sequence[Reply]], Score]]
@@ -44,12 +50,14 @@ class Scorer(NamedTuple):
     asked: Callable[[Contexts, Explanation, Judges], Asked]
     model: Callable[[Judges], str]
     """The judge, as `Score.model` names it."""
-    explained: bool = True
-    """Whether it scores an explanation; else it scores the feature, and gets an explanation without text."""
+    about: About | None = "context"
+    """What the explanations that it scores are about; None: it scores the feature, and gets one without text."""
     record: str = ""
     """`Score.score` if it is not the scorer's name."""
     needs_base: bool = False
     """Whether it reads log-probabilities of `Judges.base`."""
+    needs_steering: bool = False
+    """Whether it reads `Judges.steered` texts."""
 
 
 def _judge(judges: Judges) -> str:
@@ -63,6 +71,14 @@ def _embedder(judges: Judges) -> str:
 def _base(judges: Judges) -> BaseModel:
     assert judges.base is not None, "a score that reads log-probabilities needs Judges.base"
     return judges.base
+
+
+def _intervention(c: Contexts, e: Explanation, by: Judges) -> Asked:
+    def finish(_: Sequence[Reply]) -> Score:
+        assert by.steered is not None, "intervention needs Judges.steered"
+        return intervention(c, e, by.steered(c), _base(by), by.settings.steering)
+
+    return (), finish
 
 
 def _verdicts(scorer: ModuleType) -> Callable[[Contexts, Explanation, Judges], Asked]:
@@ -83,6 +99,9 @@ SCORERS: dict[str, Scorer] = {
     "surprisal": Scorer(
         lambda c, e, by: ((), lambda _: surprisal(c, e, _base(by))), lambda by: _base(by).name, needs_base=True
     ),
+    "intervention": Scorer(
+        _intervention, lambda by: _base(by).name, about="effect", needs_base=True, needs_steering=True
+    ),
     "embedding": Scorer(lambda c, e, by: ((), lambda _: embedding(c, e, by.embed, by.embedder)), _embedder),
     "predicate": Scorer(lambda c, e, by: ((), lambda _: predicate(c, e)), lambda by: EXACT),
     "intruder": Scorer(
@@ -91,16 +110,16 @@ SCORERS: dict[str, Scorer] = {
             lambda replies: intruder.score(c, replies, by.settings, by.client.name),
         ),
         _judge,
-        explained=False,
+        about=None,
     ),
     "intruder_embedding": Scorer(
         lambda c, e, by: ((), lambda _: intruder.picked(c, by.embed, by.settings, by.embedder)),
         _embedder,
-        explained=False,
+        about=None,
         record="intruder",
     ),
     "example_embedding": Scorer(
-        lambda c, e, by: ((), lambda _: example_embedding(c, by.embed, by.embedder)), _embedder, explained=False
+        lambda c, e, by: ((), lambda _: example_embedding(c, by.embed, by.embedder)), _embedder, about=None
     ),
 }
 """By the name that the user gives."""

@@ -36,20 +36,6 @@ class ContextSettings:
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
-    """How scores that ask a judge do so."""
-
-    batch: int = 5
-    """Windows in one request."""
-    logprobs: bool = True
-    """Whether log-probabilities are asked for; with them a verdict has a probability, and a score an AUROC."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "batch")
-
-
-@dataclass(frozen=True)
 class InterventionSettings:
     """How features are steered for an explanation of their effect, and for its score."""
 
@@ -67,3 +53,18 @@ class InterventionSettings:
         if not 0 < self.kl < float("inf"):
             raise SettingError(f"kl: {self.kl} is not a positive number")
         check_positive(self, "prompts", "explain", "new_tokens")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How scores are made."""
+
+    batch: int = 5
+    """Windows in one request."""
+    logprobs: bool = True
+    """Whether log-probabilities are asked for; with them a verdict has a probability, and a score an AUROC."""
+    seed: int = 0
+    steering: InterventionSettings = InterventionSettings()
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch")

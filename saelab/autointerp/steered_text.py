@@ -51,6 +51,10 @@ class Tuned(NamedTuple):
         """Whether the KL is within a tenth of the target."""
         return abs(self.kl - target) <= RTOL * target
 
+    def missed(self, target: float) -> str:
+        """The note on a KL that is not the target; "" if it is."""
+        return "" if self.reaches(target) else f"KL is {self.kl:.2g} nats instead of {target:g}"
+
 
 @dataclass(frozen=True, eq=False)
 class Raised:

@@ -19,7 +19,6 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,12 +26,16 @@ import numpy as np
 
 from saelab.analysis.intervals import Interval
 from saelab.autointerp.records import Explanation, Judged, Score
-from saelab.autointerp.settings import ContextSettings, ScoreSettings
+from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
 from saelab.errors import SaelabError
 from saelab.files import appended, locked, make_folder, translate_errors, translate_read_errors
 
 EXPLANATIONS, SCORES = "explanations.jsonl", "scores.jsonl"
+ANSWERS = "answers.sqlite"
+"""The cache of language models' answers, in the same folder."""
 _HEAD = re.compile(rb'\{"feature": (\d+), "key": "([0-9a-f]{16})", "inputs": ("(?:[^"\\]|\\.)*"), ')
+_BEFORE_JUDGED = b', "judged": ['
+"""Begins the last item of a score's line. Quotes within a text are escaped, so that no text has it."""
 T = TypeVar("T")
 _REMEDY = "Remove that line, or the file to begin anew."
 
@@ -102,19 +105,87 @@ def scores(folder: Path, inputs: str, feature: int | None = None, *, judged: boo
 
     Without `judged` their judged examples are left out. Raises SaelabError if a line is damaged.
     """
-    return _latest(folder / SCORES, inputs, feature, partial(_scored, judged=judged))
+    return _latest(folder / SCORES, inputs, feature, _scored, judged=judged)
+
+
+def lines_from(path: Path, inputs: str, start: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The first byte, the byte after it and the fields of each line from byte `start` on, without judged examples.
+
+    For readers that keep what they read and continue when the file has grown. Of lines with the same key all are
+    yielded, the one that counts last. Raises SaelabError if a line is damaged.
+    """
+    if not path.is_file():
+        return
+    own = json.dumps(inputs).encode()
+    for _, offset, line, head in _heads(path, start):
+        if head[3] == own:
+            yield offset, offset + len(line), _read_at(path, offset, line, dict, judged=False)
+
+
+def placed(folder: Path, inputs: str) -> Iterator[tuple[int, Explained]]:
+    """Every explanation for the feature database `inputs`, and its place for `explanation_at`, in the order of writing.
+
+    Of those with the same key all are yielded, the one that counts last. Raises SaelabError if a line is damaged.
+    """
+    path, own = folder / EXPLANATIONS, json.dumps(inputs).encode()
+    if not path.is_file():
+        return
+    for _, offset, line, head in _heads(path):
+        if head[3] == own:
+            yield offset, _read_at(path, offset, line, _explained)
+
+
+def explanation_at(folder: Path, offset: int) -> Explained:
+    """The explanation whose line begins at a byte of the file. Raises SaelabError if it is damaged."""
+    return _read_at(folder / EXPLANATIONS, offset, _line_at(folder / EXPLANATIONS, offset), _explained)
+
+
+def explanations_by_key(folder: Path, inputs: str) -> Callable[[str], Explanation | None]:
+    """A function from a key to the explanation, None if there is none; it takes memory for 16 bytes of each.
+
+    Raises SaelabError if a line is damaged.
+    """
+    path, own = folder / EXPLANATIONS, json.dumps(inputs).encode()
+    found, places = array("Q"), array("Q")
+    for _, offset, _, head in _heads(path) if path.is_file() else ():
+        if head[3] == own:
+            found.append(int(head[2], 16))
+            places.append(offset)
+    keys, last = np.unique(np.array(found, np.uint64)[::-1], return_index=True)
+    offsets = np.array(places, np.uint64)[::-1][last]
+
+    def by_key(key: str) -> Explanation | None:
+        if not key:
+            return None
+        i = int(np.searchsorted(keys, np.uint64(int(key, 16))))
+        there = i < len(keys) and int(keys[i]) == int(key, 16)
+        return explanation_at(folder, int(offsets[i])).explanation if there else None
+
+    return by_key
+
+
+def score_at(folder: Path, offset: int, *, judged: bool = True) -> Scored:
+    """The score whose line begins at a byte of the file. Raises SaelabError if it is damaged."""
+    return _read_at(folder / SCORES, offset, _line_at(folder / SCORES, offset), _scored, judged=judged)
+
+
+def _line_at(path: Path, offset: int) -> bytes:
+    with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
+        file.seek(offset)
+        return file.readline()
 
 
 def _explained(found: dict[str, Any]) -> Explained:
     return Explained(Explanation(**_fields(Explanation, found)), ContextSettings(**found["contexts"]))
 
 
-def _scored(found: dict[str, Any], judged: bool) -> Scored:
+def _scored(found: dict[str, Any]) -> Scored:
     values = _fields(Score, found)
     values["value"] = Interval(*(_nan(each) for each in found["value"]))
     values["figures"] = {name: _nan(each) for name, each in found["figures"].items()}
-    values["judged"] = tuple(_judged(each) for each in found["judged"]) if judged else ()
-    return Scored(Score(**values), ContextSettings(**found["contexts"]), ScoreSettings(**found["asked"]))
+    values["judged"] = tuple(_judged(each) for each in found.get("judged", ()))
+    asked = found["asked"] | {"steering": InterventionSettings(**found["asked"].get("steering", {}))}
+    return Scored(Score(**values), ContextSettings(**found["contexts"]), ScoreSettings(**asked))
 
 
 def _fields(kind: type[Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -143,30 +214,48 @@ def _nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _latest(path: Path, inputs: str, feature: int | None, build: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """What `build` makes of the last line of each key, of lines with these `inputs`."""
-    if not path.is_file():
-        return
-    keys, offsets, own = array("Q"), array("Q"), json.dumps(inputs).encode()
+def _heads(path: Path, start: int = 0) -> Iterator[tuple[int, int, bytes, re.Match[bytes]]]:
+    """The number, first byte, content and head of each whole line from byte `start` on; numbers begin with 1 there."""
     with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
-        offset = 0
+        file.seek(start)
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # the last one, cut off by a kill, or being written
                 break
             head = _HEAD.match(line)
             if head is None:
-                raise SaelabError(f"{path}, line {number}: is damaged. {_REMEDY}")
-            if head[3] == own and feature in (None, int(head[1])):
-                keys.append(int(head[2], 16))
-                offsets.append(offset)
-            offset += len(line)
+                where = f"line {number}" if not start else f"line {number} from byte {start:,}"
+                raise SaelabError(f"{path}, {where}: is damaged. {_REMEDY}")
+            yield number, start, line, head
+            start += len(line)
+
+
+def _read_at(path: Path, offset: int, line: bytes, build: Callable[[dict[str, Any]], T], *, judged: bool = True) -> T:
+    """What `build` makes of a line; its judged examples, most of its bytes, are not parsed if they are not asked for.
+
+    Raises SaelabError if it is damaged.
+    """
+    at = -1 if judged else line.find(_BEFORE_JUDGED)
+    what = f"a line of explanations or scores (byte {offset:,})"
+    with translate_read_errors(path, what, _REMEDY, (ValueError, KeyError, TypeError)):
+        return build(json.loads(line if at < 0 else line[:at] + b"}"))
+
+
+def _latest(
+    path: Path, inputs: str, feature: int | None, build: Callable[[dict[str, Any]], T], *, judged: bool = True
+) -> Iterator[T]:
+    """What `build` makes of the last line of each key, of lines with these `inputs`."""
+    if not path.is_file():
+        return
+    keys, offsets, own = array("Q"), array("Q"), json.dumps(inputs).encode()
+    for _, offset, _, head in _heads(path):
+        if head[3] == own and feature in (None, int(head[1])):
+            keys.append(int(head[2], 16))
+            offsets.append(offset)
+    with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
         last = np.unique(np.array(keys, np.uint64)[::-1], return_index=True)[1]
         for offset in np.sort(np.array(offsets, np.uint64)[::-1][last]).tolist():
             file.seek(offset)
-            what = f"a line of explanations or scores (byte {offset:,})"
-            with translate_read_errors(path, what, _REMEDY, (ValueError, KeyError, TypeError)):
-                record = build(json.loads(file.readline()))
-            yield record
+            yield _read_at(path, offset, file.readline(), build, judged=judged)
 
 
 def _cut(path: Path) -> None:

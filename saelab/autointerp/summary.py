@@ -7,12 +7,13 @@ A line is a score by one judge of the explanations of one kind by one explainer.
 
 The controls of an explanation's score are `shuffled`, the same feature's score with the explanation of another feature
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
-explanation is compared with chance, and with other runs. Intervals that include 0 mean that the score does not beat its
-control. A reseed is another training, not a control to beat: the means of the run and its reseeds show how much a
-training changes them. Needs no torch.
+explanation is compared with chance, and with other runs. Intervention has controls in each score. An interval that
+includes 0 means that the score does not beat its control. A reseed is another training, not a control to beat: the
+means of the run and its reseeds show how much a training changes them. Needs no torch.
 """
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +32,12 @@ from saelab.features.database import Database
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+
+ABOVE = "above "
+"""What the name of a figure begins with that is the difference to a control in the score itself."""
+MANY = 20_000
+"""Features above which intervals are not bootstrapped."""
 
 
 class Group(NamedTuple):
@@ -96,6 +103,11 @@ class Line:
     """Means of the run and of each of its reseeds; empty without reseeds."""
 
     @property
+    def tokens_per_feature(self) -> float:
+        """Tokens of a feature; 0 if the judge is no language model."""
+        return self.tokens / max(1, self.n + self.without)
+
+    @property
     def lexical(self) -> bool:
         """Whether explainer or judge is the offline one, so that the line is about the pipeline only."""
         return lexical.NAME in (self.judge, self.explainer)
@@ -125,7 +137,7 @@ class ScoreTable(Result):
             own = {name: getattr(line, name) for name in ("score", "judge", "explainer", "kind", "unit", "n")}
             own |= {"without value": line.without, "median": line.median}
             own |= {"mean": line.mean.value, "low": line.mean.low, "high": line.mean.high}
-            own |= {"unread": line.unread, "tokens": line.tokens}
+            own |= {"unread": line.unread, "tokens": line.tokens, "tokens per feature": line.tokens_per_feature}
             own |= {"lowest seed": min(line.seeds, default=np.nan), "highest seed": max(line.seeds, default=np.nan)}
             for each in line.differences:
                 of = {"control": each.control, "pairs": each.pairs, "difference": each.value.value}
@@ -155,12 +167,33 @@ class ScoreTable(Result):
         return go.Figure(points, {"xaxis": {"title": "mean over features, with its 95% interval"}})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A score of several features, the latest of each: 16 bytes for a feature, and 8 for each control in the score."""
+
+    features: np.ndarray
+    """``[n]`` int64, rising."""
+    values: np.ndarray
+    """``[n]``; NaN for a feature without a value."""
+    unread: int
+    tokens: int
+    above: Mapping[str, np.ndarray]
+    """What the value has above each control that is in the score itself, ``[n]``."""
+
+    @property
+    def finite(self) -> "Column":
+        """The features with a value."""
+        kept = np.isfinite(self.values)
+        above = {name: each[kept] for name, each in self.above.items()}
+        return replace(self, features=self.features[kept], values=self.values[kept], above=above)
+
+
+@dataclass(frozen=True, eq=False)
 class Measured:
-    """The scores of a run, by group and feature."""
+    """The scores of a run, by group."""
 
     name: str
-    scores: Mapping[Group, Mapping[int, Score]]
+    scores: Mapping[Group, Column]
     density: np.ndarray
     """``[n_features]``"""
     reseed: bool = False
@@ -170,78 +203,119 @@ class Measured:
 def measured(name: str, folder: Path, database: Database) -> Measured:
     """The scores in `folder` for this feature database. Raises SaelabError if a line is damaged."""
     inputs = database.arrays.manifest["inputs"]
-    made = {each.key: (each.model, each.kind) for each, _ in explanations(folder, inputs)}
-    found: dict[Group, dict[int, Score]] = {}
+    source_of = _sources(folder, inputs)
+    found: dict[Group, _Rows] = {}
     for score, _, _ in scores(folder, inputs, judged=False):
-        explainer, kind = made.get(score.explanation, ("", ""))
-        group = Group(score.score, score.model, explainer, kind, score.unit)
-        found.setdefault(group, {})[score.feature] = score
-    return Measured(name, found, np.asarray(database.table["density"]))
+        group = Group(score.score, score.model, *source_of(score.explanation), score.unit)
+        found.setdefault(group, _Rows()).add(score)
+    columns = {group: rows.column() for group, rows in found.items()}
+    return Measured(name, columns, np.asarray(database.table["density"]))
+
+
+def _sources(folder: Path, inputs: str) -> Callable[[str], tuple[str, str]]:
+    """A function from the key of an explanation to its explainer and kind; "" and "" if there is none."""
+    keys, numbers, names = array("Q"), array("q"), dict[tuple[str, str], int]()
+    for each, _ in explanations(folder, inputs):
+        keys.append(int(each.key, 16))
+        numbers.append(names.setdefault((each.model, each.kind), len(names)))
+    order = np.argsort(np.array(keys, np.uint64))
+    known, sources, listed = np.array(keys, np.uint64)[order], np.array(numbers, np.int64)[order], [*names]
+
+    def source_of(key: str) -> tuple[str, str]:
+        i = int(np.searchsorted(known, np.uint64(int(key or "0", 16))))
+        return listed[sources[i]] if key and i < len(known) and int(known[i]) == int(key, 16) else ("", "")
+
+    return source_of
+
+
+class _Rows:
+    """A `Column` that is being read."""
+
+    def __init__(self) -> None:
+        self.features, self.values = array("q"), array("d")
+        self.unread, self.tokens = array("q"), array("q")
+        self.above: dict[str, array[float]] = {}
+
+    def add(self, score: Score) -> None:
+        for name, value in score.figures.items():
+            if name.startswith(ABOVE) and not name.endswith((", low", ", high")):
+                missing = [np.nan] * len(self.features)
+                self.above.setdefault(name.removeprefix(ABOVE), array("d", missing)).append(value)
+        self.features.append(score.feature)
+        self.values.append(score.value.value)
+        self.unread.append(score.unread)
+        self.tokens.append(score.tokens)
+
+    def column(self) -> Column:
+        features, last = np.unique(np.array(self.features)[::-1], return_index=True)
+        values, unread, tokens = (np.array(each)[::-1][last] for each in (self.values, self.unread, self.tokens))
+        above = {name: np.array(each)[::-1][last] for name, each in self.above.items()}
+        return Column(features, values, int(unread.sum()), int(tokens.sum()), above)
 
 
 def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
     """The table of a run's scores."""
     lines = []
-    for group, found in run.scores.items():
+    for group, every in run.scores.items():
         if group.kind.startswith(SHUFFLED):
             continue
-        values = _values(found)
-        shuffled = run.scores.get(group._replace(kind=SHUFFLED + group.kind), {})
-        differences = [_paired("shuffled", values, shuffled) if group.kind else _above_chance(group, values)]
-        there = {control.name: _values(control.scores.get(group, {})) for control in controls}
-        for control in controls:
-            if there[control.name]:
-                differences.append(_matched(run, values, control, there[control.name]))
-        means = [np.mean(list(there[each.name].values())) for each in controls if each.reseed and there[each.name]]
-        numbers = np.array(list(values.values()))
+        found, shuffled = every.finite, run.scores.get(group._replace(kind=SHUFFLED + group.kind))
+        differences = [_paired("shuffled", found, shuffled) if group.kind else _above_chance(group, found)]
+        differences += [_difference(name, above) for name, above in found.above.items()]
+        there = [(each, each.scores[group].finite) for each in controls if group in each.scores]
+        there = [(control, column) for control, column in there if len(column.values)]
+        differences += [_matched(run, found, control, column) for control, column in there]
+        means = [float(column.values.mean()) for control, column in there if control.reseed]
         line = Line(
             *group,
-            n=len(values),
-            without=len(found) - len(values),
-            median=float(np.median(numbers)) if len(numbers) else np.nan,
-            mean=mean_interval(numbers),
-            unread=sum(score.unread for score in found.values()),
-            tokens=sum(score.tokens for score in found.values()),
+            n=len(found.values),
+            without=len(every.values) - len(found.values),
+            median=float(np.median(found.values)) if len(found.values) else np.nan,
+            mean=mean_interval(found.values),
+            unread=every.unread,
+            tokens=every.tokens,
             differences=tuple(differences),
-            missing=tuple(name for name, values in there.items() if not values),
-            seeds=tuple(map(float, (np.mean(numbers), *means))) if means and values else (),
+            missing=tuple(each.name for each in controls if each not in [control for control, _ in there]),
+            seeds=(float(found.values.mean()), *means) if means and len(found.values) else (),
         )
         lines.append(line)
     return ScoreTable(tuple(lines))
 
 
 def mean_interval(values: np.ndarray) -> Interval:
-    """The mean of `values` ``[n]`` with its 95% interval over them; NaN of none."""
-    return interval(np.stack([values, np.ones(len(values))], 1)) if len(values) else Interval(np.nan, np.nan, np.nan)
+    """The mean of `values` ``[n]`` with its 95% interval over them; NaN of none.
+
+    Bootstrapped, or for more than `MANY` values, with which a bootstrap takes minutes, 1.96 standard errors.
+    """
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan)
+    if len(values) > MANY:
+        mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+        return Interval(mean, mean - half, mean + half)
+    return interval(np.stack([values, np.ones(len(values))], 1))
 
 
-def _paired(name: str, values: Mapping[int, float], other: Mapping[int, Score]) -> Difference:
-    both = [(value, other[feature].value.value) for feature, value in values.items() if feature in other]
-    return _difference(name, both)
+def _paired(name: str, found: Column, other: Column | None) -> Difference:
+    if other is None:
+        return _difference(name, np.zeros(0))
+    _, own, of_other = np.intersect1d(found.features, other.features, assume_unique=True, return_indices=True)
+    return _difference(name, found.values[own] - other.values[of_other])
 
 
-def _above_chance(group: Group, values: Mapping[int, float]) -> Difference:
-    return _difference(f"chance ({CHANCE[group.unit]:g})", [(value, CHANCE[group.unit]) for value in values.values()])
+def _above_chance(group: Group, found: Column) -> Difference:
+    return _difference(f"chance ({CHANCE[group.unit]:g})", found.values - CHANCE[group.unit])
 
 
-def _values(found: Mapping[int, Score]) -> dict[int, float]:
-    """The value of each feature that has one."""
-    return {feature: score.value.value for feature, score in found.items() if np.isfinite(score.value.value)}
-
-
-def _matched(
-    run: Measured, values: Mapping[int, float], control: Measured, of_control: Mapping[int, float]
-) -> Difference:
-    own, other = list(values), list(of_control)
-    a, b = run.density[own], control.density[other]
-    found = pairs(a, b) if own else []
-    made = _difference(control.name, [(values[own[i]], of_control[other[j]]) for i, j in found])
-    ratios = [max(a[i] / b[j], b[j] / a[i]) for i, j in found]
-    if ratios:
-        made = replace(made, ratio=float(np.median(ratios)), largest_ratio=float(max(ratios)))
+def _matched(run: Measured, found: Column, control: Measured, other: Column) -> Difference:
+    a, b = run.density[found.features], control.density[other.features]
+    own, of_other = np.array(pairs(a, b), int).reshape(-1, 2).T
+    made = _difference(control.name, found.values[own] - other.values[of_other])
+    if len(own):
+        ratios = np.exp(np.abs(np.log(a[own] / b[of_other])))
+        made = replace(made, ratio=float(np.median(ratios)), largest_ratio=float(ratios.max()))
     return replace(made, reseed=control.reseed)
 
 
-def _difference(name: str, both: Sequence[tuple[float, float]]) -> Difference:
-    differences = np.array([a - b for a, b in both if np.isfinite(b)])
+def _difference(name: str, differences: np.ndarray) -> Difference:
+    differences = differences[np.isfinite(differences)]
     return Difference(name, len(differences), mean_interval(differences))

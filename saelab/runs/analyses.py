@@ -4,6 +4,7 @@ To add one, write `saelab/analysis/NAME.py` with its function and result, a sect
 `saelab/analysis/settings.py`, and an entry of `ANALYSES`.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +25,19 @@ from saelab.analysis.settings import (
     AttentionSettings,
     DarkMatterSettings,
     DeadSettings,
+    ExplanationsSettings,
     SimilaritySettings,
     SteeringSettings,
 )
 from saelab.analysis.similarities import Other, Similarities, similarities
 from saelab.analysis.steering_effects import steering_effects
 from saelab.analysis.steering_report import SteeringEffects
+from saelab.autointerp.embedders import sentence_transformer, tfidf
+from saelab.autointerp.similarity import Described, ExplanationSimilarities, compare_explanations, described
+from saelab.autointerp.store import EXPLANATIONS
 from saelab.encoded import Block, encoded
 from saelab.errors import SaelabError, SettingError, did_you_mean
+from saelab.features.database import open_database
 from saelab.files import expanded, locked, replace_folder, translate_errors, translate_read_errors, write_json
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
@@ -93,6 +99,8 @@ class Analysis(NamedTuple):
     """From the subject and the section `analysis.NAME` of the settings."""
     reads: Callable[[Any], Sequence[str]] = lambda settings: ()
     """Other runs whose weights the result depends on, given the same section."""
+    files: Sequence[str] = ()
+    """Files of all these runs that it depends on beside weights and text."""
 
 
 def _dead(subject: Subject, settings: DeadSettings) -> Dead:
@@ -142,12 +150,47 @@ def _similarity(subject: Subject, settings: SimilaritySettings) -> Similarities:
     return similarities(subject.sae, subject.lm, rows, subject.site, others, settings, name=name, track=subject.track)
 
 
+def _explanations(subject: Subject, settings: ExplanationsSettings) -> ExplanationSimilarities:
+    setting = "analysis.explanations.other"
+    if not settings.other:
+        raise SettingError(f"{setting}: name the runs to compare with: {setting}=[RUN, ...]")
+    own = _described(subject.run, subject.sae)
+    given = sentence_transformer(settings.embed) if settings.embed is not None else None
+    found = []
+    for run in settings.other:
+        sae, site = subject.other(run, setting)
+        other = _described(Path(expanded(run, setting)), sae)
+        by = settings.pair
+        if by == "site":
+            by = "decoder" if site == subject.site else "explanation"
+        embed = given or tfidf([*own.texts.values(), *other.texts.values()])
+        compared = compare_explanations(own, other, embed, by=by, threshold=settings.threshold, name=run, site=site)
+        found.append(compared)
+    embedder = "TF-IDF" if settings.embed is None else Path(settings.embed).name
+    return ExplanationSimilarities(subject.site, len(own.texts), own.explainers, embedder, tuple(found))
+
+
+def _described(run: Path, sae: SparseAutoencoder) -> Described:
+    """Raises SaelabError if there are no explanations."""
+    inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
+    found = described(run / folder.AUTOINTERP, inputs, sae.W_dec.detach().float().cpu().numpy())
+    if not found.texts:
+        raise SaelabError(f"{run}: has no explanations; `saelab explain {run} --features 0:` makes them")
+    return found
+
+
 ANALYSES: dict[str, Analysis] = {
     "dead": Analysis(Dead, _dead),
     "attention": Analysis(Attention, _attention),
     "dark_matter": Analysis(DarkMatter, _dark_matter, _runs_of_dark_matter),
     "steering": Analysis(SteeringEffects, _steering),
     "similarity": Analysis(Similarities, _similarity, lambda settings: settings.other),
+    "explanations": Analysis(
+        ExplanationSimilarities,
+        _explanations,
+        lambda settings: settings.other,
+        (f"{folder.AUTOINTERP}/{EXPLANATIONS}",),
+    ),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 
@@ -181,6 +224,7 @@ def analyse(
         for other in others:
             folder.check_run(other)
         inputs = " ".join(opened.job.result_inputs(each, settings) for each in (run, *others))
+        inputs += "".join(f" {_digest(each / name)}" for each in (run, *others) for name in analysis.files)
         if not force and (folder.analysis(run, name) or {}).get("inputs") == inputs:
             say(f"{name}: up to date")
             return _read(run, name, analysis)
@@ -203,6 +247,14 @@ def _analysis(name: str) -> Analysis:
     if name not in ANALYSES:
         raise SaelabError(f"{name}: no such analysis ({', '.join(ANALYSES)}).{did_you_mean(name, ANALYSES)}")
     return ANALYSES[name]
+
+
+def _digest(path: Path) -> str:
+    """A hash of a file's content, "" if there is none."""
+    if not path.is_file():
+        return ""
+    with translate_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(run: Path, name: str, analysis: Analysis) -> Result:

@@ -1,42 +1,43 @@
 """The stages `explain` and `score` of a run, and the table of its scores.
 
-They read the feature database; only surprisal also loads the run's language model, and with it torch. Records are
-written one by one, and what is written already is not made again: run again after a kill, a stage continues, and asks
-nobody twice.
+They read the feature database; only surprisal, explanations of effects and intervention also load the run's language
+model, and with it torch. Records are written one by one, and what is written already is not made again: run again after
+a kill, a stage continues, and asks nobody twice.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from saelab.autointerp import explain as prompt
 from saelab.autointerp import lexical
-from saelab.autointerp.contexts import contexts
+from saelab.autointerp.contexts import Contexts, contexts
 from saelab.autointerp.embedders import Embedder, of_database, sentence_transformer
-from saelab.autointerp.evidence import near_misses, top_logits
+from saelab.autointerp.explainers import Explainer, Explanations, Made, of_contexts, of_effects
 from saelab.autointerp.jobs import Job, run_jobs
 from saelab.autointerp.llm.budget import Budget, Estimate, estimate
 from saelab.autointerp.llm.named import client as named
 from saelab.autointerp.llm.protocol import BaseModel, Client, Reply
 from saelab.autointerp.parquet import export, exported
-from saelab.autointerp.plan import Plan, new_controls, stored
-from saelab.autointerp.records import Explanation
+from saelab.autointerp.plan import Controls, Plan, Stored, stored
+from saelab.autointerp.plan import controls as controls_of
+from saelab.autointerp.records import EFFECT, About
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
-from saelab.autointerp.settings import ContextSettings, ScoreSettings
-from saelab.autointerp.store import Explained, Writer, explanations, writing
+from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
+from saelab.autointerp.store import ANSWERS, Writer, explanations, writing
 from saelab.autointerp.summary import ScoreTable
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.database import Database
 from saelab.progress import Say, Track, quiet, silent
 from saelab.runs.explained import Opened, control_runs, features_of, scores_of
 
-ANSWERS = "answers.sqlite"
-"""The cache of language models' answers, in the folder of explanations and scores."""
-NO_WINDOWS = "there are no windows to explain it from"
+if TYPE_CHECKING:
+    from saelab.autointerp.steered_text import SteeredTexts
+    from saelab.lm.model import LanguageModel
+    from saelab.sae.model import SparseAutoencoder
+
 _SAMPLE = 5
 """Features from whose requests the cost is estimated."""
 
@@ -44,39 +45,16 @@ Confirm = Callable[[Estimate], None]
 """Gets the cost before a language model is asked; raises an exception if it is too high."""
 
 
-class Explanations(NamedTuple):
-    """Features that `explain` was asked for, counted."""
-
-    explainer: str
-    explained: int
-    """Those with an explanation, the earlier ones too."""
-    new: int
-    """Those that were explained now, or tried."""
-    few: int
-    """Those explained from fewer windows than asked for."""
-    no_windows: int
-    """Those not explained as there are no windows to explain them from."""
-    unreadable: int
-    """Those not explained as the answer could not be read."""
-    tokens: int
-    """Tokens of all prompts and answers, the earlier ones too."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.explained:,} features explained by {self.explainer}, {self.few:,} of them from fewer windows than "
-            f"asked for; not explained: {self.no_windows:,} without windows, {self.unreadable:,} whose answer could "
-            f"not be read"
-        )
-
-
 def explain(
     run: str | Path,
     features: str | None = None,
     *,
+    about: About = "context",
     llm: str | Client | None = None,
     model: str | None = None,
     contrastive: bool = False,
     reasoning: bool = False,
+    again: bool = False,
     settings: ContextSettings = ContextSettings(),  # noqa: B008
     concurrency: int = 8,
     budget: Budget | None = None,
@@ -89,72 +67,62 @@ def explain(
     `features`: indices, ranges, or a draw, such as "7,9", "0:100", "random:200" (`saelab.autointerp.choice.chosen`); or
     "matched:OTHER", the features nearest in density to those that are explained in the run OTHER. None: `FEATURES`; for
     a control, those matched to the run that it is a control of.
+    `about`: when a feature is active ("context"), or what comes after it ("effect", which steers the run's own language
+    model; only the intervention score reads it).
     `llm`: the address of a server with the OpenAI chat protocol that has `model`, or ``local`` with `model` a model
     folder, or a `Client`; None: the offline explainer, which is no language model. `contrastive` and `reasoning` are
-    for language models (`saelab.autointerp.explain`).
+    for language models and contexts (`saelab.autointerp.explain`).
 
-    A feature that has an explanation of this kind, model and `settings` is not explained again. Raises SaelabError if
-    there is no feature database or no such feature, as `answers` does, and if another process writes there.
+    A feature that has an explanation of this kind, model and `settings` is not explained again, except with `again`:
+    then all are, at another seed and a temperature above 0, and their earlier explanations stay. If some of them have
+    fewer explanations than others, because a run with `again` was stopped, only these are. Raises SaelabError if there
+    is no feature database or no such feature, as `answers` does, and if another process writes there.
     """
     opened = Opened(run)
     client = named(llm, model, concurrency)
-    offline = client.name == lexical.NAME
-    if offline and (contrastive or reasoning):
-        raise SettingError("contrastive, reasoning: need a language model; name one with llm, or leave them out")
-    kind = lexical.NAME if offline else "contrastive" if contrastive else "default"
-    kind += ", reasoning" * reasoning
-    todo = dict.fromkeys(features_of(opened, features))
-    made: list[Explanation] = []
-    """Without their answers and programs."""
-    for old, of in explanations(opened.folder, opened.inputs):
-        if (old.kind, old.model, of) == (kind, client.name, settings) and old.feature in todo:
-            del todo[old.feature]
-            made.append(replace(old, answer="", program=None))
-    if offline:
+    explainer = _explainer(opened, about, client, contrastive, reasoning, say)
+    if client.name == lexical.NAME:
         say("explainer: lexical, from statistics of tokens; it is no language model")
+    made = Made(np.array(features_of(opened, features, about)))
+    for old, of in explanations(opened.folder, opened.inputs):
+        if (old.kind, old.model, of) == (explainer.kind, explainer.model, settings):
+            made.add(old)
+    attempt = made.next_attempt(again)
+    todo = made.features[made.attempts < attempt]
 
     def job(feature: int, writer: Writer | None) -> Job:
-        c = contexts(opened.database, feature, settings)
+        requests, make = explainer.asked(contexts(opened.database, feature, settings), attempt)
 
         def finish(replies: Sequence[Reply]) -> None:
-            if not c.explain:
-                found = Explanation(feature, "", kind, client.name, note=NO_WINDOWS)
-            elif offline:
-                found = lexical.explain(c)
-            else:
-                found = prompt.explanation(c, replies[0], kind, client.name)
-            found = replace(found, note=found.note or c.lacking)
-            made.append(replace(found, answer="", program=None))
+            found = make(replies)
+            made.add(found)
             if writer is not None:
                 writer.explanation(found, settings)
 
-        if offline or not c.explain:
-            return Job((), finish)
-        misses = near_misses(opened.database, c) if contrastive else ()
-        logits = top_logits(opened.database, feature)
-        return Job((prompt.request(c, top_logits=logits, near_misses=misses, reasoning=reasoning),), finish)
+        return Job(requests, finish)
 
-    if not offline and todo:
-        _confirm(client, (job(feature, None) for feature in _sample([*todo])), len(todo), budget, confirm, say)
-    if todo or not exported(opened.folder):
+    if client.name != lexical.NAME and len(todo):
+        _confirm(client, (job(feature, None) for feature in _sample(todo)), len(todo), budget, confirm, say)
+    if len(todo) or not exported(opened.folder):
         with writing(opened.folder, opened.inputs) as writer:
-            jobs = (job(feature, writer) for feature in track(iter(todo), "explaining", len(todo), lambda _: 1))
-            run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget)
+            jobs = (job(int(feature), writer) for feature in todo)
+            counted = {"track": track, "label": "explaining", "total": len(todo)}
+            run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget, **counted)
             export(opened.folder, opened.inputs)
-    return _counted(client.name, made, len(todo))
+    return made.counted(client.name, len(todo))
 
 
-def _counted(explainer: str, made: Sequence[Explanation], new: int) -> Explanations:
-    none = sum(each.note == NO_WINDOWS for each in made)
-    return Explanations(
-        explainer=explainer,
-        explained=sum(bool(each.text) for each in made),
-        new=new,
-        few=sum(bool(each.text and each.note) for each in made),
-        no_windows=none,
-        unreadable=sum(not each.text for each in made) - none,
-        tokens=sum(each.tokens for each in made),
-    )
+def _explainer(opened: Opened, about: About, client: Client, contrastive: bool, reasoning: bool, say: Say) -> Explainer:
+    if about == "context":
+        return of_contexts(opened.database, client, contrastive=contrastive, reasoning=reasoning)
+    if about != EFFECT:
+        raise SettingError(f"about: there is no {about!r} (context, effect)")
+    if contrastive or reasoning:
+        raise SettingError("contrastive, reasoning: are for explanations of contexts; leave them out")
+    from saelab.autointerp.steered_text import raised_tokens  # with torch
+
+    subject, steering = _subject(opened.run, say), InterventionSettings()
+    return of_effects(client, lambda c: raised_tokens(c, *subject, steering), steering.kl)
 
 
 def score(
@@ -176,10 +144,9 @@ def score(
 ) -> ScoreTable:
     """Score the latest explanation of each feature, and a shuffled one as a control, into RUN/autointerp.
 
-    Returns the table of all scores of the run, beside those of the runs `controls`; None: its own controls (`saelab
-    controls`) that were read from the same text. `scores` are keys of `SCORERS`. `features` as in `explain`; None:
-    those that have an explanation. An explanation is scored on windows of the settings that it was made with, none of
-    which it was made from. `llm` and `model` name the judge, as in `explain`;
+    Returns the table of all scores of the run, beside those of the runs `controls`. `scores` are keys of `SCORERS`.
+    `features` as in `explain`; None: those that have an explanation. An explanation is scored on windows of the
+    settings that it was made with, none of which it was made from. `llm` and `model` name the judge, as in `explain`;
     None: the offline one, which is no language model. `embed`: a sentence-transformers model; None: TF-IDF. `base`
     gives the log-probabilities for surprisal; None: the language model of the run.
 
@@ -194,31 +161,82 @@ def score(
     client = named(llm, model, concurrency)
     if client.name == lexical.NAME:
         say("judge: lexical, from words in common; it is no language model")
-    latest, shuffled = stored(opened.folder, opened.inputs)
-    subjects = _subjects(opened, scores, features, latest)
-    unexplained = sum(not latest[each].explanation.text for each in subjects if each in latest)
-    unexplained += sum(each not in latest for each in subjects)
-    if unexplained and any(SCORERS[name].explained for name in scores):
-        say(f"{unexplained:,} of {len(subjects):,} features have no explanation, and no score of one")
-    if base is None and any(SCORERS[name].needs_base for name in scores):
-        base = _subject(opened.run, say)
-    judges = Judges(client, *_embedder(opened.database, embed), settings, base)
-    new = new_controls(opened.database, [latest[each] for each in subjects if each in latest], shuffled)
-    plan = Plan(opened.database, scores, latest, shuffled | new, judges, opened.folder)
-    todo = [feature for feature in subjects if plan.missing(feature)]
-    if client.name != lexical.NAME and todo:
-        sample = (job for feature in _sample(todo) for job in plan.jobs(feature, lambda *_: None))
-        _confirm(client, sample, len(todo), budget, confirm, say)
-    if todo or not exported(opened.folder):
+    base, steered = _subject_judges(opened, scores, base, settings, say)
+    judges = Judges(client, *_embedder(opened.database, embed), settings, base, steered)
+    parts = [_part(opened, names, about, features, judges, say) for about, names in _by_subject(scores).items()]
+    for part in parts:
+        if client.name != lexical.NAME and len(part.todo):
+            jobs = (job for feature in _sample(part.todo) for job in part.plan.jobs(feature, lambda *_: None))
+            _confirm(client, jobs, len(part.todo), budget, confirm, say)
+    missing = sum(part.missing for part in parts)
+    if missing or not exported(opened.folder):
         with writing(opened.folder, opened.inputs) as writer:
-            for explanation, of in new.values():
-                writer.explanation(explanation, of)
-            write = partial(writer.score, asked=settings)
-            tracked = track(iter(todo), "scoring", len(todo), lambda _: 1)
-            jobs = (job for feature in tracked for job in plan.jobs(feature, write))
-            run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget)
+            jobs = (job for part in parts for job in _jobs(part, writer, settings))
+            counted = {"track": track, "label": "scoring", "total": missing}
+            run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget, **counted)
             export(opened.folder, opened.inputs)
     return scores_of(opened, others)
+
+
+class _Part(NamedTuple):
+    """The scores that read explanations of one kind of subject, or none."""
+
+    plan: Plan
+    controls: Controls
+    todo: np.ndarray
+    """Features with scores to be made."""
+    missing: int
+    """Scores to be made."""
+
+
+def _by_subject(scores: Sequence[str]) -> dict[About, list[str]]:
+    """The scores by what the explanations that they read are about; those without explanations with the contexts."""
+    found: dict[About, list[str]] = {}
+    for name in scores:
+        found.setdefault(SCORERS[name].about or "context", []).append(name)
+    return found
+
+
+def _part(opened: Opened, scores: Sequence[str], about: About, features: str | None, judges: Judges, say: Say) -> _Part:
+    latest, shuffled = stored(opened.folder, opened.inputs, about)
+    subjects = _subjects(opened, scores, about, features, latest)
+    if any(SCORERS[name].about for name in scores):
+        unexplained = len(subjects) - int(np.isin(subjects, latest.features[latest.explained]).sum())
+        if unexplained:
+            which = " of their effect" * (about == EFFECT)
+            say(f"{unexplained:,} of {len(subjects):,} features have no explanation{which}, and no score of one")
+    made = controls_of(opened.database, latest, shuffled, subjects)
+    plan = Plan(opened.database, scores, latest, made, judges, opened.folder)
+    missing = np.array([len(plan.missing(int(feature))) for feature in subjects], int)
+    return _Part(plan, made, subjects[missing > 0], int(missing.sum()))
+
+
+def _jobs(part: _Part, writer: Writer, settings: ScoreSettings) -> Iterator[Job]:
+    """The jobs of all scores to be made; writes new controls before the first score of them."""
+    write = partial(writer.score, asked=settings)
+    for feature in map(int, part.todo):
+        if (control := part.controls.new_one(feature)) is not None:
+            writer.explanation(*control)
+        yield from part.plan.jobs(feature, write)
+
+
+def _subject_judges(
+    opened: Opened, scores: Sequence[str], base: BaseModel | None, settings: ScoreSettings, say: Say
+) -> tuple[BaseModel | None, Callable[[Contexts], "SteeredTexts"] | None]:
+    """What gives log-probabilities, `base` or the run's language model, and steered texts; None if not needed."""
+    steering = any(SCORERS[name].needs_steering for name in scores)
+    if not steering and not (base is None and any(SCORERS[name].needs_base for name in scores)):
+        return base, None
+    from saelab.autointerp.llm.local import LocalModel  # with torch
+    from saelab.autointerp.steered_text import steered_texts
+
+    subject = _subject(opened.run, say)
+
+    @lru_cache(maxsize=1)  # serves the explanation and its control
+    def steered(c: Contexts) -> "SteeredTexts":
+        return steered_texts(c, *subject, settings.steering)
+
+    return base or LocalModel(subject.lm), steered if steering else None
 
 
 def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
@@ -236,26 +254,34 @@ def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
     return embedder, "TF-IDF"
 
 
-def _subject(run: Path, say: Say) -> BaseModel:
-    """The language model of a run."""
-    from saelab.autointerp.llm.local import LocalModel
-    from saelab.runs.reopen import reopen
+class Subject(NamedTuple):
+    """What a run studies."""
 
-    return LocalModel(reopen(run, "analyse", [], say).job.lm)
-
-
-def _subjects(opened: Opened, scores: Sequence[str], features: str | None, latest: dict[int, Explained]) -> list[int]:
-    """The features to be scored."""
-    if not latest and any(SCORERS[name].explained for name in scores):
-        raise SaelabError(f"{opened.run}: has no explanations; `saelab explain {opened.run}` makes them")
-    if features is None and latest:
-        return sorted(latest)
-    return features_of(opened, features)
+    sae: "SparseAutoencoder"
+    lm: "LanguageModel"
+    site: str
 
 
-def _sample(features: Sequence[int]) -> list[int]:
+def _subject(run: Path, say: Say) -> Subject:
+    from saelab.runs.reopen import reopen  # with torch
+
+    opened = reopen(run, "analyse", [], say)
+    return Subject(opened.sae, opened.job.lm, opened.job.settings.site)
+
+
+def _subjects(opened: Opened, scores: Sequence[str], about: About, features: str | None, latest: Stored) -> np.ndarray:
+    """The features to be scored, rising."""
+    if not len(latest) and any(SCORERS[name].about for name in scores):
+        option, which = (" --about effect", " of effects") if about == EFFECT else ("", "")
+        raise SaelabError(f"{opened.run}: has no explanations{which}; `saelab explain {opened.run}{option}` makes them")
+    if features is None and len(latest):
+        return latest.features
+    return np.array(features_of(opened, features, about))
+
+
+def _sample(features: np.ndarray) -> list[int]:
     """Some of the features, evenly spread."""
-    return [features[i] for i in np.unique(np.linspace(0, len(features) - 1, _SAMPLE).round().astype(int)).tolist()]
+    return features[np.unique(np.linspace(0, len(features) - 1, _SAMPLE).round().astype(int))].tolist()
 
 
 def _confirm(

@@ -11,6 +11,7 @@ import numpy as np
 
 from saelab.autointerp.choice import chosen, matched
 from saelab.autointerp.plan import stored
+from saelab.autointerp.records import About
 from saelab.autointerp.summary import Measured, ScoreTable, measured, summarised
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
@@ -45,20 +46,23 @@ class Opened:
         return replace(found, reseed=own and self.run.name.startswith(folder.RESEED))
 
 
-def features_of(opened: Opened, features: str | None) -> list[int]:
-    """The features that a choice names; without one `FEATURES`, or of a control those that match its run's."""
+def features_of(opened: Opened, features: str | None, about: About = "context") -> list[int]:
+    """The features that a choice names; without one `FEATURES`, or of a control those that match its run's.
+
+    `about`: what the explanations in another run are about, whose features are matched.
+    """
     if features is None:
         parent = folder.controlled(opened.run)
         features = FEATURES if parent is None else f"{MATCHED}{parent}"
     if not features.startswith(MATCHED):
         return chosen(opened.database, features)
     other = Opened(features.removeprefix(MATCHED))
-    latest, _ = stored(other.folder, other.inputs)
-    explained = [feature for feature, each in latest.items() if each.explanation.text]
+    latest, _ = stored(other.folder, other.inputs, about)
+    explained = latest.features[latest.explained]
     found = matched(np.asarray(opened.database.table["density"]), other.database.table["density"][explained])
     if not found:
-        reason = "has no feature of a similar density" if explained else "has no explanations; explain it first"
-        raise SaelabError(f"features: {opened.run if explained else other.run}: {reason}")
+        reason = "has no feature of a similar density" if len(explained) else "has no explanations; explain it first"
+        raise SaelabError(f"features: {opened.run if len(explained) else other.run}: {reason}")
     return found
 
 

@@ -1,14 +1,19 @@
-"""`saelab export`: what a run holds, in a form that other people or tools can open. Imports no torch."""
+"""`saelab export`: what a run holds, in a form that other people or tools can open.
+
+Features, from the run's database, without torch (`FORMS`); or the autoencoder as the checkpoint of another trainer
+(`CHECKPOINTS`).
+"""
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from saelab.errors import SaelabError, did_you_mean
+from saelab.errors import SaelabError, WriteError, did_you_mean
 from saelab.features.database import Database, open_database
 from saelab.features.export import circuit_tracer, html, neuronpedia, tables
-from saelab.files import expanded, locked, make_folder, translate_errors
+from saelab.files import expanded, locked, make_folder, replace_folder, translate_errors
 from saelab.runs import folder
 
 EXPORTS = "exports"
@@ -36,33 +41,73 @@ FORMS = {
 }
 
 
+CHECKPOINTS = {
+    "saelens": r"cfg\.json|sae_weights\.safetensors",
+    "sparsify": r"cfg\.json|sae\.safetensors",
+    "dictionary_learning": r"config\.json|ae\.pt",
+}
+"""By the name of a trainer, the files of its checkpoints, as a regular expression."""
+
+
 def export(
     run: str | Path, to: str, features: str | None = None, out: str | Path | None = None, *, force: bool = False
 ) -> Path:
-    """Export features of a run's database in the form `to`, a key of `FORMS`; returns the file or folder written.
+    """Export what a run holds in the form `to`; returns the file or folder written.
 
-    `features` are indices and ranges, such as "1,5-9". `out` is the file or folder, by default in RUN/exports. With
-    `force` it may be an earlier export, which is replaced.
+    `to` is a key of `FORMS`, for features of the run's database, or of `CHECKPOINTS`, for its autoencoder; then `run`
+    may be any checkpoint that `saelab.load` reads. `features` are indices and ranges, such as "1,5-9". `out` is the
+    file or folder, by default in RUN/exports. With `force` it may be an earlier export, which is replaced.
 
-    Raises SaelabError if there is no such form, feature or database, if `out` exists, belongs to the run itself or
-    cannot be written, and if another process writes into the run.
+    Raises SaelabError if there is no such form, feature, database or checkpoint, if the other trainer cannot compute
+    the autoencoder, if `out` exists, belongs to the run itself or cannot be written, and if another process writes into
+    the run.
     """
-    if to not in FORMS:
-        raise SaelabError(f"--to: there is no {to!r}; choose {', '.join(FORMS)}.{did_you_mean(to, FORMS)}")
-    form = FORMS[to]
     run = Path(expanded(run))
-    database = open_database(folder.features(run))
-    chosen = _features(database, form, features, to)
-    path = run / EXPORTS / form.name if out is None else Path(expanded(out, "--out"))
+    if to in FORMS:
+        form = FORMS[to]
+        write, name, files = _of_features(run, form, features, to), form.name, form.files
+    elif to in CHECKPOINTS:
+        write, name, files = _of_autoencoder(run, features, to), to, CHECKPOINTS[to]
+    else:
+        forms = [*FORMS, *CHECKPOINTS]
+        raise SaelabError(f"--to: there is no {to!r}; choose {', '.join(forms)}.{did_you_mean(to, forms)}")
+    path = run / EXPORTS / name if out is None else Path(expanded(out, "--out"))
     target = path.resolve()
     inside = target.is_relative_to(run.resolve())
     if any(target.is_relative_to((run / name).resolve()) for name in folder.OWN):
         raise SaelabError(f"--out: {path} belongs to the run itself; choose another")
     with locked(run if inside else path), translate_errors(path.parent, elsewhere="choose another --out"):
-        _check_free(path, form, force)
+        _check_free(path, files, force)
         make_folder(path.parent)
-        form.write(database, chosen, path)
+        write(path)
     return path
+
+
+def _of_features(run: Path, form: Form, features: str | None, to: str) -> Callable[[Path], None]:
+    """Writes features of the run's database to a path."""
+    database = open_database(folder.features(run))
+    return partial(form.write, database, _features(database, form, features, to))
+
+
+def _of_autoencoder(run: Path, features: str | None, to: str) -> Callable[[Path], None]:
+    """Writes the run's autoencoder to a path, as `to` does."""
+    if features is not None:
+        raise SaelabError(f"--features: a checkpoint of {to} has all features; leave it out")
+    from saelab.sae.checkpoint import load
+    from saelab.sae.interop.writing import WRITERS
+
+    sae = load(run)
+
+    def write(path: Path) -> None:
+        try:
+            with replace_folder(path) as unfinished:
+                WRITERS[to](sae, unfinished)
+        except WriteError:
+            raise
+        except SaelabError as error:
+            raise SaelabError(f"{run}: {error}") from error
+
+    return write
 
 
 def _features(database: Database, form: Form, text: str | None, to: str) -> list[int]:
@@ -80,16 +125,16 @@ def _features(database: Database, form: Form, text: str | None, to: str) -> list
     return chosen
 
 
-def _check_free(path: Path, form: Form, force: bool) -> None:
+def _check_free(path: Path, files: str | None, force: bool) -> None:
     """Raises SaelabError if `path` exists, unless it is an earlier export and `force` is given."""
     if not path.exists() and not path.is_symlink():
         return
     ours = path.is_file()
-    if form.files is not None:
+    if files is not None:
         ours = path.is_dir() and not path.is_symlink()
-        ours = ours and all(re.fullmatch(form.files, file.name) for file in path.iterdir())
+        ours = ours and all(re.fullmatch(files, file.name) for file in path.iterdir())
     if not ours:
-        kind = "file" if form.files is None else "folder of such an export"
+        kind = "file" if files is None else "folder of such an export"
         raise SaelabError(f"--out: {path} exists and is not a {kind}; choose another")
     if not force:
         raise SaelabError(f"--out: {path} exists; choose another, or give --force to replace it")

@@ -91,7 +91,7 @@ class Live:
                 at = block.positions.cpu().numpy()
                 counts[at] = block.codes.l0().cpu().numpy()
                 norms[at] = block.x.norm(dim=1).cpu().numpy()
-                errors[at] = (block.x - self.sae.decode(block.codes)).norm(dim=1).cpu().numpy()
+                errors[at] = (block.x - self.sae.decode(block.codes, block.x)).norm(dim=1).cpu().numpy()
         offsets = np.concatenate([[0], np.cumsum(counts)])
         return ShortText(np.array(token_ids), self.tokens(token_ids), offsets, features, values, norms, errors)
 
@@ -148,7 +148,7 @@ class Live:
             sae = load(run, self.lm.device)
             site = sae.metadata.get("hook_name")
             model = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
-            if site is not None and takes_part(site) and model == self.lm.fingerprint and sae.centred:
+            if site is not None and takes_part(site) and model == self.lm.fingerprint and not sae.transcodes:
                 saes.setdefault(site, sae)
         with self.lock:
             return open_circuit(self.lm, saes)

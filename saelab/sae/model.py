@@ -5,6 +5,9 @@
 affinity.py and allocation/ decide which entries are selected, encoder.py their values. With a width d_out the
 autoencoder is a transcoder: it reconstructs something else than x, and b_dec is not subtracted from x. The encoder is
 stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradients are the same sparse product.
+
+Checkpoints of other trainers may normalise each token (normalisation.py) or add W_skip x to the reconstruction; both
+are for inference only.
 """
 
 import copy
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from saelab.codes import Codes
+from saelab.errors import SaelabError
 from saelab.kernels import spmm
 from saelab.ranks import ALONE, Ranks, shared, total
 from saelab.sae import summary
@@ -25,6 +29,7 @@ from saelab.sae.allocation.rules import Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
 from saelab.sae.encoder import Encoder, JumpReLU, Linear, Scratch
 from saelab.sae.losses import Forward, squared_deviation
+from saelab.sae.normalisation import normalised
 
 LIFT = 1e-3
 """Pre-activation that `lift` gives a silent feature on its nearest token; activations have E||x||^2 = d_in."""
@@ -71,9 +76,10 @@ class SparseAutoencoder(nn.Module):
     """A sparse autoencoder.
 
     Parameters: W_enc ``[n_features, d_in]``, W_dec ``[n_features, d_out]``, b_enc ``[n_features]``, b_dec ``[d_out]``,
-    all zero until `initialise` or a checkpoint sets them.
+    all zero until `initialise` or a checkpoint sets them; W_skip ``[d_out, d_in]`` if it has a skip connection.
     """
 
+    W_skip: Tensor | None
     threshold: Tensor | None
     """Bound that a pre-activation must exceed to be active in inference: ``[1]``, one for all, or ``[n_features]``.
     None: every token keeps its k largest."""
@@ -94,8 +100,12 @@ class SparseAutoencoder(nn.Module):
         """The features of this process, among all `n_features`."""
         self.all_features, n_features = n_features, self.part.stop - self.part.start
         self.d_in, self.n_features, self.k, self.d_out = d_in, n_features, k, d_out or d_in
+        self.transcodes = d_out is not None
+        """Whether it reconstructs something else than x."""
         self.centred = d_out is None
         """Whether b_dec is subtracted from x."""
+        self.normalisation: str | None = None
+        """Normalisation of each token, a key of `NORMALISATIONS`; a transcoder's output is not scaled back."""
         self.beta = 0.0
         """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
         self.metadata = metadata or {}
@@ -109,6 +119,7 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.register_buffer("threshold", None, persistent=False)
         self.register_parameter("log_threshold", None)
+        self.register_parameter("W_skip", None)
         self.bandwidth = 0.0
         self._scratch = Scratch()
 
@@ -155,14 +166,38 @@ class SparseAutoencoder(nn.Module):
         assert pre is not None
         return pattern.with_values(self.encoder.values(pre, pattern)).compact()
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Reconstruction of each token, ``[tokens, d_out]``."""
-        return total(spmm(codes, self.W_dec), self.ranks.features) + self.b_dec
+    @property
+    def affine(self) -> bool:
+        """Whether the reconstruction is codes W_dec + b_dec, whatever the input."""
+        return self.normalisation is None and self.W_skip is None
+
+    def decode(self, codes: Codes, x: Tensor | None = None) -> Tensor:
+        """Reconstruction of each token, ``[tokens, d_out]``.
+
+        x ``[tokens, d_in]`` is what the codes were encoded from; only an autoencoder that is not `affine` needs it.
+        """
+        decoded = total(spmm(codes, self.W_dec), self.ranks.features) + self.b_dec
+        if self.affine:
+            return decoded
+        if x is None:
+            raise ValueError("decode: an autoencoder that is not affine needs the input x too")
+        x = x.to(decoded.dtype)
+        if self.normalisation is not None and not self.transcodes:
+            _, gain, shift = normalised(x, self.normalisation)
+            decoded = decoded * gain + shift
+        return decoded if self.W_skip is None else decoded + x @ self.W_skip.T
+
+    def gain(self, x: Tensor) -> Tensor:
+        """What a row of W_dec is multiplied by where it is written: x ``[tokens, d_in]`` -> ``[tokens, 1]``."""
+        if self.normalisation is None or self.transcodes:
+            return x.new_ones(len(x), 1)
+        return normalised(x, self.normalisation).gain
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction ``[..., d_out]`` in the dtype of x ``[..., d_in]``."""
-        return self.decode(self.encode(x)).view(*x.shape[:-1], self.d_out).to(x.dtype)
+        decoded = self.decode(self.encode(x), None if self.affine else x.reshape(-1, self.d_in))
+        return decoded.view(*x.shape[:-1], self.d_out).to(x.dtype)
 
     @torch.no_grad()
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -189,7 +224,13 @@ class SparseAutoencoder(nn.Module):
         mask. With `tables` the pass and its gradients are those of an autoencoder with these weights, summed in
         float32; the gradients reach the parameters. Processes that share the training get the same batch, rules and
         requests; each returns what belongs to its tokens and features.
+
+        Raises SaelabError for an autoencoder that is not `affine`.
         """
+        if not self.affine:
+            raise SaelabError(
+                "training: this version trains no autoencoder that normalises each token or has a skip connection"
+            )
         tokens, own = len(batch.x), self.ranks.data.part(len(batch.x))
         masked = next((request for request in requests if request is not None and request.mask is not None), None)
         if masked is not None and masked.mask is not None:
@@ -319,15 +360,20 @@ class SparseAutoencoder(nn.Module):
         """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
 
         Biases and threshold are divided by the scale, the matrices stay: relu and selection commute with a scale.
-        Trained thresholds become fixed ones.
+        Trained thresholds become fixed ones. A normalisation of each token undoes the scale before the encoder; then
+        only what a transcoder writes is divided.
         """
         folded = copy.deepcopy(self)
-        folded.b_enc.div_(scale)
-        folded.b_dec.div_(scale)
         if folded.log_threshold is not None:
             folded.threshold, folded.log_threshold = folded.log_threshold.detach().exp(), None
-        if folded.threshold is not None:
-            folded.threshold = folded.threshold / scale
+        if folded.normalisation is None:
+            folded.b_enc.div_(scale)
+            folded.b_dec.div_(scale)
+            if folded.threshold is not None:
+                folded.threshold = folded.threshold / scale
+        elif folded.transcodes:
+            folded.W_dec.div_(scale)
+            folded.b_dec.div_(scale)
         return folded
 
     @torch.no_grad()
@@ -349,6 +395,9 @@ class SparseAutoencoder(nn.Module):
             self.b_enc[rows] += torch.where(mask[rows] & (highest <= 0), LIFT - highest, 0.0)
 
     def _centre(self, x: Tensor) -> Tensor:
+        """x as the encoder's rows read it."""
+        if self.normalisation is not None:
+            x = normalised(x, self.normalisation).x
         return x - self.b_dec if self.centred else x
 
     def _draw(self, table: Tensor) -> None:

@@ -46,7 +46,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     ours = metadata.get("saelab")
     ours = ours if isinstance(ours, Mapping) else {}
     parameters = sum(parameter.numel() for parameter in sae.parameters())
-    widths = f"d_in {sae.d_in:,}" + ("" if sae.centred else f", d_out {sae.d_out:,}")
+    widths = f"d_in {sae.d_in:,}" + (f", d_out {sae.d_out:,}" if sae.transcodes else "")
     found = [
         ("size", f"{widths}, {sae.n_features:,} features, {parameters:,} parameters"),
         ("weights", kind(sae.W_dec)),
@@ -54,7 +54,9 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
         ("method", _method(sae, ours)),
+        ("input", "" if sae.normalisation is None else f"each token normalised ({sae.normalisation})"),
         ("inference", _inference(sae)),
+        ("skip connection", "" if sae.W_skip is None else "W_skip x is added to the reconstruction"),
         ("trained on", f"{_number(ours['tokens'])} tokens" if "tokens" in ours else ""),
         ("input scale", _number(ours["input_scale"]) + " (folded into the weights)" if "input_scale" in ours else ""),
     ]

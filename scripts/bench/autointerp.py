@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import command
-from autointerp_report import Study, report
+from autointerp_report import SLOW, Study, report
 from methods_report import rewritten
 
 import saelab
@@ -39,9 +39,8 @@ from saelab.runs.controls import controls
 from saelab.runs.explained import Opened, table
 
 MARK = "autointerp"
-SLOW = ("surprisal",)
-"""Scores that run the language model, on fewer features and without other runs."""
 SLOW_FEATURES = 20
+"""Features of `SLOW`, which are scored without other runs."""
 
 
 class Options(NamedTuple):
@@ -73,6 +72,8 @@ def main(options: Options) -> str:
             with times.of(path.name, name):
                 saelab.score(path, [name], controls=(), track=bar)
     some = ",".join(map(str, spread(explained(run), SLOW_FEATURES)))
+    with times.of(run.name, "explain effects"):
+        saelab.explain(run, some, about="effect", track=bar)
     for name in SLOW:
         with times.of(run.name, name):
             saelab.score(run, [name], some, controls=(), track=bar)
@@ -96,7 +97,7 @@ def explained(run: Path) -> list[int]:
     """The features of a run that have an explanation."""
     opened = Opened(run)
     latest, _ = stored(opened.folder, opened.inputs)
-    return sorted(feature for feature, each in latest.items() if each.explanation.text)
+    return latest.features[latest.explained].tolist()
 
 
 def spread(features: Sequence[int], n: int) -> list[int]:

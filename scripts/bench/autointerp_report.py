@@ -9,6 +9,8 @@ from saelab.analysis.intervals import Interval
 from saelab.autointerp.summary import Difference, Line, ScoreTable
 from saelab.runs.config import RunSettings
 
+SLOW = ("surprisal", "intervention")
+"""Scores that run the language model."""
 LEXICAL = "**A lexical judge on lexical explanations checks the pipeline and answers no claim.**"
 
 
@@ -50,10 +52,17 @@ def _scores(study: Study, lines: Sequence[Line]) -> str:
 
 
 def _controls(lines: Sequence[Line]) -> list[str]:
-    """A table of the differences for scores that have runs as controls: a row for each control."""
-    lines = [line for line in lines if len(line.differences) > 1]
-    if not lines:
-        return []
+    """What the differences are, and a table of them for all scores but `SLOW`, and one for these."""
+    about = (
+        "How far each score is above that of a control: mean difference over pairs of features matched by density, "
+        "with its interval. `!`: the control is not beaten. Reseeds are no controls to beat."
+    )
+    parts = [[line for line in lines if (line.score in SLOW) == slow] for slow in (False, True)]
+    return [about, *(_differences(part) for part in parts if part)]
+
+
+def _differences(lines: Sequence[Line]) -> str:
+    """A row for each control, a column for each score."""
     names = list(dict.fromkeys(each.control for line in lines for each in line.differences))
     rows = []
     for name in names:
@@ -61,11 +70,7 @@ def _controls(lines: Sequence[Line]) -> list[str]:
         there = [each for each in by_line if each is not None]
         pairs = _range([each.pairs for each in there])
         rows.append([name, pairs, _ratios(there), *(_difference(each) for each in by_line)])
-    about = (
-        "How far each score is above that of a control: mean difference over pairs of features matched by density, "
-        "with its interval. `!`: the control is not beaten. Reseeds are no controls to beat."
-    )
-    return [about, table(["control", "pairs", "density ratio", *(line.score for line in lines)], rows)]
+    return table(["control", "pairs", "density ratio", *(line.score for line in lines)], rows)
 
 
 def _ratios(there: Sequence[Difference]) -> str:

@@ -5,7 +5,8 @@
 
 The bound is concurrency / latency. The server is the tests' (tests/autointerp/server.py) in a process of its own; its
 work for a request and ours count against us, and so does whatever else the machine does: the best of the rounds is
-reported beside their median. Memory is the growth of this process from the first round to the last.
+reported beside their median, and the share of the processors that other programs used. Memory is the growth of this
+process from the first round to the last.
 """
 
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import command
+from processes import busy_seconds
 from table import table
 
 from saelab.autointerp.llm.answers import answers
@@ -46,11 +48,13 @@ def measure(*, requests: int, rounds: int, concurrency: int, latency: float) -> 
         with tempfile.TemporaryDirectory() as folder:
             cache = Path(folder) / "cache"
             timed(client, -concurrency, 0, cache)  # connections, and what is made once
-            used = time.process_time()
+            used, busy, began = time.process_time(), busy_seconds() - _own_seconds(server.pid), time.monotonic()
             for first in range(0, rounds * requests, requests):
                 shares.append(requests * latency / concurrency / timed(client, first, first + requests, cache))
                 memory.append(resident())
             used = time.process_time() - used
+            others = busy_seconds() - _own_seconds(server.pid) - busy
+            others /= (os.cpu_count() or 1) * (time.monotonic() - began)
             cached = timed(client, 0, rounds * requests, cache)
             size = cache.stat().st_size
     finally:
@@ -63,6 +67,7 @@ def measure(*, requests: int, rounds: int, concurrency: int, latency: float) -> 
         "latency": latency,
         "shares": shares,
         "cpu": used / rounds / requests,
+        "used_by_others": max(0.0, others),
         "memory_growth": memory[-1] - memory[0],
         "cached_rate": rounds * requests / cached,
         "cache_bytes": size / rounds / requests,
@@ -75,6 +80,12 @@ def timed(client: OpenAIClient, first: int, stop: int, cache: Path) -> float:
     for _ in answers(client, asked(first, stop), cache=cache):
         pass
     return time.monotonic() - before
+
+
+def _own_seconds(server: int) -> float:
+    """Processor seconds of this process and of the server."""
+    fields = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()
+    return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident() -> int:
@@ -94,6 +105,7 @@ def report(record: dict[str, Any]) -> str:
         [f"share of the bound, best round (target {TARGET})", f"{max(record['shares']):.3f}"],
         ["share of the bound, median", f"{statistics.median(record['shares']):.3f}"],
         ["processor time of a request, ms", f"{1e3 * record['cpu']:.2f}"],
+        ["processors used by other programs", f"{record['used_by_others']:.0%}"],
         ["growth of memory, MB", f"{record['memory_growth'] / 1e6:.1f}"],
         ["from the cache, requests/s", f"{record['cached_rate']:,.0f}"],
         ["cache, bytes of a request", f"{record['cache_bytes']:,.0f}"],

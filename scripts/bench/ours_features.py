@@ -181,7 +181,7 @@ def _random_columns(
 
 def queries(folder: str, repeats: int = 50) -> dict[str, Any]:
     """Median and largest seconds of each question, and bytes of own memory that they took."""
-    before = _own_memory()
+    before = own_memory()
     opening = time.perf_counter()
     database = open_database(folder)
     opening = time.perf_counter() - opening
@@ -197,7 +197,7 @@ def queries(folder: str, repeats: int = 50) -> dict[str, Any]:
     found["table_page"] = _timed(lambda span: _table_page(database, span), ranges * 3)
     words = [" token1", " token20", "token300 token1", " token4000", "/token1[0-9] /", "token:token5"]
     found["search"] = _timed(database.search, words)
-    found["own_bytes"] = _own_memory() - before
+    found["own_bytes"] = own_memory() - before
     return found
 
 
@@ -252,7 +252,7 @@ def _timed(ask: Callable[[Any], object], about: list[Any], first: Callable[[], N
     return {"median": statistics.median(seconds), "max": max(seconds)}
 
 
-def _own_memory() -> int:
+def own_memory() -> int:
     """Bytes of anonymous resident memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):

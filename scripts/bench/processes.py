@@ -139,7 +139,7 @@ class Processes:
         call = [inspect.getfile(function), function.__name__, json.dumps(arguments, default=str)]
         line = [*python, child.__file__, *call]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
-        began, busy, own = time.monotonic(), _busy_seconds(), _child_seconds()
+        began, busy, own = time.monotonic(), busy_seconds(), _child_seconds()
         try:
             done = subprocess.run(
                 line,
@@ -159,7 +159,7 @@ class Processes:
         if problem:
             raise MeasurementError(problem, line, peers=isolated)
         processors = (os.cpu_count() or 1) * (time.monotonic() - began)
-        others = max(0.0, (_busy_seconds() - busy) - (_child_seconds() - own)) / processors
+        others = max(0.0, (busy_seconds() - busy) - (_child_seconds() - own)) / processors
         return result, others
 
 
@@ -205,7 +205,7 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """Processor seconds that this machine has used since it started; 0 if the system does not report them."""
     system_statistics = Path("/proc/stat")
     if not system_statistics.exists():

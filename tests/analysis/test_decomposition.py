@@ -28,7 +28,7 @@ class Known:
     def encode(self, x: Tensor) -> Codes:
         raise NotImplementedError
 
-    def decode(self, codes: Codes) -> Tensor:
+    def decode(self, codes: Codes, x: Tensor) -> Tensor:
         return self.reconstructions[codes.values.long()]
 
 

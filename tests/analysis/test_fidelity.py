@@ -32,7 +32,7 @@ class Fixed:
     def encode(self, x: Tensor) -> Codes:
         return Codes.from_topk(x, torch.arange(32).expand(len(x), 32), 32)
 
-    def decode(self, codes: Codes) -> Tensor:
+    def decode(self, codes: Codes, x: Tensor) -> Tensor:
         return self.reconstruct(codes.values.view(-1, 32))
 
 
@@ -279,7 +279,7 @@ class Selective(Fixed):
         chosen = scores.topk(8).indices
         return Codes.from_topk(x.gather(1, chosen), chosen, 32)
 
-    def decode(self, codes: Codes) -> Tensor:
+    def decode(self, codes: Codes, x: Tensor) -> Tensor:
         return codes.to_dense()
 
 
@@ -302,7 +302,7 @@ def test_the_oracle_selects_with_the_clean_runs_gradients_and_is_labelled(kind: 
         assert len(last) == len(rows) and (g[last] == 0).all()
 
     x, g = values[ordinary], gradients[ordinary]
-    kept = sae.decode(sae.encode(x, gradients=g))
+    kept = sae.decode(sae.encode(x, gradients=g), x)
     assert found.fvu == pytest.approx(((x - kept).square().sum() / (x - x.mean(0)).square().sum()).item(), rel=1e-5)
     log_p = lm.spliced_logits(rows, SITE, lambda _: kept).log_softmax(-1)
     scored = lm.scored(rows)

@@ -43,6 +43,7 @@ def test_the_prompt_shows_marks_values_logits_and_near_misses(contexts: Contexts
         ('I think {x} is {"a": 1}.\n```json\n{"explanation": "a {b}\\n c"}\n```', "a {b} c"),
         ('{"explanation": "first"} no: {"explanation": "second"}', "second"),
         ("Reasoning.\nEXPLANATION: **names of things**\nmore", "names of things"),
+        (r'{"explanation": "what matches \d+"}', r"what matches \d+"),
         ('{"explanation": 3}', None),
         ('{"explanation": ""}', None),
         ("{" * 50, None),

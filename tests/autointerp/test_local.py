@@ -1,6 +1,8 @@
 """A local model: what it writes and how likely, equal to plain passes of the same model."""
 
 import copy
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from saelab.autointerp.explain import read
 from saelab.autointerp.llm import local
 from saelab.autointerp.llm.answers import answers
+from saelab.autointerp.llm.form import before_quote
 from saelab.autointerp.llm.local import LocalModel, load_local_model
 from saelab.autointerp.llm.protocol import Request
+from saelab.autointerp.prompts import probabilities, verdicts
 from saelab.errors import SaelabError
 from saelab.lm.settings import ModelSettings
 from tests.tiny import KINDS, language_model
@@ -169,3 +174,66 @@ def test_the_demo_model_answers_from_its_cache(tmp_path) -> None:
     tokens, values = model.logprobs(["import os\nimport sys\n"])[0]
     assert "".join(tokens) == "import os\nimport sys\n" and sum(values) / len(values) > -4
     assert model.count("import os\nimport sys\n") == len(tokens)
+
+
+VERDICTS = {
+    "type": "object",
+    "properties": {
+        "verdicts": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}, "minItems": 4, "maxItems": 4}
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_verdicts_keep_to_their_schema_and_are_the_likelier_ones_of_plain_passes(kind: str) -> None:
+    lm = language_model(kind)
+    model = LocalModel(lm)
+    reply = model.ask(Request((("user", "a dog"),), 40, top_logprobs=2, schema=VERDICTS))
+    found = verdicts(reply.text, 4)
+    assert found is not None and json.loads(reply.text)["verdicts"] == [int(each) for each in found]
+    ids = [lm.tokenizer.bos_token_id, *lm.tokenizer("User: a dog\n\nAssistant:", add_special_tokens=False).input_ids]
+    assert reply.prompt_tokens == len(ids)
+    zero, one = (lm.tokenizer(digit, add_special_tokens=False).input_ids for digit in "01")
+    expected = []
+    for before, said in zip(['{"verdicts": [', ", ", ", ", ", "], found, strict=True):
+        ids += lm.tokenizer(before, add_special_tokens=False).input_ids
+        log_p = lm.logits(torch.tensor([ids]))[0, -1].log_softmax(-1)
+        odds = (log_p[one[-1]] - log_p[zero[-1]]) if len(one) == 1 else None
+        if odds is not None:
+            assert (odds > 0) == said
+            expected.append(float(odds.sigmoid()))
+        ids += one if said else zero
+    assert len(expected) == 4 and probabilities(reply, found) == pytest.approx(expected, abs=1e-4)
+    assert reply.answer_tokens == len(reply.logprobs or ())
+
+
+def test_numbers_and_texts_keep_to_their_schema_also_where_one_number_begins_another() -> None:
+    model = LocalModel(language_model("gpt2"))
+    number = {"type": "integer", "minimum": 0, "maximum": 10}
+    many = {"type": "array", "items": number, "minItems": 9, "maxItems": 9}
+    schema = {"type": "object", "properties": {"activations": many, "text": {"type": "string"}}}
+    answers = []
+    for seed in range(8):
+        request = Request((("user", f"{seed}"),), 90, temperature=2.0, schema=schema, seed=seed)
+        answers.append(json.loads(model.ask(request).text, strict=False))
+        assert len(answers[-1]["activations"]) == 9 and set(answers[-1]["activations"]) <= set(range(11))
+        assert isinstance(answers[-1]["text"], str)
+    drawn = {value for each in answers for value in each["activations"]}
+    assert {1, 10} < drawn
+    assert not model.ask(Request((("user", "a dog"),), 12, schema=schema)).text.endswith("}")  # no room for nine
+    text = {"type": "object", "properties": {"explanation": {"type": "string"}}}
+    assert read(model.ask(Request((("user", "a dog"),), 40, temperature=2.0, schema=text)).text) is not None
+
+
+def test_a_schema_that_is_no_form_leaves_the_answer_to_the_model() -> None:
+    model = LocalModel(language_model("gpt2"))
+    plain = model.ask(ASKED)
+    for schema in ({"type": "null"}, {"enum": [0, 1]}, {"type": "array", "items": {"type": "string"}}):
+        assert model.ask(replace(ASKED, schema=schema)) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [('a"b', "a"), ('a\\"b', None), ('a\\\\"b', "a\\\\"), ("", None), ('"', ""), ('\\"x"y"', '\\"x')]
+)
+def test_a_text_ends_at_the_first_quotation_mark_that_is_not_escaped(text: str, kept: str | None) -> None:
+    assert before_quote(text) == kept

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -10,17 +11,21 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.llm.protocol import Client, Reply, Request
 from saelab.autointerp.records import SHUFFLED
-from saelab.autointerp.settings import ContextSettings
+from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
+from saelab.autointerp.steered_text import SteeredTexts, steered_texts
 from saelab.autointerp.store import explanations, scores
 from saelab.autointerp.summary import Line, ScoreTable
 from saelab.cli import app
 from saelab.errors import SaelabError
-from saelab.runs.autointerp import explain, score
+from saelab.runs.autointerp import Subject, explain, score
 from saelab.runs.explained import table
+from tests.autointerp.test_intervention import SITE, autoencoder
 from tests.autointerp.test_surprisal import Reader
 from tests.features.dense import write_database
+from tests.tiny import long_language_model
 
 INPUTS = "0" * 64
 N = 6
@@ -112,6 +117,107 @@ def test_surprisal_asks_a_model_for_log_probabilities(run: Path) -> None:
     assert found.mean == (1, 1, 1) and found.judge == "reader" and found.n == N - 1
     assert found.differences[0].value.low > 0.3
     assert line(score(run, ["surprisal"], base=(again := Reader())), "surprisal") == found and not again.seen
+
+
+@pytest.fixture
+def subject(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The run studies a tiny model; the list gets each feature for which texts are generated."""
+    steered: list[int] = []
+
+    def counted(c: Contexts, *rest: Any) -> SteeredTexts:
+        steered.append(c.feature)
+        return steered_texts(c, *rest)
+
+    lm, sae = long_language_model(), autoencoder()
+    monkeypatch.setattr("saelab.runs.autointerp._subject", lambda *_: Subject(sae, lm, SITE))
+    monkeypatch.setattr("saelab.autointerp.steered_text.steered_texts", counted)
+    return steered
+
+
+FAST = ScoreSettings(steering=InterventionSettings(prompts=4, new_tokens=2))
+
+
+def test_intervention_scores_effects_and_the_other_scores_contexts(run: Path, subject: list[int]) -> None:
+    explained(run)
+    made = explain(run, f"0:{N}", about="effect", settings=SETTINGS)
+    # feature 0 is active on a special token of the model, which steering leaves as it is
+    assert (made.explained, made.no_windows, made.no_effect, made.unreadable) == (N - 2, 1, 1, 0)
+    found = score(run, ["intervention", "detection", "embedding"], llm=Oracle(), settings=FAST)
+    assert line(found, "detection").mean == (1, 1, 1), "it still gets the explanations of contexts, the earlier ones"
+    own = line(found, "intervention")
+    assert (own.n, own.kind, own.explainer, own.unit) == (N - 2, "effect", "lexical", "nats")
+    assert subject == [*range(1, N - 1)], "texts are generated once for an explanation and its control"
+    texts = {each.key: each for each, _ in explanations(run / "autointerp", INPUTS)}
+    kinds = {(each.score, texts[each.explanation].kind) for each, _, _ in scores(run / "autointerp", INPUTS)}
+    both = {(name, f"{kind}default") for name in ("detection", "embedding") for kind in ("", SHUFFLED)}
+    assert kinds == both | {("intervention", "effect"), ("intervention", SHUFFLED + "effect")}
+    controls = {each.control: each for each in own.differences}
+    assert set(controls) == {"shuffled", "random direction", "random direction, same KL"}
+    of = [
+        each.figures["above random direction"]
+        for each, _, _ in scores(run / "autointerp", INPUTS)
+        if each.score == "intervention" and texts[each.explanation].kind == "effect"
+    ]
+    assert controls["random direction"].value.value == pytest.approx(np.mean(of))
+    again = score(run, ["intervention"], settings=FAST)
+    assert again.figures() == found.figures() and len(subject) == N - 2
+
+
+def test_a_score_is_not_made_without_an_explanation_of_its_kind(run: Path, subject: list[int]) -> None:
+    explained(run)
+    with pytest.raises(SaelabError, match=r"no explanations of effects; `saelab explain .* --about effect` makes them"):
+        score(run, ["intervention"])
+    other = made(run.parent / "other")
+    explain(other, "1:3", about="effect", settings=SETTINGS)
+    with pytest.raises(SaelabError, match="has no explanations; `saelab explain"):
+        score(other, ["detection"])
+    messages: list[str] = []
+    found = score(other, ["intruder_embedding"], "1:4", say=messages.append)
+    assert line(found, "intruder").n + line(found, "intruder").without == 3
+    assert not any("no explanation" in each for each in messages)
+    score(other, ["intervention"], "1:4", settings=FAST, say=messages.append)
+    assert "1 of 3 features have no explanation of their effect, and no score of one" in messages
+    assert not any(each.score == "detection" for each, _, _ in scores(other / "autointerp", INPUTS))
+
+
+def test_a_language_model_explains_effects_from_the_tokens_that_rise(run: Path, subject: list[int]) -> None:
+    class Effects(Oracle):
+        def ask(self, request: Request) -> Reply:
+            self.asked.append(request)
+            return Reply('{"explanation": "vowels"}', None, 30, 3)
+
+    made = explain(run, "0:3,5", about="effect", llm=(client := Effects()), settings=SETTINGS)
+    assert (made.explained, made.no_windows, made.no_effect, made.tokens, len(client.asked)) == (2, 1, 1, 66, 2)
+    assert all("The lists, as JSON" in each.messages[1][1] for each in client.asked)
+    with pytest.raises(SaelabError, match="are for explanations of contexts"):
+        explain(run, "0:2", about="effect", llm=Effects(), reasoning=True)
+    with pytest.raises(SaelabError, match="there is no 'efect'"):
+        explain(run, "0:2", about=cast(Any, "efect"))
+
+
+def test_explaining_again_keeps_the_earlier_ones_and_continues_after_a_kill(run: Path) -> None:
+    class Fickle(Oracle):
+        def ask(self, request: Request) -> Reply:
+            super().ask(request)
+            return Reply(json.dumps({"explanation": f"attempt {request.seed}"}), None, 10, 2)
+
+    explain(run, f"0:{N}", llm=Fickle(), settings=SETTINGS)
+    with pytest.raises(SaelabError, match="killed"):
+        explain(run, f"0:{N}", llm=(first := Fickle(most=2)), again=True, settings=SETTINGS)
+    second = explain(run, f"0:{N}", llm=(rest := Fickle()), again=True, settings=SETTINGS)
+    assert len(first.asked) + len(rest.asked) == N - 1, "what the killed run asked is not asked again"
+    assert (second.explained, second.no_windows, second.tokens) == (N - 1, 1, 24 * (N - 1))
+    assert all(each.seed == 1 and each.temperature > 0 for each in rest.asked)
+    by_feature: dict[int, list[str]] = {}
+    for each, _ in explanations(run / "autointerp", INPUTS):
+        by_feature.setdefault(each.feature, []).append(each.text)
+    assert by_feature == {f: ["attempt 0", "attempt 1"] if f < N - 1 else ["", ""] for f in range(N)}
+    assert explain(run, f"0:{N}", llm=Fickle(), settings=SETTINGS).new == 0
+    third = explain(run, f"0:{N}", llm=(client := Fickle()), again=True, settings=SETTINGS)
+    assert third.new == N and {each.seed for each in client.asked} == {2}
+    explain(run, "0:2", settings=SETTINGS)
+    assert explain(run, "0:2", again=True, settings=SETTINGS).new == 2, "the same text counts as another attempt"
+    assert explain(run, "0:2", again=True, settings=SETTINGS).new == 2
 
 
 def test_garbage_is_counted_and_enters_no_score(run: Path) -> None:

@@ -2,16 +2,20 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from saelab.analysis.intervals import Interval
 from saelab.autointerp.choice import NEAR, chosen, matched, pairs, strangers
 from saelab.autointerp.records import Explanation, Judged, Score
 from saelab.autointerp.settings import ContextSettings, ScoreSettings
-from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, scores, writing
+from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, explanations_by_key, scores, writing
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
 from tests.features.dense import made_up, write_database
@@ -75,6 +79,27 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         list(scores(tmp_path, "a"))
 
 
+def test_explanations_by_key_are_those_of_the_file(tmp_path: Path) -> None:
+    others = [Explanation(f, f"text {f}", "default", "m") for f in (9, 3, 5)]
+    write(tmp_path, EXPLANATION, *others, replace(EXPLANATION, answer="the last one counts"))
+    write(tmp_path, Explanation(1, "of another database", "default", "m"), inputs="b")
+    by_key = explanations_by_key(tmp_path, "a")
+    for each, _ in explanations(tmp_path, "a"):
+        assert by_key(each.key) == each
+    assert by_key(EXPLANATION.key).answer == "the last one counts"  # type: ignore[union-attr]
+    assert by_key("") is None and by_key("0" * 16) is None and by_key("f" * 16) is None
+    assert by_key(Explanation(1, "of another database", "default", "m").key) is None
+    assert explanations_by_key(tmp_path / "nothing", "a")("f" * 16) is None
+
+
+def test_records_without_newer_settings_have_their_defaults(tmp_path: Path) -> None:
+    write(tmp_path, SCORE)
+    line = (tmp_path / SCORES).read_text()
+    (tmp_path / SCORES).write_text(re.sub(r', "steering": \{[^}]*\}', "", line))
+    assert "steering" in line and "steering" not in (tmp_path / SCORES).read_text()
+    assert [asked for _, _, asked in scores(tmp_path, "a")] == [ASKED]
+
+
 def test_two_writers_are_kept_apart(tmp_path: Path) -> None:
     with writing(tmp_path, "a"), pytest.raises(SaelabError, match="another process"):
         write(tmp_path, SCORE)
@@ -102,10 +127,12 @@ def test_features_are_chosen_by_index_range_and_draw(tmp_path: Path) -> None:
     ranks = sorted(ordered.index(f) for f in drawn)  # one of each tenth
     assert all(len(ordered) * i // 10 <= rank < len(ordered) * (i + 1) // 10 + 1 for i, rank in enumerate(ranks))
     assert chosen(database, "random:999") == sorted(ordered)
-    for wrong in ("", "x", "5:3", "40", "3:41", "-1", "random:0", "1-5", ":,"):
-        if wrong != ":,":
-            with pytest.raises(SaelabError, match="features: "):
-                chosen(database, wrong)
+    for wrong in ("", "x", "40", "3:41", "-1", "random:0", "1-5"):
+        with pytest.raises(SaelabError, match="features: "):
+            chosen(database, wrong)
+    for empty in ("5:2", "5:5", "7,5:3", "41:40"):
+        with pytest.raises(SaelabError, match="names no feature: the end of a range is not in it"):
+            chosen(database, empty)
 
 
 def test_pairs_are_near_in_density_and_as_many_as_can_be() -> None:
@@ -142,7 +169,17 @@ def test_matched_features_are_the_nearest_left() -> None:
 
 def test_strangers_are_nearest_in_density_and_have_another_text() -> None:
     density = np.array([0.4, 0.1, 0.2, 0.3])
-    assert strangers(density, ["a", "b", "c", "d"]) == [3, 2, 3, 0]
-    assert strangers(density, ["a", "b", "b", "a"]) == [2, 3, 3, 2]
-    assert strangers(density, ["a"] * 4) == [None] * 4
-    assert strangers(density[:0], []) == []
+    assert strangers(density, ["a", "b", "c", "d"]).tolist() == [3, 2, 3, 0]
+    assert strangers(density, ["a", "b", "b", "a"]).tolist() == [2, 3, 3, 2]
+    assert strangers(density, ["a"] * 4).tolist() == [-1] * 4
+    assert strangers(density[:0], []).tolist() == []
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5]), st.sampled_from("abc")), max_size=12))
+def test_strangers_are_those_of_a_search_in_the_order_of_densities(features: list[tuple[float, str]]) -> None:
+    density, texts = np.array([d for d, _ in features]), [text for _, text in features]
+    order = np.argsort(density, kind="stable").tolist()
+    for feature, found in enumerate(strangers(density, texts).tolist()):
+        rank = order.index(feature)
+        others = [(abs(at - rank), -at, other) for at, other in enumerate(order) if texts[other] != texts[feature]]
+        assert found == (min(others)[2] if others else -1)

@@ -6,6 +6,7 @@ import dark_matter
 import pytest
 
 import saelab
+from saelab.analysis.dark_matter import DarkMatter
 from saelab.runs.grid import grid
 from tests.runs.test_stages import small
 
@@ -17,7 +18,8 @@ def test_the_study_trains_analyses_and_reports_and_repeats_nothing(tmp_path: Pat
     config["eval"] = {"tokens": 600, "ce_tokens": 200}
     few = [f"analysis.dark_matter.{each}" for each in ("tokens=1200", "ce_tokens=200")]
     dark_matter.PART_TOKENS = 500
-    out = dark_matter.main(config, few)
+    both = dark_matter.main(config, few, seeds=2)
+    out = both / "seed0"
     report = (out / "dark_matter.md").read_text()
     for title in ("| FVU, nonlinear", "| error, intercept, ridge", "| recovered by nonlinear", "| 32 to 48"):
         assert title in report
@@ -26,10 +28,14 @@ def test_the_study_trains_analyses_and_reports_and_repeats_nothing(tmp_path: Pat
         "48: FVU of an autoencoder trained on the nonlinear part (" in report and (out / "dark_matter.html").is_file()
     )
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
-    assert len(stamps) == 3
-    dark_matter.main(config, few)
+    assert len(stamps) == 4  # three widths and the control
+    assert "| 48 features, random decoder" in report
+    dark_matter.main(config, few, seeds=2)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == stamps
-    assert saelab.read_analysis(out / "n_features32", "dark_matter") is not None
+    found = [saelab.read_analysis(both / seed / "n_features32", "dark_matter") for seed in ("seed0", "seed1")]
+    first, second = (each.decomposition.fvu.value for each in found if isinstance(each, DarkMatter))
+    assert f"{(first + second) / 2:.4f} ± {abs(first - second) / 2:.4f}" in (both / "dark_matter.md").read_text()
+    assert first != second
 
 
 def test_the_config_has_the_widths_of_the_study() -> None:

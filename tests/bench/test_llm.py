@@ -14,5 +14,10 @@ def test_requests_are_measured(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys
     llm.main()
     record = json.loads(path.read_text())
     assert len(record["shares"]) == 2 and all(0 < share <= 1 for share in record["shares"])
-    assert record["cpu"] > 0 and record["cached_rate"] > 0 and record["cache_bytes"] > 50
+    assert (
+        record["cpu"] > 0
+        and 0 <= record["used_by_others"] <= 1
+        and record["cached_rate"] > 0
+        and record["cache_bytes"] > 50
+    )
     assert f"{max(record['shares']):.3f}" in capsys.readouterr().out

@@ -13,6 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import saelab
+from saelab.autointerp.embedders import sentence_transformer
+from saelab.autointerp.llm.local import LocalModel
+from saelab.autointerp.settings import ContextSettings
+from saelab.autointerp.store import explanations
 from saelab.features.database import open_database
 from saelab.lm.model import LanguageModel
 from saelab.runs import folder as run_folder
@@ -162,3 +166,30 @@ def test_the_database_is_what_transformers_and_the_weights_give(run: Path, confi
         top = torch.tensor(table["top_logits"][feature])
         torch.testing.assert_close(logits.topk(10).values, top, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits[table["top_logit_tokens"][feature].tolist()], top, rtol=1e-4, atol=1e-5)
+
+
+def test_it_explains_features_and_judges_explanations(run: Path, lm: LanguageModel) -> None:
+    """End to end, and every answer can be read. How good a model of this size is at it: docs/results.md."""
+    client, few = LocalModel(lm), ContextSettings(explain=5, positives=5, negatives=5)
+    made = saelab.explain(run, "random:3", llm=client, settings=few)
+    assert (made.explained, made.unreadable, made.explainer) == (3, 0, client.name)
+    inputs = open_database(run_folder.features(run)).arrays.manifest["inputs"]
+    texts = [each.text for each, _ in explanations(run / run_folder.AUTOINTERP, inputs)]
+    assert len(set(texts)) == 3
+    found = saelab.score(run, ["detection", "fuzzing", "surprisal"], llm=client, base=client)
+    assert [line.score for line in found.lines] == ["detection", "fuzzing", "surprisal"]
+    for line in found.lines:
+        assert (line.n, line.unread, line.judge) == (3, 0, client.name) and 0 <= line.mean.value <= 1
+
+
+def test_sentence_embeddings_know_what_is_alike(config: Path, run: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    folder = config.parent / real_model.EMBEDDER
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: run `python scripts/real_model.py --only-fetch --embedder`")
+    rows = sentence_transformer(str(folder))(["names of months", "May, June and July", "a closing bracket"])
+    assert rows.shape == (3, 384) and np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert rows[0] @ rows[1] > rows[0] @ rows[2] + 0.2
+    found = saelab.score(run, ["example_embedding"], "random:3", embed=str(folder))
+    (line,) = [line for line in found.lines if line.score == "example_embedding"]
+    assert line.judge == real_model.EMBEDDER and line.n == 3

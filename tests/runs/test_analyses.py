@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 import saelab
 from saelab.analysis.dark_matter import DarkMatter
 from saelab.analysis.dead import Dead
+from saelab.analysis.settings import ExplanationsSettings
 from saelab.analysis.similarities import Similarities
 from saelab.analysis.similarity import training_of
 from saelab.analysis.steering_report import SteeringEffects
+from saelab.autointerp.settings import ContextSettings
+from saelab.autointerp.similarity import ExplanationSimilarities
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.runs import folder
@@ -109,6 +112,34 @@ def test_similarity_names_the_runs_it_compares_with(run: Path, tmp_path: Path) -
     said: list[str] = []
     saelab.analyse(run, "similarity", options, say=said.append)
     assert said[-1] == "similarity: up to date"
+
+
+def test_explanations_are_compared_with_those_of_other_runs_and_again_if_they_change(run: Path, tmp_path: Path) -> None:
+    saelab.index(run, ["features.tokens=1500"])
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    with pytest.raises(SaelabError, match=r"analysis.explanations.other: name the runs to compare with: .*=\[RUN"):
+        saelab.analyse(run, "explanations")
+    options = [f"analysis.explanations.other=[{other}]"]
+    with pytest.raises(SaelabError, match=r"has no explanations; `saelab explain .* --features 0:` makes them"):
+        saelab.analyse(run, "explanations", options)
+    for each in (run, other):
+        saelab.explain(each, "0:")
+    result = saelab.analyse(run, "explanations", options)
+    assert isinstance(result, ExplanationSimilarities) and repr(saelab.read_analysis(run, "explanations")) == repr(
+        result
+    )
+    (compared,) = result.others
+    assert (compared.pairs[:, 0] == compared.pairs[:, 1]).all() and len(compared.pairs) == compared.explained > 10
+    assert compared.name == str(other) and compared.matched_by == "decoder" and compared.explainers == "lexical"
+    np.testing.assert_allclose(compared.cosine, 1, atol=1e-6)
+    said: list[str] = []
+    saelab.analyse(run, "explanations", options, say=said.append)
+    assert said[-1] == "explanations: up to date"
+    saelab.explain(other, "0:", settings=ContextSettings(sampling="top"))
+    saelab.analyse(run, "explanations", options, say=said.append)
+    assert said[-1] != "explanations: up to date"
+    with pytest.raises(SaelabError, match=r"threshold: 2 is no cosine"):
+        ExplanationsSettings(threshold=2)
 
 
 def test_every_analysis_has_a_section_of_settings_of_its_name() -> None:

@@ -91,32 +91,25 @@ def test_a_checkpoint_that_cannot_be_loaded_is_an_error_with_the_reason(saved: P
         (folder / "cfg.json").write_text(json.dumps(config | change))
         return folder
 
-    with pytest.raises(SaelabError, match=r"architecture is 'gated'"):
-        saelab.load(damaged({"architecture": "gated"}))
-    with pytest.raises(SaelabError, match=r"normalize_activations is 'layer_norm'"):
-        saelab.load(damaged({"normalize_activations": "layer_norm"}))
-    with pytest.raises(SaelabError, match=r"k is 0"):
-        saelab.load(damaged({"k": 0}))
-    for change in (
-        {"metadata": 3},
-        {"metadata": {"saelab": [1]}},
-        {"metadata": {"saelab": {"beta": "x"}}},
-        {"d_in": None},
-    ):
-        with pytest.raises(SaelabError, match=r"the checkpoint is damaged \(.+\); restore it from a copy, or train"):
-            saelab.load(damaged(change))
-    for size in (10**30, -1, 0):
-        with pytest.raises(SaelabError, match=r"W_enc is of shape|k is"):
-            saelab.load(damaged({"d_sae": size}))
-    with pytest.raises(SaelabError, match=r"W_enc is of shape"):
-        saelab.load(damaged({"d_sae": 17}))
     for change, reason in [
-        ({"metadata": {"saelab": "x"}}, r"damaged.*saelab is 'x', not an object"),
-        ({"metadata": {"saelab": [["k", 3]]}}, r"damaged.*saelab is \[.*not an object"),
-        ({"metadata": ["x"]}, r"damaged.*metadata is \['x'\], not an object"),
-        ({"metadata": {"saelab": {"beta": "x"}}}, r"damaged.*'x'"),
-        ({"d_in": -1}, r"W_enc is of shape"),
-        ({"d_in": math.inf}, r"damaged"),
+        (
+            {"architecture": "matching_pursuit"},
+            r"architecture 'matching_pursuit' cannot be loaded: its features depend",
+        ),
+        ({"architecture": "topkk"}, r"architecture is 'topkk'; known are .* Nearest: topk"),
+        ({"normalize_activations": "batch_norm"}, r"normalize_activations is 'batch_norm', not none or"),
+        ({"k": 0}, r"k is 0, not a whole number"),
+        ({"k": 17}, r"k is 17, not between 1 and d_sae"),
+        ({"metadata": 3}, r"metadata is 3, not an object"),
+        ({"metadata": ["x"]}, r"metadata is \['x'\], not an object"),
+        ({"metadata": {"saelab": [["k", 3]]}}, r"saelab is \[.*\], not an object"),
+        ({"metadata": {"saelab": {"beta": "x"}}}, r"beta is 'x', not a number"),
+        ({"d_in": None}, r"d_in or d_sae is missing"),
+        ({"d_in": -1}, r"d_in is -1, not a whole number"),
+        ({"d_in": math.inf}, r"d_in is inf, not a whole number"),
+        ({"d_sae": 10**30}, r"d_sae is 10+, not a whole number"),
+        ({"d_sae": 2**31 - 1}, r"says n_features = 2147483647, but W_enc in .* is \[8, 16\] float32"),
+        ({"d_sae": 17}, r"says n_features = 17, but W_enc"),
     ]:
         with pytest.raises(SaelabError, match=reason):
             saelab.load(damaged(change))
@@ -160,8 +153,3 @@ def test_trained_thresholds_are_saved_and_loaded_to_the_bit(tmp_path: Path) -> N
     loaded = saelab.load(tmp_path)
     assert loaded.threshold is not None and torch.equal(loaded.threshold, sae.log_threshold.detach().exp())
     assert torch.equal(loaded(x), sae(x)) and torch.equal(loaded.encode(x).values, sae.encode(x).values)
-
-
-def test_a_transcoder_cannot_be_saved_and_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SaelabError, match=r"a transcoder \(d_out 5\) cannot be saved"):
-        save_sae(SparseAutoencoder(8, 16, 3, d_out=5), tmp_path)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saelab.analysis.affine import check_affine
 from saelab.errors import SaelabError
 from saelab.lm.attention import Heads, layer_of, read_heads, site_of
 from saelab.lm.model import LanguageModel
@@ -69,8 +70,9 @@ def pre_activations(sae: SparseAutoencoder, x: Tensor, features: Tensor) -> Tens
 
 
 def encoder_bias(sae: SparseAutoencoder, features: Tensor) -> Tensor:
-    """What pre-activations are at x = 0, b_enc - W_enc b_dec, ``[n]`` float64."""
-    return sae.b_enc[features].double() - sae.W_enc[features].double() @ sae.b_dec.double()
+    """What pre-activations are at x = 0, b_enc - W_enc b_dec (b_enc if b_dec is not subtracted), ``[n]`` float64."""
+    bias = sae.b_enc[features].double()
+    return bias - sae.W_enc[features].double() @ sae.b_dec.double() if sae.centred else bias
 
 
 def check_heads(sae: SparseAutoencoder, lm: LanguageModel, site: str | None = None) -> int:
@@ -85,8 +87,9 @@ def check_heads(sae: SparseAutoencoder, lm: LanguageModel, site: str | None = No
 
 def check_site(sae: SparseAutoencoder, lm: LanguageModel, site: str) -> None:
     """Raises SaelabError if the autoencoder does not reconstruct activations of the width of `site`."""
-    if not sae.centred:
+    if sae.transcodes:
         raise SaelabError(f"attribution: a transcoder does not reconstruct {site}; use an autoencoder of the site")
+    check_affine(sae, "attribution")
     if (width := lm.width(site)) != sae.d_in:
         raise SaelabError(f"attribution: {site} of {lm.name} has width {width}, the autoencoder has d_in {sae.d_in}")
     if (device := sae.W_dec.device) != lm.device:

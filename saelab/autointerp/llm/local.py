@@ -7,20 +7,23 @@ Messages go through the tokenizer's chat template; a tokenizer without one, as o
 and its answer ends where it begins a turn of the user. Text that spells a special token of the model, such as
 ``<|im_end|>``, does not become one, or a window of text could end its block: a blank is put into it.
 
-Nothing but the model decides the answer: settings in its folder, such as a repetition penalty, are not used. Schemas
-are not enforced.
+Nothing but the model decides the answer: settings in its folder, such as a repetition penalty, are not used. An answer
+keeps to its schema (`form.py`): what the schema fixes is written for the model, which chooses among what it allows.
 """
 
 import inspect
+import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saelab.autointerp.llm.form import Part, before_quote, parts
 from saelab.autointerp.llm.protocol import Reply, Request
 from saelab.corpus.special import special_tokens
 from saelab.errors import SaelabError, brief
@@ -28,6 +31,8 @@ from saelab.lm.load import load_language_model
 from saelab.lm.model import LOGITS_AT_ONCE, LanguageModel
 from saelab.lm.settings import ModelSettings
 
+Alternatives = tuple[tuple[str, float], ...]
+"""The likeliest tokens, each with its log-probability."""
 _TURN = "\nUser:"
 """Ends the answer of a model without chat template."""
 
@@ -60,7 +65,7 @@ class LocalModel:
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
-        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return len(self._ids(text))
 
     def ask(self, request: Request) -> Reply:
         """The answer; the likeliest token at each step if the temperature is 0, else sampled with the request's seed.
@@ -144,10 +149,10 @@ class LocalModel:
         ]
         if getattr(self._tokenizer, "chat_template", None):
             text = self._templated(messages)
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids), False
+            return self._ids(text), False
         turns = [text if role == "system" else f"{role.capitalize()}: {text}" for role, text in messages]
         text = "\n\n".join([*turns, "Assistant:"])
-        return self._after_bos(list(self._tokenizer(text, add_special_tokens=False).input_ids)), True
+        return self._after_bos(self._ids(text)), True
 
     def _templated(self, messages: list[tuple[str, str]]) -> str:
         systems = [text for role, text in messages if role == "system"]
@@ -166,31 +171,113 @@ class LocalModel:
     @torch.no_grad()
     def _written(
         self, prompt: list[int], most: int, request: Request, plain: bool
-    ) -> tuple[list[int], list[tuple[tuple[str, float], ...]]]:
+    ) -> tuple[list[int], list[Alternatives]]:
         """Ids of the answer, without the token that ends it, and the alternatives to each."""
-        generator = torch.Generator().manual_seed(request.seed)
+        after, generator = _Reader(self), torch.Generator().manual_seed(request.seed)
+        pick = partial(_picked, temperature=request.temperature, generator=generator)
+        form = parts(request.schema) if request.schema is not None else None
+        if form is not None:
+            return self._filled(form, prompt, most, request.top_logprobs, after, pick)
         ids: list[int] = []
-        alternatives: list[tuple[tuple[str, float], ...]] = []
-        past: Any = None
+        alternatives: list[Alternatives] = []
         while len(ids) < most and not (plain and _TURN in self._text(ids[-8:])):
-            new = prompt + ids if past is None else ids[-1:]
-            rows = torch.tensor([new], device=self.lm.device)
-            cache = {"past_key_values": past, "use_cache": True} if self._remembers else {}
-            found = self.lm.model(input_ids=rows, **cache, **self._only_last)
-            past = getattr(found, "past_key_values", None) if self._remembers else None  # None: it reads all again
-            log_p = found.logits[0, -1].float().log_softmax(-1).cpu()
-            token = _picked(log_p, request.temperature, generator)
+            log_p = after(ids[-1:] or prompt)
+            token = pick(log_p)
             if token in self._last:
                 break
             ids.append(token)
-            if request.top_logprobs:
-                top = log_p.topk(min(request.top_logprobs, len(log_p)))
-                names = [self._tokenizer.decode([i]) for i in top.indices.tolist()]
-                alternatives.append(tuple(zip(names, top.values.tolist(), strict=True)))
+            alternatives.append(self._alternatives(log_p, request.top_logprobs))
         return ids, alternatives
+
+    def _filled(
+        self, form: list[Part], prompt: list[int], most: int, top: int, after: "_Reader", pick: Callable[[Tensor], int]
+    ) -> tuple[list[int], list[Alternatives]]:
+        """The same of an answer in a form: the model is asked only where there is something to choose.
+
+        Alternatives are then those that the form allows; a token without any has log-probability 0. The model reads at
+        most `most` tokens of its answer: a text is closed there, and an answer with more to choose ends.
+        """
+        ids: list[int] = []
+        alternatives: list[Alternatives] = []
+        unread = list(prompt)
+
+        def write(token: int, log_p: Tensor | None = None) -> None:
+            ids.append(token)
+            unread.append(token)
+            only = ((self._tokenizer.decode([token]), 0.0),) if top else ()
+            alternatives.append(only if log_p is None else self._alternatives(log_p, top))
+
+        def read() -> Tensor:
+            log_p = after(unread)
+            unread.clear()
+            return log_p
+
+        for part, following in zip(form, [*form[1:], ""], strict=True):
+            if isinstance(part, str):
+                for token in self._ids(part):
+                    write(token)
+            elif part is None:
+                begin = len(ids)
+                while len(ids) < most:
+                    log_p = read()
+                    token = pick(log_p)
+                    text = self._text([*ids[begin:], token])
+                    if token in self._last:
+                        break
+                    if (kept := before_quote(text)) is not None:
+                        for each in self._ids(kept[len(self._text(ids[begin:])) :]):
+                            write(each)
+                        break
+                    write(token, log_p)
+            elif len(ids) >= most:
+                break
+            else:
+                end = self._ids(str(following))[0]  # tells 1 from the beginning of 10
+                options, depth = [[*self._ids(option), end] for option in part], 0
+                while True:
+                    allowed = sorted({option[depth] for option in options})
+                    log_p, token = None, allowed[0]
+                    if len(allowed) > 1:
+                        found = read()
+                        log_p = torch.full_like(found, -math.inf)
+                        log_p[allowed] = found[allowed]
+                        token = pick(log_p)
+                    options = [option for option in options if option[depth] == token]
+                    depth += 1
+                    if depth == len(options[0]):
+                        break
+                    write(token, log_p)
+        return ids, alternatives
+
+    def _alternatives(self, log_p: Tensor, n: int) -> Alternatives:
+        """The `n` likeliest tokens, without impossible ones."""
+        top = log_p.topk(min(n, len(log_p)))
+        names = [self._tokenizer.decode([i]) for i in top.indices.tolist()]
+        return tuple((name, p) for name, p in zip(names, top.values.tolist(), strict=True) if p > -math.inf)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class _Reader:
+    """Reads one text from the beginning, some tokens at a time."""
+
+    def __init__(self, model: LocalModel) -> None:
+        self.lm, self.remembers, self.only_last = model.lm, model._remembers, model._only_last
+        self.past: Any = None
+        self.ids: list[int] = []
+
+    def __call__(self, new: Sequence[int]) -> Tensor:
+        """Log-probabilities of the token after `new`, at least one token more of the text, ``[vocabulary]``."""
+        self.ids += new
+        rows = torch.tensor([self.ids if self.past is None else list(new)], device=self.lm.device)
+        cache = {"past_key_values": self.past, "use_cache": True} if self.remembers else {}
+        found = self.lm.model(input_ids=rows, **cache, **self.only_last)
+        self.past = getattr(found, "past_key_values", None) if self.remembers else None  # None: it reads all again
+        return found.logits[0, -1].float().log_softmax(-1).cpu()
 
 
 def _picked(log_p: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -19,6 +19,7 @@ probability rises most; `request` asks a language model, which sees such a list 
 
 import json
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,11 +27,12 @@ from saelab.analysis.intervals import Interval, interval
 from saelab.autointerp.contexts import Contexts
 from saelab.autointerp.likelihood import count_of_unfit, log_probabilities
 from saelab.autointerp.llm.protocol import BaseModel, Request
-from saelab.autointerp.records import Explanation, Judged, Score
+from saelab.autointerp.records import EFFECT, Explanation, Judged, Score
 from saelab.autointerp.settings import InterventionSettings
-from saelab.autointerp.steered_text import Raised, SteeredTexts
 
-KIND = "intervention"
+if TYPE_CHECKING:
+    from saelab.autointerp.steered_text import Raised, SteeredTexts  # with torch
+
 TASK = (
     "You study one feature of a language model. If the feature is made stronger, some next tokens become likelier. "
     "You get lists of such tokens, one list for each of several texts, with the increase of the probability. Find what "
@@ -44,13 +46,13 @@ EXAMPLES = (
 )
 
 
-def lexical_explanation(contexts: Contexts, raised: Raised) -> Explanation:
+def lexical_explanation(contexts: Contexts, raised: "Raised") -> Explanation:
     """The tokens whose probability rises most, in words; "" if steering raises none."""
     listed = ", ".join(json.dumps(token, ensure_ascii=False) for token, _ in raised.mean)
-    return Explanation(contexts.feature, listed and f"more often {listed}", KIND, "lexical")
+    return Explanation(contexts.feature, listed and f"more often {listed}", EFFECT, "lexical")
 
 
-def request(raised: Raised) -> Request:
+def request(raised: "Raised") -> Request:
     """The question about the tokens that rise; `saelab.autointerp.explain.explanation` reads the reply."""
     lists = [
         f"{number}: {json.dumps([[token, round(rise, 3)] for token, rise in tokens], ensure_ascii=False)}"
@@ -71,7 +73,7 @@ def request(raised: Raised) -> Request:
 
 
 def intervention(
-    contexts: Contexts, explanation: Explanation, texts: SteeredTexts, base: BaseModel, settings: InterventionSettings
+    contexts: Contexts, explanation: Explanation, texts: "SteeredTexts", base: BaseModel, settings: InterventionSettings
 ) -> Score:
     """S with its interval over prompts.
 
@@ -118,8 +120,8 @@ def intervention(
             texts.contexts, texts.lengths, change[0], fits, texts.clean, texts.steered, strict=True
         )
     )
-    missed = "" if texts.tuned.reaches(settings.kl) else f"KL is {texts.tuned.kl:.2g} nats instead of {settings.kl:g}"
-    note = (contexts.lacking, missed if texts.contexts else "", count_of_unfit(too_long, len(fits)))
+    missed = texts.tuned.missed(settings.kl) if texts.contexts else ""
+    note = (contexts.lacking, missed, count_of_unfit(too_long, len(fits)))
     return Score(
         feature=contexts.feature,
         score="intervention",

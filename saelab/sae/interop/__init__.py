@@ -1,0 +1,1 @@
+"""Checkpoints of other trainers: one file for each peer, which says how its files are recognised, read and written."""

@@ -1,0 +1,60 @@
+"""sparsify: for each hookpoint a folder with ``cfg.json`` and ``sae.safetensors``; about all, ``config.json``."""
+
+import re
+from typing import Any
+
+from saelab.errors import SaelabError
+from saelab.sae.interop.stored import Config, Stored
+from saelab.sae.interop.weights import From, built
+from saelab.sae.model import SparseAutoencoder
+
+NAME = "sparsify"
+MARKS = ({"encoder.weight"},)
+SUFFIX = ".safetensors"
+
+
+def read(stored: Stored) -> SparseAutoencoder:
+    """The autoencoder or transcoder in `stored`, with the configuration beside it.
+
+    Raises SaelabError if saelab cannot compute it, or if its files are damaged or contradict each other.
+    """
+    config = Config.read(stored.path.with_name("cfg.json"))
+    if config.section("sae").values:  # the configuration of the whole training
+        config = config.section("sae")
+    if config.flag("signed", False):
+        raise SaelabError(f"{config.path}: signed: its activations can be negative, and saelab's features are positive")
+    activation = config.text("activation", "topk")
+    if activation != "topk":
+        raise SaelabError(f"{config.path}: activation is {activation!r}; saelab computes topk")
+    d_in = config.size("d_in")
+    n_features = None if config.values.get("num_latents") in (0, None) else config.size("num_latents")
+    if n_features is None and d_in is not None and (factor := config.size("expansion_factor")) is not None:
+        n_features = d_in * factor
+    names = {"W_enc": From("encoder.weight"), "b_dec": From("b_dec")}
+    names["W_dec"] = From("W_dec") if "W_dec" in stored.kinds else From("decoder.weight", turned=True)
+    if "encoder.bias" in stored.kinds:
+        names["b_enc"] = From("encoder.bias")
+    if config.flag("skip_connection", False):
+        names["W_skip"] = From("W_skip")
+    sizes = {"d_in": d_in, "n_features": n_features}
+    sae = built(stored, names, config, sizes, transcodes=config.flag("transcode", False))
+    k = config.size("k")
+    if k is None or k > sae.n_features:
+        raise SaelabError(f"{config.path}: k is {config.values.get('k')!r}, not between 1 and {sae.n_features}")
+    sae.k = k
+    sae.metadata = _metadata(stored)
+    return sae
+
+
+def _metadata(stored: Stored) -> dict[str, Any]:
+    """Model, text and site, as far as the names of the folder and ``config.json`` in the one above say them."""
+    folder, above = stored.path.parent.resolve(), {}
+    if (folder.parent / "config.json").is_file():
+        found = Config.read(folder.parent / "config.json").values
+        names = {"model_name": "model", "dataset_path": "dataset", "context_size": "ctx_len"}
+        above = {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
+    site = re.fullmatch(r"(?:.*\.)?(?:layers|h)[._](\d+)(\.mlp|\.attn|\.self_attn)?", folder.name)
+    if site is not None:
+        part = {None: "hook_resid_post", ".mlp": "hook_mlp_out"}.get(site[2], "hook_attn_out")
+        above["hook_name"] = f"blocks.{site[1]}.{part}"
+    return above
