@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from saelab.runs.cache import cache
     from saelab.runs.calibration import calibrate, calibration_rows
     from saelab.runs.config import RunSettings, load_config
+    from saelab.runs.controls import controls, neuron_run
     from saelab.runs.decoder import decoder_rows
     from saelab.runs.job import settings_of
     from saelab.runs.save import create_run, save_run
@@ -102,6 +103,7 @@ _HOME = {
     "calibrate": "saelab.runs.calibration",
     "calibration_rows": "saelab.runs.calibration",
     "compare_decoders": "saelab.analysis.similarity",
+    "controls": "saelab.runs.controls",
     "create_run": "saelab.runs.save",
     "dark_matter": "saelab.analysis.dark_matter",
     "dead": "saelab.analysis.dead",
@@ -120,6 +122,7 @@ _HOME = {
     "mean_absolute_cosine": "saelab.analysis.decoder",
     "meta_structure": "saelab.analysis.meta_structure",
     "new_autoencoder": "saelab.sae.new",
+    "neuron_run": "saelab.runs.controls",
     "next_token_loss": "saelab.analysis.attribution",
     "open_cache": "saelab.activations.cache.reader",
     "open_corpus": "saelab.corpus",
@@ -177,6 +180,7 @@ __all__ = [
     "calibrate",
     "calibration_rows",
     "compare_decoders",
+    "controls",
     "create_run",
     "dark_matter",
     "dead",
@@ -194,6 +198,7 @@ __all__ = [
     "match_decoders",
     "mean_absolute_cosine",
     "meta_structure",
+    "neuron_run",
     "new_autoencoder",
     "next_token_loss",
     "open_cache",

@@ -301,6 +301,8 @@ def analyse(
     Console(width=120).print(table)
 
 
+app.command()(cli_autointerp.controls)
+app.command()(cli_autointerp.neurons)
 app.command()(cli_autointerp.explain)
 app.command()(cli_autointerp.score)
 

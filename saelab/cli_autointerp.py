@@ -22,13 +22,14 @@ Price = Annotated[str | None, typer.Option(metavar="P,A", help="price of a milli
 Tokens = Annotated[float | None, typer.Option(min=1, help="most tokens of prompts and answers")]
 Money = Annotated[float | None, typer.Option(help="most money; needs --price")]
 _About = Annotated[str, typer.Option(metavar="WHAT", help="when it is active (context) or what it causes (effect)")]
+_WithControls = Annotated[bool, typer.Option("--with-controls", help="and the controls of the run, one by one")]
 _Yes = Annotated[bool, typer.Option("--yes", help="ask a language model without a question about the cost")]
 
 
 def explain(
     run: _Run,
     features: Annotated[
-        str | None, typer.Option(metavar="LIST", help="such as 0:100, 7,9 or random:200 (default)")
+        str | None, typer.Option(metavar="LIST", help="such as 0:100, 7,9, matched:RUN or random:200 (default)")
     ] = None,
     about: _About = "context",
     llm: Llm = None,
@@ -36,6 +37,7 @@ def explain(
     contrastive: Annotated[bool, typer.Option("--contrastive", help="show similar silent text too")] = False,
     reasoning: Annotated[bool, typer.Option("--reasoning", help="let the model reason first")] = False,
     again: Annotated[bool, typer.Option("--again", help="make new explanations; the earlier ones stay")] = False,
+    with_controls: _WithControls = False,
     concurrency: _Concurrency = 8,
     price: Price = None,
     max_tokens: Tokens = None,
@@ -46,6 +48,8 @@ def explain(
 
     Run again, it continues after what is there. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY. Explanations of
     effects steer the run's own language model; only `saelab score --scores intervention` reads them.
+    Of a control the features are explained that are nearest in density to those explained in its run; matched:RUN
+    names another run.
 
     Example: saelab explain runs/quickstart --features 0:100
 
@@ -55,22 +59,24 @@ def explain(
     from saelab.autointerp.llm.budget import parsed_budget
     from saelab.runs import autointerp
 
-    made = autointerp.explain(
-        run,
-        features or autointerp.FEATURES,
-        about=cast("About", about),
-        llm=llm,
-        model=model,
-        contrastive=contrastive,
-        reasoning=reasoning,
-        again=again,
-        concurrency=concurrency,
-        budget=parsed_budget(price, max_tokens, max_money),
-        confirm=partial(_confirm, yes),
-        track=partial(progress.bar, unit="features"),
-        say=_say,
-    )
-    typer.echo(printable(f"{made}; they are in {run / 'autointerp'}"))
+    budget = parsed_budget(price, max_tokens, max_money)
+    for each in (run, *_controls(run, with_controls)):
+        made = autointerp.explain(
+            each,
+            features if each == run else None,
+            about=cast("About", about),
+            llm=llm,
+            model=model,
+            contrastive=contrastive,
+            reasoning=reasoning,
+            again=again,
+            concurrency=concurrency,
+            budget=budget,
+            confirm=partial(_confirm, yes),
+            track=partial(progress.bar, unit="features"),
+            say=_say,
+        )
+        typer.echo(printable(f"{made}; they are in {each / 'autointerp'}"))
 
 
 def score(
@@ -80,7 +86,10 @@ def score(
     llm: Llm = None,
     model: Model = None,
     embed: Annotated[str | None, typer.Option(metavar="MODEL", help="sentence-transformers (default: TF-IDF)")] = None,
-    controls: Annotated[str | None, typer.Option(metavar="RUN,...", help="runs to compare with")] = None,
+    controls: Annotated[
+        str | None, typer.Option(metavar="RUN,...", help="runs to compare with (default: those of `saelab controls`)")
+    ] = None,
+    with_controls: _WithControls = False,
     concurrency: _Concurrency = 8,
     price: Price = None,
     max_tokens: Tokens = None,
@@ -95,28 +104,87 @@ def score(
 
     Example: saelab score runs/quickstart
 
-    Example: saelab score runs/quickstart --scores detection,fuzzing --controls runs/untrained
+    Example: saelab score runs/quickstart --scores detection,fuzzing --with-controls
     """
     from saelab import progress
     from saelab.autointerp.llm.budget import parsed_budget
     from saelab.runs import autointerp
     from saelab.runs.autointerp import DEFAULT
 
-    found = autointerp.score(
-        run,
-        DEFAULT if scores is None else _parts(scores),
-        features,
-        llm=llm,
-        model=model,
-        embed=embed,
-        controls=_parts(controls or ""),
-        concurrency=concurrency,
-        budget=parsed_budget(price, max_tokens, max_money),
-        confirm=partial(_confirm, yes),
-        track=partial(progress.bar, unit="scores"),
-        say=_say,
-    )
-    _show(run, found)
+    budget = parsed_budget(price, max_tokens, max_money)
+    for each in (*_controls(run, with_controls), run):
+        found = autointerp.score(
+            each,
+            DEFAULT if scores is None else _parts(scores),
+            features if each == run else None,
+            llm=llm,
+            model=model,
+            embed=embed,
+            controls=None if controls is None else _parts(controls),
+            concurrency=concurrency,
+            budget=budget,
+            confirm=partial(_confirm, yes),
+            track=partial(progress.bar, unit="scores"),
+            say=_say,
+        )
+        if each == run:
+            _show(run, found)
+
+
+def controls(
+    run: _Run,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as training.tokens=3e5")
+    ] = None,
+    kinds: Annotated[str | None, typer.Option(metavar="LIST", help="(default: all)")] = None,
+    reseeds: Annotated[int, typer.Option(min=1, help="runs of the kind reseed")] = 2,
+    force: Annotated[bool, typer.Option("--force", help="replace controls made from something else")] = False,
+) -> None:
+    """Make controls of a run in RUN/controls, to explain and score beside it, from the same text.
+
+    Kinds: untrained, directions (random ones), neurons (of the site's block), frozen_decoder, frozen_encoder, reseed.
+    The last three are trained on the batches of the run, in one pass of the model. Run again, it goes on where it was
+    stopped.
+
+    Example: saelab controls runs/quickstart
+
+    Example: saelab controls runs/quickstart --kinds untrained,frozen_decoder training.tokens=3e5
+    """
+    from saelab import progress
+    from saelab.runs.controls import KINDS
+    from saelab.runs.controls import controls as stage
+
+    chosen = KINDS if kinds is None else _parts(kinds)
+    for path in stage(run, overrides or [], chosen, reseeds=reseeds, force=force, track=progress.bar, say=_say):
+        typer.echo(printable(str(path)))
+
+
+def neurons(
+    config: Annotated[str, typer.Argument(help="a YAML file, or the name of a shipped config")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as sae.k=64")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing run folder")] = False,
+) -> None:
+    """Make a run of MLP neurons, to look at, explain and score as the features of an autoencoder.
+
+    They are the neurons of the block of the config's site, the k largest of each token.
+
+    Example: saelab neurons quickstart out=runs/neurons
+    """
+    from saelab import progress
+    from saelab.runs.controls import neuron_run
+
+    run = neuron_run(config, overrides or [], force=force, track=progress.bar, say=_say)
+    typer.echo(printable(str(run)))
+
+
+def _controls(run: Path, wanted: bool) -> list[Path]:
+    """The controls of a run if they are wanted. Raises SaelabError if there are none."""
+    from saelab.runs import folder
+
+    found = folder.controls(run) if wanted else []
+    if wanted and not found:
+        raise SaelabError(f"{run}: has no controls; `saelab controls {run}` makes them")
+    return found
 
 
 def explorer_options(
@@ -166,7 +234,7 @@ def _show(run: Path, found: "ScoreTable") -> None:
     for line in found.lines:
         texts = [line.score, line.judge, _explanations(line), line.unit, _features(line), f"{line.median:.3f}"]
         texts += [_interval(line.mean), f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"]
-        texts += ["\n".join(map(_difference, line.differences))]
+        texts += ["\n".join(_differences(line))]
         table.add_row(*(Text("\n".join(map(printable, each.split("\n")))) for each in texts))
     Console(width=150).print(table)
     if any(line.lexical for line in found.lines):
@@ -187,8 +255,17 @@ def _features(line: "Line") -> str:
     return f"{line.n:,}" + f" ({line.without:,} without value)" * bool(line.without)
 
 
+def _differences(line: "Line") -> list[str]:
+    """The comparisons of a score with its controls, a text each."""
+    found = [_difference(each) for each in line.differences]
+    if line.seeds:
+        found.append(f"means of {len(line.seeds)} seeds: {min(line.seeds):.3f} to {max(line.seeds):.3f}")
+    return found + ([f"not scored: {', '.join(line.missing)}"] if line.missing else [])
+
+
 def _difference(each: "Difference") -> str:
     pairs = f"{each.pairs:,} pair{'s' * (each.pairs != 1)}"
+    pairs += f" (densities within {each.ratio:.2f}, at most {each.largest_ratio:.2f})" * (each.largest_ratio > 1)
     return f"{each.control}: {_interval(each.value)}, {pairs}: {each.verdict}"
 
 

@@ -1,6 +1,7 @@
 """Which features are explained and scored, and which of them are compared."""
 
 import re
+from bisect import bisect_left
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,6 +66,25 @@ def pairs(density: np.ndarray, other: np.ndarray) -> list[tuple[int, int]]:
             found.append((a[i], b[j]))
             i, j = i + 1, j + 1
     return found
+
+
+def matched(density: np.ndarray, other: np.ndarray) -> list[int]:
+    """For each of the densities `other` the feature nearest to it in `density`, each once, rising.
+
+    The densest chooses first. A feature more than a factor of `NEAR` away is not taken, so there may be fewer.
+    """
+    active = np.flatnonzero(density)
+    left = active[np.argsort(density[active], kind="stable")].tolist()
+    values = density[left].tolist()
+    found = []
+    for wanted in np.sort(other[other > 0])[::-1].tolist():
+        at = bisect_left(values, wanted)
+        near = [(max(values[i] / wanted, wanted / values[i]), i) for i in (at, at - 1) if 0 <= i < len(left)]
+        ratio, nearest = min(near, default=(np.inf, 0))
+        if ratio <= NEAR:
+            found.append(left.pop(nearest))
+            del values[nearest]
+    return sorted(found)
 
 
 def strangers(density: np.ndarray, texts: ArrayLike) -> np.ndarray:

@@ -8,7 +8,8 @@ A line is a score by one judge of the explanations of one kind by one explainer.
 The controls of an explanation's score are `shuffled`, the same feature's score with the explanation of another feature
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
 explanation is compared with chance, and with other runs. Intervention has controls in each score. An interval that
-includes 0 means that the score does not beat its control. Needs no torch.
+includes 0 means that the score does not beat its control. A reseed is another training, not a control to beat: the
+means of the run and its reseeds show how much a training changes them. Needs no torch.
 """
 
 from array import array
@@ -58,12 +59,19 @@ class Difference:
     pairs: int
     value: Interval
     """Mean of score - control."""
+    ratio: float = 1.0
+    """Median ratio, at least 1, of the densities of a pair."""
+    largest_ratio: float = 1.0
+    reseed: bool = False
+    """Whether it is the same training from another seed, and no control to beat."""
 
     @property
     def verdict(self) -> str:
         """In words, from the interval."""
         if np.isnan(self.value.low):
             return "too few pairs"
+        if self.reseed:
+            return "is above it" if self.value.low > 0 else "is below it" if self.value.high < 0 else "no difference"
         if self.value.low > 0:
             return "beats its control"
         return "is below its control" if self.value.high < 0 else "does not beat its control"
@@ -89,6 +97,10 @@ class Line:
     tokens: int
     """Tokens of all prompts and answers of the judge."""
     differences: tuple[Difference, ...]
+    missing: tuple[str, ...] = ()
+    """Controls that have no such score."""
+    seeds: tuple[float, ...] = ()
+    """Means of the run and of each of its reseeds; empty without reseeds."""
 
     @property
     def tokens_per_feature(self) -> float:
@@ -126,9 +138,11 @@ class ScoreTable(Result):
             own |= {"without value": line.without, "median": line.median}
             own |= {"mean": line.mean.value, "low": line.mean.low, "high": line.mean.high}
             own |= {"unread": line.unread, "tokens": line.tokens, "tokens per feature": line.tokens_per_feature}
+            own |= {"lowest seed": min(line.seeds, default=np.nan), "highest seed": max(line.seeds, default=np.nan)}
             for each in line.differences:
                 of = {"control": each.control, "pairs": each.pairs, "difference": each.value.value}
                 of |= {"difference low": each.value.low, "difference high": each.value.high, "verdict": each.verdict}
+                of |= {"density ratio": each.ratio, "largest density ratio": each.largest_ratio}
                 rows.append(own | of)
             if not line.differences:
                 rows.append(own)
@@ -182,6 +196,8 @@ class Measured:
     scores: Mapping[Group, Column]
     density: np.ndarray
     """``[n_features]``"""
+    reseed: bool = False
+    """Whether the run is the same training as the measured one from another seed."""
 
 
 def measured(name: str, folder: Path, database: Database) -> Measured:
@@ -246,8 +262,10 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
         found, shuffled = every.finite, run.scores.get(group._replace(kind=SHUFFLED + group.kind))
         differences = [_paired("shuffled", found, shuffled) if group.kind else _above_chance(group, found)]
         differences += [_difference(name, above) for name, above in found.above.items()]
-        for control in controls:
-            differences.append(_matched(run, found, control, group))
+        there = [(each, each.scores[group].finite) for each in controls if group in each.scores]
+        there = [(control, column) for control, column in there if len(column.values)]
+        differences += [_matched(run, found, control, column) for control, column in there]
+        means = [float(column.values.mean()) for control, column in there if control.reseed]
         line = Line(
             *group,
             n=len(found.values),
@@ -257,6 +275,8 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
             unread=every.unread,
             tokens=every.tokens,
             differences=tuple(differences),
+            missing=tuple(each.name for each in controls if each not in [control for control, _ in there]),
+            seeds=(float(found.values.mean()), *means) if means and len(found.values) else (),
         )
         lines.append(line)
     return ScoreTable(tuple(lines))
@@ -286,12 +306,14 @@ def _above_chance(group: Group, found: Column) -> Difference:
     return _difference(f"chance ({CHANCE[group.unit]:g})", found.values - CHANCE[group.unit])
 
 
-def _matched(run: Measured, found: Column, control: Measured, group: Group) -> Difference:
-    if group not in control.scores:
-        return _difference(control.name, np.zeros(0))
-    other = control.scores[group].finite
-    both = np.array(pairs(run.density[found.features], control.density[other.features]), int).reshape(-1, 2)
-    return _difference(control.name, found.values[both[:, 0]] - other.values[both[:, 1]])
+def _matched(run: Measured, found: Column, control: Measured, other: Column) -> Difference:
+    a, b = run.density[found.features], control.density[other.features]
+    own, of_other = np.array(pairs(a, b), int).reshape(-1, 2).T
+    made = _difference(control.name, found.values[own] - other.values[of_other])
+    if len(own):
+        ratios = np.exp(np.abs(np.log(a[own] / b[of_other])))
+        made = replace(made, ratio=float(np.median(ratios)), largest_ratio=float(ratios.max()))
+    return replace(made, reseed=control.reseed)
 
 
 def _difference(name: str, differences: np.ndarray) -> Difference:

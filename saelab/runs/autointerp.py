@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from saelab.autointerp import lexical
-from saelab.autointerp.choice import chosen
 from saelab.autointerp.contexts import Contexts, contexts
 from saelab.autointerp.embedders import Embedder, of_database, sentence_transformer
 from saelab.autointerp.explainers import Explainer, Explanations, Made, of_contexts, of_effects
@@ -28,20 +27,17 @@ from saelab.autointerp.records import EFFECT, About
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
 from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
 from saelab.autointerp.store import ANSWERS, Writer, explanations, writing
-from saelab.autointerp.summary import Measured, ScoreTable, measured, summarised
+from saelab.autointerp.summary import ScoreTable
 from saelab.errors import SaelabError, SettingError, did_you_mean
-from saelab.features.database import Database, open_database
-from saelab.files import expanded
+from saelab.features.database import Database
 from saelab.progress import Say, Track, quiet, silent
-from saelab.runs import folder
+from saelab.runs.explained import Opened, control_runs, features_of, scores_of
 
 if TYPE_CHECKING:
     from saelab.autointerp.steered_text import SteeredTexts
     from saelab.lm.model import LanguageModel
     from saelab.sae.model import SparseAutoencoder
 
-FEATURES = "random:200"
-"""The features that are explained if none are named."""
 _SAMPLE = 5
 """Features from whose requests the cost is estimated."""
 
@@ -51,7 +47,7 @@ Confirm = Callable[[Estimate], None]
 
 def explain(
     run: str | Path,
-    features: str = FEATURES,
+    features: str | None = None,
     *,
     about: About = "context",
     llm: str | Client | None = None,
@@ -68,7 +64,9 @@ def explain(
 ) -> Explanations:
     """Explain features of a run from its feature database, into RUN/autointerp; returns how many were.
 
-    `features`: indices, ranges, or a draw, such as "7,9", "0:100", "random:200" (`saelab.autointerp.choice.chosen`).
+    `features`: indices, ranges, or a draw, such as "7,9", "0:100", "random:200" (`saelab.autointerp.choice.chosen`); or
+    "matched:OTHER", the features nearest in density to those that are explained in the run OTHER. None: `FEATURES`; for
+    a control, those matched to the run that it is a control of.
     `about`: when a feature is active ("context"), or what comes after it ("effect", which steers the run's own language
     model; only the intervention score reads it).
     `llm`: the address of a server with the OpenAI chat protocol that has `model`, or ``local`` with `model` a model
@@ -80,12 +78,12 @@ def explain(
     fewer explanations than others, because a run with `again` was stopped, only these are. Raises SaelabError if there
     is no feature database or no such feature, as `answers` does, and if another process writes there.
     """
-    opened = _Opened(run)
+    opened = Opened(run)
     client = named(llm, model, concurrency)
     explainer = _explainer(opened, about, client, contrastive, reasoning, say)
     if client.name == lexical.NAME:
         say("explainer: lexical, from statistics of tokens; it is no language model")
-    made = Made(np.array(chosen(opened.database, features)))
+    made = Made(np.array(features_of(opened, features, about)))
     for old, of in explanations(opened.folder, opened.inputs):
         if (old.kind, old.model, of) == (explainer.kind, explainer.model, settings):
             made.add(old)
@@ -114,9 +112,7 @@ def explain(
     return made.counted(client.name, len(todo))
 
 
-def _explainer(
-    opened: "_Opened", about: About, client: Client, contrastive: bool, reasoning: bool, say: Say
-) -> Explainer:
+def _explainer(opened: Opened, about: About, client: Client, contrastive: bool, reasoning: bool, say: Say) -> Explainer:
     if about == "context":
         return of_contexts(opened.database, client, contrastive=contrastive, reasoning=reasoning)
     if about != EFFECT:
@@ -138,7 +134,7 @@ def score(
     model: str | None = None,
     embed: str | None = None,
     base: BaseModel | None = None,
-    controls: Sequence[str | Path] = (),
+    controls: Sequence[str | Path] | None = None,
     settings: ScoreSettings = ScoreSettings(),  # noqa: B008
     concurrency: int = 8,
     budget: Budget | None = None,
@@ -157,11 +153,11 @@ def score(
     What was scored with these `settings` is not scored again. Raises SaelabError as `explain` does, if there is no such
     score, and if no feature has an explanation.
     """
-    opened = _Opened(run)
+    opened = Opened(run)
     for name in scores:
         if name not in SCORERS:
             raise SaelabError(f"scores: there is no {name!r} ({', '.join(SCORERS)}).{did_you_mean(name, SCORERS)}")
-    others = [_Opened(each) for each in controls]
+    others = control_runs(opened, controls, say)
     client = named(llm, model, concurrency)
     if client.name == lexical.NAME:
         say("judge: lexical, from words in common; it is no language model")
@@ -179,7 +175,7 @@ def score(
             counted = {"track": track, "label": "scoring", "total": missing}
             run_jobs(client, jobs, cache=opened.folder / ANSWERS, budget=budget, **counted)
             export(opened.folder, opened.inputs)
-    return summarised(opened.measured(), [each.measured() for each in others])
+    return scores_of(opened, others)
 
 
 class _Part(NamedTuple):
@@ -201,9 +197,7 @@ def _by_subject(scores: Sequence[str]) -> dict[About, list[str]]:
     return found
 
 
-def _part(
-    opened: "_Opened", scores: Sequence[str], about: About, features: str | None, judges: Judges, say: Say
-) -> _Part:
+def _part(opened: Opened, scores: Sequence[str], about: About, features: str | None, judges: Judges, say: Say) -> _Part:
     latest, shuffled = stored(opened.folder, opened.inputs, about)
     subjects = _subjects(opened, scores, about, features, latest)
     if any(SCORERS[name].about for name in scores):
@@ -227,7 +221,7 @@ def _jobs(part: _Part, writer: Writer, settings: ScoreSettings) -> Iterator[Job]
 
 
 def _subject_judges(
-    opened: "_Opened", scores: Sequence[str], base: BaseModel | None, settings: ScoreSettings, say: Say
+    opened: Opened, scores: Sequence[str], base: BaseModel | None, settings: ScoreSettings, say: Say
 ) -> tuple[BaseModel | None, Callable[[Contexts], "SteeredTexts"] | None]:
     """What gives log-probabilities, `base` or the run's language model, and steered texts; None if not needed."""
     steering = any(SCORERS[name].needs_steering for name in scores)
@@ -243,27 +237,6 @@ def _subject_judges(
         return steered_texts(c, *subject, settings.steering)
 
     return base or LocalModel(subject.lm), steered if steering else None
-
-
-def table(run: str | Path, controls: Sequence[str | Path] = ()) -> ScoreTable:
-    """The table of all scores of a run, beside those of the runs `controls`.
-
-    Raises SaelabError if there is no feature database, or if a file is damaged.
-    """
-    return summarised(_Opened(run).measured(), [_Opened(each).measured() for each in controls])
-
-
-class _Opened:
-    """A run's feature database, and the folder of its explanations and scores."""
-
-    def __init__(self, run: str | Path) -> None:
-        self.run = Path(expanded(run, "RUN"))
-        self.database = open_database(folder.features(self.run))
-        self.folder = self.run / folder.AUTOINTERP
-        self.inputs = str(self.database.arrays.manifest["inputs"])
-
-    def measured(self) -> Measured:
-        return measured(self.run.name, self.folder, self.database)
 
 
 def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
@@ -296,14 +269,14 @@ def _subject(run: Path, say: Say) -> Subject:
     return Subject(opened.sae, opened.job.lm, opened.job.settings.site)
 
 
-def _subjects(opened: _Opened, scores: Sequence[str], about: About, features: str | None, latest: Stored) -> np.ndarray:
+def _subjects(opened: Opened, scores: Sequence[str], about: About, features: str | None, latest: Stored) -> np.ndarray:
     """The features to be scored, rising."""
     if not len(latest) and any(SCORERS[name].about for name in scores):
         option, which = (" --about effect", " of effects") if about == EFFECT else ("", "")
         raise SaelabError(f"{opened.run}: has no explanations{which}; `saelab explain {opened.run}{option}` makes them")
     if features is None and len(latest):
         return latest.features
-    return np.array(chosen(opened.database, features or FEATURES))
+    return np.array(features_of(opened, features, about))
 
 
 def _sample(features: np.ndarray) -> list[int]:

@@ -42,7 +42,11 @@ FIGURES, ARRAYS = "result.json", "arrays.safetensors"
 """The files of such a result."""
 AUTOINTERP = "autointerp"
 """The folder of explanations and scores (`saelab.autointerp.store`)."""
-OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, ANALYSES, AUTOINTERP)
+CONTROLS = "controls"
+"""A run for each control of this run (`saelab.runs.controls`), by its kind."""
+RESEED = "reseed"
+"""What the names of those controls begin with that are the same training from another seed."""
+OWN = (SETTINGS, METRICS, TRAINING, CHECKPOINT, STATE, EVALUATION, FEATURES, ANALYSES, AUTOINTERP, CONTROLS)
 OWN += (TENSORBOARD, WANDB, WANDB_RUN)
 """What the stages keep in a run folder; no export goes there."""
 
@@ -61,14 +65,14 @@ class RunInfo:
 
     @property
     def has_features(self) -> bool:
-        return (features(self.path) / database.MANIFEST).is_file()
+        return has_features(self.path)
 
 
 def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
     """The runs in a folder, sorted by name: the folder itself if it has a `train.json`, otherwise the runs below it.
 
-    A run is not searched for further runs, and nothing is searched deeper than `depth` levels. Raises SaelabError if
-    there is no such folder.
+    A run is not searched for further runs, such as its controls (`controls`), which the folder of the controls gives.
+    Nothing is searched deeper than `depth` levels. Raises SaelabError if there is no such folder.
     """
     root = Path(expanded(folder))
     if not root.is_dir():
@@ -88,6 +92,18 @@ def find_runs(folder: Path | str, depth: int = 3) -> list[RunInfo]:
         return RunInfo(path, name)
 
     return [info(path) for path in below(root, depth)]
+
+
+def controls(run: Path | str) -> list[Path]:
+    """The finished controls of a run (`saelab controls`), sorted by name; those without a feature database too."""
+    found = sorted((Path(run) / CONTROLS).glob(f"*/{TRAINING}"))
+    return [path.parent for path in found if training_record(path.parent).get("complete")]
+
+
+def controlled(run: Path | str) -> Path | None:
+    """The run that `run` is a control of; None if it is none."""
+    path = Path(run).absolute()
+    return path.parents[1] if path.parent.name == CONTROLS and (path.parents[1] / TRAINING).is_file() else None
 
 
 def shown_files(run: Path) -> list[Path]:
@@ -223,6 +239,11 @@ def bytes_of_states(run: Path) -> int:
 
 def has_checkpoint(run: Path) -> bool:
     return (current_folder(run / CHECKPOINT) / sae.CONFIG).is_file()
+
+
+def has_features(run: Path) -> bool:
+    """Whether a run has a feature database."""
+    return (features(run) / database.MANIFEST).is_file()
 
 
 def check_run(run: Path) -> None:

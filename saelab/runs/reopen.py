@@ -20,13 +20,15 @@ from saelab.runs.job import Job, Say, settings_of
 from saelab.sae.checkpoint import load
 from saelab.sae.model import SparseAutoencoder
 
-Stage = Literal["eval", "index", "analyse"]
+Stage = Literal["eval", "index", "analyse", "controls"]
 _TAKES = {
     "eval": ("eval.", "device", "model.", "corpus.", "site", "context"),
     "index": ("features.", "device", "model.", "corpus."),
     "analyse": ("analysis.", "device", "model.", "corpus."),
+    "controls": ("training.", "activations.", "features.rows_per_forward", "device", "model.", "corpus."),
 }
 """Settings that a stage takes; those that end in a dot are sections."""
+_IS = {"index": "the feature database is that", "analyse": "an analysis is", "controls": "a control is"}
 _NAMES = {"model": "model.name", "corpus": "corpus.source"}
 """What `model=NAME` and `corpus=NAME` set here: the rest of the section, such as the share held out, stays."""
 
@@ -64,9 +66,8 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
     differs = _differences(run, job, sae, changed)
     check_width(run, job, sae)
     if differs and stage != "eval":
-        result = "the feature database is that" if stage == "index" else "an analysis is"
         raise SaelabError(
-            f"{run}: {result} of the run's own model and text, but {in_words(differs)}; `saelab eval` takes such "
+            f"{run}: {_IS[stage]} of the run's own model and text, but {in_words(differs)}; `saelab eval` takes such "
             "settings"
         )
     return Reopened(job, sae, differs)

@@ -89,39 +89,64 @@ def save_run(
 
     The trainer saw `inputs_of` the activations of `corpus`; the checkpoint applies to activations as the model gives
     them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
-    the time of the training. Evaluation, feature database, analyses, explanations and scores of an
+    the time of the training. Evaluation, feature database, analyses, explanations, scores and controls of an
     earlier checkpoint are removed. Raises SaelabError if the files cannot be written; an earlier checkpoint is kept
     then.
     """
-    run, trained = Path(settings.out), trainer.trained()
-    sae = inputs_of.folded(sae or trainer.sae)
+    trained, sae, own = trainer.trained(), inputs_of.folded(sae or trainer.sae), facts or {}
+    record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens)
+    record |= {**own, "seconds": seconds, "input_scale": inputs_of.scale}
+    read = {"input_scale": inputs_of.scale, "inputs_of": settings.activations.inputs}
+    _save(settings, lm, corpus, sae, record, {**read, **trained.facts, **own})
+
+
+def save_control(
+    settings: RunSettings,
+    lm: LanguageModel,
+    corpus: Corpus,
+    sae: SparseAutoencoder,
+    kind: str,
+    inputs: str,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the checkpoint of `sae`, a control that was not trained, and its record, to the run folder of `settings`.
+
+    `sae` applies to activations as the model gives them. `inputs` and `facts` are as in `save_run`. Raises SaelabError
+    as it does.
+    """
+    own = {"control": kind, **(facts or {})}
+    record = _record(settings, inputs, complete=True, tokens=0) | {"planned_tokens": 0}
+    _save(settings, lm, corpus, sae, record | own, own)
+
+
+def _save(
+    settings: RunSettings,
+    lm: LanguageModel,
+    corpus: Corpus,
+    sae: SparseAutoencoder,
+    record: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint of `sae` with these `facts`, remove the results of an earlier one, write the `record`."""
+    run = Path(settings.out)
     sae.metadata |= _metadata(located(settings), lm, corpus) | {
         "saelab": {
-            "inputs": inputs,
-            "tokens": trained.tokens,
-            "input_scale": inputs_of.scale,
-            "inputs_of": settings.activations.inputs,
+            "inputs": record["inputs"],
+            "tokens": record["tokens"],
             "model_folded": False,
             "model_fingerprint": lm.fingerprint,
             "corpus": provenance(lm, corpus)["corpus"],
             **asdict(settings.sae),
             "seed": settings.seed,
             "weights_seed": settings.weights_seed,
-            **trained.facts,
-            **(facts or {}),
+            **facts,
         }
     }
     with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
         save_sae(sae, unfinished)
     _remove_results(run)
-    record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens) | {
-        **(facts or {}),
-        "seconds": seconds,
-        "input_scale": inputs_of.scale,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    write_json(run / folder.TRAINING, record)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    write_json(run / folder.TRAINING, {**record, **versions})
 
 
 def _remove_results(run: Path) -> None:
@@ -133,8 +158,9 @@ def _remove_results(run: Path) -> None:
             remove_folder(features)
         for name in folder.analyses(run):
             remove_folder(folder.analysis_folder(run, name))
-        if (run / folder.AUTOINTERP).exists():
-            remove_folder(run / folder.AUTOINTERP)
+        for name in (folder.AUTOINTERP, folder.CONTROLS):
+            if (run / name).exists():
+                remove_folder(run / name)
 
 
 def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Every result in a run folder (`saelab.runs.folder`) records the hash of what it 
 whether an earlier result is still valid.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Evaluation, Fidelity
-from saelab.encoded import Block, Reader, read_together
+from saelab.encoded import Block, Reader, read_all, read_together
 from saelab.features.index import open_index
 from saelab.features.layout import VERSION
 from saelab.files import expanded, locked, write_json
@@ -52,6 +52,27 @@ def index(run: str | Path, overrides: Iterable[str] = (), *, track: Track = sile
     with locked(run):
         opened = reopen(run, "index", overrides, say)
         return _read_held_out(opened.job, run, opened.sae, [_database], track)[0]
+
+
+def index_together(jobs: Sequence[Job], track: Track) -> None:
+    """Write the feature databases of runs that lack them, or have those of other weights, in one pass over the text.
+
+    The jobs share model and text and may differ in autoencoder and site. Their run folders must be locked.
+    """
+    paths = [(job, Path(job.settings.out)) for job in jobs]
+    missing = [(job, path) for job, path in paths if folder.features_inputs(path) != _database_inputs(job, path)]
+    if not missing:
+        return
+    lm, held_out = jobs[0].lm, cache(jobs[0].held_out)
+    saes = [load(path, lm.device) for _, path in missing]
+    results = [_database(job, path, sae, held_out, track) for (job, path), sae in zip(missing, saes, strict=True)]
+    readings = [
+        (sae, job.settings.site, [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row)])
+        for (job, _), sae, each in zip(missing, saes, results, strict=True)
+    ]
+    read_all(lm, max((each.rows for each in results), key=len), readings, track=track)
+    for each in results:
+        each.finish()
 
 
 def run(

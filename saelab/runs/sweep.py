@@ -66,7 +66,7 @@ def sweep(
         check_log(first.settings.training)
         check_losses(first.corpus)  # evaluation needs them: better an error now than after the training
         try:
-            failed = _train(jobs, force, track, say)
+            failed = train_together(jobs, force, track, say)
             failed |= _evaluate([job for job in jobs if _path(job) not in failed], track)
         except (KeyboardInterrupt, SystemExit):
             say(f"{out}: the same command goes on with the sweep")
@@ -88,8 +88,11 @@ def _path(job: Job) -> Path:
     return Path(job.settings.out)
 
 
-def _train(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failures:
-    """Bring the training of every run to its end; returns those that failed."""
+def train_together(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failures:
+    """Bring the training of every run to its end, on the same batches; returns those that failed.
+
+    The jobs may differ in autoencoder and site. Their run folders must be locked.
+    """
     failed: Failures = {}
     groups: dict[tuple[str | None, bool], list[Job]] = {}
     for job in jobs:

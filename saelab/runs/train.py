@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saelab.activations.cache.layout import difference
 from saelab.errors import SaelabError
@@ -25,6 +26,7 @@ from saelab.runs.loop import Failures, Training, provenance_of, site_columns, tr
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
+from saelab.sae.model import SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder
 from saelab.torchrun import processes, restarted
 from saelab.training.distributed import connected, mesh_shape, own_device
@@ -122,7 +124,7 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
             failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
             continue
         for each in here:
-            sae = new_autoencoder(each.settings.sae, scaled, seed=each.settings.weights_seed, ranks=ranks)
+            sae = _initial(each, scaled)
             trainer = Trainer(sae, each.settings.training, each.settings.sae)
             trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
         del scaled
@@ -135,6 +137,18 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
         source.close()
         return failed
     return failed | train_all(trainings, columns, source, track, say)
+
+
+def _initial(job: Job, sample: Tensor) -> SparseAutoencoder:
+    """The autoencoder that the training of `job` starts from, given the first inputs, ``[tokens, d_in]``."""
+    return new_autoencoder(job.settings.sae, sample, seed=job.settings.weights_seed, ranks=job.ranks)
+
+
+def starting_point(job: Job, track: Track) -> tuple[SparseAutoencoder, Inputs]:
+    """The autoencoder that the training of `job` starts from, and how activations become its inputs."""
+    with closing(open_source(job, track)) as source:
+        inputs, scaled = first_inputs(source.sample(), job)
+    return _initial(job, scaled), inputs
 
 
 def go_on(job: Job, track: Track) -> Path:

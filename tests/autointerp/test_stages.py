@@ -22,7 +22,8 @@ from saelab.autointerp.summary import Line, ScoreTable, mean_interval
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
-from saelab.runs.autointerp import Subject, explain, score, table
+from saelab.runs.autointerp import Subject, explain, score
+from saelab.runs.explained import table
 from tests.autointerp.test_intervention import SITE, autoencoder
 from tests.autointerp.test_surprisal import Reader
 from tests.features.dense import write_database

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saelab.analysis.intervals import Interval
-from saelab.autointerp.choice import NEAR, chosen, pairs, strangers
+from saelab.autointerp.choice import NEAR, chosen, matched, pairs, strangers
 from saelab.autointerp.records import Explanation, Judged, Score
 from saelab.autointerp.settings import ContextSettings, ScoreSettings
 from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, explanations_by_key, scores, writing
@@ -147,6 +147,24 @@ def test_pairs_are_near_in_density_and_as_many_as_can_be() -> None:
         assert len({i for i, _ in found}) == len({j for _, j in found}) == len(found)
         rows, columns = linear_sum_assignment(~near)
         assert len(found) == near[rows, columns].sum()
+
+
+def test_matched_features_are_the_nearest_left() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = (rng.integers(0, 40, rng.integers(1, 30)) / 1000 for _ in range(2))  # with zeros and ties
+        left, expected = {i for i, each in enumerate(a) if each}, []
+        for wanted in sorted(b[b > 0], reverse=True):
+            near = min((max(a[i] / wanted, wanted / a[i]) for i in left), default=np.inf)
+            if near <= NEAR:
+                chosen_one = min(i for i in left if np.isclose(max(a[i] / wanted, wanted / a[i]), near, rtol=1e-12))
+                expected.append(a[chosen_one])
+                left.remove(chosen_one)
+        found = matched(a, b)
+        assert len(set(found)) == len(found) == len(expected) and found == sorted(found)
+        np.testing.assert_allclose(np.sort(a[found]), np.sort(expected))
+    same = rng.uniform(0.001, 0.2, 50)
+    assert matched(same, same[::-1]) == list(range(50))
 
 
 def test_strangers_are_nearest_in_density_and_have_another_text() -> None:

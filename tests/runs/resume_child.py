@@ -1,10 +1,10 @@
 """A process that trains runs and stops each at the step that a line of JSON on stdin names.
 
-Started once, it forks for every training, so that the libraries are imported once. ``{"call": "train", "resume" or
-"sweep", "run": ..., "config": {...}, "overrides": [...], "step": 7, "signal": 9, "renames": null}``: the signal is sent
-after that many steps, or before that rename of a file or folder (null: never). Answers ``{"code": exit code or minus
-the signal, "messages": messages of the training, "error": ..., "stopped": exit code that the training raises after a
-signal, "renames": how many there were}``.
+Started once, it forks for every training, so that the libraries are imported once. ``{"call": "train", "resume",
+"sweep" or "controls", "run": ..., "config": {...}, "overrides": [...], "step": 7, "signal": 9, "renames": null}``: the
+signal is sent after that many steps, or before that rename of a file or folder (null: never). Answers ``{"code": exit
+code or minus the signal, "messages": messages of the training, "error": ..., "stopped": exit code that the training
+raises after a signal, "renames": how many there were}``.
 """
 
 import json
@@ -26,6 +26,7 @@ def run(
     import torch
 
     import saelab
+    from saelab.runs.controls import controls
     from saelab.runs.sweep import sweep
     from saelab.training.trainer import Trainer
 
@@ -55,6 +56,8 @@ def run(
     try:
         if call == "train":
             saelab.train(config, overrides, say=messages.append)
+        elif call == "controls":
+            controls(run, overrides, say=messages.append)
         elif call == "sweep":
             sweep(config, overrides, say=messages.append)
         else:
