@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,16 +68,16 @@ def main(options: Options) -> str:
     for path in (run, *own):
         features = f"random:{options.features}" if path == run else None
         with times.of(path.name, "explain"):
-            saelab.explain(path, features, track=bar)
+            saelab.explain(path, features, track=partial(bar, unit="features"))
         for name in DEFAULT:
             with times.of(path.name, name):
-                saelab.score(path, [name], controls=(), track=bar)
+                saelab.score(path, [name], controls=(), track=partial(bar, unit="scores"))
     some = ",".join(map(str, spread(explained(run), SLOW_FEATURES)))
     with times.of(run.name, "explain effects"):
-        saelab.explain(run, some, about="effect", track=bar)
+        saelab.explain(run, some, about="effect", track=partial(bar, unit="features"))
     for name in SLOW:
         with times.of(run.name, name):
-            saelab.score(run, [name], some, controls=(), track=bar)
+            saelab.score(run, [name], some, controls=(), track=partial(bar, unit="scores"))
     text = report(found(options))
     (options.out / "autointerp.md").write_text(text + "\n", encoding="utf-8")
     return text
