@@ -153,15 +153,15 @@ def test_a_model_folder_explains_and_judges(run: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
     done = command("explain", run, "--features", "0", "--llm", "local", "--model", model, "--yes")
     assert done.exit_code == 0, done.exception
-    assert "0 features explained by tiny (" in done.output  # its weights are random
-    assert "1 whose answer could not be read" in done.output
+    assert "1 features explained by tiny (" in done.output, "its weights are random, but it keeps to the form"
+    assert "0 whose answer could not be read" in done.output
     assert command("explain", run, "--features", "0").exit_code == 0
     done = command(
         "score", run, "--scores", "detection", "--features", "0", "--llm", "local", "--model", model, "--yes"
     )
     assert done.exit_code == 0, done.exception
     ((found, _, _),) = scores(run / "autointerp", INPUTS)
-    assert found.model.startswith("tiny (") and found.unread == 10 and found.tokens > 1000
+    assert found.model.startswith("tiny (") and found.unread == 0 and found.tokens > 1000
     failed = command("explain", run, "--llm", "local", "--model", run.parent / "nothing", "--yes")
     assert isinstance(failed.exception, SaelabError) and "nothing" in str(failed.exception)
 

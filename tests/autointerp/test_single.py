@@ -18,7 +18,7 @@ from saelab.autointerp.store import Explained, explanations, scores
 from saelab.errors import SaelabError, SettingError
 from saelab.features.database import open_database
 from saelab.files import locked
-from saelab.runs import autointerp
+from saelab.runs import autointerp, explained
 from tests.autointerp.test_stages import INPUTS, N, Oracle, made
 
 
@@ -53,7 +53,8 @@ def test_a_feature_is_explained_and_scored_as_by_the_stages(place: single.Place,
         assert all(repr(ours[key]) == repr(theirs[key]) for key in ours)
     stored, theirs = (sorted(map(repr, explanations(folder, INPUTS))) for folder in _folders(place, other))
     assert stored == theirs, "the controls too"
-    autointerp.table(place.folder.parent)
+    ours, theirs = (explained.table(each.parent) for each in _folders(place, other))
+    assert ours.to_frame().equals(theirs.to_frame())
 
 
 def _folders(place: single.Place, other: Path) -> tuple[Path, Path]:

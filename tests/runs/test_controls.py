@@ -82,7 +82,7 @@ def start_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> saelab.SparseAutoenc
     found = []
 
     def stop(trainings: Any, *_: Any) -> None:
-        found.append(trainings[0].trainer.sae.folded(trainings[0].inputs.scale))
+        found.append(trainings[0].inputs.map.folded(trainings[0].trainer.sae))
         raise SaelabError("seen")
 
     settings = saelab.settings_of(run / "config.yaml")
