@@ -80,7 +80,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class GroupMax:
-    """Of each of k groups of consecutive features, every token keeps the best: sparsify's GroupMax.
+    """Every token keeps the best of each of k groups of consecutive features: sparsify's GroupMax.
 
     The groups have n_features / k features each.
     """
