@@ -1,6 +1,7 @@
 """The commands `saelab explain` and `saelab score`."""
 
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -60,7 +61,8 @@ def explain(
     from saelab.runs import autointerp
 
     budget = parsed_budget(price, max_tokens, max_money)
-    for each in (run, *_controls(run, with_controls)):
+
+    def one(each: Path) -> None:
         made = autointerp.explain(
             each,
             features if each == run else None,
@@ -77,6 +79,8 @@ def explain(
             say=_say,
         )
         typer.echo(printable(f"{made}; they are in {each / 'autointerp'}"))
+
+    _one_by_one(one, run, [run, *_controls(run, with_controls)])
 
 
 def score(
@@ -112,7 +116,8 @@ def score(
     from saelab.runs.autointerp import DEFAULT
 
     budget = parsed_budget(price, max_tokens, max_money)
-    for each in (*_controls(run, with_controls), run):
+
+    def one(each: Path) -> None:
         found = autointerp.score(
             each,
             DEFAULT if scores is None else _parts(scores),
@@ -130,13 +135,15 @@ def score(
         if each == run:
             _show(run, found)
 
+    _one_by_one(one, run, [*_controls(run, with_controls), run])
+
 
 def controls(
     run: _Run,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as training.tokens=3e5")
     ] = None,
-    kinds: Annotated[str | None, typer.Option(metavar="LIST", help="(default: all)")] = None,
+    kinds: Annotated[str | None, typer.Option(metavar="LIST", help="(default: all that the run can have)")] = None,
     reseeds: Annotated[int, typer.Option(min=1, help="runs of the kind reseed")] = 2,
     force: Annotated[bool, typer.Option("--force", help="replace controls made from something else")] = False,
 ) -> None:
@@ -151,10 +158,9 @@ def controls(
     Example: saelab controls runs/quickstart --kinds untrained,frozen_decoder training.tokens=3e5
     """
     from saelab import progress
-    from saelab.runs.controls import KINDS
     from saelab.runs.controls import controls as stage
 
-    chosen = KINDS if kinds is None else _parts(kinds)
+    chosen = None if kinds is None else _parts(kinds)
     for path in stage(run, overrides or [], chosen, reseeds=reseeds, force=force, track=progress.bar, say=_say):
         typer.echo(printable(str(path)))
 
@@ -185,6 +191,32 @@ def _controls(run: Path, wanted: bool) -> list[Path]:
     if wanted and not found:
         raise SaelabError(f"{run}: has no controls; `saelab controls {run}` makes them")
     return found
+
+
+def _one_by_one(do: Callable[[Path], None], run: Path, runs: Sequence[Path]) -> None:
+    """Do it for a run and its controls; a control that fails is named, and the others go on.
+
+    Raises SaelabError at the end if a control failed, and at once if the run failed or no more may be asked.
+    """
+    from saelab.autointerp.llm.budget import BudgetSpent
+
+    failed = []
+    for each in runs:
+        try:
+            do(each)
+        except (BudgetSpent, _Refused):
+            raise
+        except SaelabError as error:
+            if each == run:
+                raise
+            failed.append(each.name)
+            _say(f"{each.name}: {error}")
+    if failed:
+        raise SaelabError(f"{len(failed)} of {len(runs) - 1} controls failed: {', '.join(failed)} (above)")
+
+
+class _Refused(SaelabError):
+    """Nobody agreed to the cost."""
 
 
 def explorer_options(
@@ -218,9 +250,9 @@ def _confirm(yes: bool, cost: "Estimate") -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise SaelabError("nobody is there to agree to the cost; give --yes")
+        raise _Refused("nobody is there to agree to the cost; give --yes")
     if not typer.confirm("go on?", err=True):
-        raise SaelabError("nothing was asked")
+        raise _Refused("nothing was asked")
 
 
 def _show(run: Path, found: "ScoreTable") -> None:

@@ -164,7 +164,10 @@ def draw_explain(database: Database, index: int, made: Mapping[Source, Explained
         )
     if asked is not None and Source("default", asked.client.name, "") not in made:
         price = asked.budget.price if asked.budget else None
-        cost = estimate(asked.client, [single.request(place, index, asked.client)], 1, price)
+        try:
+            cost = estimate(asked.client, [single.request(place, index, asked.client)], 1, price)
+        except SaelabError:  # there are no windows to explain it from, as the other button says
+            return
         acts(
             f"Ask {asked.client.name}",
             "psychology",

@@ -122,7 +122,7 @@ def draw(database: Database, found: Scored, explanation: Explanation | None) -> 
             f'<div class="sl-explanation"><bdi>{text}</bdi> <small class="sl-dim">{made}{escape(note)}</small></div>'
         )
     value = figure(score.value.value) + f" ({ends(score.value)})" * bool(ends(score.value))
-    st.metric(score.unit, value, width="content")
+    st.metric(state.plain(score.unit), value, width="content")
     facts = [f"Judge: {explanations.judge(score.model)}", f"{len(score.judged):,} examples"]
     facts += [f"{score.unread:,} answers that could not be read", score.note]
     st.caption(state.plain("; ".join(filter(None, facts))))

@@ -126,7 +126,7 @@ def chart(database: Database, known: Overview, label: str, groups: list[Points])
     if unit in CHANCE:
         figure.add_hline(CHANCE[unit], line_dash="dot", line_width=1, line_color=CONTROL_COLOUR)
     figure.update_xaxes(title="density", type="log", dtick=1, exponentformat="power")
-    figure.update_yaxes(title=unit)
+    figure.update_yaxes(title=charts.inert(unit))
     charts.compact(figure, 420, top=36)
     return figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": -0.18, "yanchor": "top"})
 

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.analysis.affine import check_affine
 from saelab.analysis.settings import Intervention, SteeringSettings
 from saelab.analysis.steering import activations_of, check_steerable, steered
 from saelab.analysis.steering_report import EFFECTS, MODES, PASSES, SteeringEffects
@@ -71,6 +72,7 @@ def steering_effects(
     ``rows x features`` numbers. Raises SaelabError for a transcoder, and if a feature is active in too few rows.
     """
     check_steerable(sae, lm, site)
+    check_affine(sae, "steering_effects")  # the length of what is added would differ between tokens
 
     def blocks() -> Iterator[Block]:
         return encoded(sae, lm, rows, site, settings.rows_per_forward, track=track)
@@ -125,7 +127,8 @@ def effects_at(
 ) -> SteeringEffects:
     """The effects of steering the chosen features at the chosen tokens of `rows` ``[rows, context]``.
 
-    Each token must be ordinary and followed by an ordinary one. Raises SaelabError for a transcoder.
+    Each token must be ordinary and followed by an ordinary one. Raises SaelabError for a transcoder, and
+    for an autoencoder that is not `affine`.
     """
     check_steerable(sae, lm, site)
     width, contexts = rows.shape[1], chosen.places.shape[2]

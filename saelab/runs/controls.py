@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from saelab.activations.stream import read_activations
-from saelab.errors import SaelabError, did_you_mean
+from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.database import Database, open_database
 from saelab.files import expanded, locked
 from saelab.progress import Say, Track, quiet, silent
@@ -54,7 +54,7 @@ SITE = "mlp.hook_post"
 def controls(
     run: str | Path,
     overrides: Iterable[str] = (),
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
     *,
     reseeds: int = 2,
     force: bool = False,
@@ -63,7 +63,8 @@ def controls(
 ) -> list[Path]:
     """Make controls of a run, with their feature databases; returns their folders, in ``RUN/controls``.
 
-    `overrides` are settings such as `training.tokens`, of what is trained. Of the kind `reseed` there are `reseeds`
+    `kinds` are some of `KINDS`; None: those that there are for such a run. `overrides` are settings such as
+    `training.tokens`, of what is trained. Of the kind `reseed` there are `reseeds`
     runs, with seeds after that of the run. Called again, it goes on where it was stopped or killed: what is finished
     stays. A control that was made from something else is replaced only with `force`. A signal stops it as it stops
     `train`.
@@ -72,7 +73,7 @@ def controls(
     if the model has no such neurons, if model or text are not those of the training, and if another process writes into
     the run; a training that fails does not stop the others, and an error at the end names it.
     """
-    for kind in kinds:
+    for kind in kinds or ():
         if kind not in KINDS:
             raise SaelabError(f"kinds: there is no {kind!r} ({', '.join(KINDS)}).{did_you_mean(kind, KINDS)}")
     path = Path(expanded(run, "RUN"))
@@ -155,7 +156,7 @@ class _Control:
 
 
 def _of_run(
-    run: Path, overrides: Iterable[str], kinds: Sequence[str], reseeds: int, track: Track, say: Say
+    run: Path, overrides: Iterable[str], kinds: Sequence[str] | None, reseeds: int, track: Track, say: Say
 ) -> list[_Control]:
     """The controls of a run."""
     database = open_database(folder.features(run))
@@ -166,7 +167,7 @@ def _of_run(
     still = replace(base, training=settings_of(run / folder.SETTINGS).training)  # of those that are not trained
     l0 = database.arrays.manifest["entries"] / database.n_tokens
     made = []
-    for kind in dict.fromkeys(kinds):
+    for kind in dict.fromkeys(KINDS if kinds is None else kinds):
         if kind == "neurons":
             k = base.sae.k if base.sae.allocation.name != "threshold" else max(1, round(l0))
             made.append(_neurons(_beside(job, still, run, kind), run / folder.CONTROLS / kind, k))
@@ -179,7 +180,14 @@ def _of_run(
             make = partial(_make_untrained, l0=l0, track=track)
             made.append(_Control(kind, here, f"start of {here.training_inputs()}", make))
         else:
-            for name, trained in _trained(base, kind, reseeds).items():
+            try:
+                settings = _trained(base, kind, reseeds)
+            except SettingError as error:
+                if kinds is not None:
+                    raise SaelabError(f"{kind}: there is none of {run}: {error}; name other kinds") from error
+                say(f"{kind}: left out: {error}")
+                continue
+            for name, trained in settings.items():
                 # resampling sets encoder and decoder rows, so nothing that is frozen can be resampled
                 training = base.training if kind == RESEED else replace(base.training, resample=None)
                 here = _beside(job, replace(base, sae=trained, training=training), run, name)
@@ -205,11 +213,12 @@ def _same_text(run: Path, database: Database, job: Job) -> RunSettings:
 
 
 def _trained(base: RunSettings, kind: str, reseeds: int) -> dict[str, SaeSettings]:
-    """Settings of the autoencoders that are trained for a kind, by name."""
+    """Settings of the autoencoders that are trained for a kind, by name. Raises SettingError if they do not fit."""
     if kind == RESEED:
         seeds = range(1, reseeds + 1)
         return {f"{RESEED}{i}": replace(base.sae, seed=base.weights_seed + i) for i in seeds}
-    return {kind: replace(base.sae, freeze=kind.removeprefix("frozen_"))}
+    aux = replace(base.sae.aux, lift=base.sae.aux.lift and kind != "frozen_encoder")  # it sets the encoder's biases
+    return {kind: replace(base.sae, freeze=kind.removeprefix("frozen_"), aux=aux)}
 
 
 def _neurons(job: Job, out: Path, k: int) -> _Control:

@@ -152,7 +152,7 @@ class SparseAutoencoder(nn.Module):
     @property
     def rule(self) -> Rule:
         """The rule that selects in inference."""
-        if self.r_mag is not None:
+        if self.r_mag is not None and self.threshold is None:
             return Threshold(self.encoder.cut())
         if self.log_threshold is not None:
             return Threshold(self.log_threshold.detach().exp())
@@ -181,7 +181,9 @@ class SparseAutoencoder(nn.Module):
         scratch = Scratch()  # of its own: several threads may encode at once
         # every process that shares the features has all tokens here
         ranks = Ranks(features=self.ranks.features, every=self.ranks.features)
-        ((pattern, pre),), _ = select(self.encoder, self.W_dec, centred, [rule], aligned, scratch=scratch, ranks=ranks)
+        ((pattern, pre),), _ = select(
+            self.encoder, self.W_dec, centred, [own_rule(rule, self.part)], aligned, scratch=scratch, ranks=ranks
+        )
         assert pre is not None
         return pattern.with_values(self.encoder.values(pre, pattern)).compact()
 
@@ -411,13 +413,15 @@ class SparseAutoencoder(nn.Module):
 
         Biases and threshold are divided by the scale, the matrices stay: relu and selection commute with a scale.
         Trained thresholds become fixed ones. A gate becomes a threshold of the magnitude, max(0, b_mag - exp(r) b_enc),
-        with exp(r) in the rows of W_enc: z > 0 if and only if the magnitude before relu exceeds b_mag - exp(r) b_enc. A
-        normalisation of each token undoes the scale before the encoder; then only what a transcoder writes is divided.
+        with exp(r) in the rows of W_enc: z > 0 if and only if the magnitude before relu exceeds b_mag - exp(r) b_enc; a
+        threshold of the gate that was set becomes one of the magnitude likewise. A normalisation of each token undoes
+        the scale before the encoder; then only what a transcoder writes is divided.
         """
         folded = copy.deepcopy(self)
         if folded.r_mag is not None and folded.b_mag is not None:
             growth, b_mag = folded.r_mag.exp(), folded.b_mag.detach()
-            folded.threshold = (b_mag - growth * folded.b_enc).clamp_min(0)
+            bound = 0.0 if folded.threshold is None else folded.threshold
+            folded.threshold = (b_mag + growth * (bound - folded.b_enc)).clamp_min(0)
             folded.W_enc.mul_(growth[:, None])
             folded.b_enc.copy_(b_mag)
             folded.r_mag = folded.b_mag = None

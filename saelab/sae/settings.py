@@ -213,6 +213,8 @@ class SaeSettings:
             raise SettingError("sparsity: l0 trains the thresholds of encoder: jumprelu; use l1 with another encoder")
         if self.encoder.name == "tied" and self.freeze != "none":
             raise SettingError(f"freeze: {self.freeze}: encoder: tied has one table for both; use a linear encoder")
+        if self.aux.lift and self.freeze == "encoder":
+            raise SettingError("aux: lift raises the encoder's biases, and freeze: encoder keeps them; leave one out")
         if self.encoder.name == "aligned" and self.freeze == "encoder":
             raise SettingError("freeze: encoder: aligned scales encoder rows in every step; use a linear encoder")
         if self.allocation.name == "group_max":

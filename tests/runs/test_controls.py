@@ -92,6 +92,39 @@ def start_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> saelab.SparseAutoenc
     return found[0]
 
 
+def test_of_a_tied_autoencoder_there_is_none_with_a_frozen_part(tmp_path: Path) -> None:
+    run = made(tmp_path, encoder={"name": "tied"}, aux={"lift": True})
+    said: list[str] = []
+    with pytest.raises(SaelabError, match=r"frozen_decoder: there is none of .* name other kinds"):
+        controls(run, kinds=["frozen_decoder"])
+    paths = controls(run, ["training.tokens=400"], reseeds=1, say=said.append)
+    assert [path.name for path in paths] == ["untrained", "directions", "neurons", "reseed1"]
+    assert sum("left out: freeze: " in message for message in said) == 2
+
+
+def test_a_frozen_encoder_is_not_lifted(tmp_path: Path) -> None:
+    run = made(tmp_path, aux={"lift": True})
+    (path,) = controls(run, kinds=["frozen_encoder"])
+    assert not saelab.settings_of(path / "config.yaml").sae.aux.lift
+
+
+def test_the_untrained_one_of_a_gated_run_has_the_runs_l0(tmp_path: Path) -> None:
+    run = made(tmp_path, encoder={"name": "gated"}, allocation={"name": "threshold"}, sparsity={"name": "l1"})
+    (path,) = controls(run, kinds=["untrained"])
+    own, of_control = (each.arrays.manifest["entries"] / each.n_tokens for each in map(database, (run, path)))
+    assert of_control == pytest.approx(own, rel=0.15) and saelab.load(path).threshold is not None
+
+
+def test_a_control_that_fails_does_not_stop_the_others(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "controls" / "neurons" / "features")
+    done = CliRunner().invoke(app, ["explain", str(copied), "--features", "random:4", "--with-controls"])
+    assert "neurons: " in done.output and "1 of 7 controls failed: neurons" in str(done.exception)
+    explained = [path.name for path in folder.controls(copied) if (path / "autointerp").is_dir()]
+    assert sorted(explained) == sorted({"untrained", "directions", *TRAINED})
+
+
 def test_the_untrained_one_is_the_start_of_the_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start, found = start_of(run, monkeypatch), saelab.load(control(run, "untrained"))
     for name, parameter in start.named_parameters():

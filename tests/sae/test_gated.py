@@ -91,6 +91,18 @@ def test_folded_it_is_linear_with_thresholds_and_computes_the_same(scale: float)
     torch.testing.assert_close(sae.encode(x).to_dense(), Dense(sae, x).codes.detach())
 
 
+def test_a_threshold_of_the_gate_is_kept_when_it_is_folded() -> None:
+    sae, x = make()
+    sae.threshold = sae.pre_activations(x).detach().quantile(0.7, dim=0).clamp_min(0)
+    assert sae.r_mag is not None and (sae.r_mag != 0).any()
+    expected = sae.encode(x)
+    assert 0 < expected.nnz < copy.deepcopy(sae).encode(x).to_dense().numel()
+    without = copy.deepcopy(sae)
+    without.threshold = None
+    assert without.encode(x).nnz > expected.nnz
+    torch.testing.assert_close(sae.folded(3.0).encode(x / 3).to_dense() * 3, expected.to_dense())
+
+
 def test_its_checkpoint_is_a_jumprelu_that_computes_the_same(tmp_path: Path) -> None:
     sae, x = make(torch.float32)
     save_sae(sae, tmp_path)

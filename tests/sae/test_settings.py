@@ -66,6 +66,7 @@ def test_impossible_settings_name_their_field(cls: type, setting: dict, message:
         ({"encoder": EncoderSettings("gated")}, "encoder: gated .* allocation: threshold"),
         ({"encoder": EncoderSettings("tied"), "freeze": "decoder"}, "freeze: decoder: encoder: tied has one table"),
         ({"encoder": EncoderSettings("aligned"), "freeze": "encoder"}, "freeze: encoder: aligned"),
+        ({"aux": AuxSettings(lift=True), "freeze": "encoder"}, "aux: lift raises the encoder's biases"),
         ({"sparsity": SparsitySettings("l0")}, "sparsity: l0 .* jumprelu"),
         ({"sparsity": SparsitySettings("none")}, "sparsity: .*no budget"),
         ({"affinity": AffinitySettings("gradient")}, "affinity: gradient goes with a budget"),

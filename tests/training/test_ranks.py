@@ -161,7 +161,7 @@ def test_every_layout_trains_what_one_process_trains(method: str) -> None:
                 assert ours == pytest.approx(theirs, rel=1e-8)
 
 
-@pytest.mark.parametrize("method", ["token choice", "mutual choice", "feature choice", "relu", "jumprelu"])
+@pytest.mark.parametrize("method", ["token choice", "mutual choice", "feature choice", "group max", "relu", "jumprelu"])
 def test_every_layout_begins_with_the_weights_of_one_process(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(FEATURES, D, generator=torch.Generator().manual_seed(5))  # threads share torch's random numbers
     monkeypatch.setattr(SparseAutoencoder, "_draw", lambda sae, table: table.copy_(rows[sae.part]))
@@ -199,7 +199,7 @@ def test_parts_of_a_batch_copies_and_averages_are_those_of_one_process(method: s
             assert_equal(weights, expected, f"{data} x {features}")
 
 
-@pytest.mark.parametrize("method", ["mutual choice", "feature choice", "lift", "jumprelu"])
+@pytest.mark.parametrize("method", ["mutual choice", "feature choice", "group max", "lift", "jumprelu"])
 def test_a_process_may_have_no_token_of_a_batch(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `activations.max_norm`, few may be left."""
     monkeypatch.setattr("tests.training.test_ranks.BATCH", 2)

@@ -1,5 +1,6 @@
 """What a run may cost and did cost, in tokens and money; and the estimate before it."""
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,8 @@ def parsed_budget(price: str | None, tokens: float | None, money: float | None) 
         except ValueError:
             raise SaelabError(f"--price: {price!r} is not two numbers, such as 0.10,0.40") from None
         numbers = Price(prompt, answer)
+    if tokens is not None and not math.isfinite(tokens):
+        raise SettingError(f"--max-tokens: {tokens} is not a number of tokens; leave it out for no cap")
     return Budget(None if tokens is None else int(tokens), money, numbers)
 
 

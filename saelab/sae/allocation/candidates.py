@@ -152,7 +152,7 @@ class GroupBounds:
         """Entries of groups ``[tokens, n, size]`` that may be the largest of their groups."""
         found = []
         rows = max(1, _PART // max(1, groups.shape[1] * groups.shape[2]))
-        for start in range(0, len(groups), rows):
+        for start in range(0, max(1, len(groups)), rows):
             part = groups[start : start + rows].transpose(1, 2)
             maxima = _at_least_float32(part.amax(1))
             token, slot, group, scores = _members(part, maxima, _lowered(maxima, self.margin))

@@ -57,6 +57,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     trainer = Config.read(path).section("trainer") if path.is_file() else Config(path, {})
     scale = None
     if "ae" in stored.other:  # a backup during a training, before the scale of the activations is folded
+        if "norm_factor" in stored.kinds:
+            raise SaelabError(f"{stored.path}: norm_factor is a tensor and not a number; load the finished ae.pt")
         scale, stored = stored.other.get("norm_factor"), inner(stored, "ae")
     name = trainer.text("dict_class") or _class_of(stored)
     if not name:

@@ -108,7 +108,7 @@ def _content(path: Path, files: list[Path], why: str) -> str:
 
 def _beside(path: Path) -> str:
     """The checkpoints that are beside a path that does not exist, in words."""
-    inside = _inside(path.parent) if path.parent.is_dir() else []
+    inside = _inside(path.parent, 1) if path.parent.is_dir() else []
     if not inside:
         return ""
     names = [str(folder.relative_to(path.parent)) for folder in inside]
@@ -118,10 +118,13 @@ def _beside(path: Path) -> str:
 def _inside(path: Path, depth: int = _DEEPEST) -> list[Path]:
     """The folders in `path` that hold weights under a usual name, in natural order; links are not followed."""
     found = []
-    with os.scandir(path) as entries:
-        folders = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    try:
+        with os.scandir(path) as entries:
+            folders = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:  # a folder that may not be read holds nothing for this user
+        return []
     for folder in sorted(folders, key=_natural):
-        if any((folder / name).is_file() for name in USUAL):
+        if any(os.path.isfile(folder / name) for name in USUAL):  # False if it may not be looked into
             found.append(folder)
         elif depth > 1:
             found += _inside(folder, depth - 1)

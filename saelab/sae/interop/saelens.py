@@ -6,6 +6,7 @@ thresholds and decoder norms are folded as SAELens does for its final files, and
 """
 
 import re
+import sys
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ def _unused(stored: Stored) -> tuple[str, ...]:
 
 def _number(config: Config, name: str) -> float:
     value = config.values.get(name, 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise config.wrong(name, "a number")
     return float(value)
 
