@@ -1,7 +1,7 @@
 """The commands `saelab explain` and `saelab score`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -261,14 +261,23 @@ def _show(run: Path, found: "ScoreTable") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    def shown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(*columns)
+        for row in rows:
+            table.add_row(*(Text(printable(each)) for each in row))
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
+
     columns = ("score", "judge", "explanations", "unit", "features", "median", "mean [95% interval]", "unread")
-    table = Table(*columns, "tokens per feature", "above its control [95% interval]", show_lines=True)
-    for line in found.lines:
-        texts = [line.score, line.judge, _explanations(line), line.unit, _features(line), f"{line.median:.3f}"]
-        texts += [_interval(line.mean), f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"]
-        texts += ["\n".join(_differences(line))]
-        table.add_row(*(Text("\n".join(map(printable, each.split("\n")))) for each in texts))
-    Console(width=150).print(table)
+    values = [
+        [
+            *(line.score, line.judge, _explanations(line), line.unit, _features(line), f"{line.median:.3f}"),
+            *(_interval(line.mean), f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"),
+        ]
+        for line in found.lines
+    ]
+    shown((*columns, "tokens per feature"), values)
+    compared = ("score", "control", "above it [95% interval]", "pairs", "density ratio", "")
+    shown(compared, ([line.score, *row] for line in found.lines for row in _differences(line)))
     if any(line.lexical for line in found.lines):
         typer.echo(
             "lexical is no language model: it counts tokens and words. Lines with it show that the pipeline works, and "
@@ -287,18 +296,22 @@ def _features(line: "Line") -> str:
     return f"{line.n:,}" + f" ({line.without:,} without value)" * bool(line.without)
 
 
-def _differences(line: "Line") -> list[str]:
-    """The comparisons of a score with its controls, a text each."""
-    found = [_difference(each) for each in line.differences]
+def _differences(line: "Line") -> list[list[str]]:
+    """The comparisons of a score with its controls, a row each."""
+    found = [
+        [each.control, _interval(each.value), f"{each.pairs:,}", _ratio(each), each.verdict]
+        for each in line.differences
+    ]
     if line.seeds:
-        found.append(f"means of {len(line.seeds)} seeds: {min(line.seeds):.3f} to {max(line.seeds):.3f}")
-    return found + ([f"not scored: {', '.join(line.missing)}"] if line.missing else [])
+        found.append(
+            [f"means of {len(line.seeds)} seeds", f"{min(line.seeds):.3f} to {max(line.seeds):.3f}", "", "", ""]
+        )
+    return found + [[each, "", "", "", "not scored"] for each in line.missing]
 
 
-def _difference(each: "Difference") -> str:
-    pairs = f"{each.pairs:,} pair{'s' * (each.pairs != 1)}"
-    pairs += f" (densities within {each.ratio:.2f}, at most {each.largest_ratio:.2f})" * (each.largest_ratio > 1)
-    return f"{each.control}: {_interval(each.value)}, {pairs}: {each.verdict}"
+def _ratio(each: "Difference") -> str:
+    """How far the densities of paired features differ: by what factor in the middle, and at most."""
+    return f"{each.ratio:.2f}, at most {each.largest_ratio:.2f}" if each.largest_ratio > 1 else "same"
 
 
 def _interval(value: Any) -> str:

@@ -43,8 +43,10 @@ def chosen(database: Database, text: str) -> list[int]:
 
 def _drawn(n_active: np.ndarray, n: int) -> list[int]:
     active = np.flatnonzero(n_active)
-    if n < 1 or not len(active):
-        raise SaelabError(f"features: there is nothing to draw: {len(active):,} features are active, and {n} are asked")
+    if n < 1:
+        raise SaelabError(f"features: random:{n} draws none; write {EXAMPLES}")
+    if not len(active):
+        raise SaelabError("features: there is nothing to draw: no feature is active on the text")
     active = active[np.argsort(n_active[active], kind="stable")]
     n = min(n, len(active))
     bounds = np.linspace(0, len(active), n + 1).astype(int)

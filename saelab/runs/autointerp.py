@@ -154,6 +154,8 @@ def score(
     score, and if no feature has an explanation.
     """
     opened = Opened(run)
+    if not scores:
+        raise SaelabError(f"scores: none is named; choose from {', '.join(SCORERS)}")
     for name in scores:
         if name not in SCORERS:
             raise SaelabError(f"scores: there is no {name!r} ({', '.join(SCORERS)}).{did_you_mean(name, SCORERS)}")

@@ -73,6 +73,8 @@ def controls(
     if the model has no such neurons, if model or text are not those of the training, and if another process writes into
     the run; a training that fails does not stop the others, and an error at the end names it.
     """
+    if kinds is not None and not kinds:
+        raise SaelabError(f"kinds: none is named; choose from {', '.join(KINDS)}")
     for kind in kinds or ():
         if kind not in KINDS:
             raise SaelabError(f"kinds: there is no {kind!r} ({', '.join(KINDS)}).{did_you_mean(kind, KINDS)}")
@@ -108,6 +110,9 @@ def neuron_run(
     settings = settings_of(config, overrides)
     with locked(Path(settings.out)):
         made = _neurons(Job(settings, say), Path(settings.out), settings.sae.k)
+        record = folder.training_record(made.path)
+        if record and "control" not in record:
+            raise SaelabError(f"{made.path}: has an autoencoder that was trained; choose another `out`")
         made.check(force)
         if made.make is not None and not made.finished:
             made.make(made)

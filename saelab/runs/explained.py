@@ -30,6 +30,8 @@ class Opened:
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(expanded(run, "RUN"))
+        if not self.run.is_dir():
+            raise SaelabError(f"{self.run}: there is no such folder")
         self.database = open_database(folder.features(self.run))
         self.folder = self.run / folder.AUTOINTERP
         self.inputs = str(self.database.arrays.manifest["inputs"])
@@ -82,7 +84,10 @@ def scores_of(opened: Opened, others: Sequence[Opened]) -> ScoreTable:
 def control_runs(opened: Opened, controls: Sequence[str | Path] | None, say: Say) -> list[Opened]:
     """The runs `controls`, or else the run's own controls, of which those without the text of the run are left out."""
     if controls is not None:
-        return [Opened(each) for each in controls]
+        others = [Opened(each) for each in controls]
+        if any(each.run.resolve() == opened.run.resolve() for each in others):
+            raise SaelabError(f"controls: {opened.run} is the run itself; name others")
+        return others
     found, missing = [], []
     for path in folder.controls(opened.run):
         there = folder.has_features(path) and (control := Opened(path)).text == opened.text

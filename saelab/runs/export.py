@@ -71,13 +71,18 @@ def export(
     else:
         forms = [*FORMS, *CHECKPOINTS]
         raise SaelabError(f"--to: there is no {to!r}; choose {', '.join(forms)}.{did_you_mean(to, forms)}")
+    if out is None and to in CHECKPOINTS and not folder.has_checkpoint(run):
+        raise SaelabError(f"--out: is missing; {run} is no run, so there is no folder for its exports")
     path = run / EXPORTS / name if out is None else Path(expanded(out, "--out"))
     target = path.resolve()
+    runs = (each for each in target.parents if (each / folder.SETTINGS).is_file() and folder.has_checkpoint(each))
+    if (nearest := next(runs, run.resolve())) != run.resolve():
+        raise SaelabError(f"--out: {path} is in another run, {nearest}; choose a place outside of it")
     inside = target.is_relative_to(run.resolve())
     if any(target.is_relative_to((run / name).resolve()) for name in folder.OWN):
         raise SaelabError(f"--out: {path} belongs to the run itself; choose another")
     with locked(run if inside else path), translate_errors(path.parent, elsewhere="choose another --out"):
-        _check_free(path, files, force)
+        _check_free(path, name, files, force)
         make_folder(path.parent)
         write(path)
     return path
@@ -125,16 +130,16 @@ def _features(database: Database, form: Form, text: str | None, to: str) -> list
     return chosen
 
 
-def _check_free(path: Path, files: str | None, force: bool) -> None:
+def _check_free(path: Path, name: str, files: str | None, force: bool) -> None:
     """Raises SaelabError if `path` exists, unless it is an earlier export and `force` is given."""
     if not path.exists() and not path.is_symlink():
         return
-    ours = path.is_file()
+    ours = path.is_file() and path.suffix == Path(name).suffix
     if files is not None:
         ours = path.is_dir() and not path.is_symlink()
         ours = ours and all(re.fullmatch(files, file.name) for file in path.iterdir())
     if not ours:
-        kind = "file" if files is None else "folder of such an export"
+        kind = f"file like {name}" if files is None else "folder of such an export"
         raise SaelabError(f"--out: {path} exists and is not a {kind}; choose another")
     if not force:
         raise SaelabError(f"--out: {path} exists; choose another, or give --force to replace it")

@@ -92,6 +92,18 @@ def start_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> saelab.SparseAutoenc
     return found[0]
 
 
+def test_a_mistake_is_named_and_changes_nothing(run: Path) -> None:
+    with pytest.raises(SaelabError, match="kinds: none is named"):
+        controls(run, kinds=[])
+    with pytest.raises(SaelabError, match="is the run itself"):
+        table(run, [run])
+    with pytest.raises(SaelabError, match="there is no such folder"):
+        explain(run / "nothing")
+    with pytest.raises(SaelabError, match="has an autoencoder that was trained; choose another `out`"):
+        neuron_run(run / "config.yaml", force=True)
+    assert folder.has_checkpoint(run) and folder.training_record(run)["complete"]
+
+
 def test_of_a_tied_autoencoder_there_is_none_with_a_frozen_part(tmp_path: Path) -> None:
     run = made(tmp_path, encoder={"name": "tied"}, aux={"lift": True})
     said: list[str] = []

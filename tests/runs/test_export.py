@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(run: Path, to: str, tmp_pa
 
 
 def test_a_folder_is_never_replaced_by_a_file(run: Path) -> None:
-    with pytest.raises(SaelabError, match="exists and is not a file"):
+    with pytest.raises(SaelabError, match="exists and is not a file like"):
         export(run, "csv", out=run.parent, force=True)
 
 
@@ -76,6 +77,20 @@ def test_the_files_of_the_run_itself_are_never_replaced(run: Path, name: str) ->
         with pytest.raises(SaelabError, match=r"--out: .* belongs to the run itself"):
             export(run, to, "1", out=run / name, force=True)
     assert content(run) == before
+
+
+def test_no_file_of_another_run_or_of_another_kind_is_replaced(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    before = content(other)
+    for name in ("config.yaml", "new.csv"):
+        with pytest.raises(SaelabError, match=r"--out: .* is in another run"):
+            export(run, "csv", out=other / name, force=True)
+    assert content(other) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SaelabError, match=r"notes.txt exists and is not a file like .*\.csv"):
+        export(run, "csv", out=tmp_path / "notes.txt", force=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_failure_leaves_the_earlier_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ mapped into memory, so their numbers are not read either.
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +84,12 @@ def _open_safetensors(path: Path) -> Stored:
 def _open_pickle(path: Path) -> Stored:
     try:
         size = path.stat().st_size
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # unpickling a file of anyone's may raise anything
+        # torch maps only its present format, a zip file
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # unpickling a file of anyone's may raise anything; torch's advice would run its code
         raise SaelabError(
-            f"{path}: cannot be read by torch.load with weights_only=True ({brief(error)}); a file that needs code to "
-            "be run is never loaded, so save the state_dict alone, or use another copy"
+            f"{path}: cannot be read by torch.load with weights_only=True: it is no file of torch.save, or damaged, or "
+            "needs code to be run, which is never done; save the state_dict alone, or use another copy"
         ) from error
     if not isinstance(content, dict):
         raise SaelabError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")

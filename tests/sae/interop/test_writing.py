@@ -125,6 +125,8 @@ def test_the_command_exports_a_run_or_any_checkpoint(tmp_path: Path) -> None:
         export(run, "saelens", "1-3")
     with pytest.raises(SaelabError, match=r"exists and is not a folder of such an export"):
         export(run, "saelens", out=path, force=True)
+    with pytest.raises(SaelabError, match=r"--out: is missing; .* is no run"):
+        export(REAL / "saelens_topk", "sparsify")
     with pytest.raises(SaelabError, match=r"--out: .* belongs to the run itself"):
         export(run, "saelens", out=run / "sae", force=True)
     transcoder = REAL / "sparsify_skip_transcoder"
