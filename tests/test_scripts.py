@@ -94,6 +94,7 @@ def test_a_run_of_a_script_is_not_taken_for_one_of_saelab_run(tmp_path: Path) ->
     main(saelab.settings_of(config))  # the script itself replaces it
 
 
+@pytest.mark.slow
 def test_cache_py_trains_at_both_sites_and_goes_on(tmp_path: Path) -> None:
     config = small(tmp_path)
     config |= {"cache": {"sites": [f"blocks.{layer}.hook_resid_post" for layer in (1, 2)], "rows_per_forward": 8}}

@@ -127,6 +127,7 @@ def test_two_ticked_runs_are_compared(page, server):
     page.wait_for_selector("text=Each other's best")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_is_opened_and_compared(page, server, swept):
     opened(page, server, "runs?run=grid/0&sort=name", ".sl-sweep")
     page.locator(".sl-sweep a", has_text="compare").first.click()
@@ -154,6 +155,7 @@ def test_the_keyboard_walks_the_pairs_and_chooses_one(page, server, another):
     sync_api.expect(page.get_by_role("link", name=f"Feature {a} of whole")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_a_point_of_the_map_opens_its_feature_and_a_line_around_all_lists_them(page, server):
     opened(page, server, "map?run=whole", BOX)
     places = page.locator(".js-plotly-plot").evaluate(PLACES)
