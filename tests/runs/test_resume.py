@@ -70,7 +70,7 @@ def ask() -> Iterator[Ask]:
 
     yield send
     child.stdin.close()
-    child.wait(10)
+    child.wait(120)
 
 
 def config_of(tmp_path: Path, cached: bool = False) -> dict:
