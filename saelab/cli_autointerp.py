@@ -49,8 +49,8 @@ def explain(
 
     Run again, it continues after what is there. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY. Explanations of
     effects steer the run's own language model; only `saelab score --scores intervention` reads them.
-    Of a control the features are explained that are nearest in density to those explained in its run; matched:RUN
-    names another run.
+    Without --features, a control has those explained that are nearest in density to the ones explained in its run;
+    matched:RUN names another run.
 
     Example: saelab explain runs/quickstart --features 0:100
 
@@ -267,17 +267,11 @@ def _show(run: Path, found: "ScoreTable") -> None:
             table.add_row(*(Text(printable(each)) for each in row))
         Console(width=None if sys.stdout.isatty() else 150).print(table)
 
-    columns = ("score", "judge", "explanations", "unit", "features", "median", "mean [95% interval]", "unread")
-    values = [
-        [
-            *(line.score, line.judge, _explanations(line), line.unit, _features(line), f"{line.median:.3f}"),
-            *(_interval(line.mean), f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"),
-        ]
-        for line in found.lines
-    ]
-    shown((*columns, "tokens per feature"), values)
-    compared = ("score", "control", "above it [95% interval]", "pairs", "density ratio", "")
-    shown(compared, ([line.score, *row] for line in found.lines for row in _differences(line)))
+    named = [(line, [line.score, line.judge, _explanations(line)]) for line in found.lines]
+    name, control = ("score", "judge", "explanations"), ("control", "above it [95% interval]", "pairs")
+    value = ("unit", "features", "median", "mean [95% interval]", "unread", "tokens per feature")
+    shown((*name, *value), ([*of, *_value(line)] for line, of in named))
+    shown((*name, *control, "density ratio", ""), ([*of, *row] for line, of in named for row in _differences(line)))
     if any(line.lexical for line in found.lines):
         typer.echo(
             "lexical is no language model: it counts tokens and words. Lines with it show that the pipeline works, and "
@@ -294,6 +288,12 @@ def _explanations(line: "Line") -> str:
 
 def _features(line: "Line") -> str:
     return f"{line.n:,}" + f" ({line.without:,} without value)" * bool(line.without)
+
+
+def _value(line: "Line") -> list[str]:
+    """What a score is over the features."""
+    found = [line.unit, _features(line), f"{line.median:.3f}", _interval(line.mean)]
+    return [*found, f"{line.unread:,}", f"{line.tokens_per_feature:,.0f}"]
 
 
 def _differences(line: "Line") -> list[list[str]]:

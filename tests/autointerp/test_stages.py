@@ -324,6 +324,9 @@ def test_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 0 and "5 features explained by lexical" in done.output
     assert "it is no language model" in done.output
     done = runner.invoke(app, ["score", str(run), "--scores", "predicate,intruder_embedding,fuzzing"])
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.output.splitlines()]
+    compared = [row[:4] for row in rows if len(row) == 8]
+    assert ["fuzzing", "lexical", "lexical", "shuffled"] in compared, "of two judges each row names its own"
     assert done.exit_code == 0 and "shuffled" in done.output and "chance (0.2)" in done.output
     assert "lexical is no language model" in done.output
     for wrong, message in (
