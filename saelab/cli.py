@@ -1,15 +1,15 @@
 """The command line: one thin command per stage."""
 
 import os
-import socket
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from saelab import cli_autointerp, torchrun
+from saelab import cli_autointerp, cli_checkpoints, torchrun
+from saelab.cli_explorer import Port, explorer, serve
+from saelab.cli_tables import print_evaluation, show_evaluation, show_sweep
 from saelab.errors import SaelabError, printable
 from saelab.signals import stopping
 
@@ -23,7 +23,6 @@ app = typer.Typer(
 
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as sae.k=64")]
 _Force = Annotated[bool, typer.Option("--force", help="replace an existing run folder")]
-_Port = Annotated[int, typer.Option(min=1, max=65535, help="port of the explorer, on 127.0.0.1")]
 
 
 def _say(message: str) -> None:
@@ -48,7 +47,7 @@ def _check_processes(context: typer.Context) -> None:
 def demo(
     overrides: _Overrides = None,
     app: Annotated[bool, typer.Option("--app/--no-app", help="serve the explorer at the end")] = True,
-    port: _Port = 8501,
+    port: Port = 8501,
     force: _Force = False,
 ) -> None:
     """The whole job on the embedded model and corpus: `saelab run quickstart`, then serve the explorer.
@@ -57,7 +56,7 @@ def demo(
     """
     folder = _bring_up_to_date("quickstart", overrides, force)
     if app:
-        _serve([folder], port)
+        serve([folder], port)
 
 
 @app.command()
@@ -80,7 +79,7 @@ def _bring_up_to_date(config: str, overrides: list[str] | None, force: bool) -> 
     from saelab.runs import stages
 
     folder = stages.run(config, overrides or [], force=force, track=progress.bar, say=_say)
-    _show_evaluation(folder)
+    show_evaluation(folder)
     return folder
 
 
@@ -135,25 +134,7 @@ def sweep(
     from saelab import progress
     from saelab.runs.sweep import sweep as stage
 
-    stage(config, overrides or [], force=force, track=progress.bar, say=_say, show=_show_sweep)
-
-
-def _show_sweep(out: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print the summary of a sweep."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def number(run: Mapping[str, Any], name: str, digits: int) -> str:
-        return "" if run[name] is None else f"{run[name]:.{digits}f}"
-
-    columns = (("L0", "l0", 2), ("FVU", "fvu", 4), ("delta CE (nats/token)", "delta_ce", 4))
-    columns += (("loss recovered, zero ablation", "loss_recovered_zero", 4),)
-    table = Table("run", *(title for title, _, _ in columns), "never active")
-    for run in runs:
-        never = "failed" if "failed" in run else f"{run['never_active']:,} of {run['n_features']:,}"
-        table.add_row(printable(run["run"]), *(number(run, name, digits) for _, name, digits in columns), never)
-    Console(width=120).print(table)
-    _print(f"{out}: a run folder for each; all figures in sweep.json; a plot in sweep.html, to open in a browser")
+    stage(config, overrides or [], force=force, track=progress.bar, say=_say, show=show_sweep)
 
 
 @app.command()
@@ -256,7 +237,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help="a run folder")], override
     from saelab.runs.folder import jsonable
     from saelab.runs.stages import evaluate as stage
 
-    _print_evaluation(run, jsonable(stage(run, overrides or [], track=progress.bar, say=_say).to_dict()))
+    print_evaluation(run, jsonable(stage(run, overrides or [], track=progress.bar, say=_say).to_dict()))
 
 
 @app.command()
@@ -305,30 +286,8 @@ app.command()(cli_autointerp.controls)
 app.command()(cli_autointerp.neurons)
 app.command()(cli_autointerp.explain)
 app.command()(cli_autointerp.score)
-
-
-_FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify or dictionary_learning"
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
-    to: Annotated[str, typer.Option(metavar="FORM", help=_FORMS)],
-    features: Annotated[str | None, typer.Option(metavar="LIST", help="such as 1,5-9 (default: all)")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="PATH", help="file or folder (default: in RUN/exports)")] = None,
-    force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
-) -> None:
-    """Export features, as a page that needs nothing else (with --features), JSON or a table; or the autoencoder.
-
-    Example: saelab export runs/quickstart --to html --features 1,5-9
-
-    Example: saelab export runs/quickstart --to parquet --out features.parquet
-
-    Example: saelab export runs/quickstart --to sparsify --out layers.1
-    """
-    from saelab.runs.export import export as write
-
-    _print(f"{write(run, to, features, out, force=force)}")
+app.command()(cli_checkpoints.export)
+app.command(name="app")(explorer)
 
 
 @app.command(hidden=True)
@@ -336,119 +295,6 @@ def features(run: Path, overrides: _Overrides = None) -> None:
     """The name of `saelab index` in earlier versions; it goes with the next release."""
     _say("note: `saelab features` is now `saelab index`; the old name goes with the next release")
     index(run, overrides)
-
-
-@app.command(name="app")
-def explorer(
-    runs: Annotated[list[Path] | None, typer.Argument(help="run folders, or folders of runs (default: runs)")] = None,
-    port: _Port = 8501,
-    llm: cli_autointerp.Llm = None,
-    model: cli_autointerp.Model = None,
-    price: cli_autointerp.Price = None,
-    max_tokens: cli_autointerp.Tokens = None,
-    max_money: cli_autointerp.Money = None,
-) -> None:
-    """Serve the explorer on 127.0.0.1 until Ctrl-C.
-
-    With --llm its buttons can ask a language model for explanations and scores; --max-tokens and --max-money are caps
-    for all of them together. A key comes from SAELAB_LLM_KEY or OPENAI_API_KEY.
-
-    Example: saelab app runs
-
-    Example: saelab app runs --llm http://localhost:8000/v1 --model Qwen/Qwen2.5-7B-Instruct
-    """
-    options = cli_autointerp.explorer_options(llm, model, price, max_tokens, max_money)
-    _serve(runs or [Path("runs")], port, options)
-
-
-def _show_evaluation(run: Path) -> None:
-    """Print the evaluation of a run. Raises SaelabError if its file is damaged."""
-    from saelab.files import translate_read_errors
-    from saelab.runs.folder import EVALUATION, evaluation
-
-    remedy = f"`saelab eval {run}` makes it again."
-    with translate_read_errors(run / EVALUATION, "an evaluation", remedy, (KeyError, TypeError, ValueError)):
-        _print_evaluation(run, evaluation(run) or {})
-
-
-def _print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def number(name: str, digits: int) -> str:
-        if name not in result:
-            return "not measured yet: saelab eval"
-        return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
-
-    _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
-    never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
-    sinks, without = result.get("sinks", 0), []
-    if sinks:
-        of_all = f"{sinks:,} tokens, {100 * result['sink_variance']:.1f}% of the variance"
-        without = [
-            ("attention sinks, norms above 10 times the median", of_all),
-            ("FVU without sinks", number("fvu_without_sinks", 4)),
-            ("cosine without sinks", number("cosine_without_sinks", 4)),
-            ("delta CE without sinks, which stay clean (nats/token)", number("delta_ce_without_sinks", 4)),
-        ]
-    table = Table(show_header=False)
-    for label, value in (
-        ("FVU", number("fvu", 4)),
-        ("L0 (active features per token)", number("l0", 2)),
-        ("cosine(x, reconstruction)", number("cosine", 4)),
-        *without,
-        ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
-        ("CE clean (nats/token)", number("ce_clean", 4)),
-        ("CE spliced (nats/token)", number("ce_spliced", 4)),
-        ("delta CE (nats/token)", number("delta_ce", 4)),
-        ("CE zero-ablated (nats/token)", number("ce_zero_ablated", 4)),
-        ("CE mean-ablated (nats/token)", number("ce_mean_ablated", 4)),
-        ("loss recovered, zero ablation", number("loss_recovered_zero", 4)),
-        ("loss recovered, mean ablation", number("loss_recovered_mean", 4)),
-        ("KL(clean || spliced) (nats/token)", number("kl", 4)),
-        (f"never active on {result['tokens']:,} tokens", never),
-        ("density below 1e-4 (share of features)", number("share_below_1e4", 4)),
-        ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),
-    ):
-        table.add_row(label, value)
-    Console(width=100).print(table)
-
-
-def _serve(runs: list[Path], port: int, options: Sequence[str] = ()) -> None:
-    """Start Streamlit on the explorer, in place of this process."""
-    from saelab.files import expanded
-
-    runs = [Path(expanded(run)) for run in runs]
-    missing = [run for run in runs if not run.is_dir()]
-    if missing:
-        raise SaelabError(f"{missing[0]}: no such folder (`saelab train CONFIG` makes a run)")
-    package = Path(__file__).parent
-    main = next((p for p in (package / "_app" / "main.py", package.parent / "app" / "main.py") if p.is_file()), None)
-    if main is None:
-        raise SaelabError("the explorer's files are missing from this installation; install saelab again")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that has just ended counts as one
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise SaelabError(f"cannot listen on 127.0.0.1:{port} ({error.strerror}); try --port {port + 1}") from error
-    typer.echo(f"explorer: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-    sys.stdout.flush()
-    command = [
-        sys.executable,
-        "-m",
-        "streamlit",
-        "run",
-        str(main),
-        "--server.address=127.0.0.1",
-        f"--server.port={port}",
-        "--server.headless=true",
-        "--browser.gatherUsageStats=false",
-        "--",
-        *options,
-        *(str(run.resolve()) for run in runs),
-    ]
-    os.execv(sys.executable, command)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from saelab import cli
+from saelab import cli, cli_tables
 from saelab.errors import SaelabError
 
 
@@ -134,7 +134,7 @@ def test_an_evaluation_of_an_earlier_version_is_printed_and_says_what_it_lacks(
     shares = ("loss_recovered_zero", "loss_recovered_mean", "never_active_share", "share_below_1e4")
     counts = {"tokens": 10, "ce_tokens": 9, "never_active": 1, "n_features": 4, "site": "s"}
     written = dict.fromkeys((*figures, *shares), 0.5) | counts | {"loss_recovered_mean": None}
-    cli._print_evaluation(tmp_path, written)
+    cli_tables.print_evaluation(tmp_path, written)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("│")[2].strip() for line in lines if "c_dec" in line] == ["not measured yet: saelab eval"]
     assert [line.split("│")[2].strip() for line in lines if "recovered, mean" in line] == ["undefined"]
@@ -145,7 +145,7 @@ def test_a_damaged_evaluation_is_one_message(damage: dict, tmp_path: Path) -> No
     found = {"tokens": 10, "ce_tokens": 9, "never_active": 1, "n_features": 4, "site": "s", "never_active_share": 0.5}
     (tmp_path / "eval.json").write_text(json.dumps(found | damage))
     with pytest.raises(SaelabError, match=r"eval.json cannot be read as an evaluation: .* makes it again"):
-        cli._show_evaluation(tmp_path)
+        cli_tables.show_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize(
