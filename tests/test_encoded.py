@@ -7,6 +7,7 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.encoded import Block, Reader, encoded, read_together
 from saelab.errors import SaelabError
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import CONTEXT, KINDS, language_model, random_rows
 
@@ -29,7 +30,7 @@ def autoencoder(kind: str) -> Counting:
     torch.manual_seed(0)
     lm = language_model(kind)
     rows, sae = random_rows(lm, 12), Counting()
-    sae.initialise(lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
+    initialise(sae, lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
     return sae
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from saelab.errors import SaelabError
 from saelab.files import current_folder, expanded, make_folder, read_json, translate_errors, write_json
+from saelab.sae.fold import fold
 from saelab.sae.interop.recognise import find
 from saelab.sae.interop.saelens import architecture_of, rule_of
 from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
@@ -29,7 +30,7 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
 
     Trained thresholds and gates are written as fixed thresholds. Raises SaelabError if the files cannot be written.
     """
-    sae = sae.folded(1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
+    sae = fold(sae, 1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
         "W_enc": sae.W_enc.detach().T,
         "b_enc": sae.b_enc.detach(),

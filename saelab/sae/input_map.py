@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from saelab.sae.fold import fold
 from saelab.sae.model import SparseAutoencoder
 
 FLOOR = 0.03
@@ -55,7 +56,7 @@ class InputMap:
 
         Its activations are those of `sae` over the scale. Whitening leaves decoder rows of other lengths than 1.
         """
-        folded = sae.folded(self.scale)
+        folded = fold(sae, self.scale)
         if self.whitening is not None and self.inverse is not None:
             whitening, inverse = self.whitening.to(folded.W_dec), self.inverse.to(folded.W_dec)
             encoder, decoder = folded.W_enc @ whitening, folded.W_dec @ inverse

@@ -11,7 +11,7 @@ are for inference only.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +36,8 @@ LIFT = 1e-3
 
 BY_FEATURE = ("W_enc", "b_enc", "W_dec", "log_threshold", "r_mag", "b_mag")
 """The parameters that have a row for each feature. Of processes that share the features each has some of the rows."""
-_DRAWN_ROWS = 4096
-"""Rows whose initial values are drawn at a time by a process that keeps some of them, or that are aligned at a time."""
-
-_MOST_ENTRIES = 2**24
-"""Most pre-activations of the sample that the initial scale and thresholds are fitted to if no budget limits them."""
+BLOCK_ROWS = 4096
+"""Rows of a table that are drawn, aligned or gathered at a time."""
 
 
 class Batch(NamedTuple):
@@ -79,7 +76,10 @@ class SparseAutoencoder(nn.Module):
     all zero until `initialise` or a checkpoint sets them; W_skip ``[d_out, d_in]`` if it has a skip connection.
     """
 
-    W_skip: Tensor | None
+    W_skip: nn.Parameter | None
+    log_threshold: nn.Parameter | None
+    r_mag: nn.Parameter | None
+    b_mag: nn.Parameter | None
     threshold: Tensor | None
     """Bound that a pre-activation must exceed to be active in inference: ``[1]``, one for all, or ``[n_features]``.
     None: every token keeps its k largest."""
@@ -173,9 +173,10 @@ class SparseAutoencoder(nn.Module):
         shape of x, selection is by the gradient affinity, as in training: an oracle, because the gradients depend on
         the next token.
         """
-        return self._encode(x, self.rule, gradients)
+        return self.encode_by(x, self.rule, gradients)
 
-    def _encode(self, x: Tensor, rule: Rule, gradients: Tensor | None = None) -> Codes:
+    def encode_by(self, x: Tensor, rule: Rule, gradients: Tensor | None = None) -> Codes:
+        """`encode` with the entries that `rule` selects."""
         centred = self._centre(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
         aligned = alignment(None if gradients is None else gradients.reshape(-1, self.d_in), self.beta)
         scratch = Scratch()  # of its own: several threads may encode at once
@@ -302,39 +303,6 @@ class SparseAutoencoder(nn.Module):
         self._scratch = other._scratch
 
     @torch.no_grad()
-    def initialise(
-        self, sample: Tensor, b_dec_init: str = "mean", target: Tensor | None = None, rule: Rule | None = None
-    ) -> None:
-        """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
-
-        `b_dec_init` names the centre: mean, geometric_median or zero. The encoder is then scaled so that the first
-        reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
-        squared error that a common factor can give, unless its rows are bound to those of the decoder. With `target`
-        ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc centres
-        x.
-        """
-        self._draw(self.W_dec)
-        self.renormalise_decoder()
-        self.b_enc.zero_()
-        output = sample if target is None else target
-        self.b_dec.copy_(CENTRES[b_dec_init](output))
-        if self.centred:
-            self.W_enc.copy_(self.W_dec)
-        else:
-            self._draw(self.W_enc)
-            self.W_enc.div_(torch.linalg.vector_norm(self.W_enc, dim=1, keepdim=True))
-            self.b_enc.copy_(-self.W_enc @ sample.mean(0))
-        if self.tied or self.aligned:
-            return
-        rule = self.rule if rule is None else rule
-        tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, _MOST_ENTRIES // self.all_features))
-        first = total(spmm(self._encode(sample[:tokens], rule), self.W_dec), self.ranks.features)
-        factor = ((output[:tokens] - self.b_dec) * first).sum() / first.square().sum().clamp_min(1e-12)
-        self.W_enc.mul_(factor)
-        if not self.centred:
-            self.b_enc.mul_(factor)
-
-    @torch.no_grad()
     def train_thresholds(self, threshold: float, bandwidth: float) -> None:
         """Make it a JumpReLU autoencoder with trained thresholds, float32.
 
@@ -359,21 +327,12 @@ class SparseAutoencoder(nn.Module):
 
         A row whose product is below 0.1, which no small step makes of 1, becomes its decoder row, scaled.
         """
-        for encoder, decoder in zip(self.W_enc.split(_DRAWN_ROWS), self.W_dec.split(_DRAWN_ROWS), strict=True):
+        for encoder, decoder in zip(self.W_enc.split(BLOCK_ROWS), self.W_dec.split(BLOCK_ROWS), strict=True):
             products = (encoder * decoder).sum(1, keepdim=True)
             lost = products < 0.1
             encoder.copy_(torch.where(lost, decoder, encoder))
             squares = decoder.square().sum(1, keepdim=True).clamp_min(1e-12)
             encoder.div_(torch.where(lost, squares, products))
-
-    @torch.no_grad()
-    def threshold_for(self, l0: float, sample: Tensor) -> float:
-        """The threshold that `l0` pre-activations per token of `sample` ``[tokens, d_in]`` exceed on average."""
-        tokens = max(1, min(1024, _MOST_ENTRIES // self.all_features))
-        pre = self.pre_activations(sample[:: max(1, len(sample) // tokens)][:tokens])  # neighbours are alike
-        entries = max(1, min(round(l0 * len(pre)), len(pre) * self.all_features))
-        largest = pre.flatten().topk(min(entries, pre.numel())).values
-        return torch.cat(self.ranks.features.gather(largest)).topk(entries).values[-1].item()
 
     @torch.no_grad()
     def renormalise_decoder(self) -> None:
@@ -394,8 +353,8 @@ class SparseAutoencoder(nn.Module):
             if name not in BY_FEATURE:
                 continue
             table = rows.new_empty(self.all_features, *rows.shape[1:]) if first else None
-            for start in range(0, max(part.stop - part.start for part in axis.parts(self.all_features)), _DRAWN_ROWS):
-                blocks = axis.gather(rows.data[start : start + _DRAWN_ROWS])
+            for start in range(0, max(part.stop - part.start for part in axis.parts(self.all_features)), BLOCK_ROWS):
+                blocks = axis.gather(rows.data[start : start + BLOCK_ROWS])
                 for part, block in zip(axis.parts(self.all_features), blocks, strict=True):
                     if table is not None:
                         table[part.start + start : part.start + start + len(block)] = block
@@ -406,36 +365,6 @@ class SparseAutoencoder(nn.Module):
                 whole.tie()
             whole.ranks, whole.part, whole.n_features = ALONE, slice(0, self.all_features), self.all_features
         return whole
-
-    @torch.no_grad()
-    def folded(self, scale: float) -> "SparseAutoencoder":
-        """The same function on unscaled data, for an autoencoder trained on ``scale * x``; for inference.
-
-        Biases and threshold are divided by the scale, the matrices stay: relu and selection commute with a scale.
-        Trained thresholds become fixed ones. A gate becomes a threshold of the magnitude, max(0, b_mag - exp(r) b_enc),
-        with exp(r) in the rows of W_enc: z > 0 if and only if the magnitude before relu exceeds b_mag - exp(r) b_enc; a
-        threshold of the gate that was set becomes one of the magnitude likewise. A normalisation of each token undoes
-        the scale before the encoder; then only what a transcoder writes is divided.
-        """
-        folded = copy.deepcopy(self)
-        if folded.r_mag is not None and folded.b_mag is not None:
-            growth, b_mag = folded.r_mag.exp(), folded.b_mag.detach()
-            bound = 0.0 if folded.threshold is None else folded.threshold
-            folded.threshold = (b_mag + growth * (bound - folded.b_enc)).clamp_min(0)
-            folded.W_enc.mul_(growth[:, None])
-            folded.b_enc.copy_(b_mag)
-            folded.r_mag = folded.b_mag = None
-        if folded.log_threshold is not None:
-            folded.threshold, folded.log_threshold = folded.log_threshold.detach().exp(), None
-        if folded.normalisation is None:
-            folded.b_enc.div_(scale)
-            folded.b_dec.div_(scale)
-            if folded.threshold is not None:
-                folded.threshold = folded.threshold / scale
-        elif folded.transcodes:
-            folded.W_dec.div_(scale)
-            folded.b_dec.div_(scale)
-        return folded
 
     @torch.no_grad()
     def lift(self, x: Tensor, mask: Tensor, tables: Tables | None = None) -> None:
@@ -460,40 +389,3 @@ class SparseAutoencoder(nn.Module):
         if self.normalisation is not None:
             x = normalised(x, self.normalisation).x
         return x - self.b_dec if self.centred else x
-
-    def _draw(self, table: Tensor) -> None:
-        """Set the rows of `table` to normal numbers: on a CPU those that a process with all rows would draw."""
-        if self.ranks.features.size == 1:
-            table.normal_()
-            return
-        for start in range(0, self.all_features, _DRAWN_ROWS):
-            drawn = table.new_empty(min(_DRAWN_ROWS, self.all_features - start), table.shape[1]).normal_()
-            first, last = max(self.part.start, start), min(self.part.stop, start + len(drawn))
-            if first < last:
-                table[first - self.part.start : last - self.part.start] = drawn[first - start : last - start]
-
-
-@torch.no_grad()
-def geometric_median(points: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point with the least summed distance to `points` ``[n, d]`` (Weiszfeld's iteration), ``[d]``.
-
-    Stops when a step moves it by less than `tolerance` times its distance to the points.
-    """
-    median = points.mean(0)
-    for _ in range(iterations):
-        distance = torch.linalg.vector_norm(points - median, dim=1).clamp_min(1e-12)
-        weights = 1 / distance
-        new = (weights[:, None] * points).sum(0) / weights.sum()
-        moved = torch.linalg.vector_norm(new - median)
-        median = new
-        if moved < tolerance * distance.mean():
-            break
-    return median
-
-
-CENTRES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda points: points.mean(0),
-    "geometric_median": geometric_median,
-    "zero": lambda points: torch.zeros_like(points[0]),
-}
-"""The centres of points ``[n, d]`` that `initialise` knows, ``[d]``."""

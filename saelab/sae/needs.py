@@ -13,8 +13,9 @@ from saelab.memory import BEGINNING, READING, STEP, THRESHOLDS, Need, Place, no_
 from saelab.ranks import ALONE, Axis, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.encoder import Linear, Scratch, tiles
+from saelab.sae.initial import MOST_ENTRIES
 from saelab.sae.losses import MULTI_FACTOR
-from saelab.sae.model import _DRAWN_ROWS, _MOST_ENTRIES
+from saelab.sae.model import BLOCK_ROWS
 from saelab.sae.new import first_rule
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
@@ -206,7 +207,7 @@ def initialisation_bytes(
     are random directions. Other methods have k entries per token.
     """
     tokens, n_features = min(_FIRST_TOKENS, sample_tokens), axis.share(settings.n_features)
-    dense = max(_MOST_ENTRIES, settings.n_features)
+    dense = max(MOST_ENTRIES, settings.n_features)
     rule = first_rule(settings)
     k = 0 if rule is None else rule.slots(1) or 0
     entries = tokens * k if k else min(tokens * n_features, dense) // 2
@@ -216,7 +217,7 @@ def initialisation_bytes(
     median = 4 * d_in * sample_tokens if settings.b_dec_init == "geometric_median" else 0
     first = 4 * _STEP_VECTORS * d_in * tokens + _ENTRY_BYTES * entries + scores
     if axis.size > 1:
-        drawn = 4 * d_in * min(_DRAWN_ROWS, settings.n_features)
+        drawn = 4 * d_in * min(BLOCK_ROWS, settings.n_features)
         proposed, by_all = tokens * min(k, n_features), rule is not None and rule.compares == "batch"
         sent = -(-k * tokens // axis.size) if by_all else proposed
         first += _met_bytes("candidates", Candidates(axis, proposed, sent, by_all))

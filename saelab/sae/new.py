@@ -10,6 +10,7 @@ from saelab.errors import SettingError
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, TokenChoice
+from saelab.sae.initial import initialise, threshold_for
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import EncoderSettings, SaeSettings
 
@@ -59,10 +60,10 @@ def new_autoencoder(
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]
     sae = bare_autoencoder(settings, sample.shape[1], d_out, ranks).to(sample.device)
-    sae.initialise(sample, settings.b_dec_init, target, first_rule(settings))
+    initialise(sae, sample, settings.b_dec_init, target, first_rule(settings))
     if sae.log_threshold is not None:
         options = settings.encoder
-        start = options.threshold or sae.threshold_for(settings.sparsity.target_l0 or settings.k, sample)
+        start = options.threshold or threshold_for(sae, settings.sparsity.target_l0 or settings.k, sample)
         sae.train_thresholds(start, options.bandwidth)
     return sae
 

@@ -42,6 +42,7 @@ from saelab.lm.attention import Heads
 from saelab.lm.load import load_language_model
 from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 
 CONTEXT, ROWS, HEADS = 256, 16, 4
@@ -60,7 +61,7 @@ class Case:
     def autoencoder(self, x: torch.Tensor) -> SparseAutoencoder:
         """An autoencoder that is only initialised, for activations x ``[tokens, d_in]``."""
         sae = SparseAutoencoder(x.shape[1], self.args.n_features, self.args.k)
-        sae.initialise(x)
+        initialise(sae, x)
         return sae.requires_grad_(False)
 
     @contextmanager

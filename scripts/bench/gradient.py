@@ -67,6 +67,7 @@ from saelab import (
     open_corpus,
 )
 from saelab.errors import SaelabError
+from saelab.sae.fold import fold
 from saelab.training.trainer import train
 
 SITE, CONTEXT = "blocks.2.hook_resid_post", 256
@@ -193,7 +194,7 @@ def demo_seed(args: argparse.Namespace, demo: Demo, seed: int) -> dict[str, Figu
         settings = settings_of(args.n_features, args.k, beta)
         sae = new_autoencoder(settings, demo.x[:SAMPLE].float() * demo.scale, seed=seed)
         train(sae, demo.batches(normalise, seed, args.batch), training, settings)
-        folded = sae.folded(demo.scale).requires_grad_(False)
+        folded = fold(sae, demo.scale).requires_grad_(False)
         result = fidelity(folded, demo.lm, demo.rows, SITE, ce_tokens=CE_TOKENS)
         figures[name] = {key: getattr(result, f"{key}_share" if key == "never_active" else key) for key in DEMO}
         report(seed, name, figures[name])

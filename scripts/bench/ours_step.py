@@ -18,6 +18,7 @@ from torch.profiler import record_function
 
 from saelab.codes import Codes
 from saelab.kernels import spmm
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.settings import TrainingSettings
@@ -69,7 +70,7 @@ def made(case: str, shape: Shape, device: str) -> tuple[SparseAutoencoder, Batch
     x, gradients = (torch.randn(shape[:2], generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
     torch.manual_seed(0)
     sae = SparseAutoencoder(shape.d_in, shape.n_features, shape.k).to(device)
-    sae.initialise(x[:256])
+    initialise(sae, x[:256])
     return sae, Batch(x, gradients=gradients if case == "gradient" else None)
 
 

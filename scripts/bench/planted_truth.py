@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelab.sae.allocation.capacity import expected_densities, ranks
+from saelab.sae.initial import initialise
 from saelab.sae.losses import under_used
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import SaeSettings
@@ -180,7 +181,7 @@ def random_dictionary(settings: SaeSettings, data: Sample, seed: int) -> SparseA
     """The start of a training: random directions, with the best common scale."""
     torch.manual_seed(seed + 500_009)  # another seed than the planted one, which would draw the planted directions
     sae = SparseAutoencoder(data.x.shape[1], settings.n_features, settings.k)
-    sae.initialise(data.x[:16_384], settings.b_dec_init)
+    initialise(sae, data.x[:16_384], settings.b_dec_init)
     return sae
 
 

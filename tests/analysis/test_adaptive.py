@@ -18,6 +18,7 @@ from saelab.analysis.adaptive import (
 from saelab.analysis.result import rebuilt, stored, with_arrays
 from saelab.encoded import Block
 from saelab.errors import SaelabError
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 
 ROWS, CONTEXT, D_IN, F, K = 6, 11, 8, 24, 4
@@ -26,7 +27,7 @@ ROWS, CONTEXT, D_IN, F, K = 6, 11, 8, 24, 4
 def autoencoder(threshold: float | None = None) -> SparseAutoencoder:
     torch.manual_seed(1)
     sae = SparseAutoencoder(D_IN, F, K)
-    sae.initialise(torch.randn(400, D_IN))
+    initialise(sae, torch.randn(400, D_IN))
     if threshold is not None:
         sae.threshold = torch.tensor([threshold])
     return sae.requires_grad_(False)

@@ -14,6 +14,7 @@ from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.fidelity import INFERENCE, ORACLE, fidelity
 from saelab.codes import Codes
 from saelab.errors import SaelabError
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from tests.tiny import KINDS, language_model, random_rows
 
@@ -64,7 +65,7 @@ def test_every_figure_is_its_formula(kind: str) -> None:
     sae = SparseAutoencoder(32, 40, 5, {"hook_name": SITE})
     ordinary = lm.ordinary(rows)
     x = lm.activations(rows, [SITE])[SITE][ordinary]
-    sae.initialise(x)
+    initialise(sae, x)
     found = fidelity(sae, lm, rows, rows_per_forward=5)
 
     X, R = x.double().numpy(), sae(x).double().numpy()
@@ -140,7 +141,7 @@ def test_bos_with_a_hundred_times_the_norm_is_in_no_figure() -> None:
     rows = random_rows(lm, 8)
     site = "blocks.0.hook_resid_pre"  # before attention can carry BOS to other positions
     sae = SparseAutoencoder(32, 40, 5)
-    sae.initialise(lm.activations(rows, [site])[site][lm.ordinary(rows)])
+    initialise(sae, lm.activations(rows, [site])[site][lm.ordinary(rows)])
     before = fidelity(sae, lm, rows, site)
     embedding, bos = lm.model.get_input_embeddings().weight, lm.tokenizer.bos_token_id
     kept = embedding[bos].clone()
@@ -169,7 +170,7 @@ def test_sinks_are_counted_and_left_out_of_the_figures_without_them(rows_per_for
     rows[rows == 17] = 18
     rows[:, 1] = 17
     sae = SparseAutoencoder(32, 40, 5, {"hook_name": "blocks.0.hook_resid_pre"})
-    sae.initialise(lm.activations(rows, [sae.metadata["hook_name"]])[sae.metadata["hook_name"]][:, 2:].reshape(-1, 32))
+    initialise(sae, lm.activations(rows, [sae.metadata["hook_name"]])[sae.metadata["hook_name"]][:, 2:].reshape(-1, 32))
     embedding = lm.model.get_input_embeddings().weight
     kept = embedding[17].clone()
     try:
@@ -253,7 +254,7 @@ def test_input_that_does_not_fit_is_an_error() -> None:
     no_pair = torch.zeros(2, 4, dtype=torch.long)
     no_pair[:, 1] = 5
     sae = SparseAutoencoder(32, 64, 2)
-    sae.initialise(torch.randn(50, 32))
+    initialise(sae, torch.randn(50, 32))
     with pytest.raises(SaelabError, match="no loss"):
         fidelity(sae, lm, no_pair, SITE)
 
@@ -336,7 +337,7 @@ def test_our_autoencoder_with_beta_0_is_its_own_oracle() -> None:
     lm = language_model("gpt2")
     rows = random_rows(lm, 8)
     sae = SparseAutoencoder(32, 64, 4, {"hook_name": SITE})
-    sae.initialise(lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
+    initialise(sae, lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
     plain = fidelity(sae, lm, rows)
     assert dataclasses.replace(fidelity(sae, lm, rows, oracle=True), mode=INFERENCE) == plain
     sae.beta = 3.0

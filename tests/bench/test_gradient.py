@@ -13,6 +13,7 @@ import saelab
 from saelab import Batch, SaeSettings, SparseAutoencoder, TrainingSettings
 from saelab.errors import SaelabError
 from saelab.sae.allocation.rules import TokenChoice
+from saelab.sae.initial import initialise
 
 D, F, K, N = 16, 40, 4, 60
 SMALL = script.Small(every=4, magnitude=0.5, effect=3.0)
@@ -28,7 +29,7 @@ def case() -> tuple[SparseAutoencoder, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, F, K)
     x = torch.randn(N, D)
-    sae.initialise(x)
+    initialise(sae, x)
     return sae, x, torch.randn(N, D) * torch.rand(N, 1).pow(3)  # tokens differ in the length of g
 
 

@@ -8,6 +8,7 @@ import under_used
 
 from saelab.sae.allocation.rules import TokenChoice
 from saelab.sae.allocation.selection import Request
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch, SparseAutoencoder
 
 N, D, F, K = 60, 12, 40, 3
@@ -17,7 +18,7 @@ N, D, F, K = 60, 12, 40, 3
 def sae() -> SparseAutoencoder:
     torch.manual_seed(0)
     made = SparseAutoencoder(D, F, K)
-    made.initialise(torch.randn(N, D))
+    initialise(made, torch.randn(N, D))
     return made.requires_grad_(False)
 
 

@@ -16,6 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from saelab.sae.initial import initialise
+
 CALLS = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
 """The calls by which a writer changes what is on the disk."""
 
@@ -94,7 +96,7 @@ def writer_of_databases() -> Write:
     def write(folder: str, facts: dict[str, Any], calls: int | None) -> dict[str, int]:
         torch.manual_seed(facts["seed"])
         sae = SparseAutoencoder(32, 48, 3)
-        sae.initialise(torch.randn(100, 32))
+        initialise(sae, torch.randn(100, 32))
         settings = FeatureSettings(rows_per_forward=4)
         with counted(kill_at(calls)) as seen:
             first_row, _ = made.index(sae, lm, rows, site, Path(folder), settings, str(facts))

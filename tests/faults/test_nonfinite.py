@@ -22,6 +22,7 @@ from saelab.lm.model import LanguageModel
 from saelab.lm.settings import ModelSettings
 from saelab.runs import job
 from saelab.runs.calibration import CalibrationRows
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from tests.activations.cache import made
 from tests.faults.tools import (
@@ -300,7 +301,7 @@ def test_weights_of_an_autoencoder_that_are_not_finite_are_refused(name: str, br
 def test_a_threshold_may_be_infinite_and_not_nan(tmp_path: Path) -> None:
     """Guaranteed: an infinite threshold, with which other tools switch features off, loads; NaN does not."""
     sae = SparseAutoencoder(4, 6, 2)
-    sae.initialise(torch.randn(50, 4))
+    initialise(sae, torch.randn(50, 4))
     sae.threshold = torch.tensor([0.1] * 5 + [torch.inf])
     saelab.save_sae(sae, tmp_path / "sae")
     assert saelab.load(tmp_path / "sae").encode(torch.randn(200, 4)).firing_counts()[5] == 0

@@ -15,6 +15,7 @@ from saelab import codes
 from saelab.errors import SaelabError
 from saelab.files import current_folder, replace_file, replace_folder, write_json, write_whole
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
 from tests.faults.child import counted
@@ -43,7 +44,7 @@ def dead_from(last: int) -> Callable[[int, str, tuple[Any, ...]], None]:
 def autoencoder(version: int) -> SparseAutoencoder:
     torch.manual_seed(version)
     sae = SparseAutoencoder(32, 16, 2)
-    sae.initialise(torch.randn(100, 32))
+    initialise(sae, torch.randn(100, 32))
     return sae
 
 

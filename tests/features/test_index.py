@@ -22,6 +22,7 @@ from saelab.features.settings import FeatureSettings
 from saelab.features.shards import Entries
 from saelab.features.statistics import COLUMNS
 from saelab.lm.model import LanguageModel
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from tests.features import dense, made
 from tests.features.made import blocks
@@ -144,7 +145,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseAutoencoder, 
     lm = language_model("llama")
     rows = random_rows(lm, 24)
     sae = SparseAutoencoder(32, 48, 3)
-    sae.initialise(lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
+    initialise(sae, lm.activations(rows, [SITE])[SITE][lm.ordinary(rows)])
     with torch.no_grad():
         sae.b_enc[7] = -1e6  # a feature that is never active
     folder = tmp_path_factory.mktemp("features")
@@ -221,7 +222,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 def test_no_activity_at_all_still_makes_a_whole_database(tmp_path: Path) -> None:
     lm = language_model("gpt2")
     sae = SparseAutoencoder(32, 16, 2)
-    sae.initialise(torch.randn(100, 32))
+    initialise(sae, torch.randn(100, 32))
     with torch.no_grad():
         sae.b_enc.fill_(-1e9)
     _, manifest = made.index(sae, lm, random_rows(lm, 3), SITE, tmp_path, SETTINGS)

@@ -15,6 +15,7 @@ from saelab.activations.stream import ActivationBatch, read_activations, run_mod
 from saelab.errors import SaelabError
 from saelab.runs.cache import cache, verify
 from saelab.runs.job import Job, settings_of
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.training.trainer import train
 from tests.activations.cache.made import contents
@@ -85,7 +86,7 @@ def test_training_is_the_same_from_the_model_and_from_a_cache(beta: float, tmp_p
         torch.manual_seed(0)
         first = next(read)
         sae = SparseAutoencoder(first.values.shape[1], 64, 4)
-        sae.initialise(opened_sample(opened, site))
+        initialise(sae, opened_sample(opened, site))
         batches = shuffled(chain([first], read), s.training.batch, 2000, seed=0)
         fed = (Batch(batch.values, gradients=batch.gradients) for batch in batches)
         trained = train(sae, fed, s.training, s.sae)

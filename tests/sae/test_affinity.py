@@ -6,6 +6,7 @@ import torch
 from saelab.codes import Codes
 from saelab.sae.affinity import alignment, score
 from saelab.sae.allocation.rules import MutualChoice, Rule, TokenChoice
+from saelab.sae.initial import initialise
 from saelab.sae.losses import batch_fvu
 from saelab.sae.model import Batch, SparseAutoencoder
 
@@ -17,7 +18,7 @@ def case() -> tuple[SparseAutoencoder, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, F, K)
     x = torch.randn(N, D)
-    sae.initialise(x)
+    initialise(sae, x)
     return sae, x, torch.randn(N, D)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from saelab.errors import SettingError
 from saelab.sae.allocation.rules import TokenChoice
 from saelab.sae.checkpoint import load, save_sae
+from saelab.sae.fold import fold
+from saelab.sae.initial import initialise
 from saelab.sae.losses import batch_fvu
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder
@@ -43,7 +45,7 @@ def test_a_tied_autoencoder_has_one_table_with_the_gradients_of_the_dense_formul
     sae = bare_autoencoder(TIED, D).double()
     x = batches(1)[0].double()
     torch.manual_seed(0)
-    sae.initialise(x)
+    initialise(sae, x)
     W, b_enc, b_dec = (each.detach().clone().requires_grad_() for each in (sae.W_dec, sae.b_enc, sae.b_dec))
     forward, _ = sae.training_pass(Batch(x), TokenChoice(4))
     batch_fvu(x, forward.reconstruction).backward()
@@ -86,7 +88,7 @@ def test_copies_folds_and_checkpoints_compute_the_same(settings: SaeSettings, tm
     sae, _ = trained(settings)
     x = batches(1)[0]
     assert copy.deepcopy(sae).tied == sae.tied
-    folded = sae.folded(2.0)
+    folded = fold(sae, 2.0)
     torch.testing.assert_close(folded(x / 2), sae(x) / 2)
     save_sae(folded, tmp_path)
     torch.testing.assert_close(load(tmp_path)(x / 2), sae(x) / 2)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import saelab
 from saelab.errors import SaelabError
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.initial import initialise, threshold_for
 from saelab.sae.model import SparseAutoencoder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "saelens_topk"
@@ -21,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "saelens_topk"
 def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     sae = SparseAutoencoder(8, 16, 3, {"hook_name": "blocks.1.hook_resid_post", "saelab": {"seed": 5}})
-    sae.initialise(torch.randn(50, 8))
+    initialise(sae, torch.randn(50, 8))
     save_sae(sae, tmp_path / "run" / "sae")
     return tmp_path / "run"
 
@@ -55,7 +56,7 @@ def test_a_threshold_is_saved_as_the_jumprelu_of_saelens(tmp_path: Path, thresho
     torch.manual_seed(0)
     sae = SparseAutoencoder(8, 16, 3)
     x = torch.randn(50, 8)
-    sae.initialise(x)
+    initialise(sae, x)
     sae.threshold = threshold
     save_sae(sae, tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
@@ -127,7 +128,7 @@ def test_relu_is_saved_as_the_standard_of_saelens(tmp_path: Path) -> None:
     sae = SparseAutoencoder(8, 16, 3)
     x = torch.randn(50, 8)
     sae.threshold = torch.zeros(1)
-    sae.initialise(x)
+    initialise(sae, x)
     save_sae(sae, tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     assert config["architecture"] == "standard" and "k" not in config
@@ -144,8 +145,8 @@ def test_trained_thresholds_are_saved_and_loaded_to_the_bit(tmp_path: Path) -> N
     torch.manual_seed(0)
     sae = SparseAutoencoder(8, 16, 3)
     x = torch.randn(50, 8)
-    sae.initialise(x)
-    sae.train_thresholds(sae.threshold_for(3, x), 0.05)
+    initialise(sae, x)
+    sae.train_thresholds(threshold_for(sae, 3, x), 0.05)
     assert sae.log_threshold is not None
     sae.log_threshold.data += torch.linspace(-0.5, 0.5, 16)
     save_sae(sae, tmp_path)

@@ -9,6 +9,8 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.sae.allocation.rules import Threshold
 from saelab.sae.encoder import JumpReLU
+from saelab.sae.fold import fold
+from saelab.sae.initial import initialise, threshold_for
 from saelab.sae.losses import SMOOTHING, batch_fvu, l0, l1, lp, smooth_l0
 from saelab.sae.model import Batch, SparseAutoencoder
 
@@ -19,8 +21,8 @@ def make() -> tuple[SparseAutoencoder, Tensor]:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, F, 4).double()
     x = torch.randn(N, D, dtype=torch.float64) + 1
-    sae.initialise(x)
-    sae.train_thresholds(sae.threshold_for(4, x), BANDWIDTH)
+    initialise(sae, x)
+    sae.train_thresholds(threshold_for(sae, 4, x), BANDWIDTH)
     assert sae.log_threshold is not None
     sae.log_threshold.data = sae.log_threshold.data.double() + 0.2 * torch.randn(F, dtype=torch.float64)
     return sae, x
@@ -145,7 +147,7 @@ def test_lp_is_l1_if_the_power_is_one() -> None:
 def test_thresholds_begin_where_the_target_is_met(target: float) -> None:
     sae, x = make()
     sae.log_threshold = None
-    sae.train_thresholds(sae.threshold_for(target, x), 0.01)
+    sae.train_thresholds(threshold_for(sae, target, x), 0.01)
     assert sae.encode(x).nnz / N == pytest.approx(target, rel=0.02)
     sae.train_thresholds(0.75, 0.01)
     assert sae.log_threshold is not None and sae.log_threshold.dtype == torch.float32
@@ -154,6 +156,6 @@ def test_thresholds_begin_where_the_target_is_met(target: float) -> None:
 
 def test_folding_divides_a_trained_threshold_by_the_scale_and_fixes_it() -> None:
     sae, x = make()
-    folded = sae.folded(3.0)
+    folded = fold(sae, 3.0)
     assert folded.log_threshold is None and isinstance(folded.encode(x), Codes)
     torch.testing.assert_close(folded.encode(x / 3).to_dense(), sae.encode(x).to_dense() / 3)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from saelab.sae.checkpoint import load, save_sae
+from saelab.sae.fold import fold
+from saelab.sae.initial import initialise
 from saelab.sae.losses import Forward, gate, l1
 from saelab.sae.model import Batch, SparseAutoencoder
 
@@ -19,7 +21,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[SparseAutoencoder, Tensor]
     sae = SparseAutoencoder(D, F, 4).to(dtype)
     x = torch.randn(N, D, dtype=dtype) + 1
     sae.train_magnitudes()
-    sae.initialise(x)
+    initialise(sae, x)
     assert sae.r_mag is not None and sae.b_mag is not None
     for vector, spread in ((sae.b_enc, 0.5), (sae.r_mag, 0.3), (sae.b_mag, 0.5)):
         vector.data += spread * torch.randn(F, dtype=dtype)
@@ -81,7 +83,7 @@ def test_each_term_and_its_gradients_are_those_of_the_dense_formula(term, name: 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_folded_it_is_linear_with_thresholds_and_computes_the_same(scale: float) -> None:
     sae, x = make()
-    folded = sae.folded(scale)
+    folded = fold(sae, scale)
     assert sae.r_mag is not None and sae.b_mag is not None and folded.r_mag is None and folded.threshold is not None
     expected = (sae.b_mag - sae.r_mag.exp() * sae.b_enc).clamp_min(0) / scale
     torch.testing.assert_close(folded.threshold, expected.detach())
@@ -100,7 +102,7 @@ def test_a_threshold_of_the_gate_is_kept_when_it_is_folded() -> None:
     without = copy.deepcopy(sae)
     without.threshold = None
     assert without.encode(x).nnz > expected.nnz
-    torch.testing.assert_close(sae.folded(3.0).encode(x / 3).to_dense() * 3, expected.to_dense())
+    torch.testing.assert_close(fold(sae, 3.0).encode(x / 3).to_dense() * 3, expected.to_dense())
 
 
 def test_its_checkpoint_is_a_jumprelu_that_computes_the_same(tmp_path: Path) -> None:

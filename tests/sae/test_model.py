@@ -9,8 +9,10 @@ from torch import Tensor
 from saelab.sae import encoder
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, TokenChoice
 from saelab.sae.allocation.selection import Request
+from saelab.sae.fold import fold
+from saelab.sae.initial import geometric_median, initialise
 from saelab.sae.losses import Forward, auxiliary, batch_fvu, terms
-from saelab.sae.model import Batch, SparseAutoencoder, geometric_median
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AuxSettings, SaeSettings
 from saelab.training.trainer import _target_coverage
 
@@ -45,7 +47,7 @@ def make_sae(seed: int = 0) -> tuple[SparseAutoencoder, Tensor]:
     torch.manual_seed(seed)
     sae = SparseAutoencoder(D, F, K).double()
     x = torch.randn(N, D, dtype=torch.float64) + 1
-    sae.initialise(x)
+    initialise(sae, x)
     with torch.no_grad():
         sae.b_enc.normal_(std=0.3)
     return sae, x
@@ -92,7 +94,7 @@ def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> No
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, 300, K)
     x = torch.randn(200, D)
-    sae.initialise(x)
+    initialise(sae, x)
     rules: list[Rule] = [TOKEN, MutualChoice(K), FeatureChoice(torch.arange(300) % 6, 5 * 150)]
     mask = torch.arange(300) % 3 == 0
     whole = [aux_loss(sae, x, mask, 7, bf16, rule) for rule in rules]
@@ -248,7 +250,7 @@ def test_losses_do_not_depend_on_the_scale_of_the_data() -> None:
 def test_folding_moves_the_input_scale_into_the_biases() -> None:
     sae, x = make_sae()
     scale = 3.7
-    folded = sae.folded(scale)
+    folded = fold(sae, scale)
     torch.testing.assert_close(folded(x), sae(x * scale) / scale)
     assert torch.equal(folded.W_enc, sae.W_enc) and torch.equal(folded.W_dec, sae.W_dec)
 
@@ -266,7 +268,7 @@ def test_an_orthogonal_dictionary_with_k_equal_to_all_features_is_the_identity()
 
 def test_initialisation_has_unit_rows_and_no_better_common_scale() -> None:
     sae, x = make_sae()
-    sae.initialise(x, "geometric_median")
+    initialise(sae, x, "geometric_median")
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
     errors = []
     for factor in (0.95, 1.0, 1.05):
@@ -312,7 +314,7 @@ def test_bfloat16_proposes_and_float32_decides() -> None:
     torch.manual_seed(0)
     sae = SparseAutoencoder(64, 2048, 16)
     x = torch.randn(256, 64) * torch.logspace(1, -1, 64)  # some dimensions weigh more than others, as in a model
-    sae.initialise(x)
+    initialise(sae, x)
     uniform = FeatureChoice(torch.full((2048,), 2), 2 * 2048)
     for rule in (TokenChoice(16), MutualChoice(16), uniform):
         exact, low = (forward_pass(sae, x, rule, bf16).codes.to_dense() for bf16 in (False, True))
@@ -345,4 +347,4 @@ def test_with_a_threshold_an_activation_depends_only_on_its_token(threshold: Ten
     torch.testing.assert_close(sae.encode(x).to_dense(), expected)
     torch.testing.assert_close(torch.cat([sae.encode(row[None]).to_dense() for row in x]), expected)
     assert sae.encode(x[:0]).tokens == 0
-    torch.testing.assert_close(sae.folded(2.0).encode(x / 2).to_dense(), expected / 2)
+    torch.testing.assert_close(fold(sae, 2.0).encode(x / 2).to_dense(), expected / 2)

@@ -8,6 +8,7 @@ import torch
 from saelab.memory import peak_bytes
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import FeatureChoice, TokenChoice
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.needs import calibration_bytes, initialisation_bytes, step_needs
 from saelab.sae.new import new_autoencoder
@@ -48,7 +49,7 @@ def test_pre_activations_are_the_scratch_memory_of_a_step(selection: str, alloca
     found = step(settings, batch)
     sae = SparseAutoencoder(D_IN, n_features, 1)
     x = torch.randn(batch, D_IN)
-    sae.initialise(x[:64])
+    initialise(sae, x[:64])
     rule = TokenChoice(1)
     if allocation == "feature_choice":
         rule = FeatureChoice(torch.ones(n_features, dtype=torch.long), n_features)
@@ -101,7 +102,7 @@ def test_what_calibration_needs_is_bounded(allocation: str) -> None:
     n_features, k = 128, 16
     settings = SaeSettings(n_features, k, allocation=AllocationSettings(allocation))
     sae = SparseAutoencoder(D_IN, n_features, k)
-    sae.initialise(torch.randn(256, D_IN))
+    initialise(sae, torch.randn(256, D_IN))
     density = torch.tensor(k / n_features, dtype=torch.float64)
     densities = density if allocation == "mutual_choice" else density.expand(n_features)
     batches = (torch.randn(2000, D_IN) for _ in range(math.ceil(CALIBRATION_TOKENS / 2000)))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saelab.sae.allocation.rules import MutualChoice, TokenChoice
 from saelab.sae.allocation.selection import Request
+from saelab.sae.initial import initialise
 from saelab.sae.losses import auxiliary, terms
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder
@@ -24,7 +25,7 @@ def make(settings: SaeSettings = NESTED) -> tuple[SparseAutoencoder, Tensor]:
     torch.manual_seed(0)
     sae = bare_autoencoder(settings, D).double()
     x = torch.randn(N, D, dtype=torch.float64) + 1
-    sae.initialise(x)
+    initialise(sae, x)
     sae.b_enc.data[::5] = -9  # dead
     return sae, x
 

@@ -9,6 +9,7 @@ from saelab.analysis.settings import Intervention
 from saelab.analysis.steering import steered
 from saelab.errors import SaelabError
 from saelab.sae.allocation.rules import TokenChoice
+from saelab.sae.fold import fold
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.normalisation import NORMALISATIONS, normalised
 from tests.sae.interop.peers import inputs, numbers
@@ -66,7 +67,7 @@ def test_pre_activations_and_reconstruction(name: str) -> None:
 def test_a_scale_is_folded(normalisation: str | None, d_out: int | None) -> None:
     """What was trained on s x computes the same on x: activations over s unless the token was normalised."""
     sae, s = autoencoder(normalisation, skip=True, d_out=d_out, threshold=0.3), 2.5
-    folded = sae.folded(s)
+    folded = fold(sae, s)
     acts = sae.encode(s * X).to_dense() / (s if normalisation is None else 1)
     torch.testing.assert_close(folded.encode(X).to_dense(), acts)
     torch.testing.assert_close(folded(X), sae(s * X) / s)

@@ -9,6 +9,7 @@ import torch
 
 import saelab
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.new import new_autoencoder
 from saelab.sae.settings import AllocationSettings, EncoderSettings, SaeSettings, SparsitySettings
@@ -56,7 +57,7 @@ def run(tmp_path: Path) -> Path:
     ours = {"tokens": 999_424, "input_scale": 0.123456, "encoder": {"name": "linear"}, "aux": {"name": "none"}}
     ours |= {"allocation": {"name": "token_choice"}}
     sae = SparseAutoencoder(8, 16, 3, {"hook_name": "blocks.1.hook_resid_post", "model_name": "demo", "saelab": ours})
-    sae.initialise(torch.randn(50, 8))
+    initialise(sae, torch.randn(50, 8))
     save_sae(sae, tmp_path / "run" / "sae")
     (tmp_path / "run" / "eval.json").write_text(json.dumps(FIGURES))
     return tmp_path / "run"

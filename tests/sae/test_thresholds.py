@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.sae import thresholds
 from saelab.sae.allocation.capacity import expected_densities
+from saelab.sae.initial import initialise
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.thresholds import calibrate
 
@@ -205,7 +206,7 @@ def test_more_tokens_than_announced_and_none_at_all_are_refused() -> None:
 def test_an_autoencoder_with_thresholds_encodes_every_token_by_itself() -> None:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, F, K)
-    sae.initialise(data(500, 1))
+    initialise(sae, data(500, 1))
     found = calibrate(sae.pre_activations, [data(4000, 2)], of_features())
     sae.threshold = found.threshold
     x = data(50, 3)

@@ -7,6 +7,7 @@ import torch
 
 from saelab.errors import SaelabError, SettingError
 from saelab.ranks import ALONE, Ranks
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch
 from saelab.sae.new import bare_autoencoder
 from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
@@ -25,7 +26,7 @@ def stepped(settings: SaeSettings) -> tuple[Trainer, Batch]:
     """A trainer after two steps, with Adam's moments, and another batch."""
     torch.manual_seed(0)
     sae = bare_autoencoder(settings, D)
-    sae.initialise(sample())
+    initialise(sae, sample())
     made, (*first, batch) = Trainer(sae, SETTINGS, settings), planted(3, 256)
     for each in first:
         made.step(each)
@@ -92,7 +93,7 @@ def back(every: int | None, monkeypatch: pytest.MonkeyPatch | None = None) -> tu
         monkeypatch.setattr(trainer, "resample", lambda *args, **names: resample(*args[:-1], 0.2, **names))
     torch.manual_seed(0)
     sae = bare_autoencoder(settings, D)
-    sae.initialise(sample())
+    initialise(sae, sample())
     with torch.no_grad():
         sae.b_enc[died] = -50.0
     train(sae, planted(150, 256), dataclasses.replace(SETTINGS, resample=every), settings)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelab.errors import SaelabError, SettingError
+from saelab.sae.initial import initialise
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings
 from saelab.training.optim import remove_parallel_gradient
@@ -35,7 +36,7 @@ def sample() -> Tensor:
 def run(settings: TrainingSettings, sae_settings: SaeSettings, seed: int = 0) -> tuple[SparseAutoencoder, list[dict]]:
     torch.manual_seed(seed)
     sae = SparseAutoencoder(D, sae_settings.n_features, sae_settings.k)
-    sae.initialise(sample())
+    initialise(sae, sample())
     metrics: list[dict] = []
     train(sae, planted(settings.steps, settings.batch, seed), settings, sae_settings, log=metrics.append)
     return sae, metrics
@@ -66,7 +67,7 @@ def test_aux_k_revives_features_without_other_gradients(seed: int) -> None:
     for aux in ("none", "aux_k"):
         torch.manual_seed(seed)
         sae = SparseAutoencoder(D, 64, 3)
-        sae.initialise(sample())
+        initialise(sae, sample())
         sae.W_enc.data[20:] *= 0.01
         metrics: list[dict] = []
         train(
@@ -86,7 +87,7 @@ def test_lifting_lets_aux_k_reach_features_whose_pre_activations_are_all_negativ
     for lift in (False, True):
         torch.manual_seed(0)
         sae = SparseAutoencoder(D, 64, 3)
-        sae.initialise(sample())
+        initialise(sae, sample())
         sae.b_enc.data[40:] = -50
         metrics: list[dict] = []
         settings = SaeSettings(64, 3, aux=AuxSettings("aux_k", lift=lift))
@@ -113,7 +114,7 @@ def test_every_affinity_allocation_and_auxiliary_loss_trains(
         multi_topk=aux == "none",
     )
     sae = SparseAutoencoder(D, 64, 3)
-    sae.initialise(sample())
+    initialise(sae, sample())
     readout = torch.randn(D)  # the gradient of a fixed readout's square
     metrics: list[dict] = []
     batches = (Batch(x, gradients=(x @ readout)[:, None] * readout) for x, *_ in planted(SETTINGS.steps, 256))
@@ -129,7 +130,7 @@ def test_beta_zero_is_topk_to_the_bit() -> None:
     plain, _ = run(short, SaeSettings(64, 3))
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, 64, 3)
-    sae.initialise(sample())
+    initialise(sae, sample())
     batches = (Batch(x, gradients=torch.randn_like(x)) for x, *_ in planted(20, 256))
     train(sae, batches, short, SaeSettings(64, 3, affinity=AffinitySettings("gradient", 0.0)))
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), plain.parameters(), strict=True))
@@ -143,7 +144,7 @@ def test_the_gradient_affinity_without_gradients_is_an_error() -> None:
 
 def test_a_request_to_stop_ends_training_after_the_current_step() -> None:
     sae = SparseAutoencoder(D, 32, 3)
-    sae.initialise(sample())
+    initialise(sae, sample())
     calls = iter([False, False, True])
     settings = TrainingSettings(tokens=50 * 64, batch=64)
     trained = train(sae, planted(50, 64), settings, SaeSettings(32, 3), should_stop=lambda: next(calls))
@@ -152,7 +153,7 @@ def test_a_request_to_stop_ends_training_after_the_current_step() -> None:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change() -> None:
     sae = SparseAutoencoder(D, 32, 3)
-    sae.initialise(sample())
+    initialise(sae, sample())
     with pytest.raises(SaelabError, match="not finite at step 0"):
         train(sae, iter([Batch(torch.ones(64, D))]), TrainingSettings(tokens=64, batch=64), SaeSettings(32, 3))
     assert all(torch.isfinite(p).all() for p in sae.parameters())
@@ -168,7 +169,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
 
 def test_only_the_parallel_part_of_the_gradient_is_removed() -> None:
     sae = SparseAutoencoder(D, 8, 2)
-    sae.initialise(torch.randn(100, D))
+    initialise(sae, torch.randn(100, D))
     gradient = torch.randn(8, D)
     sae.W_dec.grad = gradient.clone()
     remove_parallel_gradient(sae)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saelab.errors import SaelabError, did_you_mean
+from saelab.sae.fold import fold
 from saelab.sae.interop.stored import Config, Stored, inner
 from saelab.sae.interop.weights import From, built, fold_gate, vector
 from saelab.sae.model import SparseAutoencoder
@@ -87,7 +88,7 @@ def read(stored: Stored) -> SparseAutoencoder:
         return sae
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
         raise SaelabError(f"{stored.path}: norm_factor is {scale!r}, not a positive number")
-    return sae.folded(1 / scale)
+    return fold(sae, 1 / scale)
 
 
 def _class_of(stored: Stored) -> str:

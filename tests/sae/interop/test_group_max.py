@@ -9,6 +9,7 @@ import torch
 import saelab
 from saelab.errors import SaelabError
 from saelab.sae.checkpoint import save_sae
+from saelab.sae.initial import initialise
 from saelab.sae.interop.writing import WRITERS
 from saelab.sae.model import SparseAutoencoder
 
@@ -19,7 +20,7 @@ def made() -> SparseAutoencoder:
     torch.manual_seed(0)
     sae = SparseAutoencoder(D, F, K)
     sae.groups = True
-    sae.initialise(torch.randn(50, D))
+    initialise(sae, torch.randn(50, D))
     return sae.requires_grad_(False)
 
 
