@@ -6,14 +6,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saelab.errors import SaelabError, did_you_mean, printable
-from saelab.sae.interop import dictionary_learning, openai, saelens, sparsify
+from saelab.sae.interop import (
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    llama_scope,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from saelab.sae.interop.stored import Stored, open_file
 from saelab.sae.layout import WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 
-USUAL = (WEIGHTS, "sae.safetensors", "ae.pt")
-"""Names that peers give to files of weights."""
-_SUFFIXES = (".safetensors", ".pt", ".pth")
+USUAL = (
+    WEIGHTS,
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "checkpoints/final.safetensors",
+    "ae.pt",
+)
+"""Names that peers give to files of weights, in the folder of an autoencoder."""
+SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
+"""What names of files of weights end in."""
 _DEEPEST = 3
 """Levels of folders in which autoencoders are looked for, to name them."""
 
@@ -26,18 +43,30 @@ class Peer(NamedTuple):
     marks: tuple[set[str], ...]
     """Sets of names of tensors, one of which its files have."""
     read: Callable[[Stored], SparseAutoencoder]
+    lacks: frozenset[str] = frozenset()
+    """Names of tensors that its files do not have."""
 
     def wrote(self, stored: Stored) -> bool:
         """Whether the file is one of this peer."""
         names = set(stored.kinds)
         if isinstance(backup := stored.other.get("ae"), dict):
             names |= {str(name) for name in backup}
-        is_safe = stored.path.suffix == ".safetensors"
-        return is_safe == (self.suffix == ".safetensors") and any(mark <= names for mark in self.marks)
+        suffix = stored.path.suffix if stored.path.suffix in (".safetensors", ".npz") else ".pt"
+        return suffix == self.suffix and any(mark <= names for mark in self.marks) and not self.lacks & names
 
 
-PEERS = tuple(Peer(m.NAME, m.SUFFIX, m.MARKS, m.read) for m in (saelens, sparsify, openai, dictionary_learning))
-"""In the order in which they are tried: a file of OpenAI has tensors that one of dictionary_learning has too."""
+PEERS = (
+    Peer(saelens.NAME, saelens.SUFFIX, saelens.MARKS, saelens.read),
+    Peer(llama_scope.NAME, llama_scope.SUFFIX, llama_scope.MARKS, llama_scope.read),
+    Peer(sparsify.NAME, sparsify.SUFFIX, sparsify.MARKS, sparsify.read),
+    Peer(gemma_scope.NAME, ".npz", gemma_scope.MARKS, gemma_scope.read),
+    Peer(gemma_scope.NAME, ".safetensors", gemma_scope.MARKS_2, gemma_scope.read),
+    Peer(openai.NAME, openai.SUFFIX, openai.MARKS, openai.read),
+    Peer(qwen_scope.NAME, qwen_scope.SUFFIX, qwen_scope.MARKS, qwen_scope.read, qwen_scope.LACKS),
+    Peer(goodfire.NAME, goodfire.SUFFIX, goodfire.MARKS, goodfire.read),
+    Peer(dictionary_learning.NAME, dictionary_learning.SUFFIX, dictionary_learning.MARKS, dictionary_learning.read),
+)
+"""In the order in which they are tried: a later one may have tensors of the same names as an earlier one."""
 
 
 def find(path: Path) -> tuple[Peer, Stored]:
@@ -50,8 +79,8 @@ def find(path: Path) -> tuple[Peer, Stored]:
         return _peer(stored), stored
     if not path.is_dir():
         raise SaelabError(f"{path}: no checkpoint here: there is no such file or folder{_beside(path)}")
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-    usual = [file for file in files if file.name in USUAL]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    usual = [path / name for name in USUAL if (path / name).is_file()]
     if len(usual) == 1:
         stored = open_file(usual[0])
         return _peer(stored), stored
@@ -84,9 +113,8 @@ def _peer(stored: Stored) -> Peer:
         if peer.wrote(stored):
             return peer
     others = f"; and {', '.join(sorted(map(printable, stored.other)))[:200]}" if stored.other else ""
-    raise SaelabError(
-        f"{stored.path}: no autoencoder of {', '.join(peer.name for peer in PEERS)}: it has {stored.found()}{others}"
-    )
+    names = ", ".join(dict.fromkeys(peer.name for peer in PEERS))
+    raise SaelabError(f"{stored.path}: no autoencoder of {names}: it has {stored.found()}{others}")
 
 
 def _content(path: Path, files: list[Path], why: str) -> str:

@@ -1,16 +1,19 @@
 """The tensors of a file, which anyone may have made: names, shapes and dtypes first, numbers only after checks.
 
-Safetensors files have a header. Files of torch.save are opened with ``weights_only=True``, which runs no code, and
-mapped into memory, so their numbers are not read either.
+Safetensors files have a header, and so has each array of an ``.npz`` file. Files of torch.save are opened with
+``weights_only=True``, which runs no code, and mapped into memory, so their numbers are not read either.
 """
 
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +23,10 @@ from saelab.tensors import DTYPES
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_EXPANDED = 8
+"""How many times larger than its file the content of a compressed ``.npz`` file may be; weights compress little."""
+_NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+_OF_NUMPY = {name: getattr(torch, name) for name in ("float16", "float32", "float64", "int32", "int64")}
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,13 @@ class Stored:
 
 
 def open_file(path: Path) -> Stored:
-    """The content of the safetensors file or file of torch.save `path`.
+    """The content of the safetensors file, ``.npz`` file or file of torch.save `path`.
 
-    Raises SaelabError if it is neither, or if it needs code to be run to be read.
+    Raises SaelabError if it is none of them, or if it needs code to be run to be read.
     """
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    return _open_pickle(path)
+    return _open_npz(path) if path.suffix == ".npz" else _open_pickle(path)
 
 
 def _open_safetensors(path: Path) -> Stored:
@@ -76,6 +83,35 @@ def _open_safetensors(path: Path) -> Stored:
         try:
             return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+
+    return Stored(path, kinds, read)
+
+
+def _open_npz(path: Path) -> Stored:
+    kinds: dict[str, Kind] = {}
+    try:
+        most = _EXPANDED * path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                with archive.open(member) as file:
+                    first = np.lib.format.read_magic(file) == (1, 0)
+                    header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = header(file)
+                size = math.prod(shape) * dtype.itemsize
+                most -= size
+                if size > member.file_size or most < 0:
+                    raise SaelabError(f"{path}: {printable(name)[:60]} is {list(shape)}, more than the file holds")
+                kinds[name] = Kind(shape, _OF_NUMPY.get(dtype.name))
+    except _NPZ_ERRORS as error:
+        raise _damaged(path, error) from error
+
+    def read(name: str) -> Tensor:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return torch.from_numpy(np.ascontiguousarray(arrays[name]))
+        except _NPZ_ERRORS as error:
             raise _damaged(path, error) from error
 
     return Stored(path, kinds, read)
