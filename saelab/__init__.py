@@ -46,12 +46,13 @@ if TYPE_CHECKING:
     from saelab.runs.config import RunSettings, load_config
     from saelab.runs.controls import controls, neuron_run
     from saelab.runs.decoder import decoder_rows
+    from saelab.runs.from_hub import load
     from saelab.runs.job import settings_of
     from saelab.runs.save import create_run, save_run
     from saelab.runs.stages import evaluate, index, run
     from saelab.runs.sweep import sweep
     from saelab.runs.train import resume, train
-    from saelab.sae.checkpoint import load, save_sae
+    from saelab.sae.checkpoint import save_sae
     from saelab.sae.input_map import InputMap, input_map
     from saelab.sae.model import Batch, SparseAutoencoder
     from saelab.sae.new import new_autoencoder
@@ -114,7 +115,7 @@ _HOME = {
     "fidelity": "saelab.analysis.fidelity",
     "index": "saelab.runs.stages",
     "input_map": "saelab.sae.input_map",
-    "load": "saelab.sae.checkpoint",
+    "load": "saelab.runs.from_hub",
     "load_config": "saelab.runs.config",
     "load_language_model": "saelab.lm.load",
     "logit_attribution": "saelab.analysis.attention.logits",

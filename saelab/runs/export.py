@@ -55,8 +55,9 @@ def export(
     """Export what a run holds in the form `to`; returns the file or folder written.
 
     `to` is a key of `FORMS`, for features of the run's database, or of `CHECKPOINTS`, for its autoencoder; then `run`
-    may be any checkpoint that `saelab.load` reads. `features` are indices and ranges, such as "1,5-9". `out` is the
-    file or folder, by default in RUN/exports. With `force` it may be an earlier export, which is replaced.
+    may be any checkpoint that `saelab.load` reads, and an id on the Hub. `features` are indices and ranges, such as
+    "1,5-9". `out` is the file or folder, by default in RUN/exports. With `force` it may be an earlier export, which is
+    replaced.
 
     Raises SaelabError if there is no such form, feature, database or checkpoint, if the other trainer cannot compute
     the autoencoder, if `out` exists, belongs to the run itself or cannot be written, and if another process writes into
@@ -98,7 +99,7 @@ def _of_autoencoder(run: Path, features: str | None, to: str) -> Callable[[Path]
     """Writes the run's autoencoder to a path, as `to` does."""
     if features is not None:
         raise SaelabError(f"--features: a checkpoint of {to} has all features; leave it out")
-    from saelab.sae.checkpoint import load
+    from saelab.runs.from_hub import load
     from saelab.sae.interop.writing import WRITERS
 
     sae = load(run)
