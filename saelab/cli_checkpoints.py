@@ -7,7 +7,7 @@ import typer
 
 from saelab.errors import printable
 
-_FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify or dictionary_learning"
+_FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify, dictionary_learning or sae_bench"
 
 
 def export(
@@ -19,11 +19,15 @@ def export(
 ) -> None:
     """Export features, as a page that needs nothing else (with --features), JSON or a table; or the autoencoder.
 
+    sae_bench exports the evaluation, as sae-bench writes it.
+
     Example: saelab export runs/quickstart --to html --features 1,5-9
 
     Example: saelab export runs/quickstart --to parquet --out features.parquet
 
     Example: saelab export runs/quickstart --to sparsify --out layers.1
+
+    Example: saelab export runs/quickstart --to sae_bench
     """
     from saelab.runs.export import export as write
 

@@ -1,4 +1,4 @@
-"""Measures of a decoder, which need no text."""
+"""Measures of the rows of a decoder or encoder, which need no text."""
 
 import torch
 import torch.nn.functional as F
@@ -23,3 +23,21 @@ def mean_absolute_cosine(W_dec: Tensor) -> float:
         total += cosines.abs_().triu_(1).sum(dtype=torch.float64)
     pairs = len(unit) * (len(unit) - 1) // 2
     return total.item() / pairs if pairs else float("nan")
+
+
+@torch.no_grad()
+def mean_largest_cosine(rows: Tensor) -> float:
+    """Mean over the `rows` ``[n_features, d]`` of the largest cosine with another row. NaN if there is a single one.
+
+    A row of zeros has cosine 0 with every other. Takes n_features^2 d multiply-adds, and memory for 1024 x n_features
+    numbers.
+    """
+    unit = F.normalize(rows.float(), dim=1)
+    if len(unit) == 1:
+        return float("nan")
+    largest = []
+    for start in range(0, len(unit), TILE):
+        cosines = unit[start : start + TILE] @ unit.T
+        cosines.diagonal(start).fill_(-torch.inf)
+        largest.append(cosines.amax(1))
+    return torch.cat(largest).double().mean().item()

@@ -1,9 +1,10 @@
 """`saelab export`: what a run holds, in a form that other people or tools can open.
 
-Features, from the run's database, without torch (`FORMS`); or the autoencoder as the checkpoint of another trainer
-(`CHECKPOINTS`).
+Features, from the run's database, without torch (`FORMS`); the autoencoder as the checkpoint of another trainer
+(`CHECKPOINTS`); or the evaluation as the result of another benchmark (`SAE_BENCH`).
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import NamedTuple
 from saelab.errors import SaelabError, WriteError, did_you_mean
 from saelab.features.database import Database, open_database
 from saelab.features.export import circuit_tracer, html, neuronpedia, tables
-from saelab.files import expanded, locked, make_folder, replace_folder, translate_errors
+from saelab.files import expanded, locked, make_folder, replace_folder, translate_errors, write_whole
 from saelab.runs import folder
 
 EXPORTS = "exports"
@@ -47,6 +48,7 @@ CHECKPOINTS = {
     "dictionary_learning": r"config\.json|ae\.pt",
 }
 """By the name of a trainer, the files of its checkpoints, as a regular expression."""
+SAE_BENCH = "sae_bench"
 
 
 def export(
@@ -55,9 +57,9 @@ def export(
     """Export what a run holds in the form `to`; returns the file or folder written.
 
     `to` is a key of `FORMS`, for features of the run's database, or of `CHECKPOINTS`, for its autoencoder; then `run`
-    may be any checkpoint that `saelab.load` reads, and an id on the Hub. `features` are indices and ranges, such as
-    "1,5-9". `out` is the file or folder, by default in RUN/exports. With `force` it may be an earlier export, which is
-    replaced.
+    may be any checkpoint that `saelab.load` reads, and an id on the Hub. `SAE_BENCH` is the run's evaluation.
+    `features` are indices and ranges, such as "1,5-9". `out` is the file or folder, by default in RUN/exports. With
+    `force` it may be an earlier export, which is replaced.
 
     Raises SaelabError if there is no such form, feature, database or checkpoint, if the other trainer cannot compute
     the autoencoder, if `out` exists, belongs to the run itself or cannot be written, and if another process writes into
@@ -69,8 +71,10 @@ def export(
         write, name, files = _of_features(run, form, features, to), form.name, form.files
     elif to in CHECKPOINTS:
         write, name, files = _of_autoencoder(run, features, to), to, CHECKPOINTS[to]
+    elif to == SAE_BENCH:
+        write, name, files = _of_evaluation(run, features), f"{run.resolve().name}_custom_sae_eval_results.json", None
     else:
-        forms = [*FORMS, *CHECKPOINTS]
+        forms = [*FORMS, *CHECKPOINTS, SAE_BENCH]
         raise SaelabError(f"--to: there is no {to!r}; choose {', '.join(forms)}.{did_you_mean(to, forms)}")
     if out is None and to in CHECKPOINTS and not folder.has_checkpoint(run):
         raise SaelabError(f"--out: is missing; {run} is no run, so there is no folder for its exports")
@@ -114,6 +118,17 @@ def _of_autoencoder(run: Path, features: str | None, to: str) -> Callable[[Path]
             raise SaelabError(f"{run}: {error}") from error
 
     return write
+
+
+def _of_evaluation(run: Path, features: str | None) -> Callable[[Path], None]:
+    """Writes the run's evaluation to a path as sae-bench does, by whose name of the file its plots find the run."""
+    if features is not None:
+        raise SaelabError(f"--features: --to {SAE_BENCH} is of the whole autoencoder; leave it out")
+    from saelab.runs.sae_bench import core
+
+    folder.check_run(run)
+    text = json.dumps(core(run), indent=2) + "\n"
+    return lambda path: write_whole(path, text)
 
 
 def _features(database: Database, form: Form, text: str | None, to: str) -> list[int]:

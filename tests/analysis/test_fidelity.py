@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.analysis.decoder import mean_absolute_cosine
+from saelab.analysis.decoder import mean_absolute_cosine, mean_largest_cosine
 from saelab.analysis.fidelity import INFERENCE, ORACLE, fidelity
 from saelab.codes import Codes
 from saelab.errors import SaelabError
@@ -119,6 +119,10 @@ def test_c_dec_is_the_mean_over_all_pairs_whatever_the_norms() -> None:
     assert mean_absolute_cosine(torch.eye(5)) == 0.0
     assert mean_absolute_cosine(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])) == pytest.approx(1.0)
     assert math.isnan(mean_absolute_cosine(torch.ones(1, 5)))
+    largest = (unit @ unit.T).fill_diagonal_(-2).amax(1)
+    assert mean_largest_cosine(W) == pytest.approx(largest.mean().item(), rel=1e-5)
+    assert mean_largest_cosine(torch.tensor([[1.0, 2.0], [-2.0, -4.0]])) == pytest.approx(-1.0)
+    assert math.isnan(mean_largest_cosine(torch.ones(1, 5)))
     assert fidelity(Fixed(lambda x: x), language_model("gpt2"), random_rows(language_model("gpt2"), 2)).c_dec is None
 
 
