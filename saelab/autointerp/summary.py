@@ -15,6 +15,7 @@ means of the run and its reseeds show how much a training changes them. Needs no
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +27,7 @@ from saelab.autointerp import lexical
 from saelab.autointerp.choice import pairs
 from saelab.autointerp.records import SHUFFLED, Score
 from saelab.autointerp.scoring import CHANCE
-from saelab.autointerp.store import explanations, scores
+from saelab.autointerp.store import EXPLANATIONS, lines_from, scores
 from saelab.features.database import Database
 
 if TYPE_CHECKING:
@@ -215,9 +216,9 @@ def measured(name: str, folder: Path, database: Database) -> Measured:
 def _sources(folder: Path, inputs: str) -> Callable[[str], tuple[str, str]]:
     """A function from the key of an explanation to its explainer and kind; "" and "" if there is none."""
     keys, numbers, names = array("Q"), array("q"), dict[tuple[str, str], int]()
-    for each, _ in explanations(folder, inputs):
-        keys.append(int(each.key, 16))
-        numbers.append(names.setdefault((each.model, each.kind), len(names)))
+    for _, _, (key, *name) in lines_from(folder / EXPLANATIONS, inputs, build=itemgetter("key", "model", "kind")):
+        keys.append(int(key, 16))
+        numbers.append(names.setdefault((name[0], name[1]), len(names)))
     order = np.argsort(np.array(keys, np.uint64))
     known, sources, listed = np.array(keys, np.uint64)[order], np.array(numbers, np.int64)[order], [*names]
 
