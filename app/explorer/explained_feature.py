@@ -11,6 +11,7 @@ from explorer import explanations, llm, state
 from explorer.listing import version
 from saelab.analysis.intervals import Interval
 from saelab.autointerp import single
+from saelab.autointerp.constant import warning
 from saelab.autointerp.embedders import Embedder, of_database
 from saelab.autointerp.explain import LONGEST
 from saelab.autointerp.lexical import NAME as LEXICAL
@@ -118,7 +119,7 @@ def scores_html(scores: Sequence[Score], controls: Mapping[tuple[str, str], Scor
         control = controls.get((score.score, score.model))
         small = [score.unit, f"judge: {explanations.judge(score.model)}"]
         small += [f"{score.unread:,} answer{'s' * (score.unread > 1)} could not be read"] if score.unread else []
-        small += [score.note] if score.note else []
+        small += [each for each in (score.note, warning(score.figures)) if each]
         against = value_html(control.value) if control else "<small>none yet</small>"
         if not score.explanation:
             against = f"<small>chance {CHANCE[score.unit]:.2g}</small>" if score.unit in CHANCE else ""

@@ -11,6 +11,7 @@ from explorer.explained_feature import ends, figure
 from explorer.listing import Listing, feature_address
 
 from saelab.autointerp.audit import Group, asked, example_of, groups
+from saelab.autointerp.constant import warning
 from saelab.autointerp.overview import Source, records
 from saelab.autointerp.records import Explanation, Judged, Score
 from saelab.autointerp.store import Scored, score_at
@@ -124,7 +125,7 @@ def draw(database: Database, found: Scored, explanation: Explanation | None) -> 
     value = figure(score.value.value) + f" ({ends(score.value)})" * bool(ends(score.value))
     st.metric(state.plain(score.unit), value, width="content")
     facts = [f"Judge: {explanations.judge(score.model)}", f"{len(score.judged):,} examples"]
-    facts += [f"{score.unread:,} answers that could not be read", score.note]
+    facts += [f"{score.unread:,} answers that could not be read", score.note, warning(score.figures)]
     st.caption(state.plain("; ".join(filter(None, facts))))
     if all(name in score.figures for name in CELLS):
         left, right = st.columns([2, 3], gap="large")

@@ -9,9 +9,10 @@ import streamlit as st
 from explorer import charts, explanations, state
 from explorer.components.leave import leave_for
 
+from saelab.autointerp.measured import measured
 from saelab.autointerp.overview import Overview, Points, Source
 from saelab.autointerp.scoring import CHANCE
-from saelab.autointerp.summary import Line, ScoreTable, measured, summarised
+from saelab.autointerp.summary import Line, ScoreTable, summarised
 from saelab.features.database import Database
 
 MOST_SUMMARISED = 100_000
@@ -67,7 +68,7 @@ def summary_row(line: Line) -> str:
         f"{escape(line.score)}<small>{escape(line.unit)} · judge: {escape(explanations.judge(line.judge))}</small>",
         escape(explained),
         f"{line.n:,}<small>{escape(', '.join(filter(None, (without, unread))))}</small>",
-        escape(interval(line.mean)),
+        f"{escape(interval(line.mean))}<small>{escape(line.warning)}</small>",
         differences,
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -10,14 +10,15 @@ programs and figures are JSON.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saelab.autointerp.records import Judged
-from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations, explanations_by_key, scores
+from saelab.autointerp.records import Explanation, Judged
+from saelab.autointerp.store import EXPLANATIONS, SCORES, explanations_by_key, judged_of, latest_lines
 from saelab.files import replace_file, translate_errors
 
 if TYPE_CHECKING:
@@ -31,22 +32,30 @@ _AT_ONCE = 1 << 14
 def export(folder: Path, inputs: str) -> None:
     """Write the three tables of what `folder` has for the feature database `inputs`, each file whole.
 
-    Raises SaelabError if a line is damaged or a file cannot be
-    written.
+    Raises SaelabError if a line is damaged or a file cannot be written.
     """
     import pyarrow as pa
 
     text, number, whole, truth = pa.string(), pa.float64(), pa.int64(), pa.bool_()
     types = {"feature": whole, "key": text, "text": text, "kind": text, "model": text, "author": text, "program": text}
     types |= {"answer": text, "tokens": whole, "note": text, "attempt": whole, "contexts": text}
-    _write(folder / TABLES[0], types, _explanations(folder, inputs))
+    with _written(folder / TABLES[0], types) as add:
+        for cells in latest_lines(folder / EXPLANATIONS, inputs, _explanation):
+            add(cells)
     types = {"feature": whole, "key": text, "explanation": text, "text": text, "kind": text, "explainer": text}
     types |= {"author": text, "type": text, "model": text, "value": number, "low": number, "high": number, "unit": text}
     types |= {"figures": text, "unread": whole, "note": text, "tokens": whole, "contexts": text, "asked": text}
-    _write(folder / TABLES[1], types, _scores(folder, inputs))
-    types = {"feature": whole, "score": text, "row": whole, "position": whole, "start": whole, "length": whole}
-    types |= {"quantile": whole, "truth": truth, "said": number, "marked": pa.list_(whole), "answer": text}
-    _write(folder / TABLES[2], types, _judged(folder, inputs))
+    of_judged = {"feature": whole, "score": text, "row": whole, "position": whole, "start": whole, "length": whole}
+    of_judged |= {"quantile": whole, "truth": truth, "said": number, "marked": pa.list_(whole), "answer": text}
+    with (
+        explanations_by_key(folder, inputs) as by_key,
+        _written(folder / TABLES[1], types) as add,
+        _written(folder / TABLES[2], of_judged) as add_judged,
+    ):
+        for cells, judged in latest_lines(folder / SCORES, inputs, partial(_score, by_key)):
+            add(cells)
+            for each in judged:
+                add_judged(each)
 
 
 def exported(folder: Path) -> bool:
@@ -56,56 +65,72 @@ def exported(folder: Path) -> bool:
     return all(table.is_file() and table.stat().st_mtime_ns >= max(written, default=0) for table in tables)
 
 
-def _explanations(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
-    for explanation, contexts in explanations(folder, inputs):
-        line = asdict(explanation) | {"key": explanation.key, "contexts": json.dumps(asdict(contexts))}
-        yield line | {"program": None if explanation.program is None else json.dumps(explanation.program)}
+def _explanation(line: dict[str, Any]) -> list[Any]:
+    """The cells of an explanation's line, fields that it lacks as `records.Explanation` has them."""
+    program = line.get("program")
+    return [
+        *(line[name] for name in ("feature", "key", "text", "kind", "model")),
+        line.get("author", ""),
+        None if program is None else json.dumps(program),
+        line.get("answer", ""),
+        line.get("tokens", 0),
+        line.get("note", ""),
+        line.get("attempt", 0),
+        json.dumps(line["contexts"]),
+    ]
 
 
-def _scores(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
-    of = explanations_by_key(folder, inputs)
-    for score, contexts, asked in scores(folder, inputs, judged=False):
-        explained = of(score.explanation)
-        found = {"text": explained.text, "kind": explained.kind, "author": explained.author} if explained else {}
-        yield found | {
-            "feature": score.feature,
-            "key": score.key,
-            "explanation": score.explanation,
-            "explainer": explained.model if explained else None,
-            "type": score.score,
-            "model": score.model,
-            "value": score.value.value,
-            "low": score.value.low,
-            "high": score.value.high,
-            "unit": score.unit,
-            "figures": json.dumps({name: None if math.isnan(each) else each for name, each in score.figures.items()}),
-            "unread": score.unread,
-            "note": score.note,
-            "tokens": score.tokens,
-            "contexts": json.dumps(asdict(contexts)),
-            "asked": json.dumps(asdict(asked)),
-        }
+def _score(by_key: Callable[[str], Explanation | None], line: dict[str, Any]) -> tuple[list[Any], list[list[Any]]]:
+    """The cells of a score's line, and those of each of its judged examples."""
+    of = by_key(line["explanation"])
+    cells = [
+        *(line[name] for name in ("feature", "key", "explanation")),
+        *((of.text, of.kind, of.model, of.author) if of else (None,) * 4),
+        line["score"],
+        line["model"],
+        *(math.nan if each is None else each for each in line["value"]),
+        line["unit"],
+        json.dumps(line["figures"]),
+        *(line[name] for name in ("unread", "note", "tokens")),
+        json.dumps(line["contexts"]),
+        json.dumps(line["asked"]),
+    ]
+    judged = [judged_of(each) for each in line["judged"]]
+    return cells, [[cells[0], cells[1], *(getattr(each, name) for name in _JUDGED)] for each in judged]
 
 
-def _judged(folder: Path, inputs: str) -> Iterator[dict[str, Any]]:
-    names = [each.name for each in fields(Judged)]
-    for score, _, _ in scores(folder, inputs):
-        key = score.key
-        for each in score.judged:
-            yield {"feature": score.feature, "score": key} | {name: getattr(each, name) for name in names}
+_JUDGED = [each.name for each in fields(Judged)]
 
 
-def _write(path: Path, types: "dict[str, pa.DataType]", lines: Iterable[dict[str, Any]]) -> None:
+@contextmanager
+def _written(path: Path, types: "dict[str, pa.DataType]") -> Iterator[Callable[[list[Any]], None]]:
+    """Yields a function that adds a line, its cells in the order of `types`, to the Parquet file that is written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema, lines = pa.schema(list(types.items())), iter(lines)
+    schema, waiting = pa.schema(list(types.items())), list[list[Any]]()
+
     with translate_errors(path.parent), replace_file(path) as unfinished, pq.ParquetWriter(unfinished, schema) as file:
-        while part := list(islice(lines, _AT_ONCE)):
-            columns = {name: [_encodable(line.get(name)) for line in part] for name in types}
-            file.write_table(pa.table(columns, schema))
+
+        def write() -> None:
+            columns = zip(types.values(), zip(*waiting, strict=True), strict=True)
+            file.write_table(pa.table([_column(cells, kind) for kind, cells in columns], schema=schema))
+            waiting.clear()
+
+        def add(line: list[Any]) -> None:
+            waiting.append(line)
+            if len(waiting) == _AT_ONCE:
+                write()
+
+        yield add
+        if waiting:
+            write()
 
 
-def _encodable(value: Any) -> Any:
-    """Text without halves of surrogate pairs, which Parquet's UTF-8 does not have."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+def _column(cells: Sequence[Any], kind: "pa.DataType") -> "pa.Array":
+    import pyarrow as pa
+
+    try:
+        return pa.array(cells, kind)
+    except UnicodeEncodeError:  # halves of surrogate pairs, which Parquet's UTF-8 does not have
+        return pa.array([each and each.encode("utf-8", "backslashreplace").decode() for each in cells], kind)

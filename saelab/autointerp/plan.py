@@ -4,10 +4,12 @@ Explanations stay in their file and are read when they are needed, so that memor
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +17,10 @@ from saelab.autointerp.choice import strangers
 from saelab.autointerp.contexts import contexts
 from saelab.autointerp.jobs import Job
 from saelab.autointerp.llm.protocol import Reply
-from saelab.autointerp.records import SHUFFLED, About, Explanation, Score, score_key
+from saelab.autointerp.records import SHUFFLED, About, Explanation, Score, about_of, score_key
 from saelab.autointerp.scoring import SCORERS, Judges, Scorer
-from saelab.autointerp.settings import ContextSettings
-from saelab.autointerp.store import Explained, explanation_at, placed, scores
+from saelab.autointerp.settings import ContextSettings, ScoreSettings
+from saelab.autointerp.store import EXPLANATIONS, SCORES, Explained, asked_of, contexts_of, explanation_at, lines_from
 from saelab.features.database import Database
 
 Source = tuple[str, str]
@@ -95,15 +97,18 @@ class Controls(Mapping[Control, Explained]):
         return self[(feature, *self.latest.sources[self._lines["source"][i]])]
 
 
+_BRIEF = itemgetter("feature", "kind", "model", "text")
+
+
 def stored(folder: Path, inputs: str, about: About = "context") -> tuple[Stored, Stored]:
     """The latest explanation of each feature, and the latest control of each explanation (feature and source)."""
     own, shuffled = array("q"), array("q")
     sources: dict[Source, int] = {}
-    for place, (found, _) in placed(folder, inputs):
-        if found.about == about:
-            source = sources.setdefault((found.model, found.kind.removeprefix(SHUFFLED)), len(sources))
-            text = (hash(found.text) or 1) if found.text else 0
-            (shuffled if found.kind.startswith(SHUFFLED) else own).extend((found.feature, place, source, text))
+    for place, _, (feature, kind, model, text) in lines_from(folder / EXPLANATIONS, inputs, build=_BRIEF):
+        if about_of(kind) == about:
+            source = sources.setdefault((model, kind.removeprefix(SHUFFLED)), len(sources))
+            line = (feature, place, source, (hash(text) or 1) if text else 0)
+            (shuffled if kind.startswith(SHUFFLED) else own).extend(line)
     names = [*sources]
     return Stored(folder, _last(own, len(names), by_source=False), names), Stored(
         folder, _last(shuffled, len(names), by_source=True), names
@@ -140,6 +145,19 @@ def controls(database: Database, latest: Stored, shuffled: Stored, subjects: np.
     return Controls(latest, chosen, places, new)
 
 
+Known = tuple[str, ContextSettings, ScoreSettings]
+"""The key of a score, and its settings."""
+
+
+def known_scores(folder: Path, inputs: str) -> Iterator[Known]:
+    """The scores in `folder` for the feature database `inputs`. Raises SaelabError if a line is damaged."""
+
+    def brief(line: dict[str, Any]) -> Known:
+        return line["key"], contexts_of(line["contexts"]), asked_of(line["asked"])
+
+    return (known for _, _, known in lines_from(folder / SCORES, inputs, build=brief))
+
+
 class Plan:
     """What is to be scored."""
 
@@ -150,17 +168,15 @@ class Plan:
         latest: Mapping[int, Explained],
         controls: Mapping[Control, Explained],
         judges: Judges,
-        folder: Path,
-        feature: int | None = None,
+        known: Iterable[Known],
     ) -> None:
-        """`names` are keys of `SCORERS`; scores in `folder` are not made again: of `feature`, if only it is planned."""
+        """`names` are keys of `SCORERS`; the scores `known` are not made again."""
         self.database, self.latest, self.controls, self.judges = database, latest, controls, judges
         self.scorers = [(SCORERS[name].record or name, SCORERS[name]) for name in dict.fromkeys(names)]
-        known = scores(folder, str(database.arrays.manifest["inputs"]), feature, judged=False)
         keys: dict[ContextSettings, array] = {}
-        for each, of, asked in known:
+        for key, of, asked in known:
             if asked == judges.settings:
-                keys.setdefault(of, array("Q")).append(int(each.key, 16))
+                keys.setdefault(of, array("Q")).append(int(key, 16))
         self.done = {of: np.sort(np.frombuffer(found, np.uint64)) for of, found in keys.items()}
         """Keys of scores by the settings of their windows."""
 

@@ -47,13 +47,18 @@ class Explanation:
 
     @property
     def about(self) -> About:
-        return EFFECT if self.kind.removeprefix(SHUFFLED) == EFFECT else "context"
+        return about_of(self.kind)
 
     @property
     def key(self) -> str:
         """Identifies the explanation among those of a run."""
         again = (str(self.attempt),) * bool(self.attempt)
         return _hash(str(self.feature), self.kind, self.model, self.author, self.text, *again)
+
+
+def about_of(kind: str) -> About:
+    """What explanations of this kind, or controls of them, are about."""
+    return EFFECT if kind.removeprefix(SHUFFLED) == EFFECT else "context"
 
 
 @dataclass(frozen=True)

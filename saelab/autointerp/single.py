@@ -16,12 +16,12 @@ from saelab.autointerp.explainers import NO_WINDOWS, Asked, of_contexts
 from saelab.autointerp.jobs import Job, run_jobs
 from saelab.autointerp.llm.budget import Budget, Estimate, Price, estimate
 from saelab.autointerp.llm.protocol import Client, Reply, Request
-from saelab.autointerp.overview import Overview
+from saelab.autointerp.overview import Overview, records
 from saelab.autointerp.plan import Plan
 from saelab.autointerp.records import MANUAL, SHUFFLED, Explanation
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
 from saelab.autointerp.settings import ContextSettings
-from saelab.autointerp.store import ANSWERS, Explained, explanation_at, explanations, writing
+from saelab.autointerp.store import ANSWERS, Explained, explanation_at, writing
 from saelab.errors import SaelabError, SettingError
 from saelab.features.database import Database
 
@@ -119,15 +119,16 @@ def score(place: Place, explained: Explained, known: Overview, judges: Judges, b
 def _plan(place: Place, explained: Explained, known: Overview, judges: Judges) -> tuple[Plan, Explained | None]:
     """The scores of one explanation, and its control if that is new."""
     own = explained.explanation
+    of_feature, scores = records(place.folder, known, own.feature)
     stored = None
-    for each in explanations(place.folder, place.inputs, own.feature):
+    for each in of_feature:
         if (each.explanation.kind, each.explanation.model) == (SHUFFLED + own.kind, own.model):
             stored = each
     new = None if stored else _control(place, explained, known)
     control = stored or new
     controls = {(own.feature, own.model, own.kind): control} if control else {}
-    planned = {own.feature: explained}
-    return Plan(place.database, DEFAULT, planned, controls, judges, place.folder, own.feature), new
+    made = [(each.score.key, each.contexts, each.asked) for each in scores]
+    return Plan(place.database, DEFAULT, {own.feature: explained}, controls, judges, made), new
 
 
 def _control(place: Place, explained: Explained, known: Overview) -> Explained | None:
@@ -136,7 +137,7 @@ def _control(place: Place, explained: Explained, known: Overview) -> Explained |
     same = [each for each in others if (each.source.kind, each.source.model) == (own.kind, own.model)]
     others = same or others
     density = place.database.table["density"][[own.feature, *(each.feature for each in others)]]
-    found = strangers(density, [own.text, *(each.text for each in others)])[0]
+    found = strangers(density, [hash(own.text), *(hash(each.text) for each in others)])[0]
     if found < 0:
         return None
     other = explanation_at(place.folder, others[found - 1].offset).explanation

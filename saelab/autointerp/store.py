@@ -16,7 +16,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -108,31 +108,28 @@ def scores(folder: Path, inputs: str, feature: int | None = None, *, judged: boo
     return _latest(folder / SCORES, inputs, feature, _scored, judged=judged)
 
 
-def lines_from(path: Path, inputs: str, start: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The first byte, the byte after it and the fields of each line from byte `start` on, without judged examples.
+def latest_lines(path: Path, inputs: str, build: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """What `build` makes of the fields of the last line of each key for the feature database `inputs`, in their order.
 
-    For readers that keep what they read and continue when the file has grown. Of lines with the same key all are
-    yielded, the one that counts last. Raises SaelabError if a line is damaged.
+    For those who need no records, which take longer to make. Raises SaelabError if a line is damaged.
+    """
+    return _latest(path, inputs, None, build)
+
+
+def lines_from(
+    path: Path, inputs: str, start: int = 0, build: Callable[[dict[str, Any]], Any] = dict
+) -> Iterator[tuple[int, int, Any]]:
+    """The first byte of each line from byte `start` on, the byte after it, and what `build` makes of its fields.
+
+    Judged examples are left out. For readers that keep what they read and continue when the file has grown. Of lines
+    with the same key all are yielded, the one that counts last. Raises SaelabError if a line is damaged.
     """
     if not path.is_file():
         return
     own = json.dumps(inputs).encode()
     for _, offset, line, head in _heads(path, start):
         if head[3] == own:
-            yield offset, offset + len(line), _read_at(path, offset, line, dict, judged=False)
-
-
-def placed(folder: Path, inputs: str) -> Iterator[tuple[int, Explained]]:
-    """Every explanation for the feature database `inputs`, and its place for `explanation_at`, in the order of writing.
-
-    Of those with the same key all are yielded, the one that counts last. Raises SaelabError if a line is damaged.
-    """
-    path, own = folder / EXPLANATIONS, json.dumps(inputs).encode()
-    if not path.is_file():
-        return
-    for _, offset, line, head in _heads(path):
-        if head[3] == own:
-            yield offset, _read_at(path, offset, line, _explained)
+            yield offset, offset + len(line), _read_at(path, offset, line, build, judged=False)
 
 
 def explanation_at(folder: Path, offset: int) -> Explained:
@@ -140,28 +137,37 @@ def explanation_at(folder: Path, offset: int) -> Explained:
     return _read_at(folder / EXPLANATIONS, offset, _line_at(folder / EXPLANATIONS, offset), _explained)
 
 
-def explanations_by_key(folder: Path, inputs: str) -> Callable[[str], Explanation | None]:
-    """A function from a key to the explanation, None if there is none; it takes memory for 16 bytes of each.
+@contextmanager
+def explanations_by_key(folder: Path, inputs: str) -> Iterator[Callable[[str], Explanation | None]]:
+    """Yields a function from a key to the explanation, None if there is none; memory for 16 bytes of each.
 
-    Raises SaelabError if a line is damaged.
+    The file is open meanwhile. Raises SaelabError if a line is damaged.
     """
     path, own = folder / EXPLANATIONS, json.dumps(inputs).encode()
+    if not path.is_file():
+        yield lambda _: None
+        return
     found, places = array("Q"), array("Q")
-    for _, offset, _, head in _heads(path) if path.is_file() else ():
+    for _, offset, _, head in _heads(path):
         if head[3] == own:
             found.append(int(head[2], 16))
             places.append(offset)
     keys, last = np.unique(np.array(found, np.uint64)[::-1], return_index=True)
     offsets = np.array(places, np.uint64)[::-1][last]
+    with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)):
+        file = path.open("rb")
+    with file:
 
-    def by_key(key: str) -> Explanation | None:
-        if not key:
-            return None
-        i = int(np.searchsorted(keys, np.uint64(int(key, 16))))
-        there = i < len(keys) and int(keys[i]) == int(key, 16)
-        return explanation_at(folder, int(offsets[i])).explanation if there else None
+        def by_key(key: str) -> Explanation | None:
+            if not key:
+                return None
+            i = int(np.searchsorted(keys, np.uint64(int(key, 16))))
+            if i == len(keys) or int(keys[i]) != int(key, 16):
+                return None
+            file.seek(offset := int(offsets[i]))
+            return _read_at(path, offset, file.readline(), _explained).explanation
 
-    return by_key
+        yield by_key
 
 
 def score_at(folder: Path, offset: int, *, judged: bool = True) -> Scored:
@@ -175,28 +181,55 @@ def _line_at(path: Path, offset: int) -> bytes:
         return file.readline()
 
 
+def _remembered(build: Callable[[dict[str, Any]], T]) -> Callable[[dict[str, Any]], T]:
+    """`build`, except that arguments like those before get the same result: most lines have the same settings."""
+    last: list[tuple[dict[str, Any], T]] = []
+
+    def made(values: dict[str, Any]) -> T:
+        for known, result in last:
+            if known == values:
+                return result
+        result = build(values)
+        last[:] = [(values, result)]
+        return result
+
+    return made
+
+
+def _asked(values: dict[str, Any]) -> ScoreSettings:
+    steering: Any = InterventionSettings(**values.get("steering", {}))
+    return ScoreSettings(**values | {"steering": steering})
+
+
+contexts_of = _remembered(lambda values: ContextSettings(**values))
+"""The settings of windows from the field `contexts` of a line."""
+asked_of = _remembered(_asked)
+"""The settings of a score from the field `asked` of a line."""
+
+
 def _explained(found: dict[str, Any]) -> Explained:
-    return Explained(Explanation(**_fields(Explanation, found)), ContextSettings(**found["contexts"]))
+    return Explained(Explanation(**_fields(_EXPLANATION, found)), contexts_of(found["contexts"]))
 
 
 def _scored(found: dict[str, Any]) -> Scored:
-    values = _fields(Score, found)
+    values = _fields(_SCORE, found)
     values["value"] = Interval(*(_nan(each) for each in found["value"]))
     values["figures"] = {name: _nan(each) for name, each in found["figures"].items()}
-    values["judged"] = tuple(_judged(each) for each in found.get("judged", ()))
-    asked = found["asked"] | {"steering": InterventionSettings(**found["asked"].get("steering", {}))}
-    return Scored(Score(**values), ContextSettings(**found["contexts"]), ScoreSettings(**asked))
+    values["judged"] = tuple(judged_of(each) for each in found.get("judged", ()))
+    return Scored(Score(**values), contexts_of(found["contexts"]), asked_of(found["asked"]))
 
 
-def _fields(kind: type[Any], found: dict[str, Any]) -> dict[str, Any]:
-    return {each.name: found[each.name] for each in fields(kind) if each.name in found}
+def _fields(names: Sequence[str], found: dict[str, Any]) -> dict[str, Any]:
+    return {name: found[name] for name in names if name in found}
 
 
+_EXPLANATION, _SCORE = ([each.name for each in fields(kind)] for kind in (Explanation, Score))
 _JUDGED = [each.name for each in fields(Judged)]
 _MARKED = _JUDGED.index("marked")
 
 
-def _judged(values: list[Any]) -> Judged:
+def judged_of(values: list[Any]) -> Judged:
+    """A judged example from its list in the field `judged` of a line."""
     values[_MARKED] = tuple(values[_MARKED])
     return Judged(*values)
 
@@ -253,10 +286,13 @@ def _latest(
             keys.append(int(head[2], 16))
             offsets.append(offset)
     with translate_read_errors(path, "lines of explanations or scores", _REMEDY, (OSError,)), path.open("rb") as file:
-        last = np.unique(np.array(keys, np.uint64)[::-1], return_index=True)[1]
+        last, at = np.unique(np.array(keys, np.uint64)[::-1], return_index=True)[1], 0
         for offset in np.sort(np.array(offsets, np.uint64)[::-1][last]).tolist():
-            file.seek(offset)
-            yield _read_at(path, offset, file.readline(), build, judged=judged)
+            if offset != at:  # seeking drops what was read ahead
+                file.seek(offset)
+            line = file.readline()
+            at = offset + len(line)
+            yield _read_at(path, offset, line, build, judged=judged)
 
 
 def _cut(path: Path) -> None:

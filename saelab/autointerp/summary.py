@@ -9,14 +9,13 @@ The controls of an explanation's score are `shuffled`, the same feature's score 
 of similar density, and the same scores in other runs, paired by density within a factor of 1.5. A score without an
 explanation is compared with chance, and with other runs. Intervention has controls in each score. An interval that
 includes 0 means that the score does not beat its control. A reseed is another training, not a control to beat: the
-means of the run and its reseeds show how much a training changes them. Needs no torch.
+means of the run and its reseeds show how much a training changes them. `same` says if the judge answers the same
+whatever it is shown. Needs no torch.
 """
 
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,31 +23,18 @@ from saelab.analysis.intervals import Interval, interval
 from saelab.analysis.result import Result
 from saelab.autointerp import lexical
 from saelab.autointerp.choice import pairs
-from saelab.autointerp.records import SHUFFLED, Score
+from saelab.autointerp.constant import Same
+from saelab.autointerp.measured import Column, Group, Measured
+from saelab.autointerp.records import SHUFFLED
 from saelab.autointerp.scoring import CHANCE
-from saelab.autointerp.store import explanations, scores
-from saelab.features.database import Database
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
 
-ABOVE = "above "
-"""What the name of a figure begins with that is the difference to a control in the score itself."""
 MANY = 20_000
 """Features above which intervals are not bootstrapped."""
-
-
-class Group(NamedTuple):
-    """What the scores of a line have in common."""
-
-    score: str
-    judge: str
-    explainer: str
-    """"" for scores without an explanation, as `kind`."""
-    kind: str
-    unit: str
 
 
 @dataclass(frozen=True)
@@ -101,11 +87,18 @@ class Line:
     """Controls that have no such score."""
     seeds: tuple[float, ...] = ()
     """Means of the run and of each of its reseeds; empty without reseeds."""
+    same: Same | None = None
+    """The judge's most frequent answer; None for a score without such questions."""
 
     @property
     def tokens_per_feature(self) -> float:
         """Tokens of a feature; 0 if the judge is no language model."""
         return self.tokens / max(1, self.n + self.without)
+
+    @property
+    def warning(self) -> str:
+        """That the judge answers the same whatever it is shown; "" if it does not."""
+        return str(self.same) if self.same is not None and self.same.constant else ""
 
     @property
     def lexical(self) -> bool:
@@ -138,6 +131,7 @@ class ScoreTable(Result):
             own |= {"without value": line.without, "median": line.median}
             own |= {"mean": line.mean.value, "low": line.mean.low, "high": line.mean.high}
             own |= {"unread": line.unread, "tokens": line.tokens, "tokens per feature": line.tokens_per_feature}
+            own |= {"warning": line.warning}
             own |= {"lowest seed": min(line.seeds, default=np.nan), "highest seed": max(line.seeds, default=np.nan)}
             for each in line.differences:
                 of = {"control": each.control, "pairs": each.pairs, "difference": each.value.value}
@@ -167,92 +161,6 @@ class ScoreTable(Result):
         return go.Figure(points, {"xaxis": {"title": "mean over features, with its 95% interval"}})
 
 
-@dataclass(frozen=True, eq=False)
-class Column:
-    """A score of several features, the latest of each: 16 bytes for a feature, and 8 for each control in the score."""
-
-    features: np.ndarray
-    """``[n]`` int64, rising."""
-    values: np.ndarray
-    """``[n]``; NaN for a feature without a value."""
-    unread: int
-    tokens: int
-    above: Mapping[str, np.ndarray]
-    """What the value has above each control that is in the score itself, ``[n]``."""
-
-    @property
-    def finite(self) -> "Column":
-        """The features with a value."""
-        kept = np.isfinite(self.values)
-        above = {name: each[kept] for name, each in self.above.items()}
-        return replace(self, features=self.features[kept], values=self.values[kept], above=above)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """The scores of a run, by group."""
-
-    name: str
-    scores: Mapping[Group, Column]
-    density: np.ndarray
-    """``[n_features]``"""
-    reseed: bool = False
-    """Whether the run is the same training as the measured one from another seed."""
-
-
-def measured(name: str, folder: Path, database: Database) -> Measured:
-    """The scores in `folder` for this feature database. Raises SaelabError if a line is damaged."""
-    inputs = database.arrays.manifest["inputs"]
-    source_of = _sources(folder, inputs)
-    found: dict[Group, _Rows] = {}
-    for score, _, _ in scores(folder, inputs, judged=False):
-        group = Group(score.score, score.model, *source_of(score.explanation), score.unit)
-        found.setdefault(group, _Rows()).add(score)
-    columns = {group: rows.column() for group, rows in found.items()}
-    return Measured(name, columns, np.asarray(database.table["density"]))
-
-
-def _sources(folder: Path, inputs: str) -> Callable[[str], tuple[str, str]]:
-    """A function from the key of an explanation to its explainer and kind; "" and "" if there is none."""
-    keys, numbers, names = array("Q"), array("q"), dict[tuple[str, str], int]()
-    for each, _ in explanations(folder, inputs):
-        keys.append(int(each.key, 16))
-        numbers.append(names.setdefault((each.model, each.kind), len(names)))
-    order = np.argsort(np.array(keys, np.uint64))
-    known, sources, listed = np.array(keys, np.uint64)[order], np.array(numbers, np.int64)[order], [*names]
-
-    def source_of(key: str) -> tuple[str, str]:
-        i = int(np.searchsorted(known, np.uint64(int(key or "0", 16))))
-        return listed[sources[i]] if key and i < len(known) and int(known[i]) == int(key, 16) else ("", "")
-
-    return source_of
-
-
-class _Rows:
-    """A `Column` that is being read."""
-
-    def __init__(self) -> None:
-        self.features, self.values = array("q"), array("d")
-        self.unread, self.tokens = array("q"), array("q")
-        self.above: dict[str, array[float]] = {}
-
-    def add(self, score: Score) -> None:
-        for name, value in score.figures.items():
-            if name.startswith(ABOVE) and not name.endswith((", low", ", high")):
-                missing = [np.nan] * len(self.features)
-                self.above.setdefault(name.removeprefix(ABOVE), array("d", missing)).append(value)
-        self.features.append(score.feature)
-        self.values.append(score.value.value)
-        self.unread.append(score.unread)
-        self.tokens.append(score.tokens)
-
-    def column(self) -> Column:
-        features, last = np.unique(np.array(self.features)[::-1], return_index=True)
-        values, unread, tokens = (np.array(each)[::-1][last] for each in (self.values, self.unread, self.tokens))
-        above = {name: np.array(each)[::-1][last] for name, each in self.above.items()}
-        return Column(features, values, int(unread.sum()), int(tokens.sum()), above)
-
-
 def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
     """The table of a run's scores."""
     lines = []
@@ -277,6 +185,7 @@ def summarised(run: Measured, controls: Sequence[Measured] = ()) -> ScoreTable:
             differences=tuple(differences),
             missing=tuple(each.name for each in controls if each not in [control for control, _ in there]),
             seeds=(float(found.values.mean()), *means) if means and len(found.values) else (),
+            same=every.same,
         )
         lines.append(line)
     return ScoreTable(tuple(lines))

@@ -21,7 +21,7 @@ from saelab.autointerp.llm.budget import Budget, Estimate, estimate
 from saelab.autointerp.llm.named import client as named
 from saelab.autointerp.llm.protocol import BaseModel, Client, Reply
 from saelab.autointerp.parquet import export, exported
-from saelab.autointerp.plan import Controls, Plan, Stored, stored
+from saelab.autointerp.plan import Controls, Plan, Stored, known_scores, stored
 from saelab.autointerp.plan import controls as controls_of
 from saelab.autointerp.records import EFFECT, About
 from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
@@ -208,7 +208,7 @@ def _part(opened: Opened, scores: Sequence[str], about: About, features: str | N
             which = " of their effect" * (about == EFFECT)
             say(f"{unexplained:,} of {len(subjects):,} features have no explanation{which}, and no score of one")
     made = controls_of(opened.database, latest, shuffled, subjects)
-    plan = Plan(opened.database, scores, latest, made, judges, opened.folder)
+    plan = Plan(opened.database, scores, latest, made, judges, known_scores(opened.folder, opened.inputs))
     missing = np.array([len(plan.missing(int(feature))) for feature in subjects], int)
     return _Part(plan, made, subjects[missing > 0], int(missing.sum()))
 

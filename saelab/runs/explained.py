@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from saelab.autointerp.choice import chosen, matched
+from saelab.autointerp.measured import Measured, measured
 from saelab.autointerp.plan import stored
 from saelab.autointerp.records import About
-from saelab.autointerp.summary import Measured, ScoreTable, measured, summarised
+from saelab.autointerp.summary import ScoreTable, summarised
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
 from saelab.files import expanded

@@ -105,12 +105,32 @@ def test_the_oracle_scores_1_and_its_shuffled_control_less(run: Path) -> None:
     for name in ("detection", "fuzzing"):
         own = line(found, name)
         assert own.mean == (1, 1, 1) and own.n == N - 1 and own.kind == "default" and not own.lexical
+        assert own.same is not None and not own.warning, "right answers differ"
         (shuffled,) = own.differences
         assert shuffled.control == "shuffled" and shuffled.pairs == N - 1 and shuffled.value.low > 0.3
         assert shuffled.verdict == "beats its control"
     for each, _ in explanations(run / "autointerp", INPUTS):
         if each.kind == SHUFFLED + "default":
             assert each.text != f"word{chr(97 + each.feature)}"
+
+
+class Parrot(Oracle):
+    """Explains as the oracle does, and gives the same verdicts whatever it is shown."""
+
+    def ask(self, request: Request) -> Reply:
+        right = super().ask(request)
+        n = len(json.loads(right.text).get("verdicts", ""))
+        return Reply(json.dumps({"verdicts": [i % 2 for i in range(n)]}), None, 1, 1) if n else right
+
+
+def test_a_judge_that_answers_the_same_whatever_it_is_shown_is_named(run: Path) -> None:
+    explained(run)
+    found = line(score(run, ["detection"], llm=Parrot()), "detection")
+    assert found.same is not None and found.same.answer == "0, 1, 0, 1, 0" and found.same.constant
+    assert found.warning == "the judge gives the same answers whatever it is shown: 0, 1, 0, 1, 0 to 100%"
+    result = CliRunner().invoke(app, ["score", str(run), "--scores", "predicate"], terminal_width=200)
+    assert f"detection by oracle: {found.warning}" in result.output
+    assert table(run).to_frame()["warning"].str.len().gt(0).any()
 
 
 def test_surprisal_asks_a_model_for_log_probabilities(run: Path) -> None:

@@ -83,13 +83,14 @@ def test_explanations_by_key_are_those_of_the_file(tmp_path: Path) -> None:
     others = [Explanation(f, f"text {f}", "default", "m") for f in (9, 3, 5)]
     write(tmp_path, EXPLANATION, *others, replace(EXPLANATION, answer="the last one counts"))
     write(tmp_path, Explanation(1, "of another database", "default", "m"), inputs="b")
-    by_key = explanations_by_key(tmp_path, "a")
-    for each, _ in explanations(tmp_path, "a"):
-        assert by_key(each.key) == each
-    assert by_key(EXPLANATION.key).answer == "the last one counts"  # type: ignore[union-attr]
-    assert by_key("") is None and by_key("0" * 16) is None and by_key("f" * 16) is None
-    assert by_key(Explanation(1, "of another database", "default", "m").key) is None
-    assert explanations_by_key(tmp_path / "nothing", "a")("f" * 16) is None
+    with explanations_by_key(tmp_path, "a") as by_key:
+        for each, _ in explanations(tmp_path, "a"):
+            assert by_key(each.key) == each
+        assert by_key(EXPLANATION.key).answer == "the last one counts"  # type: ignore[union-attr]
+        assert by_key("") is None and by_key("0" * 16) is None and by_key("f" * 16) is None
+        assert by_key(Explanation(1, "of another database", "default", "m").key) is None
+    with explanations_by_key(tmp_path / "nothing", "a") as by_key:
+        assert by_key("f" * 16) is None
 
 
 def test_records_without_newer_settings_have_their_defaults(tmp_path: Path) -> None:
