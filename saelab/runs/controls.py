@@ -262,6 +262,7 @@ def _make_untrained(made: _Control, *, l0: float, track: Track) -> None:
     """The autoencoder as training starts from it, with thresholds if inference needs them."""
     job, s = made.job, made.job.settings
     sae, inputs = starting_point(job, track)
+    sae.take_in_affinity()
     densities = Trainer(sae, s.training, s.sae).trained().densities
     if s.sae.allocation.name == "threshold" and sae.log_threshold is None:
         densities = torch.tensor(l0 / sae.n_features, dtype=torch.float64)

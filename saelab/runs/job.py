@@ -30,6 +30,7 @@ Config = str | Path | Mapping[str, Any] | RunSettings
 
 _ADDED = {
     "sae": ("seed", "k_start", "k_steps", "prefixes"),
+    "sae.affinity": ("power",),
     "sae.sparsity": ("p", "slope"),
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }

@@ -49,7 +49,7 @@ _SAME = """
     cache.dtype cache.sites cache.gradients cache.rows_per_forward cache.shard_tokens cache.lanes cache.nonfinite
     sae.n_features sae.k sae.k_start sae.k_steps
     sae.encoder.name sae.encoder.bandwidth sae.encoder.threshold sae.affinity.name sae.affinity.beta
-    sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
+    sae.affinity.power sae.allocation.name sae.allocation.capacity sae.allocation.exponent sae.allocation.shift
     sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
     sae.sparsity.warmup sae.sparsity.p sae.sparsity.slope sae.prefixes

@@ -28,9 +28,11 @@ FORMAT = 1
 def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, each file whole or not at all; `replace_folder` of saelab.files replaces both at once.
 
-    Trained thresholds and gates are written as fixed thresholds. Raises SaelabError if the files cannot be written.
+    Trained thresholds and gates are written as fixed thresholds, and the cosine affinity is taken into the weights.
+    Raises SaelabError if the files cannot be written.
     """
-    sae = fold(sae, 1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
+    if sae.log_threshold is not None or sae.r_mag is not None or sae.power:
+        sae = fold(sae, 1.0)
     tensors = {  # SAELens keeps the encoder as columns, [d_in, n_features]
         "W_enc": sae.W_enc.detach().T,
         "b_enc": sae.b_enc.detach(),

@@ -12,6 +12,7 @@ are for inference only.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from saelab.errors import SaelabError
 from saelab.kernels import spmm
 from saelab.ranks import ALONE, Ranks, shared, total
 from saelab.sae import summary
-from saelab.sae.affinity import alignment
+from saelab.sae.affinity import Affinity, Alignment, alignment, cosine
 from saelab.sae.allocation.gathered import own_rule
 from saelab.sae.allocation.rules import GroupMax, Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
@@ -108,6 +109,8 @@ class SparseAutoencoder(nn.Module):
         """Normalisation of each token, a key of `NORMALISATIONS`; a transcoder's output is not scaled back."""
         self.beta = 0.0
         """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
+        self.power = 0.0
+        """Power of the lengths of encoder rows in the cosine affinity; 0 is plain activation."""
         self.prefixes: tuple[int, ...] = (self.all_features,)
         """Numbers of features, of all processes, of the nested autoencoders of training; the last is that of all."""
         self.groups = False
@@ -178,15 +181,33 @@ class SparseAutoencoder(nn.Module):
     def encode_by(self, x: Tensor, rule: Rule, gradients: Tensor | None = None) -> Codes:
         """`encode` with the entries that `rule` selects."""
         centred = self._centre(x.reshape(-1, self.d_in).to(self.W_enc.dtype))
-        aligned = alignment(None if gradients is None else gradients.reshape(-1, self.d_in), self.beta)
+        affinity = self._affinity(None if gradients is None else gradients.reshape(-1, self.d_in), self.W_enc)
         scratch = Scratch()  # of its own: several threads may encode at once
         # every process that shares the features has all tokens here
         ranks = Ranks(features=self.ranks.features, every=self.ranks.features)
         ((pattern, pre),), _ = select(
-            self.encoder, self.W_dec, centred, [own_rule(rule, self.part)], aligned, scratch=scratch, ranks=ranks
+            self.encoder, self.W_dec, centred, [own_rule(rule, self.part)], affinity, scratch=scratch, ranks=ranks
         )
         assert pre is not None
         return pattern.with_values(self.encoder.values(pre, pattern)).compact()
+
+    def _affinity(self, gradients: Tensor | None, W_enc: Tensor) -> Affinity | None:
+        """What makes scores of pre-activations by `W_enc`; None: these are the scores. Gradients ``[tokens, d_in]``."""
+        return alignment(gradients, self.beta) or cosine(W_enc, self.power)
+
+    @torch.no_grad()
+    def take_in_affinity(self) -> None:
+        """Make the cosine affinity part of the weights: pre-activations become what its scores were.
+
+        Selection and reconstruction stay the same. Rows of W_dec then have lengths other than 1.
+        """
+        affinity = cosine(self.W_enc, self.power)
+        if affinity is not None:
+            factors = affinity.factors[:, None]
+            self.W_enc.mul_(factors)
+            self.b_enc.mul_(affinity.factors)
+            self.W_dec.div_(factors)
+            self.power = 0.0
 
     @property
     def affine(self) -> bool:
@@ -262,9 +283,9 @@ class SparseAutoencoder(nn.Module):
         encoder, ranks = self._encoder(None if tables is None else tables.W_enc), self.ranks
         read = None if tables is None else tables.W_dec
         with torch.no_grad():
-            aligned = alignment(batch.gradients, self.beta)
-            if aligned is not None:
-                aligned = aligned._replace(gradients=aligned.gradients[own])
+            affinity = self._affinity(batch.gradients, self.W_enc if tables is None else tables.W_enc)
+            if isinstance(affinity, Alignment):
+                affinity = replace(affinity, gradients=affinity.gradients[own])
             deviation = squared_deviation(batch.x if batch.target is None else batch.target)
             batch = batch.part(own)
             centred, scratch, W_dec = self._centre(batch.x), self._scratch, self.W_dec
@@ -273,7 +294,7 @@ class SparseAutoencoder(nn.Module):
                 W_dec,
                 centred,
                 rules,
-                aligned,
+                affinity,
                 bf16=bf16,
                 masked=masked,
                 scratch=scratch,

@@ -32,6 +32,7 @@ def bare_autoencoder(
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
+    sae.power = settings.affinity.power if settings.affinity.name == "cosine" else 0.0
     sae.prefixes, sae.groups = settings.prefix_sizes, settings.allocation.name == "group_max"
     ENCODERS[settings.encoder.name](sae, settings.encoder)
     return sae

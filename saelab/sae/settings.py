@@ -44,12 +44,17 @@ class EncoderSettings:
 @dataclass(frozen=True)
 class AffinitySettings:
     name: str = "activation"
-    """Score of an entry: activation, or gradient (the activation weighted by its effect on the LM's loss)."""
+    """Score of an entry: activation, gradient (the activation weighted by its effect on the LM's loss), or cosine (the
+    activation over a power of the length of the feature's encoder row)."""
     beta: float = 1.0
-    """Weight of the gradient's part; 0 is activation."""
+    """gradient: weight of the gradient's part; 0 is activation."""
+    power: float = 1.0
+    """cosine: that power; 1 is cosine, and 0 activation."""
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("activation", "gradient"))
+        _one_of("name", self.name, ("activation", "gradient", "cosine"))
+        if not 0 <= self.power <= 1:
+            raise SettingError(f"power: {self.power} is not between 0 and 1")
         if not 0 <= self.beta < math.inf:
             raise SettingError(f"beta: {self.beta} is not a number from 0 up")
 
@@ -150,7 +155,7 @@ class SaeSettings:
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     """linear, jumprelu, gated, tied or aligned."""
     affinity: AffinitySettings = field(default_factory=AffinitySettings)
-    """activation, or gradient."""
+    """activation, gradient or cosine."""
     allocation: AllocationSettings = field(default_factory=AllocationSettings)
     """token_choice, mutual_choice, feature_choice, group_max or threshold."""
     aux: AuxSettings = field(default_factory=AuxSettings)
@@ -213,6 +218,11 @@ class SaeSettings:
             raise SettingError("sparsity: l0 trains the thresholds of encoder: jumprelu; use l1 with another encoder")
         if self.encoder.name == "tied" and self.freeze != "none":
             raise SettingError(f"freeze: {self.freeze}: encoder: tied has one table for both; use a linear encoder")
+        if self.encoder.name == "tied" and self.affinity.name == "cosine":
+            raise SettingError(
+                "affinity: cosine divides by lengths of encoder rows, and with encoder: tied these are those of the "
+                "decoder; use a linear encoder"
+            )
         if self.aux.lift and self.freeze == "encoder":
             raise SettingError("aux: lift raises the encoder's biases, and freeze: encoder keeps them; leave one out")
         if self.encoder.name == "aligned" and self.freeze == "encoder":
@@ -223,8 +233,8 @@ class SaeSettings:
             return
         if self.sparsity.name == "none":
             raise SettingError("sparsity: allocation: threshold has no budget; it needs sparsity: l1, lp, tanh or l0")
-        if self.beta:
-            raise SettingError("affinity: gradient goes with a budget, not with allocation: threshold")
+        if self.beta or self.affinity.name == "cosine":
+            raise SettingError(f"affinity: {self.affinity.name} goes with a budget, not with allocation: threshold")
         if self.k_start is not None:
             raise SettingError("k_start: goes with a budget, not with allocation: threshold")
         if self.multi_topk:

@@ -183,11 +183,12 @@ class Trainer:
     def release(self) -> None:
         """Make the autoencoder an ordinary module again: gradients are None, and backward passes return them.
 
-        With `training.ema` its weights are the averaged ones from then on.
+        With `training.ema` its weights are the averaged ones from then on, and they contain the cosine affinity.
         """
         self.optimiser.release()
         if self.average is not None:
             self.average.apply()
+        self.sae.take_in_affinity()
 
     def state_dict(self) -> dict[str, Any]:
         """State from which a new trainer with the same settings continues exactly here; tensors are not copied.

@@ -21,7 +21,7 @@ from saelab.sae.settings import (
         (SaeSettings, {"n_features": 0}, "n_features: 0"),
         (SaeSettings, {"selection": "int8"}, "selection: 'int8' is not float32 or bfloat16"),
         (AffinitySettings, {"beta": -1.0}, "beta: -1"),
-        (AffinitySettings, {"name": "grad"}, "name: 'grad' is not activation or gradient"),
+        (AffinitySettings, {"name": "grad"}, "name: 'grad' is not activation, gradient or cosine"),
         (
             AllocationSettings,
             {"name": "batch"},

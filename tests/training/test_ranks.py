@@ -164,7 +164,7 @@ def test_every_layout_trains_what_one_process_trains(method: str) -> None:
 @pytest.mark.parametrize("method", ["token choice", "mutual choice", "feature choice", "group max", "relu", "jumprelu"])
 def test_every_layout_begins_with_the_weights_of_one_process(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(FEATURES, D, generator=torch.Generator().manual_seed(5))  # threads share torch's random numbers
-    monkeypatch.setattr(SparseAutoencoder, "_draw", lambda sae, table: table.copy_(rows[sae.part]))
+    monkeypatch.setattr("saelab.sae.initial._draw", lambda sae, table: table.copy_(rows[sae.part]))
     sample = torch.cat([batch.x for batch in batches()]).float()
 
     def begun(ranks: Ranks) -> dict[str, Tensor]:

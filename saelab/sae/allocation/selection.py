@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from saelab.codes import Codes
-from saelab.kernels import sddmm
 from saelab.ranks import ALONE, Axis, Ranks
-from saelab.sae.affinity import Alignment, score
+from saelab.sae.affinity import Affinity
 from saelab.sae.allocation.candidates import Entries
 from saelab.sae.allocation.gathered import compared_along, keep, proposing_rule, strongest
 from saelab.sae.allocation.rules import Rule
@@ -50,7 +49,7 @@ def select(
     W_dec: Tensor,
     centred: Tensor,
     rules: Sequence[Rule],
-    alignment: Alignment | None = None,
+    affinity: Affinity | None = None,
     *,
     bf16: bool = False,
     masked: Request | None = None,
@@ -60,16 +59,17 @@ def select(
 ) -> tuple[list[Selection], Selection | None]:
     """The selection by each of `rules`, and that of a request with a mask.
 
-    centred = x - b_dec ``[tokens, d_in]``, at least float32. `alignment` adds the gradient to the scores, which needs
-    W_dec ``[n_features, d_in]``. All share one pass over the tiles: the rule with the most slots finds the candidates,
-    and the others choose among them.
+    centred = x - b_dec ``[tokens, d_in]``, at least float32. Without an `affinity` the scores are the pre-activations;
+    that of the gradient needs W_dec ``[n_features, d_in]``. All share one pass over the tiles: the rule with the most
+    slots finds the candidates, and the others choose among them.
 
     If several processes share the work, everything is of this process's tokens and features, but the choice is the one
     among all of them; `batch` is the number of tokens of all.
     """
     tokens, n_features = len(centred), len(W_dec)
     batch = tokens if batch is None else batch
-    margin = BF16_MARGIN if bf16 else EXACT_MARGIN if alignment else 0.0
+    margin = BF16_MARGIN if bf16 else EXACT_MARGIN if affinity is not None else 0.0
+    margin *= 1.0 if affinity is None else affinity.roundings
     widest = proposing_rule(max(rules, key=lambda rule: rule.slots(tokens) or 0), batch, tokens)
     bounds = widest.bounds(tokens, n_features, margin, centred.device)
     masked_best = None
@@ -82,8 +82,8 @@ def select(
         if masked_best is not None:
             with record_function("selection"):
                 masked_best.see(scores, tile)
-        if alignment is not None:
-            scores = _aligned_scores(W_dec, alignment, scores, tile, scratch)
+        if affinity is not None:
+            scores = affinity.tile(scores, tile, W_dec, scratch)
         with record_function("selection"):
             found.append(bounds.candidates(scores, tile.tokens.start, tile.features.start))
         ordered = ordered and tile.features == slice(0, n_features)
@@ -94,11 +94,11 @@ def select(
         if not ordered:
             entries = in_order(entries, n_features)
         pre = entries.scores
-        if bf16 or alignment is not None:
+        if bf16 or affinity is not None:
             pattern = _pattern(entries, tokens, n_features)
             exact = pre = encoder.pre(pattern, centred, None)
-            if alignment is not None:
-                exact = score(pre, sddmm(pattern, alignment.gradients, W_dec), alignment.beta)
+            if affinity is not None:
+                exact = affinity.entries(pre, pattern, W_dec)
             entries = entries._replace(scores=exact)
         selections = []
         for rule in rules:
@@ -147,18 +147,6 @@ def _gathered(entries: Entries, keep: Tensor, index: Tensor, tokens: int, n_feat
 def _pattern(entries: Entries, tokens: int, n_features: int) -> Codes:
     offsets = torch.searchsorted(entries.tokens, torch.arange(tokens + 1, device=entries.tokens.device))
     return Codes(entries.scores, entries.features, offsets, n_features)
-
-
-def _aligned_scores(W_dec: Tensor, alignment: Alignment, pre: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
-    """The scores of a tile by the gradient affinity, in the tile's precision."""
-    with record_function("encoder matmul"):
-        W = W_dec[tile.features]
-        if pre.dtype == torch.bfloat16:
-            W = scratch.bf16("W_dec", W)
-        g = alignment.gradients[tile.tokens].to(pre.dtype)
-        aligned = torch.mm(g, W.T, out=scratch.get("aligned", tuple(pre.shape), pre.dtype, pre.device))
-    with record_function("selection"):
-        return score(pre, aligned, alignment.beta, out=aligned)
 
 
 class _Strongest:
