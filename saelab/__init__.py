@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saelab.activations.cache.reader import open_cache
+    from saelab.activations.sites import Sites
     from saelab.activations.source import FromCache, FromModel
     from saelab.activations.stream import read_activations
     from saelab.analysis.attention.direct import direct_attribution
@@ -90,6 +91,7 @@ _HOME = {
     "RunSettings": "saelab.runs.config",
     "SaeSettings": "saelab.sae.settings",
     "SaelabError": "saelab.errors",
+    "Sites": "saelab.activations.sites",
     "SparseAutoencoder": "saelab.sae.model",
     "SparsitySettings": "saelab.sae.settings",
     "Trainer": "saelab.training.trainer",
@@ -167,6 +169,7 @@ __all__ = [
     "RunSettings",
     "SaeSettings",
     "SaelabError",
+    "Sites",
     "SparseAutoencoder",
     "SparsitySettings",
     "Trainer",

@@ -16,6 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from saelab.activations.sites import Sites, as_sites
 from saelab.activations.stream import check_finite
 from saelab.codes import Codes
 from saelab.lm.model import LanguageModel
@@ -52,6 +53,13 @@ class Block:
     """Activations at the site, ``[tokens, d_in]`` float32."""
     codes: Codes
     """``[tokens, n_features]``"""
+    target: Tensor | None = None
+    """Activations at the target site of a transcoder, ``[tokens, d_out]`` float32; None: x itself."""
+
+    @property
+    def output(self) -> Tensor:
+        """What the reconstruction stands for, ``[tokens, d_out]``."""
+        return self.x if self.target is None else self.target
 
     def row_of_token(self) -> Tensor:
         """Number of the row of each ordinary token, ``[tokens]`` int64 on the CPU."""
@@ -73,7 +81,7 @@ def encoded(
     sae: Autoencoder,
     lm: LanguageModel,
     rows: Tensor,
-    site: str,
+    site: str | Sites,
     rows_per_forward: int,
     *,
     gradients: bool = False,
@@ -88,14 +96,14 @@ def encoded(
     _check_weights(sae)
     starts = iter(range(0, len(rows), rows_per_forward))
     for start in track(starts, "encoding", rows.numel(), lambda start: rows[start : start + rows_per_forward].numel()):
-        yield from _blocks([(sae, site)], lm, rows, slice(start, start + rows_per_forward), gradients)
+        yield from _blocks([(sae, as_sites(site))], lm, rows, slice(start, start + rows_per_forward), gradients)
 
 
 def read_together(
     sae: Autoencoder,
     lm: LanguageModel,
     rows: Tensor,
-    site: str,
+    site: str | Sites,
     readers: Sequence[Reader],
     *,
     track: Track = silent,
@@ -112,12 +120,13 @@ def read_together(
 def read_all(
     lm: LanguageModel,
     rows: Tensor,
-    readings: Sequence[tuple[Autoencoder, str, Sequence[Reader]]],
+    readings: Sequence[tuple[Autoencoder, str | Sites, Sequence[Reader]]],
     *,
     track: Track = silent,
 ) -> None:
     """`read_together` of several autoencoders, each with its site and readers, in the same passes of the model."""
     takers: dict[tuple[int, int], dict[int, list[Callable[[Block], None]]]] = {}
+    pairs = [(sae, as_sites(site)) for sae, site, _ in readings]
     for number, (sae, _, readers) in enumerate(readings):
         _check_weights(sae)
         for reader in readers:
@@ -130,7 +139,7 @@ def read_all(
     total = sum(rows[start:stop].numel() for start, stop in spans)
     for start, stop in track(iter(spans), "encoding", total, lambda span: rows[slice(*span)].numel()):
         here = takers[start, stop]
-        blocks = _blocks([readings[number][:2] for number in here], lm, rows, slice(start, stop))
+        blocks = _blocks([pairs[number] for number in here], lm, rows, slice(start, stop))
         for block, adds in zip(blocks, here.values(), strict=False):  # no block at all without an ordinary token
             for add in adds:
                 add(block)
@@ -139,9 +148,9 @@ def read_all(
 
 @torch.no_grad()
 def _blocks(
-    pairs: Sequence[tuple[Autoencoder, str]], lm: LanguageModel, rows: Tensor, part: slice, gradients: bool = False
+    pairs: Sequence[tuple[Autoencoder, Sites]], lm: LanguageModel, rows: Tensor, part: slice, gradients: bool = False
 ) -> Iterator[Block]:
-    """The block of each pair of autoencoder and site, from one pass; none at all without an ordinary token."""
+    """The block of each pair of autoencoder and sites, from one pass; none at all without an ordinary token."""
     ids = rows[part].to(lm.device).long()
     keep = lm.ordinary(ids)
     if not keep.any():
@@ -149,7 +158,7 @@ def _blocks(
     row, position = keep.nonzero(as_tuple=True)
     row += part.start
     slopes: dict[str, Tensor] = {}
-    sites = list(dict.fromkeys(site for _, site in pairs))
+    sites = list(dict.fromkeys(site for _, sites in pairs for site in sites.all))
     if gradients:
         values, found = lm.activations_and_gradients(ids, sites)
         slopes = {site: found[site][keep] for site in sites}
@@ -161,9 +170,9 @@ def _blocks(
     for site in sites:
         check_finite(f"{site}: {lm.name}", "activations", inputs[site], row, position)
     for sae, site in pairs:
-        x = inputs[site]
-        codes = cast(GradientAware, sae).encode(x, gradients=slopes[site]) if gradients else sae.encode(x)
-        yield Block(ids, part.start, row * rows.shape[1] + position, x, codes)
+        x, target = inputs[site.input], None if site.target is None else inputs[site.target]
+        codes = cast(GradientAware, sae).encode(x, gradients=slopes[site.input]) if gradients else sae.encode(x)
+        yield Block(ids, part.start, row * rows.shape[1] + position, x, codes, target)
 
 
 def _check_weights(sae: Autoencoder) -> None:

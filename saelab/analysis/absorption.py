@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelab.analysis.affine import check_affine
+from saelab.analysis.affine import check_affine, check_reconstructs
 from saelab.analysis.intervals import Interval, interval
 from saelab.analysis.result import Result
 from saelab.codes import Codes
@@ -120,11 +120,12 @@ def absorption(sae: SparseAutoencoder, x: Tensor, labels: Tensor, train: Tensor)
     x ``[words, d_in]`` are activations where the class of a word is known to the model, unscaled as `sae` takes them;
     `labels` ``[words]`` int64, -1 for words of no class; `train` ``[words]`` bool, the words that probes and main
     features are fitted to, the others are scored. Raises SaelabError if shapes disagree, if no class has enough
-    words, and for an autoencoder that is not `affine`.
+    words, for a transcoder, and for an autoencoder that is not `affine`.
     """
     if not len(x) == len(labels) == len(train):
         raise SaelabError(f"absorption: {len(x)} activations, {len(labels)} labels and {len(train)} of `train`")
     check_affine(sae, "absorption")
+    check_reconstructs(sae, "absorption")
     x, labels, train = x.detach(), labels.to(x.device), train.to(x.device)
     codes, concepts, left_out, columns = sae.encode(x), [], 0, []
     classes = [int(label) for label in labels.unique() if label >= 0]

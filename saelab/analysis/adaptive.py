@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.analysis.affine import check_reconstructs
 from saelab.analysis.intervals import Interval, add_by_row, between, draws, interval, ratio
 from saelab.analysis.result import Result
 from saelab.codes import Codes
@@ -126,6 +127,7 @@ class PerToken:
     """
 
     def __init__(self, sae: SparseAutoencoder, rows: int) -> None:
+        check_reconstructs(sae, "adaptive")
         self._sae, self.rows = sae, rows
         self._row: list[Tensor] = []
         self._l0: list[Tensor] = []
@@ -202,9 +204,10 @@ def deal(sae: SparseAutoencoder, blocks: Iterable[Block], rows: int, l0: np.ndar
     """FVU in each of `SELECTIONS`, on the `blocks` of `rows` rows (`saelab.encoded.encoded`).
 
     `l0` ``[tokens]`` are the own numbers of features of the tokens in order, as `PerToken` finds them. Takes a product
-    with the encoder more than the pass, and memory for the pre-activations of a block. Raises SaelabError if there is
-    no ordinary token.
+    with the encoder more than the pass, and memory for the pre-activations of a block. Raises SaelabError for a
+    transcoder, and if there is no ordinary token.
     """
+    check_reconstructs(sae, "adaptive")
     numbers = np.random.default_rng(seed)
     least, more = divmod(int(l0.sum()), max(1, len(l0)))
     even = np.full(len(l0), least)

@@ -1,4 +1,4 @@
-"""The check of analyses that take a reconstruction apart into rows of the decoder."""
+"""Checks of analyses: of those that take a reconstruction apart into decoder rows, or compare it with the input."""
 
 from saelab.errors import SaelabError
 from saelab.sae.model import SparseAutoencoder
@@ -11,4 +11,14 @@ def check_affine(sae: SparseAutoencoder, what: str) -> None:
         raise SaelabError(
             f"{what}: the reconstruction of this autoencoder is not a sum of its features' rows: it {because}; use an "
             "autoencoder without that"
+        )
+
+
+def check_reconstructs(sae: SparseAutoencoder, what: str) -> None:
+    """Raises SaelabError, which begins with `what`, for a transcoder, which reconstructs something else than its
+    input."""
+    if sae.transcodes:
+        raise SaelabError(
+            f"{what}: compares an input with its reconstruction, and a transcoder reconstructs another "
+            "site; use an autoencoder of one site"
         )

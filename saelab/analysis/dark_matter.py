@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.analysis.affine import check_reconstructs
 from saelab.analysis.dark_experiments import Cost, OnPart, Pursuit, cost_in_ce, pursued, trained_on_part
 from saelab.analysis.dark_relations import Missing, Prediction, from_other_sites, of_missing_features
 from saelab.analysis.decomposition import decompose
@@ -107,9 +108,10 @@ def dark_matter(
     """The parts of the error of `sae` on held-out `rows` ``[rows, context]``, and what the settings ask for with them.
 
     `sources` are autoencoders at other sites, by name, each with its site; `wider` reads the same site. Settings that
-    name run folders are not read here. Raises SaelabError if there are too few rows, and
+    name run folders are not read here. Raises SaelabError for a transcoder, if there are too few rows, and
     as `saelab.encoded.encoded` does.
     """
+    check_reconstructs(sae, "dark_matter")
     split, context, per_forward = split_rows(len(rows)), rows.shape[1], settings.rows_per_forward
 
     def blocks(numbers: np.ndarray) -> Iterator[Block]:

@@ -179,9 +179,10 @@ def dead(
 
     Of the settings, `share`, `dense` and `duplicate` are used. `silent_for` are the training tokens since each feature
     was last active, if known. Memory: ``RESAMPLES * n_features`` numbers of 4 bytes, and 64 MB of pre-activations.
-    Raises SaelabError if there is no ordinary token, or if the autoencoder is not affine.
+    Raises SaelabError if there is no ordinary token, or if the autoencoder normalises each token.
     """
-    check_affine(sae, "dead")
+    if sae.normalisation is not None:
+        check_affine(sae, "dead")
     sums = _Sums(sae, rows, seed)
     for block in blocks:
         sums.add(block)

@@ -2,6 +2,7 @@
 
 Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
 
+x              the activation that the reconstruction xhat stands for; of a transcoder, that at the target site
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
@@ -10,7 +11,8 @@ sinks          evaluated tokens whose norm is above 10 times the median norm of 
 without sinks  FVU and cosine over the other tokens, deviations being from the mean of these; CE with the reconstruction
                spliced in at the other tokens only, the sinks being left clean as BOS is
 CE             mean loss in nats of the next token, if the token and the next one are both ordinary; clean, with the
-               reconstruction spliced in at the site, with zeros, and with the mean activation
+               reconstruction spliced in at the site of x, with zeros, and with the mean activation. A transcoder
+               predicts from the clean input
 loss recovered (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and for mean ablation
 delta CE       CE_spliced - CE_clean
 KL             mean KL(clean || spliced) of the next-token distributions, over the same positions as CE
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelab.activations.sinks import Moments, SinkSums, concentration
+from saelab.activations.sites import Sites, as_sites
 from saelab.activations.stream import check_finite
 from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.result import shown
@@ -65,6 +68,7 @@ class Fidelity:
     """The figures defined at the head of this file."""
 
     site: str
+    """Where activations are read; of a transcoder also, after ->, where the target is."""
     mode: str
     """`INFERENCE` or `ORACLE`."""
     tokens: int
@@ -171,7 +175,7 @@ def fidelity(
     sae: Autoencoder,
     lm: LanguageModel,
     rows: Tensor,
-    site: str | None = None,
+    site: str | Sites | None = None,
     *,
     ce_tokens: int = EvalSettings.ce_tokens,
     rows_per_forward: int = EvalSettings.rows_per_forward,
@@ -180,13 +184,16 @@ def fidelity(
 ) -> Fidelity:
     """Evaluate `sae` on `rows` ``[rows, context]`` of token ids.
 
-    `site` defaults to the one the autoencoder was trained at. CE and KL are measured on the first rows that hold
-    `ce_tokens` tokens. `oracle` selects by the gradient affinity, as the head of this file says. Raises SaelabError if
-    no site is known, if widths or devices differ, if there is no ordinary token, or if `encode` takes no gradients.
+    `site` defaults to the one the autoencoder was trained at; a transcoder has `Sites`. CE and KL are measured on the
+    first rows that hold `ce_tokens` tokens. `oracle` selects by the gradient affinity, as the head of this file says.
+    Raises SaelabError if no site is known, if widths or devices differ, if there is no ordinary token, or if `encode`
+    takes no gradients.
     """
-    site = site or getattr(sae, "metadata", {}).get("hook_name")
-    if site is None:
+    metadata = getattr(sae, "metadata", {})
+    if site is None and (site := metadata.get("hook_name")) is None:
         raise SaelabError("fidelity: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
+    if isinstance(site, str):
+        site = Sites(site, metadata.get("hook_name_out") if getattr(sae, "transcodes", False) else None)
     evaluation = Evaluation(sae, lm, site, ce_tokens=ce_tokens, oracle=oracle)
     for block in encoded(sae, lm, rows, site, rows_per_forward, gradients=oracle, track=track):
         evaluation.add(block)
@@ -202,17 +209,23 @@ class Evaluation:
     Raises SaelabError if the widths or devices differ, or if `oracle` is asked of an `encode` that takes no gradients.
     """
 
-    def __init__(self, sae: Autoencoder, lm: LanguageModel, site: str, *, ce_tokens: int, oracle: bool = False) -> None:
-        width, d_in = lm.width(site), getattr(sae, "d_in", None)
-        if d_in is not None and d_in != width:
-            raise SaelabError(f"fidelity: {site} of {lm.name} has width {width}, the autoencoder has d_in {d_in}")
+    def __init__(
+        self, sae: Autoencoder, lm: LanguageModel, site: str | Sites, *, ce_tokens: int, oracle: bool = False
+    ) -> None:
+        sites = as_sites(site)
+        if sites.target is None and getattr(sae, "transcodes", False):
+            raise SaelabError("fidelity: a transcoder needs a target: pass site=saelab.Sites(INPUT, TARGET)")
+        for name, place in (("d_in", sites.input), ("d_out", sites.output)):
+            width, own = lm.width(place), getattr(sae, name, None)
+            if own is not None and own != width:
+                raise SaelabError(f"fidelity: {place} of {lm.name} has width {width}, the autoencoder has {name} {own}")
         if isinstance(sae, torch.nn.Module) and (device := next(sae.parameters()).device) != lm.device:
             raise SaelabError(
                 f"fidelity: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)"
             )
         if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
             raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so it has no oracle mode")
-        self._sae, self._lm, self._site, self._oracle = sae, lm, site, oracle
+        self._sae, self._lm, self._sites, self._oracle = sae, lm, sites, oracle
         self._ce_tokens = ce_tokens
         self._ce_blocks: list[tuple[int, Tensor, Tensor]] = []
         self._tokens = self._active = 0
@@ -222,13 +235,13 @@ class Evaluation:
     @torch.no_grad()
     def add(self, block: Block) -> None:
         """Add the next block of the pass. Raises SaelabError if a reconstruction is NaN or infinite."""
-        x, reconstruction = block.x, self._sae.decode(block.codes, block.x)
+        x, reconstruction = block.output, self._sae.decode(block.codes, block.x)
         if self._tokens < self._ce_tokens:
             self._ce_blocks.append((block.first_row, block.rows, reconstruction))
         reconstruction = reconstruction.float()
         context = block.rows.shape[1]
         rows, positions = block.positions // context, block.positions % context
-        check_finite(f"{self._site}: the autoencoder", "reconstructions", reconstruction, rows, positions, _WEIGHTS)
+        check_finite(f"{self._sites}: the autoencoder", "reconstructions", reconstruction, rows, positions, _WEIGHTS)
         errors = (x.double() - reconstruction.double()).square().sum(1)
         cosines = F.cosine_similarity(x, reconstruction, dim=1).double()
         self._sums.add(x, torch.stack((errors, cosines), 1))
@@ -249,7 +262,7 @@ class Evaluation:
         whole, spread = others.merged(sinks), concentration(self._sums)
         W_dec = getattr(self._sae, "W_dec", None)
         return Fidelity(
-            site=self._site,
+            site=str(self._sites),
             mode=ORACLE if self._oracle else INFERENCE,
             tokens=n,
             fvu=_fvu(whole),
@@ -269,7 +282,7 @@ class Evaluation:
 
 
 def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fidelity]:
-    """The figures of evaluations that were added the same rows at the same site, which share runs of the model.
+    """The figures of evaluations that were added the same rows at the same sites, which share runs of the model.
 
     Raises SaelabError as `Evaluation.result` does.
     """
@@ -282,7 +295,7 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
         (first_row, rows, [each._ce_blocks[i][2] for each in evaluations])
         for i, (first_row, rows, _) in enumerate(first._ce_blocks)
     ]
-    losses = spliced_losses(first._lm, first._site, blocks, others.merged(sinks).mean, sink_norm, track)
+    losses = spliced_losses(first._lm, first._sites.output, blocks, others.merged(sinks).mean, sink_norm, track)
     return [each._figures(own) for each, own in zip(evaluations, losses, strict=True)]
 
 

@@ -15,7 +15,7 @@ pairs of several runs). Intervals of cka and meta are over rows of text and over
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -161,13 +161,18 @@ def similarities(
     decoder = sae.W_dec.detach().float().cpu().numpy()
     found, counterparts = [], np.zeros(sae.n_features, np.int64)
     for other, paired in zip(others, codes, strict=True):
-        comparable = other.site == site and (other.sae.transcodes, other.sae.d_out) == (sae.transcodes, sae.d_out)
+        comparable = other.site == site and _written(other.sae) == _written(sae)
         decoders = compare_decoders(decoder, other.sae.W_dec.detach().float().cpu().numpy()) if comparable else None
         if decoders is not None:
             pairs = decoders.one_to_one
             counterparts[pairs.pairs[pairs.cosine >= THRESHOLDS[0], 0]] += 1
         found.append(Compared(_weights(other, settings), decoders, paired.cka()))
     return Similarities(_weights(Other(name, sae, site), settings), tuple(found), counterparts)
+
+
+def _written(sae: SparseAutoencoder) -> tuple[Any, ...]:
+    """The space that decoder rows lie in, for autoencoders that read the same site."""
+    return sae.transcodes, sae.d_out, sae.metadata.get("hook_name_out")
 
 
 def _weights(of: Other, settings: SimilaritySettings) -> Weights:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.activations.sites import Sites, as_sites
 from saelab.encoded import Block
 from saelab.errors import SaelabError
 from saelab.features import coactivation
@@ -39,7 +40,7 @@ class Index:
     lm: LanguageModel
     rows: Tensor
     """Token ids ``[rows, context]``, on the CPU."""
-    site: str
+    sites: Sites
     folder: Path
     inputs: str
     shards: ShardWriter
@@ -79,7 +80,7 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = direct_lens(self.lm, self.site)
+        lens = direct_lens(self.lm, self.sites.output)
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,
@@ -88,7 +89,8 @@ class Index:
             **writer.sizes,
             "n_tokens": totals.tokens,
             "never_active": int((totals.counts == 0).sum()),
-            "site": self.site,
+            "site": self.sites.input,
+            **({} if self.sites.target is None else {"target": self.sites.target}),
             "model": self.lm.name,
             "d_in": self.sae.d_in,
             "k": self.sae.k,
@@ -110,7 +112,7 @@ def open_index(
     sae: SparseAutoencoder,
     lm: LanguageModel,
     rows: Tensor,
-    site: str,
+    site: str | Sites,
     folder: Path,
     settings: FeatureSettings,
     inputs: str,
@@ -139,7 +141,7 @@ def open_index(
     }
     with translate_errors(folder):
         recover_folder(folder)  # a killed writer may have been about to replace the database
-    return Index(sae, lm, rows, site, folder, inputs, ShardWriter(folder / UNFINISHED, identity))
+    return Index(sae, lm, rows, as_sites(site), folder, inputs, ShardWriter(folder / UNFINISHED, identity))
 
 
 def _tokens_hash(rows: Tensor) -> str:

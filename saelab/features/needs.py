@@ -15,7 +15,7 @@ from saelab.features.shards import SHARD_ENTRIES, SHARD_PLACES
 from saelab.features.weights import weight_bytes
 from saelab.memory import Need, Place, no_numbers, size
 from saelab.sae.needs import encoding_bytes
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import Widths, bare_autoencoder
 from saelab.sae.settings import SaeSettings
 
 _FILLED_BYTES = 12
@@ -37,7 +37,7 @@ _TOKEN_BYTES = 16
 def index_needs(
     settings: FeatureSettings,
     sae: SaeSettings,
-    d_in: int,
+    widths: Widths,
     vocabulary: int,
     context: int,
     where: Place,
@@ -57,15 +57,15 @@ def index_needs(
     pair_files = math.ceil(pairs / PAIRS)
     bucket = min(BUCKET, entries + n_features * FEATURE_ENTRIES)
     with no_numbers():
-        weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, d_in).parameters())
-    encoding = encoding_bytes(sae, d_in, forward, where)
+        weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, *widths).parameters())
+    encoding = encoding_bytes(sae, widths.d_in, forward, where)
     sorting = shard * _SORTED_BYTES
     merging = bucket * _BUCKET_ENTRY_BYTES + min(pairs, PAIRS + BUCKET) * _PAIR_BYTES + vocabulary * _WORD_BYTES
     filled = shard * _FILLED_BYTES
     sizes = {"rows": rows, "context": context, "n_features": n_features, "entries": entries, "pairs": pairs}
     files = _file_bytes(sizes | {"vocabulary": vocabulary, "vocabulary_bytes": _TOKEN_BYTES * vocabulary})
     return [
-        Need("autoencoder", weights, where, f"{n_features:,} features of {d_in:,} dimensions x 4 bytes"),
+        Need("autoencoder", weights, where, f"{n_features:,} features of {widths.d_in:,} dimensions x 4 bytes"),
         Need("encoding", encoding, where, f"{forward:,} tokens at once", ("encoding",)),
         Need("text to index", 8 * places, "memory", f"{places:,} places x 8 bytes, read and joined"),
         Need("totals", n_features * _TOTALS_BYTES, "memory", f"{n_features:,} features x {_TOTALS_BYTES} bytes"),
@@ -75,7 +75,7 @@ def index_needs(
             "merging", merging, "memory", f"{bucket:,} entries x {_BUCKET_ENTRY_BYTES} bytes, and pairs", ("merging",)
         ),
         Need("co-activation", coactivation_bytes(n_features), "memory", "of all features", ("co-activation",)),
-        Need("weights", weight_bytes(n_features, d_in, vocabulary), where, "their columns", ("weights",)),
+        Need("weights", weight_bytes(n_features, widths.largest, vocabulary), where, "their columns", ("weights",)),
         Need(
             "facts",
             files["tokens"] + files["by_feature"] + files["by_token"],

@@ -78,7 +78,7 @@ class Subject:
 
     def blocks(self, rows: Tensor, rows_per_forward: int) -> Iterator[Block]:
         """Activations and codes of `rows` at the run's site, as `saelab.encoded.encoded` yields them."""
-        return encoded(self.sae, self.lm, rows, self.site, rows_per_forward, track=self.track)
+        return encoded(self.sae, self.lm, rows, self.job.settings.sites, rows_per_forward, track=self.track)
 
     def other(self, run: str, setting: str) -> tuple[SparseAutoencoder, str]:
         """The autoencoder of another run on the same model, and its site. Raises SaelabError, which names `setting`."""

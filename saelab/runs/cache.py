@@ -99,7 +99,7 @@ def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
         {"model": local.name if local.is_dir() else job.lm.name}
         | provenance(job.lm, job.corpus, special_tokens=settings.activations.special_tokens)
         | {
-            "sites": {site: job.lm.width(site) for site in write.sites or (settings.site,)},
+            "sites": {site: job.lm.width(site) for site in write.sites or settings.sites.all},
             "dtype": write.dtype,
             "gradients": settings.writes_gradients,
             "seed": settings.seed,

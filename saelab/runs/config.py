@@ -18,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from saelab.activations.settings import ActivationSettings, CacheSettings
+from saelab.activations.sites import Sites
 from saelab.analysis.settings import AnalysisSettings, EvalSettings
 from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
@@ -35,6 +36,8 @@ class RunSettings:
     """The run folder."""
     site: str
     """The hook point where activations are read, by TransformerLens' name."""
+    target: str | None = None
+    """A transcoder: the hook point that is reconstructed from the activations at `site`. null: `site` itself."""
     seed: int = 0
     """Seed of the order of the text, of the shuffling and of the initial weights."""
     device: str = "auto"
@@ -57,7 +60,18 @@ class RunSettings:
             raise SettingError(f"context: {self.context} leaves no room for a token after BOS; it must be at least 2")
         if not self.out:
             raise SettingError("out: is empty; name the run folder")
+        if self.target == self.site:
+            raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
+        try:
+            self.sae.check_sites(transcodes=self.target is not None)
+        except SettingError as error:
+            raise SettingError(f"sae.{error}") from error
         object.__setattr__(self, "out", expanded(self.out, "out"))
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that the autoencoder reads and reconstructs."""
+        return Sites(self.site, self.target)
 
     @property
     def weights_seed(self) -> int:

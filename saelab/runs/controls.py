@@ -176,6 +176,11 @@ def _of_run(
         if kind == "neurons":
             k = base.sae.k if base.sae.allocation.name != "threshold" else max(1, round(l0))
             made.append(_neurons(_beside(job, still, run, kind), run / folder.CONTROLS / kind, k))
+        elif kind == "directions" and sae.transcodes:
+            # random directions have one space to lie in
+            if kinds is not None:
+                raise SaelabError(f"{kind}: there are none of {run}, a transcoder: it reads and writes at two sites")
+            say(f"{kind}: left out: {run} is a transcoder, which reads and writes at two sites")
         elif kind == "directions":
             of = str(folder.features_inputs(run))
             make = partial(_make_directions, sae=sae, database=database, track=track)
@@ -236,7 +241,7 @@ def _neurons(job: Job, out: Path, k: int) -> _Control:
     site = f"{block}.{SITE}"
     d = job.lm.width(site)
     sae = SaeSettings(n_features=d, k=min(k, d), aux=AuxSettings("none"))
-    settings = replace(job.settings, out=str(out), site=site, sae=sae)
+    settings = replace(job.settings, out=str(out), site=site, target=None, sae=sae)
     inputs = f"neurons of {job.lm.fingerprint} at {site}, k {sae.k}"
     return _Control("neurons", job.beside(settings, job.say), inputs, lambda made: made.save(neurons(d, sae.k)))
 

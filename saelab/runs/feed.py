@@ -60,7 +60,7 @@ def open_source(
 
 def sites_of(jobs: Sequence[Job]) -> list[str]:
     """The sites of some jobs, each once, in the order in which `open_source` puts them side by side."""
-    return list(dict.fromkeys(job.settings.site for job in jobs))
+    return list(dict.fromkeys(site for job in jobs for site in job.settings.sites.all))
 
 
 def open_cache_for(job: Job, source: CacheSource) -> Cache:

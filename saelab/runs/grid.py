@@ -23,7 +23,7 @@ from saelab.runs.config import (
 )
 from saelab.runs.job import Config
 
-_VARIED = ("site", "training.lr", "training.warmup", "training.decay", "training.schedule", "training.clip")
+_VARIED = ("site", "target", "training.lr", "training.warmup", "training.decay", "training.schedule", "training.clip")
 """Settings besides those of `sae` that may differ between runs on the same batches."""
 
 
@@ -110,6 +110,6 @@ def _part(name: str, value: Any) -> str:
         if isinstance(value, float) and float(f"{value:g}") == value:
             shown = f"{value:g}"
     shown = re.sub(r"[^A-Za-z0-9._+]+", "_", shown)
-    if name == "site":
+    if name in ("site", "target"):
         return shown
     return f"{last}{shown}" if shown[:1].isdigit() else f"{last}_{shown}"

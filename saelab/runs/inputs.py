@@ -1,7 +1,8 @@
 """From a source's activations to the batches of training: scaled, and without tokens of too large a norm.
 
 The first activations decide both: `activations.inputs` is fitted to them (`saelab.sae.input_map`), so that E||x||^2 =
-d_in over them, and `activations.max_norm` is a multiple of their median norm.
+d_in over them, and `activations.max_norm` is a multiple of their median norm. The target of a transcoder has only a
+scale, of its own, so that E||y||^2 = d_out.
 """
 
 import math
@@ -38,15 +39,18 @@ class Inputs:
     first: dict[str, Any]
     """`Concentration` of the first activations, before any is left out, as a dictionary; for the record."""
     left_out: int = 0
+    target_scale: float | None = None
+    """Factor of the targets; None: the target is the input."""
     _empty: int = 0
     """Tokens in a row of which none was left."""
 
-    def batch(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
+    def batch(self, batch: ActivationBatch, device: torch.device, target: Tensor | None = None) -> Batch | None:
         """A batch of the source as inputs, on `device`; None if fewer than two tokens are left.
 
+        `target` ``[tokens, d_out]`` are the activations at the target site, if there is one.
         Raises SaelabError if no token of `SAMPLE_TOKENS` in a row is left: half of the first activations were.
         """
-        found = self._scaled(batch, device)
+        found = self._scaled(batch, device, target)
         self._empty = 0 if found is not None else self._empty + len(batch)
         if self._empty >= SAMPLE_TOKENS:
             raise SaelabError(
@@ -56,17 +60,20 @@ class Inputs:
             )
         return found
 
-    def _scaled(self, batch: ActivationBatch, device: torch.device) -> Batch | None:
+    def _scaled(self, batch: ActivationBatch, device: torch.device, target: Tensor | None) -> Batch | None:
         values, gradients = batch.values.to(device).float(), batch.gradients
         gradients = self.map.gradients(None if gradients is None else gradients.to(device).float())
+        if target is not None and self.target_scale is not None:
+            target = target.to(device).float() * self.target_scale
         keep = within(values, self.largest_norm)
         if keep is None:
-            return Batch(self.map(values), gradients=gradients)
+            return Batch(self.map(values), target, gradients)
         kept = int(keep.sum())
         self.left_out += len(keep) - kept
         if kept < 2:  # one token has no variance to explain
             return None
-        return Batch(self.map(values[keep]), gradients=None if gradients is None else gradients[keep])
+        target, gradients = (None if each is None else each[keep] for each in (target, gradients))
+        return Batch(self.map(values[keep]), target, gradients)
 
     def state(self) -> dict[str, Any]:
         """The record, and the tensors of the map; `from_state` reads it."""
@@ -78,6 +85,7 @@ class Inputs:
         bound = None if math.isinf(self.largest_norm) else self.largest_norm
         return {
             "input_scale": self.map.scale,
+            **({} if self.target_scale is None else {"target_scale": self.target_scale}),
             "largest_norm": bound,
             "left_out": self.left_out,
             "first_activations": self.first,
@@ -92,12 +100,14 @@ class Inputs:
             math.inf if bound is None else bound,
             state.get("first_activations", {}),
             state.get("left_out", 0),
+            state.get("target_scale"),
         )
 
 
-def first_inputs(sample: Tensor, job: Job) -> tuple[Inputs, Tensor]:
+def first_inputs(sample: Tensor, job: Job, target: Tensor | None = None) -> tuple[Inputs, Batch]:
     """The inputs that the first activations `sample` ``[tokens, d_in]`` give, and the sample as such inputs.
 
+    `target` ``[tokens, d_out]`` are the first activations at the target site, if there is one.
     Says so if few tokens or dimensions hold much of the variance of what is trained on. Raises SaelabError if
     no scale gives E||x||^2 = d_in.
     """
@@ -106,17 +116,20 @@ def first_inputs(sample: Tensor, job: Job) -> tuple[Inputs, Tensor]:
     if max_norm is not None:
         bound = largest_norm(found.median_norm, max_norm)
         if (keep := within(sample, bound)) is not None:
-            sample = sample[keep]
+            sample, target = sample[keep], None if target is None else target[keep]
             trained_on = measure(sample)
+    sites, site = job.settings.sites, job.settings.site
     try:
-        fitted = input_map(job.settings.activations.inputs, sample)
+        fitted, target_scale = input_map(job.settings.activations.inputs, sample), None
+        if sites.target is not None and target is not None:
+            site = sites.target
+            target_scale = input_map("scale", target).scale
+            target = target * target_scale
     except ValueError as error:
-        raise SaelabError(
-            f"{job.settings.site}: the first {len(sample):,} activations {error}; choose another site"
-        ) from error
+        raise SaelabError(f"{site}: the first {len(sample):,} activations {error}; choose another site") from error
     for note in concentration_notes(trained_on, job.corpus):
         job.say(note)
-    return Inputs(fitted, bound, asdict(found)), fitted(sample)
+    return Inputs(fitted, bound, asdict(found), target_scale=target_scale), Batch(fitted(sample), target)
 
 
 def concentration_notes(found: Concentration, corpus: Corpus) -> Iterator[str]:

@@ -29,8 +29,12 @@ Config = str | Path | Mapping[str, Any] | RunSettings
 
 
 _ADDED = {
+<<<<<<< HEAD
     "sae": ("seed", "k_start", "k_steps", "prefixes"),
     "sae.affinity": ("power",),
+=======
+    "sae": ("seed", "k_start", "k_steps", "prefixes", "skip"),
+>>>>>>> 9a8866e (Transcoders train from two sites in one pass: target names the site that is reconstructed, sae.skip adds a linear map, all stages take them)
     "sae.sparsity": ("p", "slope"),
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }
@@ -50,7 +54,7 @@ class Job:
     def lm(self) -> LanguageModel:
         self.say(f"model: {self.settings.model.name}")
         lm = load_language_model(self.settings.model, own_device(self.settings.device))
-        check_model(lm, [self.settings.site], self.settings.context)
+        check_model(lm, self.settings.sites.all, self.settings.context)
         if lm.attention == "eager" and self.settings.model.attention == "auto":
             self.say(
                 f"note: {lm.name} has no sdpa attention, so its attention is eager: the same values, with memory for a "
@@ -75,7 +79,7 @@ class Job:
 
         Raises SaelabError if the model has no such site.
         """
-        check_model(self.lm, [settings.site], settings.context)
+        check_model(self.lm, settings.sites.all, settings.context)
         job = Job(settings, say, self.ranks)
         vars(job).update(lm=self.lm, corpus=self.corpus)
         return job
@@ -105,6 +109,8 @@ class Job:
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
+        if self.settings.target is not None:
+            parts["target"] = self.settings.target
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
         if inputs != "scale":
@@ -133,6 +139,7 @@ class Job:
                 "attention": self.lm.attention,
                 "corpus": self.corpus.fingerprint,
                 "site": self.settings.site,
+                **({} if self.settings.target is None else {"target": self.settings.target}),
             }
         )
 

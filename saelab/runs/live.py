@@ -42,6 +42,8 @@ class Live:
     sae: "SparseAutoencoder"
     site: str
     encoder: "Encoder"
+    target: str | None = None
+    """The site that a transcoder reconstructs."""
     lock: Lock = field(default_factory=Lock)
     """Passes with hooks on a shared model must not overlap."""
 
@@ -78,20 +80,22 @@ class Live:
         """The features on a row of token ids. Raises SaelabError if activations are NaN or infinite."""
         import torch
 
+        from saelab.activations.sites import Sites
         from saelab.encoded import encoded
 
+        sites = Sites(self.site, self.target)
         rows = torch.tensor([list(token_ids)], device=self.lm.device)
         counts, norms, errors = np.zeros(len(token_ids), np.int64), *np.zeros((2, len(token_ids)), np.float32)
         features, values = np.zeros(0, np.int64), np.zeros(0, np.float32)
         with self.lock:
-            for block in encoded(self.sae, self.lm, rows, self.site, 1):  # one, or none if all tokens are special
+            for block in encoded(self.sae, self.lm, rows, sites, 1):  # one, or none if all tokens are special
                 order = (block.codes.row_of_entry() * self.sae.n_features + block.codes.features).argsort()
                 features = block.codes.features[order].long().cpu().numpy()
                 values = block.codes.values[order].float().cpu().numpy()
                 at = block.positions.cpu().numpy()
                 counts[at] = block.codes.l0().cpu().numpy()
-                norms[at] = block.x.norm(dim=1).cpu().numpy()
-                errors[at] = (block.x - self.sae.decode(block.codes, block.x)).norm(dim=1).cpu().numpy()
+                norms[at] = block.output.norm(dim=1).cpu().numpy()
+                errors[at] = (block.output - self.sae.decode(block.codes, block.x)).norm(dim=1).cpu().numpy()
         offsets = np.concatenate([[0], np.cumsum(counts)])
         return ShortText(np.array(token_ids), self.tokens(token_ids), offsets, features, values, norms, errors)
 
@@ -101,7 +105,7 @@ class Live:
         from saelab.lm.attention import direct_lens
 
         with self.lock:
-            return direct_lens(self.lm, self.site)
+            return direct_lens(self.lm, self.target or self.site)
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The token that the model expects most after these."""
@@ -188,7 +192,7 @@ def open_live(run: Path | str) -> Live:
             "restore its files"
         )
     check_width(run, job, sae)
-    return Live(job.lm, sae, job.settings.site, Encoder(job.lm.tokenizer))
+    return Live(job.lm, sae, job.settings.site, Encoder(job.lm.tokenizer), job.settings.target)
 
 
 def text_at(database: Database, row: int) -> ShortText:

@@ -62,10 +62,15 @@ class Training:
         """The source has given a batch, which `step` must train on before a state can be saved."""
         self._level = False
 
-    def step(self, batch: ActivationBatch) -> Mapping[str, Any] | None:
-        """Train on a batch of the source; returns a line for the log, if there is one. Raises as `Trainer.step`."""
+    def step(self, parts: Mapping[str, ActivationBatch]) -> Mapping[str, Any] | None:
+        """Train on a batch of the source, given by site; returns a line for the log, if there is one.
+
+        Raises as `Trainer.step`.
+        """
         self._level, line = True, None  # a batch of which too little is left for a step counts as trained on
-        inputs = self.inputs.batch(batch, self.job.lm.device)
+        sites = self.job.settings.sites
+        target = None if sites.target is None else parts[sites.target].values
+        inputs = self.inputs.batch(parts[sites.input], self.job.lm.device, target)
         if inputs is not None:
             self._level = False
             torch.set_rng_state(self.rng)
@@ -118,6 +123,7 @@ class Training:
             if sae is not None:
                 facts, inputs = self.inputs.record() | facts_of(sae), job.training_inputs()
                 of = {"sae": sae, "inputs": inputs, "seconds": self.elapsed()}
+                of["target_scale"] = self.inputs.target_scale
                 save_run(job.settings, job.lm, job.corpus, self.trainer, self.inputs.map, facts, **of)
 
         self.ranks.every.together(write)
@@ -191,11 +197,11 @@ def train_all(
             batch = next(source)
             for training in active:
                 training.expect()
-            sites = {training.job.settings.site for training in active}
+            sites = {site for training in active for site in training.job.settings.sites.all}
             parts = {site: batch.columns(*columns[site]) for site in sites}
             for training in active:
                 with on_its_own(training):
-                    line = training.step(parts[training.job.settings.site])
+                    line = training.step(parts)
                     if line is not None:
                         logs[training.run](line)
             for training in [each for each in active if each.run in failed]:

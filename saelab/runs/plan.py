@@ -7,7 +7,7 @@ phase with the largest sum is compared with what is free. Left out are the progr
 what libraries use inside a single operation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from saelab.runs.feed import cache_group_tokens
 from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.needs import input_needs
+from saelab.sae.new import Widths
 from saelab.torchrun import processes
 from saelab.training.needs import training_needs
 from saelab.training.traffic import Traffic, activation_traffic, step_traffic
@@ -141,13 +142,13 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
     """
     where, ranks, needs = _device_place(settings), layout_of(settings), []
     runs, stream, source = [settings, *others], settings.activations.stream, settings.activations.cache
-    sites, batch = list(dict.fromkeys(run.site for run in runs)), settings.training.batch
+    sites, batch = _sites(runs), settings.training.batch
     gradients = any(run.sae.needs_gradients for run in runs)
     with outlined_language_model(settings.model) as lm:
         check_model(lm, sites, settings.context)
         widths = site_widths(lm, sites)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
-        traffic = step_traffic(settings.sae, settings.training, widths[settings.site], ranks)
+        traffic = step_traffic(settings.sae, settings.training, _widths(settings, widths), ranks)
         if source is None:
             rows, context = stream.rows_per_forward, settings.context
             one = pass_need(lm, sites, rows, context, where, gradients=gradients, phases=(READING,))
@@ -165,7 +166,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         sample = min(SAMPLE_TOKENS, cache.tokens)
         needs += cached_needs(cache, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
     needs += training_needs(
-        [(run.sae, widths[run.site]) for run in runs],
+        [(run.sae, _widths(run, widths)) for run in runs],
         settings.training,
         where,
         sample_tokens=sample,
@@ -174,7 +175,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         ranks=ranks,
     )
     inputs, keep = settings.activations.inputs, settings.training.checkpoint.keep
-    for width in widths.values():
+    for width in {run.sites: widths[run.site] for run in runs}.values():
         needs += input_needs(inputs, width, sample, where)
         mapped = {"scale": 0, "centre": 4 * width, "whiten": 4 * width * (width + 1)}[inputs]
         needs.append(
@@ -202,10 +203,10 @@ def plan_evaluation(settings: RunSettings, *others: RunSettings, loaded: bool = 
     """
     where, runs, needs = _device_place(settings), [settings, *others], []
     with outlined_language_model(settings.model) as lm:
-        sites = list(dict.fromkeys(run.site for run in runs))
+        sites = _sites(runs)
         check_model(lm, sites, settings.context)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
-        saes = [(run.sae, run.site) for run in runs]
+        saes = [(run.sae, run.sites) for run in runs]
         needs += evaluation_needs(saes, site_widths(lm, sites), lm, settings.eval, settings.context, where)
     needs += [*text_needs(), _libraries(150_000_000)]
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
@@ -237,7 +238,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, local: int = 1) ->
     SaelabError if the model or a site cannot be loaded; Uncountable as `plan_training`.
     """
     where, write, gradients, needs = _device_place(settings), settings.cache, settings.writes_gradients, []
-    sites = write.sites or (settings.site,)
+    sites = write.sites or settings.sites.all
     with outlined_language_model(settings.model) as lm:
         check_model(lm, sites, settings.context)
         widths = site_widths(lm, sites)
@@ -256,12 +257,13 @@ def plan_index(settings: RunSettings) -> Plan:
     """
     where, s = _device_place(settings), settings.features
     with outlined_language_model(settings.model) as lm:
-        check_model(lm, [settings.site], settings.context)
-        d_in = site_widths(lm, [settings.site])[settings.site]
+        sites = settings.sites.all
+        check_model(lm, sites, settings.context)
+        widths = _widths(settings, site_widths(lm, sites))
         needs = weights_needs(lm, settings.model, where)
-        forward = pass_need(lm, [settings.site], s.rows_per_forward, settings.context, where, phases=("reading",))
+        forward = pass_need(lm, sites, s.rows_per_forward, settings.context, where, phases=("reading",))
         vocabulary = len(lm.unembedding)
-    needs += [forward, *index_needs(s, settings.sae, d_in, vocabulary, settings.context, where)]
+    needs += [forward, *index_needs(s, settings.sae, widths, vocabulary, settings.context, where)]
     needs += [replace(need, phases=("tokenising",)) for need in text_needs()]
     needs = [need for need in (*needs, _libraries(150_000_000)) if need.bytes]
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
@@ -280,6 +282,16 @@ def checked_plan(plan: Callable[[], Plan], say: Say, *, lines: bool = False) -> 
     for line in found.lines() if lines else ():
         say(line)
     found.check()
+
+
+def _sites(runs: Iterable[RunSettings]) -> list[str]:
+    """All sites that some runs read, each once."""
+    return list(dict.fromkeys(site for run in runs for site in run.sites.all))
+
+
+def _widths(settings: RunSettings, widths: Mapping[str, int]) -> Widths:
+    """The widths of a run's autoencoder, given those of its sites."""
+    return Widths(*(widths[site] for site in settings.sites.all))
 
 
 def _on_this_machine(needs: Iterable[Need], local: int) -> list[Need]:

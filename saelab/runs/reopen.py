@@ -22,7 +22,7 @@ from saelab.sae.model import SparseAutoencoder
 
 Stage = Literal["eval", "index", "analyse", "controls"]
 _TAKES = {
-    "eval": ("eval.", "device", "model.", "corpus.", "site", "context"),
+    "eval": ("eval.", "device", "model.", "corpus.", "site", "target", "context"),
     "index": ("features.", "device", "model.", "corpus."),
     "analyse": ("analysis.", "device", "model.", "corpus."),
     "controls": ("training.", "activations.", "features.rows_per_forward", "device", "model.", "corpus."),
@@ -79,13 +79,17 @@ def _by_name(override: str) -> str:
 
 
 def check_width(run: Path, job: Job, sae: SparseAutoencoder) -> None:
-    """Raises SaelabError if the site has another width than the autoencoder."""
-    width = job.lm.width(job.settings.site)
-    if width != sae.d_in:
-        raise SaelabError(
-            f"site: {job.settings.site} of {job.lm.name} is {width:,} wide, and the autoencoder in {run} takes "
-            f"{sae.d_in:,}"
-        )
+    """Raises SaelabError if a site has another width than the autoencoder."""
+    sites = job.settings.sites
+    if (sites.target is not None) != sae.transcodes:
+        kind = "a transcoder, which needs one" if sae.transcodes else "an autoencoder, which has none"
+        raise SaelabError(f"target: is {sites.target or 'null'}, and in {run} is {kind}")
+    own = (("site", sites.input, "takes", sae.d_in), ("target", sites.target, "gives", sae.d_out))
+    for name, site, takes, width in own:
+        if site is not None and (found := job.lm.width(site)) != width:
+            raise SaelabError(
+                f"{name}: {site} of {job.lm.name} is {found:,} wide, and the autoencoder in {run} {takes} {width:,}"
+            )
 
 
 def in_words(differs: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
     now = json.loads(json.dumps(provenance(job.lm, job.corpus)))
-    found = [name for name in changed if name in ("site", "context", "model.dtype", "model.attention")]
+    found = [name for name in changed if name in ("site", "target", "context", "model.dtype", "model.attention")]
     for what, fact, section in (("model", "weights", "model.name"), ("corpus", "corpus", "corpus.")):
         trained = recorded.get("model_fingerprint" if what == "model" else "corpus")
         given = [name for name in changed if name.startswith(section)]

@@ -40,7 +40,7 @@ FREE = frozenset(
 RAISED = frozenset({"training.tokens"})
 """Settings that may be larger when a run is resumed. From then on the schedules use the new value."""
 _SAME = """
-    site seed context
+    site target seed context
     model.name model.dtype model.device_map model.attention
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
@@ -53,7 +53,7 @@ _SAME = """
     sae.allocation.after sae.allocation.refresh sae.aux.name sae.aux.coefficient sae.aux.features sae.aux.exponent
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
     sae.sparsity.warmup sae.sparsity.p sae.sparsity.slope sae.prefixes
-    sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze
+    sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze sae.skip
     training.batch training.lr training.warmup training.decay training.schedule training.clip training.accumulate
     training.precision training.ema training.resample
     eval.tokens eval.ce_tokens eval.rows_per_forward

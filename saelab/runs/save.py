@@ -80,6 +80,7 @@ def save_run(
     facts: Mapping[str, Any] | None = None,
     *,
     sae: SparseAutoencoder | None = None,
+    target_scale: float | None = None,
     inputs: str | None = None,
     seconds: float | None = None,
 ) -> None:
@@ -87,16 +88,18 @@ def save_run(
 
     `sae` is its whole autoencoder, if other processes have a part of it.
 
-    The trainer saw `inputs_of` the activations of `corpus`; the checkpoint applies to activations as the model gives
-    them. `facts` (such as those of `calibrate`) are recorded in both; `inputs` is as in `write_new_run`; `seconds` is
-    the time of the training. Evaluation, feature database, analyses, explanations, scores and controls of an
-    earlier checkpoint are removed. Raises SaelabError if the files cannot be written; an earlier checkpoint is kept
-    then.
+    The trainer saw `inputs_of` the activations of `corpus`, and `target_scale` times those at the target site if there
+    is one; the checkpoint applies to activations as the model gives them. `facts` (such as those of `calibrate`) are
+    recorded in both; `inputs` is as in `write_new_run`; `seconds` is the time of the training. Evaluation, feature
+    database, analyses, explanations, scores and controls of an earlier checkpoint are removed. Raises SaelabError if
+    the files cannot be written; an earlier checkpoint is kept then.
     """
-    trained, sae, own = trainer.trained(), inputs_of.folded(sae or trainer.sae), facts or {}
+    trained, own = trainer.trained(), facts or {}
+    sae = inputs_of.folded(sae or trainer.sae, 1.0 if target_scale is None else target_scale)
     record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens)
     record |= {**own, "seconds": seconds, "input_scale": inputs_of.scale}
     read = {"input_scale": inputs_of.scale, "inputs_of": settings.activations.inputs}
+    read |= {} if target_scale is None else {"target_scale": target_scale}
     _save(settings, lm, corpus, sae, record, {**read, **trained.facts, **own})
 
 
@@ -169,6 +172,7 @@ def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[
         "model_name": lm.name,
         "model_class_name": "TransformerBridge",
         "hook_name": settings.site,
+        **({} if settings.target is None else {"hook_name_out": settings.target}),
         "context_size": settings.context,
         "prepend_bos": corpus.begins_with_bos,
         "dataset_path": settings.corpus.source,

@@ -67,7 +67,7 @@ def index_together(jobs: Sequence[Job], track: Track) -> None:
     saes = [load(path, lm.device) for _, path in missing]
     results = [_database(job, path, sae, held_out, track) for (job, path), sae in zip(missing, saes, strict=True)]
     readings = [
-        (sae, job.settings.site, [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row)])
+        (sae, job.settings.sites, [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row)])
         for (job, _), sae, each in zip(missing, saes, results, strict=True)
     ]
     read_all(lm, max((each.rows for each in results), key=len), readings, track=track)
@@ -140,7 +140,7 @@ def _read_held_out(job: Job, run: Path, sae: SparseAutoencoder, stages: list[_St
     results = [stage(job, run, sae, held_out, track) for stage in stages]
     rows = max((result.rows for result in results), key=len)
     readers = [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row) for each in results]
-    read_together(sae, job.lm, rows, job.settings.site, readers, track=track)
+    read_together(sae, job.lm, rows, job.settings.sites, readers, track=track)
     job.report_empty_documents()
     return [result.finish() for result in results]
 
@@ -155,7 +155,7 @@ def _evaluation(
 ) -> _Result:
     s = job.settings.eval
     inputs = job.result_inputs(run, s)
-    evaluation = Evaluation(sae, job.lm, job.settings.site, ce_tokens=s.ce_tokens)
+    evaluation = Evaluation(sae, job.lm, job.settings.sites, ce_tokens=s.ce_tokens)
 
     def finish() -> Fidelity:
         result = evaluation.result(track)
@@ -188,7 +188,7 @@ def write_evaluation(
 def _database(job: Job, run: Path, sae: SparseAutoencoder, held_out: _HeldOut, track: Track) -> _Result:
     s, path = job.settings.features, run / folder.FEATURES
     rows = held_out(s.tokens)
-    index = open_index(sae, job.lm, rows, job.settings.site, path, s, _database_inputs(job, run))
+    index = open_index(sae, job.lm, rows, job.settings.sites, path, s, _database_inputs(job, run))
     if index.first_row:
         job.say(f"features: {index.first_row:,} of {len(rows):,} rows are encoded already")
     return _Result(rows, s.rows_per_forward, index.add, index.finish, index.first_row)

@@ -156,7 +156,7 @@ def _evaluate(jobs: Sequence[Job], track: Track) -> Failures:
 
 def _evaluate_together(jobs: Sequence[Job], track: Track) -> Failures:
     """Evaluate runs in one pass over the held-out text. They also share the runs of the model that replace nothing by
-    a reconstruction, if they are at the same site."""
+    a reconstruction, if they are at the same sites."""
     failed: Failures = {}
     lm, s = jobs[0].lm, jobs[0].settings.eval
     rows = jobs[0].held_out(s.tokens)
@@ -170,13 +170,13 @@ def _evaluate_together(jobs: Sequence[Job], track: Track) -> Failures:
                 failed[run] = error
 
     for job in jobs:
-        run, site = _path(job), job.settings.site
+        run, sites = _path(job), job.settings.sites
         sae = load(run, lm.device)
-        evaluations[run] = Evaluation(sae, lm, site, ce_tokens=s.ce_tokens)
-        readings.append((sae, site, [Reader(partial(add, run), len(rows), s.rows_per_forward)]))
+        evaluations[run] = Evaluation(sae, lm, sites, ce_tokens=s.ce_tokens)
+        readings.append((sae, sites, [Reader(partial(add, run), len(rows), s.rows_per_forward)]))
     read_all(lm, rows, readings, track=track)
-    for site in dict.fromkeys(job.settings.site for job in jobs):
-        here = [job for job in jobs if job.settings.site == site and _path(job) not in failed]
+    for sites in dict.fromkeys(job.settings.sites for job in jobs):
+        here = [job for job in jobs if job.settings.sites == sites and _path(job) not in failed]
         found = results([evaluations[_path(job)] for job in here], track) if here else []
         for job, result in zip(here, found, strict=True):
             write_evaluation(job, _path(job), job.result_inputs(_path(job), s), result)
@@ -191,7 +191,7 @@ def _summarise(out: Path, runs: Sequence[GridRun], failed: Failures) -> list[dic
     for run in runs:
         path = Path(run.settings.out)
         figures = {} if path in failed else folder.evaluation(path) or {}
-        line = {"run": run.name, "varies": run.varies, "site": run.settings.site}
+        line = {"run": run.name, "varies": run.varies, "site": str(run.settings.sites)}
         line |= {name: figures.get(name) for name in FIGURES}
         found.append(line | ({"failed": str(failed[path])} if path in failed else {}))
     write_json(out / folder.SWEEP, {"runs": found})

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saelab.activations.cache.layout import difference
 from saelab.errors import SaelabError
@@ -26,7 +25,7 @@ from saelab.runs.loop import Failures, Training, provenance_of, site_columns, tr
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
-from saelab.sae.model import SparseAutoencoder
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder
 from saelab.torchrun import processes, restarted
 from saelab.training.distributed import connected, mesh_shape, own_device
@@ -116,10 +115,11 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     trainings: list[Training] = []
     failed: Failures = {}
     sample, columns = source.sample(), site_columns(jobs)
-    for site, (start, stop) in columns.items():
-        here = [each for each in jobs if each.settings.site == site]
+    for sites in dict.fromkeys(each.settings.sites for each in jobs):
+        here = [each for each in jobs if each.settings.sites == sites]
+        first, *target = (sample[:, slice(*columns[site])].contiguous() for site in sites.all)
         try:
-            inputs, scaled = first_inputs(sample[:, start:stop].contiguous(), here[0])
+            inputs, scaled = first_inputs(first, here[0], *target)
         except SaelabError as error:
             failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
             continue
@@ -127,7 +127,7 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
             sae = _initial(each, scaled)
             trainer = Trainer(sae, each.settings.training, each.settings.sae)
             trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
-        del scaled
+        del first, target, scaled
     del sample  # the first step needs the memory
     for each in [training.job for training in trainings]:
         inputs = each.training_inputs()
@@ -139,15 +139,18 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     return failed | train_all(trainings, columns, source, track, say)
 
 
-def _initial(job: Job, sample: Tensor) -> SparseAutoencoder:
-    """The autoencoder that the training of `job` starts from, given the first inputs, ``[tokens, d_in]``."""
-    return new_autoencoder(job.settings.sae, sample, seed=job.settings.weights_seed, ranks=job.ranks)
+def _initial(job: Job, sample: Batch) -> SparseAutoencoder:
+    """The autoencoder that the training of `job` starts from, given the first inputs."""
+    seed = job.settings.weights_seed
+    return new_autoencoder(job.settings.sae, sample.x, seed=seed, target=sample.target, ranks=job.ranks)
 
 
 def starting_point(job: Job, track: Track) -> tuple[SparseAutoencoder, Inputs]:
     """The autoencoder that the training of `job` starts from, and how activations become its inputs."""
     with closing(open_source(job, track)) as source:
-        inputs, scaled = first_inputs(source.sample(), job)
+        sample, columns = source.sample(), site_columns([job])
+        first, *target = (sample[:, slice(*columns[site])].contiguous() for site in job.settings.sites.all)
+        inputs, scaled = first_inputs(first, job, *target)
     return _initial(job, scaled), inputs
 
 
@@ -230,7 +233,8 @@ def _take_up(training: Training) -> None:
 def _resumed(job: Job) -> tuple[Training, dict[str, Any]]:
     """The training of `job` as its last state left it, and the position in the source."""
     settings, run, device = job.settings, Path(job.settings.out), job.lm.device
-    sae = bare_autoencoder(settings.sae, job.lm.width(settings.site), ranks=job.ranks).to(device)
+    d_in, *d_out = (job.lm.width(site) for site in settings.sites.all)
+    sae = bare_autoencoder(settings.sae, d_in, *d_out, ranks=job.ranks).to(device)
     trainer = Trainer(sae, settings.training, settings.sae)
     state = last_state(run, device, trainer.own_rows)
     differs = difference(state["provenance"], provenance_of(job))

@@ -8,6 +8,9 @@ whiten       the covariance of x' is the identity, as far as the first activatio
              so x' is the whitened point nearest to x). Training then counts an error in a direction in units of the
              standard deviation of that direction
 
+The target of a transcoder has a scale of its own, which makes E||y'||^2 = d_out, and no mean or whitening: its mean is
+what b_dec is for, and whitening would train another loss than the one it is judged by.
+
 All three are exact in the weights that are saved (`InputMap.folded`). Standard deviations below `FLOOR` times their
 root mean square count as this much: the sample says little about them, and they would become as large as all others.
 """
@@ -51,11 +54,14 @@ class InputMap:
         return g if g is None or self.inverse is None else g @ self.inverse.to(g)
 
     @torch.no_grad()
-    def folded(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+    def folded(self, sae: SparseAutoencoder, target_scale: float = 1.0) -> SparseAutoencoder:
         """The autoencoder of x that computes what `sae`, trained on x', computes on x'; for inference.
 
-        Its activations are those of `sae` over the scale. Whitening leaves decoder rows of other lengths than 1.
+        Its activations are those of `sae` over the scale. Whitening leaves decoder rows of other lengths than 1. A
+        transcoder was trained on `target_scale` times its targets; its activations are those of `sae` over that.
         """
+        if sae.transcodes:
+            return self._folded_transcoder(sae, target_scale)
         folded = fold(sae, self.scale)
         if self.whitening is not None and self.inverse is not None:
             whitening, inverse = self.whitening.to(folded.W_dec), self.inverse.to(folded.W_dec)
@@ -64,6 +70,21 @@ class InputMap:
             folded.b_dec.copy_(folded.b_dec @ inverse)
         if self.mean is not None:
             folded.b_dec.add_(self.mean.to(folded.b_dec))
+        return folded
+
+    def _folded_transcoder(self, sae: SparseAutoencoder, target_scale: float) -> SparseAutoencoder:
+        folded = fold(sae, target_scale)
+        ratio = self.scale / target_scale
+        encoder, skip = folded.W_enc * ratio, None if folded.W_skip is None else folded.W_skip * ratio
+        if self.whitening is not None:
+            whitening = self.whitening.to(encoder)
+            encoder, skip = encoder @ whitening, None if skip is None else skip @ whitening
+        folded.W_enc, folded.W_skip = nn.Parameter(encoder), None if skip is None else nn.Parameter(skip)
+        if self.mean is not None:  # b_dec is in the space of the target
+            mean = self.mean.to(encoder)
+            folded.b_enc.sub_(encoder @ mean)
+            if skip is not None:
+                folded.b_dec.sub_(skip @ mean)
         return folded
 
     @cached_property

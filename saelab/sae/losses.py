@@ -14,7 +14,7 @@ aux          share of the error that features of little use leave unexplained (t
              aux_zipf: dead features, together, and each under-used one alone (Ayonrinde 2024, arXiv 2411.02124, says
              that it generalises aux_k to under-used features; the formula is our reconstruction)
 l1           sum of a over the features, per token, where a is activation times length of the decoder row, over
-             sqrt(d_in) (Bricken et al. 2023). A gated encoder's activation is here that of its gate, relu(z)
+             sqrt(d_out) (Bricken et al. 2023). A gated encoder's activation is here that of its gate, relu(z)
 lp           sum of a^p, per token, smoothed at 0: (a + e)^p - e^p with e = 1e-3. (dictionary_learning lowers p from
              1 while it trains; here it is constant)
 tanh         sum of tanh(slope * activation * length of the decoder row), per token: a smooth L0 (Anthropic, January
@@ -42,7 +42,7 @@ from saelab.sae.encoder import Encoder
 from saelab.sae.settings import SaeSettings, SparsitySettings
 
 SMOOTHING = 1e-3
-"""lp is smoothed below about this activation over sqrt(d_in); the gradient of a^p at 0 is infinite."""
+"""lp is smoothed below about this activation over sqrt(d_out); the gradient of a^p at 0 is infinite."""
 MULTI_FACTOR = 4
 MULTI_WEIGHT = 1 / 8
 
@@ -55,7 +55,9 @@ class Forward:
     W_dec: Tensor
     read: Tensor | None
     """The copy of W_dec in bfloat16 that decoding reads; None: W_dec itself."""
-    b_dec: Tensor
+    added: Tensor
+    """What the reconstruction has besides the features' rows: b_dec ``[d_out]``, or with a skip connection b_dec +
+    W_skip x ``[tokens, d_out]``."""
     centre: Tensor | None
     """Vector that is subtracted from x: b_dec, or None."""
     x: Tensor
@@ -87,7 +89,7 @@ class Forward:
         pre = self.encoder.pre(selection.pattern, self.x, self.centre, selection.pre)
         values = self.encoder.values(pre, selection.pattern)
         decoded = spmm(selection.pattern.with_values(values), self.W_dec, read=self.read)
-        return total(decoded, self.ranks.features) + self.b_dec
+        return total(decoded, self.ranks.features) + self.added
 
 
 class Term(NamedTuple):
@@ -274,13 +276,13 @@ def _changes_alone(forward: Forward, codes: Codes, error: Tensor, unit_norm: boo
 
 
 def l1(forward: Forward, *_: Any) -> Tensor:
-    """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_in); a scalar."""
-    return _summed(forward, _contributions(forward)) / (forward.batch * forward.x.shape[1] ** 0.5)
+    """Mean over tokens of the sum of activation times length of the decoder row, over sqrt(d_out); a scalar."""
+    return _summed(forward, _contributions(forward)) / (forward.batch * forward.target.shape[1] ** 0.5)
 
 
 def lp(forward: Forward, p: float) -> Tensor:
     """Mean over tokens of the sum of ``(a + e)^p - e^p``, a scalar; a as in `l1`, e = `SMOOTHING`."""
-    lengths = _contributions(forward) / forward.x.shape[1] ** 0.5
+    lengths = _contributions(forward) / forward.target.shape[1] ** 0.5
     return _summed(forward, (lengths + SMOOTHING).pow(p) - SMOOTHING**p) / forward.batch
 
 
@@ -301,13 +303,13 @@ def _summed(forward: Forward, values: Tensor) -> Tensor:
 
 
 def gate(forward: Forward, *_: Any) -> Tensor:
-    """FVU of the reconstruction by relu(z) of the active entries, with detached W_dec and b_dec; a scalar.
+    """FVU of the reconstruction by relu(z) of the active entries, with W_dec, b_dec and W_skip detached; a scalar.
 
     Its gradient reaches the gate: W_enc, b_enc, and b_dec through the centring of x.
     """
     opened = forward.codes.with_values(forward.encoder.penalised(forward.pre, forward.codes.values))
     decoded = total(spmm(opened, forward.W_dec.detach(), read=forward.read), forward.ranks.features)
-    return _fvu(forward, decoded + forward.b_dec.detach())
+    return _fvu(forward, decoded + forward.added.detach())
 
 
 def l0(forward: Forward, target: float | None) -> Tensor:

@@ -6,8 +6,8 @@ affinity.py and allocation/ decide which entries are selected, encoder.py their 
 autoencoder is a transcoder: it reconstructs something else than x, and b_dec is not subtracted from x. The encoder is
 stored as rows, ``W_enc [n_features, d_in]``, as the decoder is: then both gradients are the same sparse product.
 
-Checkpoints of other trainers may normalise each token (normalisation.py) or add W_skip x to the reconstruction; both
-are for inference only.
+A transcoder may have a skip connection: it adds W_skip x to the reconstruction. Checkpoints of other trainers may
+normalise each token (normalisation.py); that is for inference only.
 """
 
 import copy
@@ -268,12 +268,10 @@ class SparseAutoencoder(nn.Module):
         float32; the gradients reach the parameters. Processes that share the training get the same batch, rules and
         requests; each returns what belongs to its tokens and features.
 
-        Raises SaelabError for an autoencoder that is not `affine`.
+        Raises SaelabError for an autoencoder that normalises each token.
         """
-        if not self.affine:
-            raise SaelabError(
-                "training: this version trains no autoencoder that normalises each token or has a skip connection"
-            )
+        if self.normalisation is not None:
+            raise SaelabError("training: this version trains no autoencoder that normalises each token")
         tokens, own = len(batch.x), self.ranks.data.part(len(batch.x))
         masked = next((request for request in requests if request is not None and request.mask is not None), None)
         if masked is not None and masked.mask is not None:
@@ -309,10 +307,11 @@ class SparseAutoencoder(nn.Module):
             target = batch.x if batch.target is None else batch.target
             prefixes = tuple(min(max(size - self.part.start, 0), self.n_features) for size in self.prefixes)
             products = nested_products(codes, W_dec, read, prefixes)
-            decoded = tuple(total(each, ranks.features) + self.b_dec for each in products)
+            added = self.b_dec if self.W_skip is None else self.b_dec + batch.x @ self.W_skip.T
+            decoded = tuple(total(each, ranks.features) + added for each in products)
             sizes = {"ranks": ranks, "batch": tokens, "prefixes": prefixes}
             forward = Forward(
-                encoder, W_dec, read, self.b_dec, centre, batch.x, target, codes, pre, decoded, deviation, **sizes
+                encoder, W_dec, read, added, centre, batch.x, target, codes, pre, decoded, deviation, **sizes
             )
         found = iter(others)
         return forward, [

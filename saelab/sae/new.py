@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saelab.errors import SettingError
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, TokenChoice
@@ -15,24 +15,37 @@ from saelab.sae.model import SparseAutoencoder
 from saelab.sae.settings import EncoderSettings, SaeSettings
 
 
+class Widths(NamedTuple):
+    """The widths of an autoencoder."""
+
+    d_in: int
+    d_out: int | None = None
+    """Of a transcoder; None: d_in."""
+
+    @property
+    def largest(self) -> int:
+        return max(self.d_in, self.d_out or 0)
+
+
 def bare_autoencoder(
     settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
 ) -> SparseAutoencoder:
     """An autoencoder for a training by `settings`, with weights of zero; with `d_out` a transcoder.
 
-    If `ranks` share the features it has those of this process. Raises SettingError for a transcoder whose encoder rows
-    are bound to those of the decoder.
+    If `ranks` share the features it has those of this process. Raises SettingError for what only an autoencoder or only
+    a transcoder can have (`SaeSettings.check_sites`).
     """
-    if d_out is not None and settings.encoder.name in BOUND:
-        raise SettingError(
-            f"encoder: {settings.encoder.name}: encoder and decoder rows of a transcoder are of different spaces; use "
-            "encoder: linear"
-        )
+    settings.check_sites(transcodes=d_out is not None)
     sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
+<<<<<<< HEAD
     sae.power = settings.affinity.power if settings.affinity.name == "cosine" else 0.0
+=======
+    if settings.skip:
+        sae.W_skip = nn.Parameter(torch.zeros(sae.d_out, d_in))
+>>>>>>> 9a8866e (Transcoders train from two sites in one pass: target names the site that is reconstructed, sae.skip adds a linear map, all stages take them)
     sae.prefixes, sae.groups = settings.prefix_sizes, settings.allocation.name == "group_max"
     ENCODERS[settings.encoder.name](sae, settings.encoder)
     return sae
@@ -46,8 +59,6 @@ ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
     "aligned": lambda sae, options: setattr(sae, "aligned", True),
 }
 """By the name of an encoder, the function that adds its parameters to a bare autoencoder."""
-BOUND = ("tied", "aligned")
-"""Encoders whose rows are bound to those of the decoder."""
 
 
 def new_autoencoder(
@@ -55,8 +66,8 @@ def new_autoencoder(
 ) -> SparseAutoencoder:
     """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
 
-    The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]`` it is a transcoder.
-    Processes that share the training get the same sample.
+    The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]``, scaled so that
+    E||y||^2 = d_out, it is a transcoder. Processes that share the training get the same sample.
     """
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]

@@ -6,6 +6,9 @@ from itertools import pairwise
 
 from saelab.errors import SettingError
 
+BOUND = ("tied", "aligned")
+"""Encoders whose rows are bound to those of the decoder."""
+
 
 def _one_of(field_name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -178,6 +181,8 @@ class SaeSettings:
     freeze: str = "none"
     """Weights that are not trained: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is never
     trained is the control that a trained one must beat."""
+    skip: bool = False
+    """Transcoders: also learn W_skip, a linear map from the input that is added to the reconstruction."""
     k_start: int | None = None
     """k of the first step, from which k falls on a straight line to `k`. null: `k` in every step."""
     k_steps: float = 0.2
@@ -253,6 +258,21 @@ class SaeSettings:
             raise SettingError(
                 f"n_features: {self.n_features} cannot be divided into {groups} equal groups ({what}) for allocation: "
                 f"group_max; set n_features to {near}, say"
+            )
+
+    def check_sites(self, *, transcodes: bool) -> None:
+        """Raises SettingError if the settings do not fit a transcoder, or an autoencoder of its input."""
+        if self.skip and not transcodes:
+            raise SettingError("skip: W_skip of an autoencoder would be the identity; it goes with a `target` site")
+        if transcodes and self.encoder.name in BOUND:
+            raise SettingError(
+                f"encoder: {self.encoder.name}: encoder and decoder rows of a transcoder are of different spaces; use "
+                "encoder: linear"
+            )
+        if transcodes and self.needs_gradients:
+            raise SettingError(
+                "affinity: gradient: its gradients are those at the input, and a transcoder writes elsewhere; use "
+                "affinity: activation"
             )
 
     def k_at(self, step: int, steps: int) -> int:

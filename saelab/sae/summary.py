@@ -51,6 +51,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("size", f"{widths}, {sae.n_features:,} features, {parameters:,} parameters"),
         ("weights", kind(sae.W_dec)),
         ("site", _shown(metadata.get("hook_name"))),
+        ("target", _shown(metadata.get("hook_name_out")) if sae.transcodes else ""),
         ("model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
         ("method", _method(sae, ours)),

@@ -10,7 +10,7 @@ from saelab.memory import BEGINNING, READING, RESUMING, STEP, THRESHOLDS, Need, 
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.needs import calibration_bytes, initialisation_bytes, step_needs
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import Widths, bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
@@ -20,7 +20,7 @@ STATE_TEXT = 65_536
 
 
 def training_needs(
-    saes: Sequence[tuple[SaeSettings, int]],
+    saes: Sequence[tuple[SaeSettings, Widths]],
     settings: TrainingSettings,
     where: Place,
     *,
@@ -31,15 +31,15 @@ def training_needs(
 ) -> list[Need]:
     """Needs of a `Trainer` on its device, `where`, from initialisation to calibration, and of its files.
 
-    `saes` are the settings and d_in of an autoencoder, or of several that take each step in turn: what a step needs is
+    `saes` are the settings and widths of an autoencoder, or of several that take each step in turn: a step's needs are
     there once, and each has weights, gradients and moments. `resumed`: they start from states instead of a sample of
-    `sample_tokens`. No setting makes a transcoder, so d_out is d_in.
+    `sample_tokens`. For a step of a transcoder the larger of its widths is counted as both.
 
     If several processes share the training, each needs the memory, the first of them that of the whole autoencoder too,
     and they need the disk together.
     """
-    parts = [_Part.of(sae, settings, d_in, ranks) for sae, d_in in saes]
-    wholes = parts if ranks.features.size == 1 else [_Part.of(sae, settings, d_in) for sae, d_in in saes]
+    parts = [_Part.of(sae, settings, widths, ranks) for sae, widths in saes]
+    wholes = parts if ranks.features.size == 1 else [_Part.of(sae, settings, widths) for sae, widths in saes]
     weights, gradients = sum(part.weights for part in parts), sum(part.gradients for part in parts)
     sizes = " + ".join(dict.fromkeys(part.sizes for part in parts))
     times = f"{len(saes)} autoencoders: " if len(saes) > 1 else ""
@@ -47,7 +47,9 @@ def training_needs(
     of_trained = "the autoencoder" + "s" * (len(saes) > 1) + (f" without {' or '.join(frozen)}" if frozen else "")
     averages = sum(part.averages for part in parts)
     options = {"parts": settings.accumulate, "rounded": settings.precision == "bfloat16", "ranks": ranks}
-    step = _in_turn([(sae.selection, step_needs(sae, d_in, settings.batch, where, **options)) for sae, d_in in saes])
+    step = _in_turn(
+        [(sae.selection, step_needs(sae, widths.largest, settings.batch, where, **options)) for sae, widths in saes]
+    )
     needs = [
         Need("autoencoder", weights, where, times + sizes),
         Need("its gradients", gradients, where, f"as {of_trained}", (BEGINNING, RESUMING, READING, STEP)),
@@ -65,7 +67,9 @@ def training_needs(
     if resumed:
         needs += _reading_needs(max(parts, key=lambda part: part.weights), where)
     else:
-        beginning = max(initialisation_bytes(sae, d_in, sample_tokens, where, ranks.features) for sae, d_in in saes)
+        beginning = max(
+            initialisation_bytes(sae, widths.largest, sample_tokens, where, ranks.features) for sae, widths in saes
+        )
         needs.append(Need("initialisation", beginning, where, "the first reconstruction of the sample", (BEGINNING,)))
     if ranks.features.size > 1:
         together = 2 * max(whole.weights for whole in wholes)
@@ -112,13 +116,14 @@ class _Part:
     """The shapes of the weights, in words."""
 
     @classmethod
-    def of(cls, sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks: Ranks = ALONE) -> "_Part":
+    def of(cls, sae: SaeSettings, settings: TrainingSettings, widths: Widths, ranks: Ranks = ALONE) -> "_Part":
         with no_numbers():
-            trainer = Trainer(bare_autoencoder(sae, d_in, ranks=ranks), settings, sae)
+            trainer = Trainer(bare_autoencoder(sae, *widths, ranks=ranks), settings, sae)
             parameters, trained = list(trainer.sae.parameters()), trainer.optimiser.trained
             weights, gradients = _nbytes(parameters), _nbytes(trained)
             statistics = trainer.usage.state_bytes() + trainer.allocation.state_bytes(sae.n_features)
             saved = _nbytes([trainer.sae.W_enc, trainer.sae.b_enc, trainer.sae.W_dec, trainer.sae.b_dec])
+            saved += 0 if trainer.sae.W_skip is None else trainer.sae.W_skip.nbytes
             saved += 4 * trainer.sae.n_features * (sae.encoder.name in ("jumprelu", "gated"))
             largest = max(parameter.nbytes for parameter in parameters)
         shapes = " + ".join(" x ".join(f"{n:,}" for n in parameter.shape) for parameter in parameters)

@@ -104,7 +104,7 @@ class Optimiser:
     def forget(self, rows: Tensor) -> None:
         """Set Adam's moments of these rows of the weights of features, ``[n]`` int64, to 0."""
         for parameter in self.trained:
-            if parameter is not self.sae.b_dec:
+            if parameter is not self.sae.b_dec and parameter is not self.sae.W_skip:
                 for name in ("exp_avg", "exp_avg_sq"):
                     self._adam.state[parameter][name][rows] = 0.0
 

@@ -2,9 +2,9 @@
 autoencoder reconstructs badly.
 
 A dead feature gets a token of the batch, drawn with a probability in proportion to the square of the token's loss. Its
-decoder row becomes the token's direction (target - b_dec), of length 1; its encoder row the direction of the encoder's
-input, with a share of the mean length of the living features' encoder rows; its biases 0; a trained threshold the
-median of theirs, a gated magnitude that of the gate. Adam's moments of these rows become 0.
+decoder row becomes the token's direction (target - b_dec - W_skip x), of length 1; its encoder row the direction of the
+encoder's input, with a share of the mean length of the living features' encoder rows; its biases 0; a trained threshold
+the median of theirs, a gated magnitude that of the gate. Adam's moments of these rows become 0.
 
 The share is 0.2 in the paper, whose ReLU features are active above 0. With a budget such a row wins no place (planted
 data, tests/training/test_resample.py: none of 20 comes back with 0.2, all with 1), so there it is 1. No row is longer
@@ -41,7 +41,8 @@ def resample(
     length = (share * lengths[~dead].mean()).clamp_max(1.0)
     here = (rows >= part.start) & (rows < part.stop)
     rows, drawn, target = rows[here] - part.start, drawn[here], batch.x if batch.target is None else batch.target
-    sae.W_dec[rows] = F.normalize(target[drawn] - sae.b_dec, dim=1)
+    skipped = 0 if sae.W_skip is None else batch.x[drawn] @ sae.W_skip.T
+    sae.W_dec[rows] = F.normalize(target[drawn] - sae.b_dec - skipped, dim=1)
     if not sae.tied:
         sae.W_enc[rows] = F.normalize(batch.x[drawn] - (sae.b_dec if sae.centred else batch.x.mean(0)), dim=1) * length
     for vector in (sae.b_enc, sae.r_mag, sae.b_mag):

@@ -11,7 +11,7 @@ from saelab.memory import no_numbers
 from saelab.ranks import Axis, Ranks
 from saelab.sae.losses import MULTI_FACTOR
 from saelab.sae.needs import aux_entries, candidates
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import Widths, bare_autoencoder
 from saelab.sae.settings import SaeSettings
 from saelab.training.optim import Optimiser
 from saelab.training.settings import TrainingSettings
@@ -35,8 +35,8 @@ class Traffic:
     """What is exchanged, in words."""
 
 
-def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks: Ranks) -> list[Traffic]:
-    """What `Trainer.step` exchanges if the processes are as `ranks`; no setting makes a transcoder, so d_out is d_in.
+def step_traffic(sae: SaeSettings, settings: TrainingSettings, widths: Widths, ranks: Ranks) -> list[Traffic]:
+    """What `Trainer.step` exchanges if the processes are as `ranks`.
 
     Candidates and the auxiliary loss are those of a step in which all budgets are spent: an upper bound.
     """
@@ -44,10 +44,10 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
     part = -(-settings.batch // parts)
     tokens, n = data.share(part), features.share(sae.n_features)
     budgets = [sae.largest_k, *[MULTI_FACTOR * sae.largest_k] * sae.multi_topk]
-    gradients = _trained_bytes(sae, settings, d_in, ranks)
+    gradients, d_out = _trained_bytes(sae, settings, widths, ranks), widths.d_out or widths.d_in
     gated, nested = sae.encoder.name == "gated", len(sae.prefix_sizes)
     decodings = len(budgets) - 1 + nested + gated
-    decoded, mean, counted = 4 * tokens * d_in, 4 * d_in, _reduced(8 * n, data) + _gathered(8 * n, features)
+    decoded, mean, counted = 4 * tokens * d_out, 4 * d_out, _reduced(8 * n, data) + _gathered(8 * n, features)
     in_parts = f", {parts} times" * (parts > 1)
     competing, how = _candidate_traffic(sae, budgets, part, ranks)
     found = [
@@ -55,13 +55,13 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
         Traffic(
             "reconstruction",
             parts * decodings * _reduced(decoded, features),
-            f"{tokens:,} tokens x {d_in:,} x 4 bytes{f' x {decodings}' * (decodings > 1)}, added up over the parts of "
+            f"{tokens:,} tokens x {d_out:,} x 4 bytes{f' x {decodings}' * (decodings > 1)}, added up over the parts of "
             f"the features{in_parts}",
         ),
         Traffic("candidates", parts * competing, how + in_parts),
     ]
     if sae.aux.name != "none":
-        most = min(n, aux_entries(sae, d_in))
+        most = min(n, aux_entries(sae, widths.d_in))
         aux = _swapped(4 * tokens * most, features) + _swapped(_CHOSEN * tokens * most, features)
         aux += _reduced(_SIZE, features) + nested * (_reduced(decoded, features) + _reduced(mean + 8, data))
         aux += (1 + nested * (sae.aux.name == "aux_zipf")) * _reduced(4, every) + counted // settings.log_every
@@ -70,7 +70,7 @@ def step_traffic(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks:
         found.append(Traffic("auxiliary loss", parts * aux + lift, how + in_parts))
     sums = decodings * _reduced(4, data) + _reduced(mean + 4, features)
     sums += (sae.sparsity.name != "none") * _reduced(4, every)
-    how = f"of {n:,} features x 8 bytes, {d_in:,} x 4 bytes of means, and sums of the losses"
+    how = f"of {n:,} features x 8 bytes, {d_out:,} x 4 bytes of means, and sums of the losses"
     return [*found, Traffic("counts and means", parts * (counted + sums), how + in_parts)]
 
 
@@ -99,9 +99,9 @@ def _candidate_traffic(sae: SaeSettings, budgets: list[int], batch: int, ranks: 
     return max(found)
 
 
-def _trained_bytes(sae: SaeSettings, settings: TrainingSettings, d_in: int, ranks: Ranks) -> int:
+def _trained_bytes(sae: SaeSettings, settings: TrainingSettings, widths: Widths, ranks: Ranks) -> int:
     with no_numbers():
-        optimiser = Optimiser(bare_autoencoder(sae, d_in, ranks=ranks), settings.lr, freeze=sae.freeze)
+        optimiser = Optimiser(bare_autoencoder(sae, *widths, ranks=ranks), settings.lr, freeze=sae.freeze)
         return sum(parameter.nbytes for parameter in optimiser.trained)
 
 

@@ -13,6 +13,7 @@ from saelab.activations.settings import StreamSettings
 from saelab.activations.source import SAMPLE_TOKENS
 from saelab.memory import fullest
 from saelab.ranks import Ranks, layout
+from saelab.sae.new import Widths
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.training.needs import training_needs
@@ -36,7 +37,7 @@ def memory(ranks: Ranks) -> tuple[int, int]:
         StreamSettings(), D_IN, "gpu", batch_tokens=TRAINING.batch, sample_tokens=SAMPLE_TOKENS, gradients=False
     )
     training = training_needs(
-        [(SAE, D_IN)],
+        [(SAE, Widths(D_IN))],
         TRAINING,
         "gpu",
         sample_tokens=SAMPLE_TOKENS,
@@ -50,7 +51,7 @@ def memory(ranks: Ranks) -> tuple[int, int]:
 
 def traffic(ranks: Ranks) -> dict[str, int]:
     """Bytes that a process sends in a step, by kind."""
-    found = step_traffic(SAE, TRAINING, D_IN, ranks)
+    found = step_traffic(SAE, TRAINING, Widths(D_IN), ranks)
     found.append(activation_traffic(D_IN, TRAINING.batch, BF16, gradients=False, ranks=ranks))
     return {each.what: each.bytes for each in found}
 

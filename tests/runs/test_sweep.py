@@ -117,8 +117,8 @@ def test_a_site_that_cannot_be_trained_on_does_not_change_the_others(
     """The first of the sites side by side has only zeros in the sample."""
     first, real = SITES[0], train.first_inputs
 
-    def zeros(sample: torch.Tensor, job: Job) -> Any:
-        return real(sample * (job.settings.site != first), job)
+    def zeros(sample: torch.Tensor, job: Job, *target: torch.Tensor) -> Any:
+        return real(sample * (job.settings.site != first), job, *target)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "first_inputs", zeros)

@@ -12,7 +12,7 @@ from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import save_sae
 from saelab.sae.layout import WEIGHTS
 from saelab.sae.model import Batch
-from saelab.sae.new import new_autoencoder
+from saelab.sae.new import Widths, new_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,
@@ -54,7 +54,7 @@ EVERY_METHOD = pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS
 
 def needs(settings: SaeSettings, training: TrainingSettings = PLAIN, resumed: bool = False) -> dict[str, int]:
     found = training_needs(
-        [(settings, D_IN)], training, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
+        [(settings, Widths(D_IN))], training, "memory", sample_tokens=4096, calibration_tokens=10_000, resumed=resumed
     )
     return {need.what: need.bytes for need in found}
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from saelab.memory import peak_bytes
 from saelab.ranks import Ranks, layout
 from saelab.sae.model import Batch
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import Widths, bare_autoencoder
 from saelab.sae.settings import AffinitySettings, AllocationSettings, AuxSettings, SaeSettings, SparsitySettings
 from saelab.training.needs import STATE_TEXT, training_needs
 from saelab.training.settings import CheckpointSettings, TrainingSettings
@@ -33,7 +33,7 @@ TRAINING = TrainingSettings(6 * BATCH, BATCH, checkpoint=CheckpointSettings(keep
 def needs(settings: SaeSettings, data: int, features: int) -> dict[str, int]:
     """The needs of the process with the largest parts."""
     sizes = {"sample_tokens": 4096, "calibration_tokens": 10_000, "ranks": layout(data, features)}
-    return {need.what: need.bytes for need in training_needs([(settings, D_IN)], TRAINING, "memory", **sizes)}
+    return {need.what: need.bytes for need in training_needs([(settings, Widths(D_IN))], TRAINING, "memory", **sizes)}
 
 
 def trainer_of(settings: SaeSettings, ranks: Ranks) -> Trainer:

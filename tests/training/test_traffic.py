@@ -8,7 +8,7 @@ import torch
 
 from saelab.ranks import ALONE, Ranks, layout
 from saelab.sae.model import Batch
-from saelab.sae.new import bare_autoencoder
+from saelab.sae.new import Widths, bare_autoencoder
 from saelab.sae.settings import (
     AffinitySettings,
     AllocationSettings,
@@ -93,7 +93,7 @@ def exchanged_in_a_step(settings: SaeSettings, training: TrainingSettings, ranks
 def test_a_step_exchanges_what_the_plan_says(method: str, data: int, features: int) -> None:
     parts = 3 if method == "lift" else 1
     settings, training = METHODS[method], TrainingSettings(10 * BATCH, BATCH, log_every=1, accumulate=parts)
-    said = {each.what: each.bytes for each in step_traffic(settings, training, D_IN, layout(data, features))}
+    said = {each.what: each.bytes for each in step_traffic(settings, training, Widths(D_IN), layout(data, features))}
     for found in run_threads(lambda ranks: exchanged(settings, training, ranks), data=data, features=features):
         assert found.keys() <= said.keys()
         for kind, size in said.items():
@@ -102,4 +102,4 @@ def test_a_step_exchanges_what_the_plan_says(method: str, data: int, features: i
 
 def test_one_process_exchanges_nothing() -> None:
     for settings in METHODS.values():
-        assert not any(each.bytes for each in step_traffic(settings, TrainingSettings(), D_IN, ALONE))
+        assert not any(each.bytes for each in step_traffic(settings, TrainingSettings(), Widths(D_IN), ALONE))
