@@ -29,12 +29,8 @@ Config = str | Path | Mapping[str, Any] | RunSettings
 
 
 _ADDED = {
-<<<<<<< HEAD
-    "sae": ("seed", "k_start", "k_steps", "prefixes"),
-    "sae.affinity": ("power",),
-=======
     "sae": ("seed", "k_start", "k_steps", "prefixes", "skip"),
->>>>>>> 9a8866e (Transcoders train from two sites in one pass: target names the site that is reconstructed, sae.skip adds a linear map, all stages take them)
+    "sae.affinity": ("power",),
     "sae.sparsity": ("p", "slope"),
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
 }

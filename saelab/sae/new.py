@@ -40,12 +40,9 @@ def bare_autoencoder(
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
-<<<<<<< HEAD
     sae.power = settings.affinity.power if settings.affinity.name == "cosine" else 0.0
-=======
     if settings.skip:
         sae.W_skip = nn.Parameter(torch.zeros(sae.d_out, d_in))
->>>>>>> 9a8866e (Transcoders train from two sites in one pass: target names the site that is reconstructed, sae.skip adds a linear map, all stages take them)
     sae.prefixes, sae.groups = settings.prefix_sizes, settings.allocation.name == "group_max"
     ENCODERS[settings.encoder.name](sae, settings.encoder)
     return sae
