@@ -287,6 +287,7 @@ app.command()(cli_autointerp.neurons)
 app.command()(cli_autointerp.explain)
 app.command()(cli_autointerp.score)
 app.command()(cli_checkpoints.export)
+app.command()(cli_checkpoints.push)
 app.command(name="app")(explorer)
 
 

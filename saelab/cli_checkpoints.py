@@ -1,11 +1,12 @@
-"""The commands that hand a checkpoint on: `saelab export`."""
+"""The commands that hand a checkpoint on: `saelab export` and `saelab push`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from saelab.errors import printable
+from saelab.errors import SaelabError, printable
 
 _FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify, dictionary_learning or sae_bench"
 
@@ -32,3 +33,39 @@ def export(
     from saelab.runs.export import export as write
 
     typer.echo(printable(f"{write(run, to, features, out, force=force)}"))
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    repo: Annotated[str, typer.Argument(metavar="USER/REPO", help="a repository on the Hub, made if it is missing")],
+    path: Annotated[str | None, typer.Option(metavar="PATH", help="folder in it (default: the site's name)")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="write the files there instead")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Upload a run's autoencoder with its settings, evaluation and a model card to the Hugging Face Hub.
+
+    saelab.load("user/repo/PATH") loads it. The token comes from HF_TOKEN or `hf auth login`. With --out nothing is
+    uploaded: the files are written into a folder, to look at.
+
+    Example: saelab push runs/quickstart user/repo --out pushed
+
+    Example: saelab push runs/quickstart user/repo --private
+    """
+    from saelab.runs import push as pushing
+
+    upload = pushing.prepare(run, repo, path)
+    sizes = upload.sizes()
+    for name, size in sizes.items():
+        typer.echo(printable(f"{size:>15,} bytes  {name}"))
+    if out is not None:
+        typer.echo(printable(f"{pushing.write(upload, out)}: {sum(sizes.values()):,} bytes; nothing was uploaded"))
+        return
+    visible = "private if it is made now" if private else "public if it is made now"
+    typer.echo(printable(f"{sum(sizes.values()):,} bytes for {repo} ({visible}); its README.md, if any, stays"))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise SaelabError("--yes: is missing; without a terminal nobody can be asked whether to upload this")
+        typer.confirm("Upload?", abort=True)
+    typer.echo(printable(pushing.send(upload, private=private)))
+    typer.echo("README.md names no license; add yours on the Hub")

@@ -27,6 +27,8 @@ class Hub:
         """Method and path of each request."""
         self.authorised: list[str | None] = []
         """The header `Authorization` of each request."""
+        self.refuses = False
+        """Whether nobody may write."""
         self.gated: set[str] = set()
         self.private: set[str] = set()
 
@@ -110,24 +112,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         parts, content = self._parts(), self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if parts == ["api", "repos", "create"]:
+        if self.hub.refuses:
+            self._error(403, "")
+        elif parts == ["api", "repos", "create"]:
             asked = json.loads(content)
             name = asked["name"] if asked.get("organization") is None else f"{asked['organization']}/{asked['name']}"
-            folder = self.hub.root / name
-            if folder.exists():
-                self._error(409, "")
-                return
-            folder.mkdir(parents=True)
-            if asked.get("private"):
+            folder, new = self.hub.root / name, not (self.hub.root / name).exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            if new and (asked.get("private") or asked.get("visibility") == "private"):  # by version of huggingface_hub
                 self.hub.private.add(name)
-            self._json({"url": f"http://hub/{name}", "name": name})
-            return
-        repo = "/".join(parts[2:4])
-        if parts[4] == "preupload":
+            self._json({"url": f"https://huggingface.co/{name}", "name": name}, 200 if new else 409)
+        elif parts == ["api", "validate-yaml"]:  # the front matter of a card
+            self._json({"errors": [], "warnings": []})
+        elif parts[4] == "preupload":
             files = json.loads(content)["files"]
             modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
             self._json({"files": modes})
         elif parts[4] == "commit":
+            repo = "/".join(parts[2:4])
             for line in content.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
@@ -135,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(base64.b64decode(entry["value"]["content"]))
             oid = self.hub.commit(repo)
-            self._json({"commitOid": oid, "commitUrl": f"http://hub/{repo}/commit/{oid}", "success": True})
+            self._json({"commitOid": oid, "commitUrl": f"https://huggingface.co/{repo}/commit/{oid}", "success": True})
         else:
             self._error(404, "")
 
@@ -149,8 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.authorised.append(self.headers.get("Authorization"))
         return [unquote(part) for part in path.strip("/").split("/")]
 
-    def _json(self, value: object) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, True)
+    def _json(self, value: object, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"}, True)
 
     def _error(self, status: int, code: str) -> None:
         self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}, self.command != "HEAD")

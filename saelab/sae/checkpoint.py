@@ -71,7 +71,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
 
     Others are SAELens, sparsify, dictionary_learning and OpenAI's sparse_autoencoder, recognised by the tensors in
     their files: a folder, one of a folder of hookpoints, or the file of weights itself (docs/interop.md). From a run
-    folder it also takes the figures of the run's evaluation, if there is one, to show them in a notebook.
+    folder, or one that `saelab push` made, it also takes the figures of the run's evaluation, to show in a notebook.
 
     Raises SaelabError if there is no checkpoint, if it is damaged or has weights that are not finite, or if saelab does
     not compute it.
@@ -84,6 +84,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     check_weights(sae, str(stored.path))
     if folder == inner:
         sae.figures = _figures(path / EVALUATION)
+    elif "saelab" in sae.metadata:
+        sae.figures = _figures(folder / EVALUATION)
     return sae.to(device).requires_grad_(False)
 
 
