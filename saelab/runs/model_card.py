@@ -61,16 +61,19 @@ def card(about: About) -> str:
     """The card in Markdown, with its YAML front matter. It claims no license: that is for the user to add."""
     metadata = about.checkpoint.get("metadata") or {}
     ours = metadata.get("saelab") or {}
-    model, site = metadata.get("model_name") or "a language model", metadata.get("hook_name") or "a site"
+    model, site = metadata.get("model_name") or "an unnamed model", metadata.get("hook_name") or "an unnamed site"
     n_features = about.checkpoint["d_sae"]
     kind = "transcoder" if "d_out" in about.checkpoint else "autoencoder"
+    to = metadata.get("hook_name_out")
+    target = f" to those at `{_code(to)}`" if kind == "transcoder" and to else ""
+    trained = ", trained with saelab" if "tokens" in ours else ""  # not of another trainer's, in a run of its own
     parts = [
         _front_matter(about),
         f"# {n_features:,} features of {_text(model)} at {_text(site)}",
-        f"A sparse {kind} of the activations of `{_code(model)}` at `{_code(site)}`, trained with saelab.",
+        f"A sparse {kind} of the activations of `{_code(model)}` at `{_code(site)}`{target}{trained}.",
         _facts(about, metadata, ours),
         "## How good it is",
-        _figures(about.evaluation),
+        _figures(about.evaluation, held_out="tokens" in ours),
         "## How to load it",
         _fenced(f'import saelab\n\nsae = saelab.load("{about.repo}/{about.path}")\ncodes = sae.encode(x)\n', "python"),
         _USE.format(about.checkpoint["d_in"]),
@@ -106,7 +109,7 @@ def _facts(about: About, metadata: Mapping[str, Any], ours: Mapping[str, Any]) -
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _figures(found: Mapping[str, Any] | None) -> str:
+def _figures(found: Mapping[str, Any] | None, *, held_out: bool) -> str:
     if found is None:
         return "It was not evaluated."
     rows = []
@@ -118,7 +121,7 @@ def _figures(found: Mapping[str, Any] | None) -> str:
             )
             tokens = _number(found.get("ce_tokens" if name.startswith(_OF_CE) else "tokens"), 0)
             rows.append(f"| {label} | {shown} | {tokens} | {definition} |")
-    head = ["On text that was held out of the training; N is the number of tokens.", ""]
+    head = [f"{'On text that was held out of the training; ' * held_out}N is the number of tokens.", ""]
     return "\n".join([*head, "| figure | value | N | what it is |", "|---|---|---|---|", *rows])
 
 

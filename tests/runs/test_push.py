@@ -216,7 +216,10 @@ def test_a_card_says_how_good_and_how_to_load() -> None:
     assert "| never active | 3 of 4,096 | 1,234 |" in text
     assert f'saelab.load("ann/saes/{SITE}")' in text
     assert f'SAE.from_pretrained("ann/saes", "{SITE}")' in text
-    assert "license" not in text
+    assert "license" not in text and "trained with saelab" not in text and "held out" not in text
+    config = dict(about().checkpoint, metadata={"saelab": {"tokens": 1000}})
+    text = card(about(checkpoint=config))
+    assert "trained with saelab." in text and "On text that was held out of the training; N is" in text
 
 
 def test_a_card_of_a_run_that_lacks_things() -> None:
@@ -225,6 +228,13 @@ def test_a_card_of_a_run_that_lacks_things() -> None:
     assert "SAELens has no architecture" in text
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["sparse-autoencoder", "interpretability"]
     assert "| FVU | undefined | undefined |" in card(about(evaluation={"fvu": "<b>"}))
+
+
+def test_a_card_of_a_transcoder_names_both_sites() -> None:
+    sites = {"model_name": "m", "hook_name": SITE, "hook_name_out": "blocks.1.hook_mlp_out"}
+    config = dict(about().checkpoint, d_out=8, architecture="saelab_topk_transcoder", metadata=sites)
+    text = card(about(checkpoint=config, in_saelens=False))
+    assert f"A sparse transcoder of the activations of `m` at `{SITE}` to those at `blocks.1.hook_mlp_out`" in text
 
 
 def test_names_mean_nothing_in_markdown() -> None:

@@ -35,9 +35,7 @@ def read(stored: Stored) -> SparseAutoencoder:
     """
     path = stored.path.with_name("config.json")
     config = Config.read(path) if path.is_file() else Config(path, {})
-    place = (
-        stored.path.absolute().parent.parts
-    )  # links of the Hub's cache are not resolved: their targets have no names
+    place = stored.path.absolute().parent.parts  # the names of links, as in the Hub's cache, not of their targets
     transcodes = bool(config.text("hf_hook_point_out")) or any("transcoder" in part for part in place)
     small = "w_enc" in stored.kinds
     names = {
