@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.errors import SaelabError
+from saelab.sae.fold import fold
 from saelab.sae.interop.saelens import architecture_of, rule_of
 from saelab.sae.model import SparseAutoencoder
 
@@ -70,7 +71,7 @@ class SaeBenchAutoencoder(nn.Module):
                 "sae-bench: decodes from activations only, and this autoencoder also needs x (a skip connection or "
                 "normalised tokens)"
             )
-        self.sae = sae.folded(1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
+        self.sae = fold(sae, 1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
         self.cfg = SaeBenchConfig(
             model_name=model_name,
             d_in=sae.d_in,
