@@ -1,7 +1,8 @@
 """The commands `saelab explain` and `saelab score`."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -60,7 +61,8 @@ def explain(
     from saelab.autointerp.llm.budget import parsed_budget
     from saelab.runs import autointerp
 
-    budget = parsed_budget(price, max_tokens, max_money)
+    with _options():
+        budget = parsed_budget(price, max_tokens, max_money)
 
     def one(each: Path) -> None:
         made = autointerp.explain(
@@ -80,7 +82,8 @@ def explain(
         )
         typer.echo(printable(f"{made}; they are in {each / 'autointerp'}"))
 
-    _one_by_one(one, run, [run, *_controls(run, with_controls)])
+    with _options():
+        _one_by_one(one, run, [run, *_controls(run, with_controls)])
 
 
 def score(
@@ -115,7 +118,8 @@ def score(
     from saelab.runs import autointerp
     from saelab.runs.autointerp import DEFAULT
 
-    budget = parsed_budget(price, max_tokens, max_money)
+    with _options():
+        budget = parsed_budget(price, max_tokens, max_money)
 
     def one(each: Path) -> None:
         found = autointerp.score(
@@ -135,7 +139,8 @@ def score(
         if each == run:
             show_scores(run, found)
 
-    _one_by_one(one, run, [*_controls(run, with_controls), run])
+    with _options():
+        _one_by_one(one, run, [*_controls(run, with_controls), run])
 
 
 def controls(
@@ -161,7 +166,9 @@ def controls(
     from saelab.runs.controls import controls as stage
 
     chosen = None if kinds is None else _parts(kinds)
-    for path in stage(run, overrides or [], chosen, reseeds=reseeds, force=force, track=progress.bar, say=_say):
+    with _options():
+        made = stage(run, overrides or [], chosen, reseeds=reseeds, force=force, track=progress.bar, say=_say)
+    for path in made:
         typer.echo(printable(str(path)))
 
 
@@ -215,6 +222,30 @@ def _one_by_one(do: Callable[[Path], None], run: Path, runs: Sequence[Path]) -> 
         raise SaelabError(f"{len(failed)} of {len(runs) - 1} controls failed: {', '.join(failed)} (above)")
 
 
+_OPTIONS = {
+    "url": "--llm",
+    "money": "--max-money",
+    "tokens": "--max-tokens",
+    "contrastive, reasoning": "--contrastive, --reasoning",
+} | {
+    name: f"--{name}"
+    for name in ("llm", "model", "price", "about", "features", "scores", "controls", "embed", "concurrency", "kinds")
+}
+"""The options of the settings that errors name."""
+
+
+@contextmanager
+def _options() -> Iterator[None]:
+    """Errors about a setting in the block name the option instead."""
+    try:
+        yield
+    except SaelabError as error:
+        name, colon, rest = str(error).partition(": ")
+        if not colon or name not in _OPTIONS:
+            raise
+        raise type(error)(f"{_OPTIONS[name]}: {rest}") from error
+
+
 class _Refused(SaelabError):
     """Nobody agreed to the cost."""
 
@@ -231,7 +262,8 @@ def explorer_options(
 
     if (llm is None) != (model is None):
         raise SettingError(f"--{'llm' if llm is None else 'model'}: is missing; --llm and --model go together")
-    parsed_budget(price, max_tokens, max_money)
+    with _options():
+        parsed_budget(price, max_tokens, max_money)
     given = {"llm": llm, "model": model, "price": price, "max-tokens": max_tokens, "max-money": max_money}
     return [f"--{name}={value}" for name, value in given.items() if value is not None]
 

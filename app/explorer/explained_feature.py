@@ -1,6 +1,6 @@
 """A feature's explanations with their scores, and the tools that make more: explain, score, write by hand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from urllib.parse import urlencode
 
@@ -58,6 +58,7 @@ def draw_explanations(index: int) -> None:
         draw_scores(latest, explained, scores, of_feature)
         with state.errors_shown():
             draw_score_buttons(database, latest, scores, "latest")
+        draw_commands({each.score.score for each in scores})
     elif of_feature:
         st.html(scores_html(of_feature, {}))
     others = [each for each in own if each is not latest]
@@ -71,6 +72,17 @@ def draw_explanations(index: int) -> None:
         if latest is not None:
             draw_explain(database, index, {source_of(each): each for each in own}, "rail")
         draw_writing(database, index, latest)
+
+
+def draw_commands(scored: Collection[str]) -> None:
+    """How to make the scores for which the run's language model has to be loaded."""
+    path = state.code(str(state.current_run().path))
+    lines = {
+        "surprisal": f"`saelab score {path} --scores surprisal`",
+        "intervention": f"`saelab explain {path} --about effect`, `saelab score {path} --scores intervention`",
+    }
+    if missing := [f"{name}: {line}" for name, line in lines.items() if name not in scored]:
+        st.caption("These run the language model. " + "; ".join(missing))
 
 
 def source_of(each: Explained) -> Source:

@@ -8,43 +8,31 @@ from numpy.typing import ArrayLike
 
 from saelab.errors import SaelabError
 from saelab.features.database import Database
+from saelab.features.indices import indices
 
-EXAMPLES = "0:100, 7,9 or random:200"
 NEAR = 1.5
 """Largest ratio of the densities of two features that are compared."""
 
 
 def chosen(database: Database, text: str) -> list[int]:
-    """The features that `text` names, each once, rising: indices and ranges (``7,9,20:30``), or ``random:200``.
+    """The features that `text` names, each once, rising: a list (`saelab.features.indices`), or ``random:200``.
 
-    The end of a range is not in it. ``random:n`` draws n of the features that are active on the text, the same ones
-    each time: ordered by density they are divided into n parts of equal size, and one of each is drawn; all if there
-    are no more than n. Raises SaelabError if the text names no feature, or one that does not exist.
+    ``random:n`` draws n of the features that are active on the text, the same ones each time: ordered by density they
+    are divided into n parts of equal size, and one of each is drawn; all if there are no more than n. Raises
+    SaelabError if the text names no feature, or one that does not exist.
     """
-    n = database.n_features
     if drawn := re.fullmatch(r"\s*random:\s*([0-9]{1,9})\s*", text):
         return _drawn(database.table["n_active"], int(drawn[1]))
-    found = np.zeros(n, bool)
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*([0-9]{1,12})?\s*(:)?\s*([0-9]{1,12})?\s*", part)
-        if ends is None or not (ends[1] or ends[2]) or (ends[3] and not ends[2]):
-            raise SaelabError(f"features: {part.strip()!r} names no features; write {EXAMPLES}")
-        first = int(ends[1] or 0)
-        stop = int(ends[3] or n) if ends[2] else first + 1
-        if ends[2] and not first < stop:
-            raise SaelabError(
-                f"features: {part.strip()!r} names no feature: the end of a range is not in it; write {EXAMPLES}"
-            )
-        if not first < stop <= n:
-            raise SaelabError(f"features: {part.strip()!r} is not within the {n:,} features, which are 0 to {n - 1}")
-        found[first:stop] = True
-    return np.flatnonzero(found).tolist()
+    try:
+        return np.sort(indices(text, database.facts)).tolist()
+    except SaelabError as error:
+        raise SaelabError(f"features: {error}") from error
 
 
 def _drawn(n_active: np.ndarray, n: int) -> list[int]:
     active = np.flatnonzero(n_active)
     if n < 1:
-        raise SaelabError(f"features: random:{n} draws none; write {EXAMPLES}")
+        raise SaelabError(f"features: random:{n} draws none; write random:200")
     if not len(active):
         raise SaelabError("features: there is nothing to draw: no feature is active on the text")
     active = active[np.argsort(n_active[active], kind="stable")]

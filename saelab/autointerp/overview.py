@@ -5,12 +5,12 @@ examples are not parsed. Needs no torch.
 """
 
 import math
-from array import array
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from saelab.autointerp.store import EXPLANATIONS, SCORES, lines_from
 _SCORE = np.dtype(
     [("key", "u8"), ("feature", "i8"), ("explanation", "u8"), ("measure", "i4"), ("value", "f8"), ("offset", "u8")]
 )
+_PACKED = struct.Struct("=QqQidQ")
 
 
 class Source(NamedTuple):
@@ -215,25 +216,16 @@ def _scores(
     path: Path, inputs: str, n_features: int, known: Overview, start: int
 ) -> tuple[np.ndarray, tuple[Measure, ...], int]:
     measures, end = {measure: index for index, measure in enumerate(known.measures)}, start
-    new: dict[str, array[Any]] = {name: array(code) for name, code in zip(_SCORE.names or (), "QqQidQ", strict=True)}
+    new = bytearray()
     for offset, stop, line in lines_from(path, inputs, start):
         end = stop
         if line["feature"] >= n_features:
             continue
-        value = line["value"][0]
-        values = {
-            "key": int(line["key"], 16),
-            "feature": line["feature"],
-            "explanation": int(line["explanation"] or "0", 16),
-            "measure": measures.setdefault(Measure(line["score"], line["model"], line["unit"]), len(measures)),
-            "value": math.nan if value is None else value,
-            "offset": offset,
-        }
-        for name, each in values.items():
-            new[name].append(each)
-    added = np.zeros(len(new["key"]), _SCORE)
-    for name, column in new.items():
-        added[name] = column
+        measure = measures.setdefault(Measure(line["score"], line["model"], line["unit"]), len(measures))
+        explanation, value = int(line["explanation"] or "0", 16), line["value"][0]
+        value = math.nan if value is None else value
+        new += _PACKED.pack(int(line["key"], 16), line["feature"], explanation, measure, value, offset)
+    added = np.frombuffer(new, _SCORE)
     both = np.concatenate([known.scores, added])
     last = len(both) - 1 - np.unique(both["key"][::-1], return_index=True)[1]
     return both[np.sort(last)], tuple(measures), end

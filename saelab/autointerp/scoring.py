@@ -54,6 +54,8 @@ class Scorer(NamedTuple):
     """What the explanations that it scores are about; None: it scores the feature, and gets one without text."""
     record: str = ""
     """`Score.score` if it is not the scorer's name."""
+    needs_model: bool = False
+    """Whether the offline judge cannot make it."""
     needs_base: bool = False
     """Whether it reads log-probabilities of `Judges.base`."""
     needs_steering: bool = False
@@ -95,6 +97,7 @@ SCORERS: dict[str, Scorer] = {
     "simulation": Scorer(
         lambda c, e, by: (simulation.requests(c, e), lambda replies: simulation.score(c, e, replies, by.client.name)),
         _judge,
+        needs_model=True,
     ),
     "surprisal": Scorer(
         lambda c, e, by: ((), lambda _: surprisal(c, e, _base(by))), lambda by: _base(by).name, needs_base=True

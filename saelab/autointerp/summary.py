@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-MANY = 20_000
+MANY = 2_000
 """Features above which intervals are not bootstrapped."""
 
 

@@ -1,6 +1,5 @@
 """Search in a feature database: features by the text where they are active, by tokens, or by their index."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +9,7 @@ import numpy as np
 
 from saelab.errors import SaelabError
 from saelab.features.facts import Facts
+from saelab.features.indices import EXAMPLE, indices
 from saelab.features.matching import CHUNK, Matches, find_matches, regex_pattern, text_pattern
 from saelab.features.ordering import ranges
 from saelab.features.table import Table
@@ -82,7 +82,7 @@ _EXAMPLES = {
     "regex": r"/import \w+/",
     "token": "token:import",
     "promotes": "promotes:import",
-    "id": "id:7,12,40-50",
+    "id": f"id:{EXAMPLE}",
 }
 
 
@@ -121,19 +121,10 @@ def _last_before(matches: Matches, places: np.ndarray) -> np.ndarray:
 
 
 def _indices(facts: Facts, text: str) -> np.ndarray:
-    found: list[np.ndarray] = []
-    seen = np.zeros(facts.n_features, bool)
-    for part in text.split(","):
-        ends = re.fullmatch(r"\s*([0-9]{1,12})\s*(?:-\s*([0-9]{1,12})\s*)?", part)
-        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
-        if first > last:
-            raise SaelabError(f"id:{text}: {part!r} is not a feature or a range of features, such as {_EXAMPLES['id']}")
-        facts.check(first)
-        new = first + np.flatnonzero(~seen[first : last + 1])
-        seen[new] = True
-        if len(new):  # a link may name all features again and again
-            found.append(new)
-    return np.concatenate(found)
+    try:
+        return indices(text, facts, cut=True)
+    except SaelabError as error:
+        raise SaelabError(f"id:{text}: {error}") from error
 
 
 def _on_token(facts: Facts, table: Table, vocabulary: Vocabulary, text: str) -> Found:

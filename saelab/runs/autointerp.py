@@ -6,15 +6,14 @@ a kill, a stage continues, and asks nobody twice.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from saelab.autointerp import lexical
-from saelab.autointerp.contexts import Contexts, contexts
-from saelab.autointerp.embedders import Embedder, of_database, sentence_transformer
+from saelab.autointerp.contexts import contexts
 from saelab.autointerp.explainers import Explainer, Explanations, Made, of_contexts, of_effects
 from saelab.autointerp.jobs import Job, run_jobs
 from saelab.autointerp.llm.budget import Budget, Estimate, estimate
@@ -28,15 +27,10 @@ from saelab.autointerp.scoring import DEFAULT, SCORERS, Judges
 from saelab.autointerp.settings import ContextSettings, InterventionSettings, ScoreSettings
 from saelab.autointerp.store import ANSWERS, Writer, explanations, writing
 from saelab.autointerp.summary import ScoreTable
-from saelab.errors import SaelabError, SettingError, did_you_mean
-from saelab.features.database import Database
+from saelab.errors import SaelabError, SettingError
 from saelab.progress import Say, Track, quiet, silent
+from saelab.runs import judges
 from saelab.runs.explained import Opened, control_runs, features_of, scores_of
-
-if TYPE_CHECKING:
-    from saelab.autointerp.steered_text import SteeredTexts
-    from saelab.lm.model import LanguageModel
-    from saelab.sae.model import SparseAutoencoder
 
 _SAMPLE = 5
 """Features from whose requests the cost is estimated."""
@@ -121,7 +115,7 @@ def _explainer(opened: Opened, about: About, client: Client, contrastive: bool, 
         raise SettingError("contrastive, reasoning: are for explanations of contexts; leave them out")
     from saelab.autointerp.steered_text import raised_tokens  # with torch
 
-    subject, steering = _subject(opened.run, say), InterventionSettings()
+    subject, steering = judges.subject(opened.run, say), InterventionSettings()
     return of_effects(client, lambda c: raised_tokens(c, *subject, steering), steering.kl)
 
 
@@ -154,18 +148,13 @@ def score(
     score, and if no feature has an explanation.
     """
     opened = Opened(run)
-    if not scores:
-        raise SaelabError(f"scores: none is named; choose from {', '.join(SCORERS)}")
-    for name in scores:
-        if name not in SCORERS:
-            raise SaelabError(f"scores: there is no {name!r} ({', '.join(SCORERS)}).{did_you_mean(name, SCORERS)}")
     others = control_runs(opened, controls, say)
     client = named(llm, model, concurrency)
+    judges.check(scores, client)
     if client.name == lexical.NAME:
         say("judge: lexical, from words in common; it is no language model")
-    base, steered = _subject_judges(opened, scores, base, settings, say)
-    judges = Judges(client, *_embedder(opened.database, embed), settings, base, steered)
-    parts = [_part(opened, names, about, features, judges, say) for about, names in _by_subject(scores).items()]
+    asked = judges.judges(opened, scores, client, embed, base, settings, say)
+    parts = [_part(opened, names, about, features, asked, say) for about, names in _by_subject(scores).items()]
     for part in parts:
         if client.name != lexical.NAME and len(part.todo):
             jobs = (job for feature in _sample(part.todo) for job in part.plan.jobs(feature, lambda *_: None))
@@ -199,7 +188,7 @@ def _by_subject(scores: Sequence[str]) -> dict[About, list[str]]:
     return found
 
 
-def _part(opened: Opened, scores: Sequence[str], about: About, features: str | None, judges: Judges, say: Say) -> _Part:
+def _part(opened: Opened, scores: Sequence[str], about: About, features: str | None, by: Judges, say: Say) -> _Part:
     latest, shuffled = stored(opened.folder, opened.inputs, about)
     subjects = _subjects(opened, scores, about, features, latest)
     if any(SCORERS[name].about for name in scores):
@@ -208,7 +197,7 @@ def _part(opened: Opened, scores: Sequence[str], about: About, features: str | N
             which = " of their effect" * (about == EFFECT)
             say(f"{unexplained:,} of {len(subjects):,} features have no explanation{which}, and no score of one")
     made = controls_of(opened.database, latest, shuffled, subjects)
-    plan = Plan(opened.database, scores, latest, made, judges, known_scores(opened.folder, opened.inputs))
+    plan = Plan(opened.database, scores, latest, made, by, known_scores(opened.folder, opened.inputs))
     missing = np.array([len(plan.missing(int(feature))) for feature in subjects], int)
     return _Part(plan, made, subjects[missing > 0], int(missing.sum()))
 
@@ -220,55 +209,6 @@ def _jobs(part: _Part, writer: Writer, settings: ScoreSettings) -> Iterator[Job]
         if (control := part.controls.new_one(feature)) is not None:
             writer.explanation(*control)
         yield from part.plan.jobs(feature, write)
-
-
-def _subject_judges(
-    opened: Opened, scores: Sequence[str], base: BaseModel | None, settings: ScoreSettings, say: Say
-) -> tuple[BaseModel | None, Callable[[Contexts], "SteeredTexts"] | None]:
-    """What gives log-probabilities, `base` or the run's language model, and steered texts; None if not needed."""
-    steering = any(SCORERS[name].needs_steering for name in scores)
-    if not steering and not (base is None and any(SCORERS[name].needs_base for name in scores)):
-        return base, None
-    from saelab.autointerp.llm.local import LocalModel  # with torch
-    from saelab.autointerp.steered_text import steered_texts
-
-    subject = _subject(opened.run, say)
-
-    @lru_cache(maxsize=1)  # serves the explanation and its control
-    def steered(c: Contexts) -> "SteeredTexts":
-        return steered_texts(c, *subject, settings.steering)
-
-    return base or LocalModel(subject.lm), steered if steering else None
-
-
-def _embedder(database: Database, embed: str | None) -> tuple[Embedder, str]:
-    """The embedder and its name."""
-    if embed is not None:
-        return sentence_transformer(embed), Path(embed).name
-
-    @cache
-    def fitted() -> Embedder:  # at the first use: it takes seconds
-        return of_database(database)
-
-    def embedder(texts: Sequence[str]) -> np.ndarray:
-        return fitted()(texts)
-
-    return embedder, "TF-IDF"
-
-
-class Subject(NamedTuple):
-    """What a run studies."""
-
-    sae: "SparseAutoencoder"
-    lm: "LanguageModel"
-    site: str
-
-
-def _subject(run: Path, say: Say) -> Subject:
-    from saelab.runs.reopen import reopen  # with torch
-
-    opened = reopen(run, "analyse", [], say)
-    return Subject(opened.sae, opened.job.lm, opened.job.settings.site)
 
 
 def _subjects(opened: Opened, scores: Sequence[str], about: About, features: str | None, latest: Stored) -> np.ndarray:

@@ -47,6 +47,7 @@ from saelab.training.trainer import Trainer
 
 RESEED = folder.RESEED
 KINDS = ("untrained", "directions", "neurons", "frozen_decoder", "frozen_encoder", RESEED)
+TRAINED = ("frozen_decoder", "frozen_encoder", RESEED)
 SITE = "mlp.hook_post"
 """Where the neurons of a block are read."""
 
@@ -78,6 +79,9 @@ def controls(
     for kind in kinds or ():
         if kind not in KINDS:
             raise SaelabError(f"kinds: there is no {kind!r} ({', '.join(KINDS)}).{did_you_mean(kind, KINDS)}")
+    overrides = list(overrides)
+    if overrides and kinds is not None and not set(kinds) & set(TRAINED):
+        raise SettingError(f"{overrides[0]}: {', '.join(kinds)} are not trained, and have no settings; leave it out")
     path = Path(expanded(run, "RUN"))
     folder.check_run(path)
     with ExitStack() as locks:

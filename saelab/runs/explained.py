@@ -33,6 +33,8 @@ class Opened:
         self.run = Path(expanded(run, "RUN"))
         if not self.run.is_dir():
             raise SaelabError(f"{self.run}: there is no such folder")
+        if not (folder.has_features(self.run) or (self.run / folder.SETTINGS).is_file()):
+            raise SaelabError(f"{self.run}: is no run folder: it has no {folder.SETTINGS} and no feature database")
         self.database = open_database(folder.features(self.run))
         self.folder = self.run / folder.AUTOINTERP
         self.inputs = str(self.database.arrays.manifest["inputs"])

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from saelab.errors import SaelabError, WriteError, did_you_mean
 from saelab.features.database import Database, open_database
 from saelab.features.export import circuit_tracer, html, neuronpedia, tables
+from saelab.features.indices import indices
 from saelab.files import expanded, locked, make_folder, replace_folder, translate_errors, write_whole
 from saelab.runs import folder
 
@@ -58,7 +59,7 @@ def export(
 
     `to` is a key of `FORMS`, for features of the run's database, or of `CHECKPOINTS`, for its autoencoder; then `run`
     may be any checkpoint that `saelab.load` reads, and an id on the Hub. `SAE_BENCH` is the run's evaluation.
-    `features` are indices and ranges, such as "1,5-9". `out` is the file or folder, by default in RUN/exports. With
+    `features` is a list, such as "1,5-9". `out` is the file or folder, by default in RUN/exports. With
     `force` it may be an earlier export, which is replaced.
 
     Raises SaelabError if there is no such form, feature, database or checkpoint, if the other trainer cannot compute
@@ -138,12 +139,9 @@ def _features(database: Database, form: Form, text: str | None, to: str) -> list
             return list(range(database.n_features))
         raise SaelabError(f"--features: name the features of the page, for example: --to {to} --features 1,5-9")
     try:
-        chosen = database.search(f"id:{text}").features.tolist()
-        for index in re.findall(r"\d+", text):  # the search takes a range that ends after the last feature
-            database.facts.check(int(index))
+        return indices(text, database.facts).tolist()
     except SaelabError as error:
         raise SaelabError(f"--features: {error}") from error
-    return chosen
 
 
 def _check_free(path: Path, name: str, files: str | None, force: bool) -> None:

@@ -91,7 +91,31 @@ def test_again_makes_further_explanations(run: Path) -> None:
         assert command("explain", run, "--features", "0:2", *options).exit_code == 0
     assert [each.attempt for each, _ in explanations(run / "autointerp", INPUTS)] == [0, 0, 1, 1]
     failed = command("explain", run, "--about", "causes")
-    assert "about: there is no 'causes' (context, effect)" in str(failed.exception)
+    assert "--about: there is no 'causes' (context, effect)" in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("explain --llm local", "--model: is missing; name a model folder"),
+        ("explain --llm http://localhost:1/v1", "--model: is missing; name the model to be asked at http://localhost"),
+        ("explain --llm ftp://here --model m", "--llm: ftp://here is no http or https address"),
+        ("explain --max-money 1", "--max-money: the model's price is not known"),
+        ("explain --contrastive", "--contrastive, --reasoning: need a language model"),
+        ("explain --features 3:2", "--features: '3:2' is not a range of features"),
+        ("explain --features 1-9", "--features: There is no feature 9"),
+        ("score --scores simulation", "--scores: simulation needs a language model as judge"),
+        ("score --scores detektion", "--scores: there is no 'detektion'"),
+        ("controls --kinds untrained,neurons training.tokens=1e5", "training.tokens=1e5: untrained, neurons are not"),
+    ],
+)
+def test_errors_name_options(run: Path, arguments: str, message: str) -> None:
+    name, *options = arguments.split()
+    assert str(command(name, run, *options).exception).startswith(message)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    assert "is no run folder: it has no config.yaml and no feature" in str(command("explain", tmp_path).exception)
 
 
 def test_the_cost_is_a_question(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

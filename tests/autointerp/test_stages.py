@@ -22,8 +22,9 @@ from saelab.autointerp.summary import Line, ScoreTable, mean_interval
 from saelab.cli import app
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
-from saelab.runs.autointerp import Subject, explain, score
+from saelab.runs.autointerp import explain, score
 from saelab.runs.explained import table
+from saelab.runs.judges import Subject
 from tests.autointerp.test_intervention import SITE, autoencoder
 from tests.autointerp.test_surprisal import Reader
 from tests.features.dense import write_database
@@ -151,7 +152,7 @@ def subject(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return steered_texts(c, *rest)
 
     lm, sae = long_language_model(), autoencoder()
-    monkeypatch.setattr("saelab.runs.autointerp._subject", lambda *_: Subject(sae, lm, SITE))
+    monkeypatch.setattr("saelab.runs.judges.subject", lambda *_: Subject(sae, lm, SITE))
     monkeypatch.setattr("saelab.autointerp.steered_text.steered_texts", counted)
     return steered
 
@@ -351,12 +352,12 @@ def test_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "lexical is no language model" in done.output
     for wrong, message in (
         (["score", str(run), "--scores", "detektion"], "Nearest: detection"),
-        (["score", str(run), "--scores", "simulation"], "name a language model"),
+        (["score", str(run), "--scores", "simulation"], "needs a language model"),
         (["explain", str(run), "--features", "90"], "not within the 6 features"),
         (["explain", str(run), "--contrastive"], "need a language model"),
         (["explain", str(run), "--model", "any"], "llm: is missing"),
         (["explain", str(run), "--price", "cheap"], "--price: 'cheap' is not two numbers"),
-        (["explain", str(run.parent)], "There is no feature database"),
+        (["explain", str(run.parent)], "is no run folder"),
     ):
         failed = runner.invoke(app, wrong)
         assert isinstance(failed.exception, SaelabError) and message in str(failed.exception)

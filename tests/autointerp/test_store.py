@@ -121,6 +121,7 @@ def test_features_are_chosen_by_index_range_and_draw(tmp_path: Path) -> None:
     database = open_database(write_database(tmp_path / "f", z, tokens, vocabulary))
     assert chosen(database, "7, 3,5:8,38:") == [3, 5, 6, 7, 38, 39]
     assert chosen(database, ":2") == [0, 1]
+    assert chosen(database, "9 - 11,5:7, 9") == [5, 6, 9, 10, 11]
     drawn = chosen(database, "random:10")
     assert drawn == chosen(database, "random:10") and len(set(drawn)) == 10 and 7 not in drawn
     n_active = np.asarray(database.table["n_active"])
@@ -128,11 +129,11 @@ def test_features_are_chosen_by_index_range_and_draw(tmp_path: Path) -> None:
     ranks = sorted(ordered.index(f) for f in drawn)  # one of each tenth
     assert all(len(ordered) * i // 10 <= rank < len(ordered) * (i + 1) // 10 + 1 for i, rank in enumerate(ranks))
     assert chosen(database, "random:999") == sorted(ordered)
-    for wrong in ("", "x", "40", "3:41", "-1", "random:0", "1-5"):
+    for wrong in ("", "x", "40", "3:41", "3-40", "-1", "random:0", ":0", "5,,7"):
         with pytest.raises(SaelabError, match="features: "):
             chosen(database, wrong)
     for empty in ("5:2", "5:5", "7,5:3", "41:40"):
-        with pytest.raises(SaelabError, match="names no feature: the end of a range is not in it"):
+        with pytest.raises(SaelabError, match="is not a range of features: the end of first:end is not in it"):
             chosen(database, empty)
 
 

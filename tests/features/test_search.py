@@ -257,6 +257,7 @@ def test_promoted_tokens_are_searched_by_a_part_of_their_text(database: Database
         ("id:7", [7]),
         ("id: 7, 12,30 - 32", [7, 12, 30, 31, 32]),
         ("id:30-99", [*range(30, 40)]),
+        ("id:30:99,:2,39:", [*range(30, 40), 0, 1]),
         ("id:5,4,5,3-5", [5, 4, 3]),
     ],
 )
@@ -282,7 +283,8 @@ def test_features_that_are_named_again_and_again_take_no_memory(database: Databa
         ("promotes:", "Type more, as in promotes:import"),
         ("id:40", "no feature 40 .* its features are 0 to 39"),
         ("id:50-60", "no feature 50 .* its features are 0 to 39"),
-        ("id:9-3", "'9-3' is not a feature or a range of features"),
+        ("id:9-3", "'9-3' is not a range of features: it ends before it begins"),
+        ("id:9:3", "'9:3' is not a range of features: the end of first:end is not in it"),
         ("id:x", "'x' is not a feature"),
         ("id:1,,2", "'' is not a feature"),
         ("id:-3", "'-3' is not a feature"),

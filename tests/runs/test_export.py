@@ -39,6 +39,7 @@ def test_an_export_goes_into_the_run_and_is_the_same_elsewhere(run: Path, to: st
 def test_features_are_in_the_order_in_which_they_are_named_and_all_by_default(run: Path, tmp_path: Path) -> None:
     assert pq.read_table(export(run, "parquet", "3,1-2,2"))["feature"].to_pylist() == [3, 1, 2]
     assert pq.read_table(export(run, "parquet", out=tmp_path / "all"))["feature"].to_pylist() == list(range(12))
+    assert pq.read_table(export(run, "parquet", "3:5,1", force=True))["feature"].to_pylist() == [3, 4, 1]
     files = export(run, "neuronpedia", "7,4")
     assert [f["feature_index"] for f in json.loads((files / "batch-0.json").read_text())["features"]] == [7, 4]
 

@@ -22,7 +22,8 @@ def client(llm: str | Client | None, model: str | None, concurrency: int) -> Cli
     if not isinstance(llm, str):
         return llm
     if model is None:
-        raise SettingError(f"model: is missing; name the model to be asked at {llm}")
+        which = "a model folder" if llm == LOCAL else f"the model to be asked at {llm}"
+        raise SettingError(f"model: is missing; name {which}")
     if llm != LOCAL:
         return OpenAIClient(llm, model, concurrency=concurrency)
     from saelab.autointerp.llm.local import load_local_model  # with torch
