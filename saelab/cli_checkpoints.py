@@ -68,4 +68,4 @@ def push(
             raise SaelabError("--yes: is missing; without a terminal nobody can be asked whether to upload this")
         typer.confirm("Upload?", abort=True)
     typer.echo(printable(pushing.send(upload, private=private)))
-    typer.echo("README.md names no license; add yours on the Hub")
+    typer.echo("the card names no license; add yours to README.md on the Hub")

@@ -89,8 +89,12 @@ def resolve(name: str | Path) -> Path:
 def parse(name: str | Path) -> HubId | None:
     """The id that `name` is; None if it is a path: it is there, or the folder that it begins with is."""
     text = str(name)
-    local = Path(expanded(name))
-    if local.exists() or text.startswith(("/", ".", "~", "$")) or Path(text.split("/")[0]).exists():
+    if text.startswith(("/", ".", "~", "$")):
+        return None
+    try:
+        if Path(expanded(name)).exists() or Path(text.split("/")[0]).exists():
+            return None
+    except OSError:  # a name that is too long for a file is too long for an id
         return None
     for pattern, stands_for in RELEASES:
         if re.fullmatch(pattern, text):

@@ -162,6 +162,7 @@ def test_an_export_takes_an_id(hub: Hub, tmp_path: Path) -> None:
 
 def test_parts_of_an_id() -> None:
     assert parse("user/repo") == HubId("user/repo", None, "")
+    assert parse(f"{'x' * 300}/repo") is None
     assert parse("user/repo@refs%2Fpr%2F1/a:v1/b.pt") == HubId("user/repo", "refs/pr/1", "a:v1/b.pt")
     assert str(HubId("user/repo", "v1", "a/b")) == "user/repo@v1/a/b"
     name = "gpt2-small-resid-post-v5-32k/blocks.3.hook_resid_post"

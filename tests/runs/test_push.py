@@ -192,7 +192,7 @@ def test_the_command_asks_before_it_uploads(run: Path, hub: Hub, tmp_path: Path)
     assert looked.exit_code == 0 and "nothing was uploaded" in looked.output
     assert not hub.asked
     done = command.invoke(app, ["push", str(run), "ann/saes", "--yes"])
-    assert done.exit_code == 0 and "ann/saes/commit/" in done.output and "names no license" in done.output
+    assert done.exit_code == 0 and "ann/saes/commit/" in done.output and "the card names no license" in done.output
     assert "secret" not in asked.output + looked.output + done.output
 
 
