@@ -12,6 +12,7 @@ from saelab.errors import SaelabError
 from saelab.runs.export import export
 from saelab.runs.from_hub import HubId, parse, resolve
 from tests.hub_server import Hub, in_place_of_the_hub
+from tests.sae.interop.peers import REAL
 from tests.sae.interop.test_releases import GEMMA, RELEASES, place
 
 
@@ -83,6 +84,26 @@ def test_what_was_interrupted_before_the_weights_is_downloaded_again(hub: Hub) -
     hub.asked.clear()
     assert resolve(name) == folder
     assert saelab.load(folder).n_features == 40
+
+
+def test_a_file_of_torch_save_is_downloaded_only_if_the_id_names_it(hub: Hub) -> None:
+    place = "andyrdt/saes/resid_post_layer_3/trainer_1"
+    shutil.copytree(REAL / "dictionary_learning_batchtopk", hub.root / place)
+    with pytest.raises(SaelabError, match=f"name one to load it with weights_only=True, such as {place}/ae.pt"):
+        saelab.load("andyrdt/saes")
+    assert not downloads(hub)
+    right = saelab.load(REAL / "dictionary_learning_batchtopk")
+    assert torch.equal(saelab.load(f"{place}/ae.pt").W_enc, right.W_enc)
+    inside = "resid_post_layer_3/trainer_1"
+    assert downloads(hub) == {f"{inside}/config.json", f"{inside}/ae.pt"}
+
+
+def test_a_hookpoint_of_sparsify_comes_with_the_configuration_above_it(hub: Hub) -> None:
+    shutil.copytree(REAL / "sparsify_topk", hub.root / "ann/coders/layers.3")
+    (hub.root / "ann/coders/config.json").write_text('{"model": "m"}')
+    sae = saelab.load("ann/coders/layers.3")
+    assert (sae.metadata["model_name"], sae.metadata["hook_name"]) == ("m", "blocks.3.hook_resid_post")
+    assert downloads(hub) == {"config.json", "layers.3/cfg.json", "layers.3/sae.safetensors"}
 
 
 def test_several_autoencoders_are_listed(hub: Hub) -> None:
