@@ -43,7 +43,20 @@ def the_one_error(result: subprocess.CompletedProcess[str]) -> str:
 def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
     top = saelab("--help", cwd=tmp_path)
     assert top.returncode == 0
-    for command in ("demo", "run", "train", "cache", "plan", "eval", "index", "explain", "score", "export", "app"):
+    for command in (
+        "demo",
+        "run",
+        "train",
+        "cache",
+        "plan",
+        "eval",
+        "index",
+        "explain",
+        "score",
+        "export",
+        "push",
+        "app",
+    ):
         assert command in top.stdout
         assert f"Example: saelab {command}" in saelab(command, "--help", cwd=tmp_path).stdout
 
