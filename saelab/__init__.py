@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         SaeSettings,
         SparsitySettings,
     )
+    from saelab.sae.side_by_side import site_norms
     from saelab.training.settings import TrainingSettings
     from saelab.training.trainer import Trainer
 
@@ -141,6 +142,7 @@ _HOME = {
     "settings_of": "saelab.runs.job",
     "spliced": "saelab.analysis.spliced",
     "similarities": "saelab.analysis.similarities",
+    "site_norms": "saelab.sae.side_by_side",
     "stability": "saelab.analysis.stability",
     "steer": "saelab.analysis.steering",
     "steering_effects": "saelab.analysis.steering_effects",
@@ -218,6 +220,7 @@ __all__ = [
     "score",
     "settings_of",
     "similarities",
+    "site_norms",
     "spliced",
     "stability",
     "steer",
