@@ -281,4 +281,4 @@ def _make_untrained(made: _Control, *, l0: float, track: Track) -> None:
         read = {"inputs": inputs.map, "largest_norm": inputs.largest_norm}
         forward = s.eval.rows_per_forward
         facts |= calibrate(sae, job.lm, rows, s.sites.inputs, densities, **read, rows_per_forward=forward, track=track)
-    made.save(inputs.map.folded(sae), facts)
+    made.save(inputs.folded(sae), facts)

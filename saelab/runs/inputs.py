@@ -20,7 +20,7 @@ from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.runs.job import Job
 from saelab.sae.input_map import InputMap, input_map
-from saelab.sae.model import Batch
+from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.side_by_side import SideBySide, side_by_side_map
 
 NOTED_SINKS = 0.1
@@ -75,6 +75,10 @@ class Inputs:
             return None
         target, gradients = (None if each is None else each[keep] for each in (target, gradients))
         return Batch(self.map(values[keep]), target, gradients)
+
+    def folded(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """The autoencoder of activations as the model gives them that computes what `sae` computes on inputs."""
+        return self.map.folded(sae, 1.0 if self.target_scale is None else self.target_scale)
 
     def state(self) -> dict[str, Any]:
         """The record, and the tensors of the map; `from_state` reads it."""

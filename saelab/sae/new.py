@@ -92,7 +92,8 @@ def new_autoencoder(
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]
     sae = bare_autoencoder(settings, sample.shape[1], d_out, site_widths, ranks).to(sample.device)
-    initialise(sae, sample, settings.b_dec_init, target, first_rule(settings))
+    zero_decoder = target is not None and not settings.unit_norm and settings.freeze != "decoder"
+    initialise(sae, sample, settings.b_dec_init, target, first_rule(settings), zero_decoder)
     if sae.log_threshold is not None:
         options = settings.encoder
         start = options.threshold or threshold_for(sae, settings.sparsity.target_l0 or settings.k, sample)

@@ -76,7 +76,7 @@ def side_by_side_map(name: str, sample: Tensor, widths: Sequence[int]) -> SideBy
 def factors_of(sae: SparseAutoencoder) -> Tensor:
     """The scale of each dimension of what `sae`, a crosscoder, reads, ``[d_in]``; 1 if the checkpoint says nothing."""
     scales, widths = (sae.metadata.get("saelab") or {}).get("input_scale"), sae.site_widths
-    if not isinstance(scales, list) or len(scales) != len(widths):
+    if not isinstance(scales, list | tuple) or len(scales) != len(widths):
         scales = [1.0] * len(widths)
     return SideBySide(tuple(map(float, scales)), widths).factors.to(sae.W_dec)
 

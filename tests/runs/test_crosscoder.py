@@ -17,7 +17,9 @@ from saelab.lm.splice import SplicedRuns
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_training
+from saelab.runs.summary import summarise
 from saelab.runs.sweep import sweep
+from saelab.sae.interop.sae_bench import SaeBenchAutoencoder
 from saelab.sae.side_by_side import factors_of, site_norms
 from saelab.training.trainer import Trainer
 from tests.runs.test_resume import assert_same, config_of
@@ -91,6 +93,7 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
     assert f"fvu at {SITES[2]}" in frame.index
 
     database = open_database(run / "features")
+    assert database.site == summarise(run).site == " + ".join(SITES)
     np.testing.assert_array_equal(database.table["n_active"], sae.encode(x).firing_counts().numpy())
     assert json.loads((run / "features" / "manifest.json").read_text())["more_sites"] == SITES[1:]
     assert site_norms(sae).shape == (64, 3)
@@ -102,6 +105,8 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
     for name in ("dark_matter", "steering"):
         with pytest.raises(SaelabError, match="crosscoder"):
             saelab.analyse(run, name)
+    with pytest.raises(SaelabError, match="a crosscoder reads several"):
+        SaeBenchAutoencoder(sae)
     with pytest.raises(SaelabError, match=r"more_sites: the autoencoder in .* has 3 sites, not 2"):
         saelab.evaluate(run, [f"more_sites=[{SITES[1]}]"])
 
