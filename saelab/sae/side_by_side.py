@@ -4,7 +4,7 @@
 
 It is an autoencoder of x' ``[tokens, sum d_l]``. Each site has a scale of its own, which makes E||x'_l||^2 = d_l; there
 is a mean with `activations.inputs: centre`. What differs is the length of a decoder row, where one counts: it is the
-sum over the sites of the lengths of the row's parts, so that a feature of one site costs no more than one of all.
+sum over the sites of the lengths of the row's parts. (In the length of the whole a further site is almost free.)
 
     length of row d = sum_l ||d_l||
 
@@ -51,7 +51,7 @@ class SideBySide:
     def folded(self, sae: SparseAutoencoder, target_scale: float = 1.0) -> SparseAutoencoder:
         """The crosscoder of x that computes what `sae`, trained on x', computes on x'; for inference.
 
-        Its activations are those of `sae`. The lengths of its rows are no longer 1; `site_norms` has those of x'.
+        Its activations are those of `sae`. The lengths of its rows are no longer 1; `site_shares` takes those of x'.
         """
         folded = fold(sae, 1.0)
         factors = self.factors.to(folded.W_dec)
@@ -82,7 +82,7 @@ def factors_of(sae: SparseAutoencoder) -> Tensor:
 
 
 @torch.no_grad()
-def site_norms(sae: SparseAutoencoder) -> Tensor:
+def site_shares(sae: SparseAutoencoder) -> Tensor:
     """Share of each site in the length of each decoder row, ``[n_features, sites]``; each row adds up to 1.
 
     It is ||d_l|| / sum_l ||d_l|| with every site in the units of training, in which its mean square is 1 per dimension:

@@ -20,7 +20,7 @@ from saelab.runs.plan import plan_training
 from saelab.runs.summary import summarise
 from saelab.runs.sweep import sweep
 from saelab.sae.interop.sae_bench import SaeBenchAutoencoder
-from saelab.sae.side_by_side import factors_of, site_norms
+from saelab.sae.side_by_side import factors_of
 from saelab.training.trainer import Trainer
 from tests.runs.test_resume import assert_same, config_of
 from tests.runs.test_sweep import alone, contents, runs_in
@@ -96,7 +96,8 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
     assert database.site == summarise(run).site == " + ".join(SITES)
     np.testing.assert_array_equal(database.table["n_active"], sae.encode(x).firing_counts().numpy())
     assert json.loads((run / "features" / "manifest.json").read_text())["more_sites"] == SITES[1:]
-    assert site_norms(sae).shape == (64, 3)
+    norms = saelab.site_norms(sae)
+    assert norms.sites == tuple(SITES) and norms.shares.shape == (64, 3)
     live = open_live(run)
     text = live.encode(rows[0].tolist())
     assert text.errors is not None and text.errors[1:].min() > 0 and live.lens is None

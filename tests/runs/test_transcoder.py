@@ -208,7 +208,7 @@ def test_settings_that_contradict_a_target_are_named(
         ([f"target={SITE}"], "target: is the site itself"),
         (["target=null", "sae.skip=true"], "sae.skip: W_skip of an autoencoder would be the identity"),
         (["sae.encoder=tied"], "sae.encoder: tied: encoder and decoder rows of a transcoder"),
-        (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at the input"),
+        (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at one site"),
         (["target=blocks.1.hook_mlp_outt"], "site: .* has no 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
     ):
         with pytest.raises(SaelabError, match=message):

@@ -14,7 +14,7 @@ from saelab.sae.losses import l1, row_lengths
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder
 from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
-from saelab.sae.side_by_side import SideBySide, side_by_side_map, site_norms
+from saelab.sae.side_by_side import SideBySide, side_by_side_map, site_shares
 from saelab.training.optim import remove_parallel_gradient
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
@@ -123,7 +123,7 @@ def test_the_saved_crosscoder_takes_activations_as_they_are(method: str, inputs:
     expected = sae(read(x)) / read.factors + (0 if read.mean is None else read.mean)
     torch.testing.assert_close(saved(x) * read.factors, expected * read.factors, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(
-        site_norms(saved) * row_lengths(sae.W_dec, WIDTHS)[:, None], by_site(sae), atol=1e-4, rtol=1e-3
+        site_shares(saved) * row_lengths(sae.W_dec, WIDTHS)[:, None], by_site(sae), atol=1e-4, rtol=1e-3
     )
     config["site_widths"] = [6, 5]
     (tmp_path / "cfg.json").write_text(json.dumps(config))
@@ -146,7 +146,7 @@ def test_features_of_one_site_are_told_from_shared_ones() -> None:
     truth = torch.nn.functional.normalize(rows * read.factors, dim=1)
     found = torch.nn.functional.normalize(sae.W_dec * read.factors, dim=1)
     cosine, at = (truth @ found.T).max(1)
-    known, shares = cosine > 0.9, site_norms(sae)[at]
+    known, shares = cosine > 0.9, site_shares(sae)[at]
     for kind in (slice(0, 8), slice(8, 16), slice(16, 24)):
         assert known[kind].sum() >= 4
     lengths = torch.stack([part.norm(dim=1) for part in truth.split(widths, 1)], 1)
