@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from saelab.analysis.settings import EvalSettings, Intervention
     from saelab.analysis.similarities import similarities
     from saelab.analysis.similarity import compare_decoders
+    from saelab.analysis.site_norms import site_norms
     from saelab.analysis.spliced import spliced
     from saelab.analysis.stability import stability
     from saelab.analysis.steering import steer
@@ -141,6 +142,7 @@ _HOME = {
     "settings_of": "saelab.runs.job",
     "spliced": "saelab.analysis.spliced",
     "similarities": "saelab.analysis.similarities",
+    "site_norms": "saelab.analysis.site_norms",
     "stability": "saelab.analysis.stability",
     "steer": "saelab.analysis.steering",
     "steering_effects": "saelab.analysis.steering_effects",
@@ -218,6 +220,7 @@ __all__ = [
     "score",
     "settings_of",
     "similarities",
+    "site_norms",
     "spliced",
     "stability",
     "steer",

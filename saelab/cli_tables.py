@@ -45,10 +45,10 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def number(name: str, digits: int) -> str:
-        if name not in result:
+    def number(name: str, digits: int, of: Mapping[str, Any] = result) -> str:
+        if name not in of:
             return "not measured yet: saelab eval"
-        return "undefined" if result[name] is None else f"{result[name]:.{digits}f}"
+        return "undefined" if of[name] is None else f"{of[name]:.{digits}f}"
 
     _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
@@ -81,4 +81,7 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
         ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),
     ):
         table.add_row(label, value)
+    for each in result.get("sites", ()):  # of a crosscoder; the figures above are of all, and CE of the first
+        table.add_row(f"FVU at {each['site']}", number("fvu", 4, each))
+        table.add_row(f"delta CE at {each['site']} (nats/token)", number("delta_ce", 4, each))
     Console(width=100).print(table)

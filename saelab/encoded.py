@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from saelab.activations.sites import Sites, as_sites
-from saelab.activations.stream import check_finite
+from saelab.activations.stream import check_finite, side_by_side
 from saelab.codes import Codes
+from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
 from saelab.sae.checkpoint import check_weights
@@ -170,7 +171,12 @@ def _blocks(
     for site in sites:
         check_finite(f"{site}: {lm.name}", "activations", inputs[site], row, position)
     for sae, site in pairs:
-        x, target = inputs[site.input], None if site.target is None else inputs[site.target]
+        x, target = (
+            side_by_side([inputs[each] for each in site.inputs]),
+            None if site.target is None else inputs[site.target],
+        )
+        if (d_in := getattr(sae, "d_in", x.shape[1])) != x.shape[1]:
+            raise SaelabError(f"{site}: is {x.shape[1]:,} wide in {lm.name}, and the autoencoder takes {d_in:,}")
         codes = cast(GradientAware, sae).encode(x, gradients=slopes[site.input]) if gradients else sae.encode(x)
         yield Block(ids, part.start, row * rows.shape[1] + position, x, codes, target)
 

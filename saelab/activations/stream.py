@@ -66,6 +66,11 @@ class ActivationBatch:
         return replace(self, values=self.values[:, start:stop].contiguous(), gradients=gradients)
 
 
+def joined(parts: Sequence[ActivationBatch]) -> ActivationBatch:
+    """The batch of several sites side by side, from those of the sites; of one site not a copy."""
+    return replace(parts[0], values=side_by_side([part.values for part in parts])) if len(parts) > 1 else parts[0]
+
+
 class Pass(NamedTuple):
     """Result of one pass of the model over some rows."""
 

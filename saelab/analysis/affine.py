@@ -15,8 +15,9 @@ def check_affine(sae: SparseAutoencoder, what: str) -> None:
 
 
 def check_reconstructs(sae: SparseAutoencoder, what: str) -> None:
-    """Raises SaelabError, which begins with `what`, for a transcoder, which reconstructs something else than its
-    input."""
+    """Raises SaelabError, which begins with `what`, unless `sae` reconstructs its input, at one site."""
+    if len(sae.site_widths) > 1:
+        raise SaelabError(f"{what}: takes an autoencoder of one site, and this crosscoder has {len(sae.site_widths)}")
     if sae.transcodes:
         raise SaelabError(
             f"{what}: compares an input with its reconstruction, and a transcoder reconstructs another "

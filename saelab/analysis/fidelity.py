@@ -3,6 +3,9 @@
 Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
 
 x              the activation that the reconstruction xhat stands for; of a transcoder, that at the target site
+sites          of a crosscoder: FVU at each site, and CE with the reconstruction spliced in at that site only. The other
+               figures take the activations of all sites side by side, each scaled as in training; CE and KL are those
+               of the first site
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
@@ -31,7 +34,7 @@ Gradients are normalised over the rows of one forward pass, as over the batch in
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +53,8 @@ from saelab.encoded import Autoencoder, Block, encoded
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
+from saelab.sae.model import SparseAutoencoder
+from saelab.sae.side_by_side import factors_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,6 +103,8 @@ class Fidelity:
     """None if the autoencoder has no `W_dec`."""
     counts: Tensor = field(repr=False, compare=False)
     """Number of evaluated tokens on which each feature is active, ``[n_features]`` int64; not in `to_dict`."""
+    sites: tuple[dict[str, Any], ...] = ()
+    """Of a crosscoder: site, fvu, delta_ce, loss_recovered_zero and loss_recovered_mean of each site."""
 
     @property
     def delta_ce(self) -> float:
@@ -131,16 +138,20 @@ class Fidelity:
         """Share of features active on less than `density` of the evaluated tokens, including never active ones."""
         return (self.counts.double() / self.tokens < density).double().mean().item()
 
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        """All figures by name, the derived ones too; without the counts."""
-        stored = [entry.name for entry in fields(self) if entry.name != "counts"]
-        return {name: getattr(self, name) for name in (*stored, *_DERIVED)}
+    def to_dict(self) -> dict[str, Any]:
+        """All figures by name, the derived ones too; without the counts, and with `sites` only for a crosscoder."""
+        stored = [entry.name for entry in fields(self) if entry.name not in ("counts", "sites")]
+        found = {name: getattr(self, name) for name in (*stored, *_DERIVED)}
+        return found | ({"sites": list(self.sites)} if self.sites else {})
 
     def to_frame(self) -> "pd.DataFrame":
         """One line per figure."""
         import pandas as pd
 
-        return pd.DataFrame({"value": self.to_dict()})
+        lines = {name: value for name, value in self.to_dict().items() if name != "sites"}
+        for each in self.sites:
+            lines |= {f"{name} at {each['site']}": value for name, value in each.items() if name != "site"}
+        return pd.DataFrame({"value": lines})
 
     def _repr_html_(self) -> str:
         return f"<b>Fidelity</b>{self.to_frame().map(shown).to_html(border=0)}"  # pandas escapes names and values
@@ -193,7 +204,9 @@ def fidelity(
     if site is None and (site := metadata.get("hook_name")) is None:
         raise SaelabError("fidelity: the autoencoder does not say its site; pass site='blocks.N.hook_resid_post'")
     if isinstance(site, str):
-        site = Sites(site, metadata.get("hook_name_out") if getattr(sae, "transcodes", False) else None)
+        target = metadata.get("hook_name_out") if getattr(sae, "transcodes", False) else None
+        crosses = len(getattr(sae, "site_widths", ())) > 1
+        site = Sites(site, target, tuple(metadata.get("hook_names") or ())[1:] if crosses else ())
     evaluation = Evaluation(sae, lm, site, ce_tokens=ce_tokens, oracle=oracle)
     for block in encoded(sae, lm, rows, site, rows_per_forward, gradients=oracle, track=track):
         evaluation.add(block)
@@ -215,10 +228,11 @@ class Evaluation:
         sites = as_sites(site)
         if sites.target is None and getattr(sae, "transcodes", False):
             raise SaelabError("fidelity: a transcoder needs a target: pass site=saelab.Sites(INPUT, TARGET)")
-        for name, place in (("d_in", sites.input), ("d_out", sites.output)):
-            width, own = lm.width(place), getattr(sae, name, None)
+        for name, places in (("d_in", sites.inputs), ("d_out", sites.outputs)):
+            width, own = sum(map(lm.width, places)), getattr(sae, name, None)
             if own is not None and own != width:
-                raise SaelabError(f"fidelity: {place} of {lm.name} has width {width}, the autoencoder has {name} {own}")
+                where = " + ".join(places)
+                raise SaelabError(f"fidelity: {where} of {lm.name} has width {width}, the autoencoder has {name} {own}")
         if isinstance(sae, torch.nn.Module) and (device := next(sae.parameters()).device) != lm.device:
             raise SaelabError(
                 f"fidelity: the autoencoder is on {device}, the model on {lm.device}; move it with sae.to(...)"
@@ -226,6 +240,8 @@ class Evaluation:
         if oracle and "gradients" not in inspect.signature(sae.encode).parameters:
             raise SaelabError("fidelity: this autoencoder's encode takes no gradients, so it has no oracle mode")
         self._sae, self._lm, self._sites, self._oracle = sae, lm, sites, oracle
+        self._factors = factors_of(sae) if isinstance(sae, SparseAutoencoder) and sites.more else None
+        self._widths = list(sae.site_widths) if isinstance(sae, SparseAutoencoder) else []
         self._ce_tokens = ce_tokens
         self._ce_blocks: list[tuple[int, Tensor, Tensor]] = []
         self._tokens = self._active = 0
@@ -242,9 +258,12 @@ class Evaluation:
         context = block.rows.shape[1]
         rows, positions = block.positions // context, block.positions % context
         check_finite(f"{self._sites}: the autoencoder", "reconstructions", reconstruction, rows, positions, _WEIGHTS)
-        errors = (x.double() - reconstruction.double()).square().sum(1)
+        if self._factors is not None:
+            x, reconstruction = x * self._factors, reconstruction * self._factors
+        squares = (x.double() - reconstruction.double()).square()
         cosines = F.cosine_similarity(x, reconstruction, dim=1).double()
-        self._sums.add(x, torch.stack((errors, cosines), 1))
+        at_sites = [] if self._factors is None else [part.sum(1) for part in squares.split(self._widths, 1)]
+        self._sums.add(x, torch.stack((squares.sum(1), cosines, *at_sites), 1))
         self._tokens += len(x)
         self._active += int(block.codes.l0().sum())
         self._fired += block.codes.firing_counts()
@@ -257,10 +276,25 @@ class Evaluation:
         """
         return results([self], track)[0]
 
-    def _figures(self, losses: dict[str, Any]) -> Fidelity:
+    def _at_sites(self, whole: Moments, losses: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The figures of each site of a crosscoder, given the losses with it spliced in at that site."""
+        deviations = [part.sum().item() for part in whole.deviation.split(self._widths)]
+        for i, (site, of) in enumerate(zip(self._sites.inputs, losses, strict=True)):
+            ce = {name: of[f"ce_{name}"] for name in ("clean", "spliced", "zero_ablated", "mean_ablated")}
+            yield {
+                "site": site,
+                "fvu": whole.figures[2 + i].item() / deviations[i] if deviations[i] else float("nan"),
+                "delta_ce": ce["spliced"] - ce["clean"],
+                "loss_recovered_zero": _recovered(ce["clean"], ce["spliced"], ce["zero_ablated"]),
+                "loss_recovered_mean": _recovered(ce["clean"], ce["spliced"], ce["mean_ablated"]),
+            }
+
+    def _figures(self, losses: Sequence[dict[str, Any]]) -> Fidelity:
         n, (others, sinks) = self._tokens, self._sums.result()
         whole, spread = others.merged(sinks), concentration(self._sums)
         W_dec = getattr(self._sae, "W_dec", None)
+        if W_dec is not None and self._factors is not None:
+            W_dec = W_dec * self._factors
         return Fidelity(
             site=str(self._sites),
             mode=ORACLE if self._oracle else INFERENCE,
@@ -277,7 +311,8 @@ class Evaluation:
             n_features=self._sae.n_features,
             c_dec=None if W_dec is None else mean_absolute_cosine(W_dec),
             counts=self._fired.cpu(),
-            **losses,
+            sites=tuple(self._at_sites(whole, losses)) if self._sites.more else (),
+            **losses[0],
         )
 
 
@@ -291,12 +326,19 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
         raise SaelabError("fidelity: the rows hold no ordinary token, only special ones; use another text")
     others, sinks = first._sums.result()
     sink_norm = first._sums.sink_norm if sinks.tokens else None
-    blocks = [
-        (first_row, rows, [each._ce_blocks[i][2] for each in evaluations])
-        for i, (first_row, rows, _) in enumerate(first._ce_blocks)
-    ]
-    losses = spliced_losses(first._lm, first._sites.output, blocks, others.merged(sinks).mean, sink_norm, track)
-    return [each._figures(own) for each, own in zip(evaluations, losses, strict=True)]
+    mean = others.merged(sinks).mean
+    if first._factors is not None:  # all sites have one norm of sinks, which a splice at one of them cannot apply
+        mean, sink_norm = mean / first._factors, None
+    losses, start = [], 0
+    for site in first._sites.outputs:
+        columns = slice(start, start + first._lm.width(site))
+        start = columns.stop
+        blocks = [
+            (first_row, rows, [each._ce_blocks[i][2][:, columns] for each in evaluations])
+            for i, (first_row, rows, _) in enumerate(first._ce_blocks)
+        ]
+        losses.append(spliced_losses(first._lm, site, blocks, mean[columns], sink_norm, track))
+    return [each._figures(own) for each, own in zip(evaluations, zip(*losses, strict=True), strict=True)]
 
 
 def _fvu(tokens: Moments) -> float:

@@ -11,7 +11,7 @@ from saelab.lm.model import LanguageModel
 from saelab.lm.needs import logits_bytes
 from saelab.memory import Need, Place, no_numbers
 from saelab.sae.needs import encoding_bytes
-from saelab.sae.new import Widths, bare_autoencoder
+from saelab.sae.new import bare_autoencoder, widths_of
 from saelab.sae.settings import SaeSettings
 
 ENCODING, LOSSES, DECODER = "encoding", "losses", "decoder"
@@ -39,7 +39,7 @@ def evaluation_needs(
     """
     rows = settings.rows_per_forward
     tokens, vocabulary = rows * context, len(lm.unembedding)
-    of = [(sae, Widths(*(widths[site] for site in as_sites(sites).all))) for sae, sites in saes]
+    of = [(sae, widths_of(as_sites(sites), widths)) for sae, sites in saes]
     d_out = sum(each.d_out or each.d_in for _, each in of)
     with no_numbers():
         tables = [list(bare_autoencoder(sae, *each).parameters()) for sae, each in of]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from saelab.analysis.affine import check_reconstructs
 from saelab.analysis.cka import Cka, PairedCodes
 from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.intervals import Interval
@@ -142,6 +143,9 @@ def similarities(
     Takes a pass of the model, and one more for each of the others at another site; `compare_decoders` and `PairedCodes`
     say what the rest takes. Raises SaelabError as these do.
     """
+    for each in (sae, *(other.sae for other in others)):
+        if len(each.site_widths) > 1:
+            check_reconstructs(each, "similarities")
     codes = [PairedCodes() for _ in others]
     for i, other in enumerate(others):
         if other.site != site:

@@ -198,6 +198,8 @@ def check_fits(
     sae: SparseAutoencoder, model: str, site: str, width: int, device: torch.device, what: str = "steer"
 ) -> None:
     """Raises SaelabError, which begins with `what`, if `sae` is not of activations of this width on this device."""
+    if len(sae.site_widths) > 1:
+        raise SaelabError(f"{what}: a crosscoder's features write to several sites; use an autoencoder of {site}")
     if sae.transcodes:
         raise SaelabError(
             f"{what}: a transcoder's features write to another place than it reads from; use an autoencoder of {site}"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from saelab.activations.sites import Sites
 from saelab.errors import printable
 from saelab.features import card
 from saelab.features.arrays import Arrays, open_arrays
@@ -164,7 +165,8 @@ class Database:
 
     @property
     def site(self) -> str:
-        return self.arrays.manifest["site"]
+        manifest = self.arrays.manifest
+        return str(Sites(manifest["site"], manifest.get("target"), tuple(manifest.get("more_sites", ()))))
 
     @property
     def model(self) -> str:

@@ -80,7 +80,7 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = direct_lens(self.lm, self.sites.output)
+        lens = None if self.sites.more else direct_lens(self.lm, self.sites.outputs[0])
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,
@@ -91,6 +91,7 @@ class Index:
             "never_active": int((totals.counts == 0).sum()),
             "site": self.sites.input,
             **({} if self.sites.target is None else {"target": self.sites.target}),
+            **({"more_sites": list(self.sites.more)} if self.sites.more else {}),
             "model": self.lm.name,
             "d_in": self.sae.d_in,
             "k": self.sae.k,

@@ -9,7 +9,7 @@ too high elsewhere.) The one threshold for all features of mutual choice is a le
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from saelab.progress import Track, silent
 from saelab.runs.job import Say, quiet
 from saelab.sae.input_map import UNCHANGED, InputMap
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.side_by_side import SideBySide
 from saelab.sae.thresholds import CALIBRATION_TOKENS, Calibration
 from saelab.sae.thresholds import calibrate as thresholds_for
 
@@ -47,19 +48,20 @@ def calibrate(
     sae: SparseAutoencoder,
     lm: LanguageModel,
     rows: CalibrationRows,
-    site: str,
+    site: str | Sequence[str],
     densities: Tensor | None,
     *,
-    inputs: InputMap = UNCHANGED,
+    inputs: InputMap | SideBySide = UNCHANGED,
     largest_norm: float = math.inf,
     rows_per_forward: int = 16,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
-    `sae` was trained on `inputs` of the activations at `site` with norms up to `largest_norm` (before that). The
-    densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference needs no thresholds. Raises
-    SaelabError, with row and position, if an activation is NaN or infinite, and if no token is left.
+    `sae` was trained on `inputs` of the activations at `site`, or at several sites side by side, with norms up to
+    `largest_norm` (before that). The densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference
+    needs no thresholds. Raises SaelabError, with row and position, if an activation is NaN or infinite, and if no token
+    is left.
     """
     if densities is None:
         return {}

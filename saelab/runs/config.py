@@ -38,6 +38,8 @@ class RunSettings:
     """The hook point where activations are read, by TransformerLens' name."""
     target: str | None = None
     """A transcoder: the hook point that is reconstructed from the activations at `site`. null: `site` itself."""
+    more_sites: tuple[str, ...] = ()
+    """A crosscoder: hook points that are read and reconstructed together with `site`, by one set of features."""
     seed: int = 0
     """Seed of the order of the text, of the shuffling and of the initial weights."""
     device: str = "auto"
@@ -63,15 +65,23 @@ class RunSettings:
         if self.target == self.site:
             raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
         try:
-            self.sae.check_sites(transcodes=self.target is not None)
+            self.sae.check_sites(transcodes=self.target is not None, crosses=bool(self.more_sites))
         except SettingError as error:
             raise SettingError(f"sae.{error}") from error
+        if len({self.site, *self.more_sites}) <= len(self.more_sites):
+            raise SettingError(f"more_sites: {', '.join(self.sites.inputs)} names a site twice")
+        if self.more_sites and self.target is not None:
+            raise SettingError(
+                "target: a crosscoder reconstructs the sites that it reads; leave out target or more_sites"
+            )
+        if self.more_sites and self.activations.inputs == "whiten":
+            raise SettingError("activations.inputs: whiten goes with one site; use scale or centre with more_sites")
         object.__setattr__(self, "out", expanded(self.out, "out"))
 
     @property
     def sites(self) -> Sites:
         """The sites that the autoencoder reads and reconstructs."""
-        return Sites(self.site, self.target)
+        return Sites(self.site, self.target, self.more_sites)
 
     @property
     def weights_seed(self) -> int:

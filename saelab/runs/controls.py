@@ -180,11 +180,11 @@ def _of_run(
         if kind == "neurons":
             k = base.sae.k if base.sae.allocation.name != "threshold" else max(1, round(l0))
             made.append(_neurons(_beside(job, still, run, kind), run / folder.CONTROLS / kind, k))
-        elif kind == "directions" and sae.transcodes:
-            # random directions have one space to lie in
+        elif kind == "directions" and len(job.settings.sites.all) > 1:
+            # a direction lies at one site
             if kinds is not None:
-                raise SaelabError(f"{kind}: there are none of {run}, a transcoder: it reads and writes at two sites")
-            say(f"{kind}: left out: {run} is a transcoder, which reads and writes at two sites")
+                raise SaelabError(f"{kind}: there are none of {run}, which has {len(job.settings.sites.all)} sites")
+            say(f"{kind}: left out: {run} has {len(job.settings.sites.all)} sites")
         elif kind == "directions":
             of = str(folder.features_inputs(run))
             make = partial(_make_directions, sae=sae, database=database, track=track)
@@ -245,7 +245,7 @@ def _neurons(job: Job, out: Path, k: int) -> _Control:
     site = f"{block}.{SITE}"
     d = job.lm.width(site)
     sae = SaeSettings(n_features=d, k=min(k, d), aux=AuxSettings("none"))
-    settings = replace(job.settings, out=str(out), site=site, target=None, sae=sae)
+    settings = replace(job.settings, out=str(out), site=site, target=None, more_sites=(), sae=sae)
     inputs = f"neurons of {job.lm.fingerprint} at {site}, k {sae.k}"
     return _Control("neurons", job.beside(settings, job.say), inputs, lambda made: made.save(neurons(d, sae.k)))
 
@@ -280,5 +280,5 @@ def _make_untrained(made: _Control, *, l0: float, track: Track) -> None:
         rows = calibration_rows(job.corpus, s.eval.tokens, job.say)
         read = {"inputs": inputs.map, "largest_norm": inputs.largest_norm}
         forward = s.eval.rows_per_forward
-        facts |= calibrate(sae, job.lm, rows, s.site, densities, **read, rows_per_forward=forward, track=track)
-    made.save(inputs.map.folded(sae), facts)
+        facts |= calibrate(sae, job.lm, rows, s.sites.inputs, densities, **read, rows_per_forward=forward, track=track)
+    made.save(inputs.folded(sae), facts)

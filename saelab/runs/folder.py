@@ -275,10 +275,14 @@ def check_free(run: Path, force: bool) -> None:
 
 
 def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with None for NaN and infinite numbers, which JSON cannot represent."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
+    """`values` with None for NaN and infinite numbers, which JSON cannot represent; also in lists of such values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+            return [jsonable(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: plain(value) for key, value in values.items()}
 
 
 def _found(path: Path) -> dict[str, Any]:

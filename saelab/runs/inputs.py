@@ -6,7 +6,7 @@ scale, of its own, so that E||y||^2 = d_out.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from saelab.corpus import Corpus
 from saelab.errors import SaelabError
 from saelab.runs.job import Job
 from saelab.sae.input_map import InputMap, input_map
-from saelab.sae.model import Batch
+from saelab.sae.model import Batch, SparseAutoencoder
+from saelab.sae.side_by_side import SideBySide, side_by_side_map
 
 NOTED_SINKS = 0.1
 """Share of the variance in sinks from which it is said: with it, an autoencoder that explains the sinks and nothing
@@ -33,7 +34,7 @@ NOTED_TOP = 0.5
 class Inputs:
     """How activations become the inputs of training; `left_out` counts the tokens that do not."""
 
-    map: InputMap
+    map: InputMap | SideBySide
     largest_norm: float
     """Norm above which a token is left out, before scaling; infinite: none is."""
     first: dict[str, Any]
@@ -75,6 +76,10 @@ class Inputs:
         target, gradients = (None if each is None else each[keep] for each in (target, gradients))
         return Batch(self.map(values[keep]), target, gradients)
 
+    def folded(self, sae: SparseAutoencoder) -> SparseAutoencoder:
+        """The autoencoder of activations as the model gives them that computes what `sae` computes on inputs."""
+        return self.map.folded(sae, 1.0 if self.target_scale is None else self.target_scale)
+
     def state(self) -> dict[str, Any]:
         """The record, and the tensors of the map; `from_state` reads it."""
         found = {"input_mean": self.map.mean, "input_whitening": self.map.whitening}
@@ -83,8 +88,12 @@ class Inputs:
     def record(self) -> dict[str, Any]:
         """JSON-able facts about the inputs."""
         bound = None if math.isinf(self.largest_norm) else self.largest_norm
+        scale, widths = self.map.scale, {}
+        if isinstance(self.map, SideBySide):
+            scale, widths = list(self.map.scale), {"site_widths": list(self.map.widths)}
         return {
-            "input_scale": self.map.scale,
+            "input_scale": scale,
+            **widths,
             **({} if self.target_scale is None else {"target_scale": self.target_scale}),
             "largest_norm": bound,
             "left_out": self.left_out,
@@ -94,9 +103,13 @@ class Inputs:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Inputs":
         """The inputs of a run that goes on; states of earlier versions have the scale only."""
-        bound = state.get("largest_norm")
+        bound, scale, mean = state.get("largest_norm"), state["input_scale"], state.get("input_mean")
+        if isinstance(scale, list):
+            made: InputMap | SideBySide = SideBySide(tuple(scale), tuple(state["site_widths"]), mean)
+        else:
+            made = InputMap(scale, mean, state.get("input_whitening"))
         return cls(
-            InputMap(state["input_scale"], state.get("input_mean"), state.get("input_whitening")),
+            made,
             math.inf if bound is None else bound,
             state.get("first_activations", {}),
             state.get("left_out", 0),
@@ -104,10 +117,13 @@ class Inputs:
         )
 
 
-def first_inputs(sample: Tensor, job: Job, target: Tensor | None = None) -> tuple[Inputs, Batch]:
+def first_inputs(
+    sample: Tensor, job: Job, target: Tensor | None = None, site_widths: Sequence[int] = ()
+) -> tuple[Inputs, Batch]:
     """The inputs that the first activations `sample` ``[tokens, d_in]`` give, and the sample as such inputs.
 
-    `target` ``[tokens, d_out]`` are the first activations at the target site, if there is one.
+    `target` ``[tokens, d_out]`` are the first activations at the target site, if there is one; of a crosscoder, whose
+    sites are side by side in the sample, `site_widths` are the widths of the sites.
     Says so if few tokens or dimensions hold much of the variance of what is trained on. Raises SaelabError if
     no scale gives E||x||^2 = d_in.
     """
@@ -118,9 +134,11 @@ def first_inputs(sample: Tensor, job: Job, target: Tensor | None = None) -> tupl
         if (keep := within(sample, bound)) is not None:
             sample, target = sample[keep], None if target is None else target[keep]
             trained_on = measure(sample)
-    sites, site = job.settings.sites, job.settings.site
+    sites, inputs, target_scale = job.settings.sites, job.settings.activations.inputs, None
+    site = " + ".join(sites.inputs)
     try:
-        fitted, target_scale = input_map(job.settings.activations.inputs, sample), None
+        crosses = len(site_widths) > 1
+        fitted = side_by_side_map(inputs, sample, site_widths) if crosses else input_map(inputs, sample)
         if sites.target is not None and target is not None:
             site = sites.target
             target_scale = input_map("scale", target).scale

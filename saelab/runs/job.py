@@ -105,8 +105,7 @@ class Job:
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
-        if self.settings.target is not None:
-            parts["target"] = self.settings.target
+        parts |= self._further_sites()
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
         if inputs != "scale":
@@ -120,6 +119,11 @@ class Job:
             "corpus": self.corpus.fingerprint,
         }
         return _hash(parts)
+
+    def _further_sites(self) -> dict[str, Any]:
+        """The sites besides `site`; none for an autoencoder, so that its hashes are those of earlier versions."""
+        found = {"target": self.settings.target, "more_sites": self.settings.more_sites}
+        return {name: value for name, value in found.items() if value}
 
     def result_inputs(self, run: Path, section: Any) -> str:
         """Hash of everything that a result on held-out text depends on."""
@@ -135,7 +139,7 @@ class Job:
                 "attention": self.lm.attention,
                 "corpus": self.corpus.fingerprint,
                 "site": self.settings.site,
-                **({} if self.settings.target is None else {"target": self.settings.target}),
+                **self._further_sites(),
             }
         )
 

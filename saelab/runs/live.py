@@ -44,6 +44,8 @@ class Live:
     encoder: "Encoder"
     target: str | None = None
     """The site that a transcoder reconstructs."""
+    more_sites: tuple[str, ...] = ()
+    """Further sites of a crosscoder."""
     lock: Lock = field(default_factory=Lock)
     """Passes with hooks on a shared model must not overlap."""
 
@@ -83,7 +85,7 @@ class Live:
         from saelab.activations.sites import Sites
         from saelab.encoded import encoded
 
-        sites = Sites(self.site, self.target)
+        sites = Sites(self.site, self.target, self.more_sites)
         rows = torch.tensor([list(token_ids)], device=self.lm.device)
         counts, norms, errors = np.zeros(len(token_ids), np.int64), *np.zeros((2, len(token_ids)), np.float32)
         features, values = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -105,7 +107,7 @@ class Live:
         from saelab.lm.attention import direct_lens
 
         with self.lock:
-            return direct_lens(self.lm, self.target or self.site)
+            return None if self.more_sites else direct_lens(self.lm, self.target or self.site)
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The token that the model expects most after these."""
@@ -152,7 +154,13 @@ class Live:
             sae = load(run, self.lm.device)
             site = sae.metadata.get("hook_name")
             model = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
-            if site is not None and takes_part(site) and model == self.lm.fingerprint and not sae.transcodes:
+            if (
+                site is not None
+                and takes_part(site)
+                and model == self.lm.fingerprint
+                and not sae.transcodes
+                and len(sae.site_widths) == 1
+            ):
                 saes.setdefault(site, sae)
         with self.lock:
             return open_circuit(self.lm, saes)
@@ -192,7 +200,7 @@ def open_live(run: Path | str) -> Live:
             "restore its files"
         )
     check_width(run, job, sae)
-    return Live(job.lm, sae, job.settings.site, Encoder(job.lm.tokenizer), job.settings.target)
+    return Live(job.lm, sae, job.settings.site, Encoder(job.lm.tokenizer), job.settings.target, job.settings.more_sites)
 
 
 def text_at(database: Database, row: int) -> ShortText:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saelab.activations.source import Source
-from saelab.activations.stream import ActivationBatch, provenance
+from saelab.activations.stream import ActivationBatch, joined, provenance
 from saelab.errors import SaelabError, WriteError
 from saelab.progress import Track
 from saelab.runs import folder
@@ -70,7 +70,7 @@ class Training:
         self._level, line = True, None  # a batch of which too little is left for a step counts as trained on
         sites = self.job.settings.sites
         target = None if sites.target is None else parts[sites.target].values
-        inputs = self.inputs.batch(parts[sites.input], self.job.lm.device, target)
+        inputs = self.inputs.batch(joined([parts[site] for site in sites.inputs]), self.job.lm.device, target)
         if inputs is not None:
             self._level = False
             torch.set_rng_state(self.rng)
@@ -139,7 +139,7 @@ class Training:
             sae,
             job.lm,
             rows,
-            settings.site,
+            settings.sites.inputs,
             densities,
             inputs=self.inputs.map,
             largest_norm=self.inputs.largest_norm,

@@ -7,7 +7,7 @@ phase with the largest sum is compared with what is free. Left out are the progr
 what libraries use inside a single operation.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from saelab.runs.feed import cache_group_tokens
 from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.needs import input_needs
-from saelab.sae.new import Widths
+from saelab.sae.new import widths_of
 from saelab.torchrun import processes
 from saelab.training.needs import training_needs
 from saelab.training.traffic import Traffic, activation_traffic, step_traffic
@@ -148,7 +148,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         check_model(lm, sites, settings.context)
         widths = site_widths(lm, sites)
         needs += [] if loaded else weights_needs(lm, settings.model, where)
-        traffic = step_traffic(settings.sae, settings.training, _widths(settings, widths), ranks)
+        traffic = step_traffic(settings.sae, settings.training, widths_of(settings.sites, widths), ranks)
         if source is None:
             rows, context = stream.rows_per_forward, settings.context
             one = pass_need(lm, sites, rows, context, where, gradients=gradients, phases=(READING,))
@@ -166,7 +166,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         sample = min(SAMPLE_TOKENS, cache.tokens)
         needs += cached_needs(cache, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
     needs += training_needs(
-        [(run.sae, _widths(run, widths)) for run in runs],
+        [(run.sae, widths_of(run.sites, widths)) for run in runs],
         settings.training,
         where,
         sample_tokens=sample,
@@ -175,7 +175,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
         ranks=ranks,
     )
     inputs, keep = settings.activations.inputs, settings.training.checkpoint.keep
-    for width in {run.sites: widths[run.site] for run in runs}.values():
+    for width in {run.sites: widths_of(run.sites, widths).d_in for run in runs}.values():
         needs += input_needs(inputs, width, sample, where)
         mapped = {"scale": 0, "centre": 4 * width, "whiten": 4 * width * (width + 1)}[inputs]
         needs.append(
@@ -259,7 +259,7 @@ def plan_index(settings: RunSettings) -> Plan:
     with outlined_language_model(settings.model) as lm:
         sites = settings.sites.all
         check_model(lm, sites, settings.context)
-        widths = _widths(settings, site_widths(lm, sites))
+        widths = widths_of(settings.sites, site_widths(lm, sites))
         needs = weights_needs(lm, settings.model, where)
         forward = pass_need(lm, sites, s.rows_per_forward, settings.context, where, phases=("reading",))
         vocabulary = len(lm.unembedding)
@@ -287,11 +287,6 @@ def checked_plan(plan: Callable[[], Plan], say: Say, *, lines: bool = False) -> 
 def _sites(runs: Iterable[RunSettings]) -> list[str]:
     """All sites that some runs read, each once."""
     return list(dict.fromkeys(site for run in runs for site in run.sites.all))
-
-
-def _widths(settings: RunSettings, widths: Mapping[str, int]) -> Widths:
-    """The widths of a run's autoencoder, given those of its sites."""
-    return Widths(*(widths[site] for site in settings.sites.all))
 
 
 def _on_this_machine(needs: Iterable[Need], local: int) -> list[Need]:

@@ -22,7 +22,7 @@ from saelab.sae.model import SparseAutoencoder
 
 Stage = Literal["eval", "index", "analyse", "controls"]
 _TAKES = {
-    "eval": ("eval.", "device", "model.", "corpus.", "site", "target", "context"),
+    "eval": ("eval.", "device", "model.", "corpus.", "site", "target", "more_sites", "context"),
     "index": ("features.", "device", "model.", "corpus."),
     "analyse": ("analysis.", "device", "model.", "corpus."),
     "controls": ("training.", "activations.", "features.rows_per_forward", "device", "model.", "corpus."),
@@ -84,7 +84,16 @@ def check_width(run: Path, job: Job, sae: SparseAutoencoder) -> None:
     if (sites.target is not None) != sae.transcodes:
         kind = "a transcoder, which needs one" if sae.transcodes else "an autoencoder, which has none"
         raise SaelabError(f"target: is {sites.target or 'null'}, and in {run} is {kind}")
-    own = (("site", sites.input, "takes", sae.d_in), ("target", sites.target, "gives", sae.d_out))
+    if len(sites.inputs) != (len(sae.site_widths) if not sae.transcodes else 1):
+        raise SaelabError(
+            f"more_sites: the autoencoder in {run} has {len(sae.site_widths)} sites, not {len(sites.inputs)}"
+        )
+    read = sae.site_widths if sites.target is None else (sae.d_in,)
+    names = ("site", *["more_sites"] * len(sites.more))
+    own = [
+        *zip(names, sites.inputs, ["takes"] * len(read), read, strict=True),
+        ("target", sites.target, "gives", sae.d_out),
+    ]
     for name, site, takes, width in own:
         if site is not None and (found := job.lm.width(site)) != width:
             raise SaelabError(
@@ -112,7 +121,8 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
     now = json.loads(json.dumps(provenance(job.lm, job.corpus)))
-    found = [name for name in changed if name in ("site", "target", "context", "model.dtype", "model.attention")]
+    named = ("site", "target", "more_sites", "context", "model.dtype", "model.attention")
+    found = [name for name in changed if name in named]
     for what, fact, section in (("model", "weights", "model.name"), ("corpus", "corpus", "corpus.")):
         trained = recorded.get("model_fingerprint" if what == "model" else "corpus")
         given = [name for name in changed if name.startswith(section)]

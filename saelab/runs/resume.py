@@ -40,7 +40,7 @@ FREE = frozenset(
 RAISED = frozenset({"training.tokens"})
 """Settings that may be larger when a run is resumed. From then on the schedules use the new value."""
 _SAME = """
-    site target seed context
+    site target more_sites seed context
     model.name model.dtype model.device_map model.attention
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens

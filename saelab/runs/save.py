@@ -20,6 +20,7 @@ from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.checkpoint import save_sae
 from saelab.sae.input_map import InputMap
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.side_by_side import SideBySide
 from saelab.training.trainer import Trainer
 
 
@@ -76,7 +77,7 @@ def save_run(
     lm: LanguageModel,
     corpus: Corpus,
     trainer: Trainer,
-    inputs_of: InputMap,
+    inputs_of: InputMap | SideBySide,
     facts: Mapping[str, Any] | None = None,
     *,
     sae: SparseAutoencoder | None = None,
@@ -173,6 +174,7 @@ def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[
         "model_class_name": "TransformerBridge",
         "hook_name": settings.site,
         **({} if settings.target is None else {"hook_name_out": settings.target}),
+        **({"hook_names": list(settings.sites.inputs)} if settings.more_sites else {}),
         "context_size": settings.context,
         "prepend_bos": corpus.begins_with_bos,
         "dataset_path": settings.corpus.source,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saelab.activations.sites import Sites
 from saelab.errors import SaelabError
 from saelab.files import read_json, translate_read_errors
 from saelab.runs import folder, yaml12
@@ -72,7 +73,7 @@ def summarise(run: Path | str) -> RunSummary:
     record = run / folder.TRAINING
     return RunSummary(
         model=_text(_at(settings.get("model"), "name")),
-        site=_text(settings.get("site")),
+        site=_sites(settings),
         n_features=_whole(figures.get("n_features")) or _whole(_at(sae, "n_features")),
         tokens=_whole(figures.get("tokens")),
         fvu=_number(figures.get("fvu")),
@@ -126,6 +127,13 @@ def bytes_on_disk(run: Path) -> int:
 def _settings(run: Path) -> Mapping[str, Any]:
     found = yaml12.parse(folder.settings_text(run), str(run / folder.SETTINGS))
     return found if isinstance(found, dict) else {}
+
+
+def _sites(settings: Mapping[str, Any]) -> str | None:
+    """The sites of a run as one text, so that runs with the same text read and write the same."""
+    site, more = _text(settings.get("site")), settings.get("more_sites")
+    more = tuple(map(str, more)) if isinstance(more, list) else ()
+    return None if site is None else str(Sites(site, _text(settings.get("target")), more))
 
 
 def _checkpoint(run: Path) -> Mapping[str, Any]:

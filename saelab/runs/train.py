@@ -1,7 +1,7 @@
 """The training stage: from a config, or from the last state of a run, to a run folder with a checkpoint."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saelab.activations.cache.layout import difference
+from saelab.activations.sites import Sites
+from saelab.activations.stream import side_by_side
 from saelab.errors import SaelabError
 from saelab.files import expanded, locked, translate_errors, write_whole
 from saelab.lm.load import resolve_device
@@ -26,7 +29,7 @@ from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
 from saelab.sae.model import Batch, SparseAutoencoder
-from saelab.sae.new import bare_autoencoder, new_autoencoder
+from saelab.sae.new import bare_autoencoder, new_autoencoder, widths_of
 from saelab.torchrun import processes, restarted
 from saelab.training.distributed import connected, mesh_shape, own_device
 from saelab.training.state import check_common
@@ -117,14 +120,15 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     sample, columns = source.sample(), site_columns(jobs)
     for sites in dict.fromkeys(each.settings.sites for each in jobs):
         here = [each for each in jobs if each.settings.sites == sites]
-        first, *target = (sample[:, slice(*columns[site])].contiguous() for site in sites.all)
+        first, target = _at(sites, sample, columns)
+        widths = [stop - start for start, stop in (columns[site] for site in sites.inputs)]
         try:
-            inputs, scaled = first_inputs(first, here[0], *target)
+            inputs, scaled = first_inputs(first, here[0], target, widths)
         except SaelabError as error:
             failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
             continue
         for each in here:
-            sae = _initial(each, scaled)
+            sae = _initial(each, scaled, widths)
             trainer = Trainer(sae, each.settings.training, each.settings.sae)
             trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
         del first, target, scaled
@@ -139,19 +143,27 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     return failed | train_all(trainings, columns, source, track, say)
 
 
-def _initial(job: Job, sample: Batch) -> SparseAutoencoder:
-    """The autoencoder that the training of `job` starts from, given the first inputs."""
-    seed = job.settings.weights_seed
-    return new_autoencoder(job.settings.sae, sample.x, seed=seed, target=sample.target, ranks=job.ranks)
+def _at(sites: Sites, values: Tensor, columns: Mapping[str, tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """The activations that an autoencoder reads, and those at its target site, given those of all sites."""
+    parts = {site: values[:, slice(*columns[site])] for site in sites.all}
+    target = None if sites.target is None else parts[sites.target].contiguous()
+    return side_by_side([parts[site] for site in sites.inputs]).contiguous(), target
+
+
+def _initial(job: Job, sample: Batch, site_widths: Sequence[int]) -> SparseAutoencoder:
+    """The autoencoder that the training of `job` starts from, given the first inputs and the widths of their sites."""
+    options = {"seed": job.settings.weights_seed, "site_widths": site_widths, "ranks": job.ranks}
+    return new_autoencoder(job.settings.sae, sample.x, target=sample.target, **options)
 
 
 def starting_point(job: Job, track: Track) -> tuple[SparseAutoencoder, Inputs]:
     """The autoencoder that the training of `job` starts from, and how activations become its inputs."""
     with closing(open_source(job, track)) as source:
-        sample, columns = source.sample(), site_columns([job])
-        first, *target = (sample[:, slice(*columns[site])].contiguous() for site in job.settings.sites.all)
-        inputs, scaled = first_inputs(first, job, *target)
-    return _initial(job, scaled), inputs
+        sites, columns = job.settings.sites, site_columns([job])
+        first, target = _at(sites, source.sample(), columns)
+    widths = [stop - start for start, stop in (columns[site] for site in sites.inputs)]
+    inputs, scaled = first_inputs(first, job, target, widths)
+    return _initial(job, scaled, widths), inputs
 
 
 def go_on(job: Job, track: Track) -> Path:
@@ -233,8 +245,8 @@ def _take_up(training: Training) -> None:
 def _resumed(job: Job) -> tuple[Training, dict[str, Any]]:
     """The training of `job` as its last state left it, and the position in the source."""
     settings, run, device = job.settings, Path(job.settings.out), job.lm.device
-    d_in, *d_out = (job.lm.width(site) for site in settings.sites.all)
-    sae = bare_autoencoder(settings.sae, d_in, *d_out, ranks=job.ranks).to(device)
+    widths = widths_of(settings.sites, {site: job.lm.width(site) for site in settings.sites.all})
+    sae = bare_autoencoder(settings.sae, *widths, ranks=job.ranks).to(device)
     trainer = Trainer(sae, settings.training, settings.sae)
     state = last_state(run, device, trainer.own_rows)
     differs = difference(state["provenance"], provenance_of(job))

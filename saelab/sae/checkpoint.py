@@ -46,11 +46,14 @@ def save_sae(sae: SparseAutoencoder, folder: Path) -> None:
         tensors["threshold"] = sae.threshold.detach().clamp_min(0).expand(sae.n_features)
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.detach()
+    crosses = len(sae.site_widths) > 1
+    name = architecture_of(rule, transcodes=sae.transcodes, skip=sae.W_skip is not None, crosses=crosses)
     config = {
-        "architecture": architecture_of(rule, transcodes=sae.transcodes, skip=sae.W_skip is not None),
+        "architecture": name,
         "d_in": sae.d_in,
         "d_sae": sae.n_features,
         **({"d_out": sae.d_out} if sae.transcodes else {}),
+        **({"site_widths": list(sae.site_widths)} if crosses else {}),
         **({"k": sae.k} if rule in ("topk", "groupmax") else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",

@@ -21,6 +21,7 @@ def initialise(
     b_dec_init: str = "mean",
     target: Tensor | None = None,
     rule: Rule | None = None,
+    zero_decoder: bool = False,
 ) -> None:
     """Set the weights: random unit decoder rows, encoder = decoder, b_dec = centre of `sample` ``[tokens, d_in]``.
 
@@ -28,7 +29,7 @@ def initialise(
     reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
     squared error that a common factor can give, unless its rows are bound to those of the decoder. With `target`
     ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc centres
-    x.
+    x; with `zero_decoder` the decoder is then 0, as sparsify has it, and the encoder keeps its unit rows.
     """
     _draw(sae, sae.W_dec)
     sae.renormalise_decoder()
@@ -41,7 +42,9 @@ def initialise(
         _draw(sae, sae.W_enc)
         sae.W_enc.div_(torch.linalg.vector_norm(sae.W_enc, dim=1, keepdim=True))
         sae.b_enc.copy_(-sae.W_enc @ sample.mean(0))
-    if sae.tied or sae.aligned:
+    if zero_decoder:
+        sae.W_dec.zero_()
+    if sae.tied or sae.aligned or zero_decoder:
         return
     rule = sae.rule if rule is None else rule
     tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, MOST_ENTRIES // sae.all_features))

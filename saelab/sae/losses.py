@@ -25,7 +25,7 @@ l0           mean number of active features per token, or (L0 / target - 1)^2; t
              (Rajamanoharan et al. 2024, arXiv 2407.14435)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class Forward:
     """The processes that share the step. Tokens, features and entries are of this one, and values of terms of all."""
     batch: int = 0
     """Tokens of all processes."""
+    site_widths: tuple[int, ...] = ()
+    """Widths of the sites of a crosscoder; of one site, empty or one width."""
     prefixes: tuple[int, ...] = ()
     """Numbers of features, of this process, of the nested autoencoders; the last is that of all."""
 
@@ -184,6 +186,13 @@ def batch_fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x - reconstruction).square() / deviation
 
 
+def row_lengths(rows: Tensor, site_widths: Sequence[int]) -> Tensor:
+    """Length of each of `rows` ``[n, d]``; of a crosscoder the sum of those of its parts at the sites, ``[n]``."""
+    if len(site_widths) < 2:
+        return torch.linalg.vector_norm(rows, dim=1)
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows.split(list(site_widths), 1)]).sum(0)
+
+
 def squared_deviation(x: Tensor, axis: Axis = ALONE.data, tokens: int = 0) -> Tensor:
     """Squared deviation of x ``[tokens, d]`` from the mean over tokens, summed; a scalar.
 
@@ -270,8 +279,9 @@ def auxiliary(
 def _changes_alone(forward: Forward, codes: Codes, error: Tensor, unit_norm: bool) -> Tensor:
     """Sum over entries of ``||e - z d||^2 - ||e||^2``, a scalar."""
     z, products = codes.values, sddmm(codes, error, forward.W_dec, read=forward.read)
-    # a gradient to lengths would be as large as W_dec, and with unit_norm the optimiser removes it anyway
-    rows = forward.W_dec.detach() if unit_norm else forward.W_dec
+    # a gradient to lengths would be as large as W_dec, and with unit_norm the optimiser removes it anyway; of a
+    # crosscoder it also says how a row is divided among the sites
+    rows = forward.W_dec.detach() if unit_norm and len(forward.site_widths) < 2 else forward.W_dec
     return (z * (z * per_entry(codes, torch.linalg.vector_norm(rows, dim=1).square()) - 2 * products)).sum()
 
 
@@ -293,7 +303,7 @@ def smooth_l0(forward: Forward, slope: float) -> Tensor:
 
 def _contributions(forward: Forward) -> Tensor:
     """Activation of each entry (a gated encoder's gate) times the length of its decoder row, ``[nnz]``."""
-    lengths = per_entry(forward.codes, torch.linalg.vector_norm(forward.W_dec, dim=1))
+    lengths = per_entry(forward.codes, row_lengths(forward.W_dec, forward.site_widths))
     return forward.encoder.penalised(forward.pre, forward.codes.values) * lengths
 
 

@@ -29,7 +29,7 @@ from saelab.sae.allocation.gathered import own_rule
 from saelab.sae.allocation.rules import GroupMax, Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import Request, Selection, select
 from saelab.sae.encoder import Encoder, Gated, JumpReLU, Linear, Scratch
-from saelab.sae.losses import Forward, nested_products, squared_deviation
+from saelab.sae.losses import Forward, nested_products, row_lengths, squared_deviation
 from saelab.sae.normalisation import normalised
 
 LIFT = 1e-3
@@ -107,6 +107,8 @@ class SparseAutoencoder(nn.Module):
         """Whether b_dec is subtracted from x."""
         self.normalisation: str | None = None
         """Normalisation of each token, a key of `NORMALISATIONS`; a transcoder's output is not scaled back."""
+        self.site_widths: tuple[int, ...] = (self.d_out,)
+        """Widths of the sites that W_dec writes to; those of a crosscoder (side_by_side.py), or d_out only."""
         self.beta = 0.0
         """Weight of the gradient in the affinity of training; in evaluation only the oracle uses it."""
         self.power = 0.0
@@ -309,7 +311,7 @@ class SparseAutoencoder(nn.Module):
             products = nested_products(codes, W_dec, read, prefixes)
             added = self.b_dec if self.W_skip is None else self.b_dec + batch.x @ self.W_skip.T
             decoded = tuple(total(each, ranks.features) + added for each in products)
-            sizes = {"ranks": ranks, "batch": tokens, "prefixes": prefixes}
+            sizes = {"ranks": ranks, "batch": tokens, "prefixes": prefixes, "site_widths": self.site_widths}
             forward = Forward(
                 encoder, W_dec, read, added, centre, batch.x, target, codes, pre, decoded, deviation, **sizes
             )
@@ -356,8 +358,8 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def renormalise_decoder(self) -> None:
-        """Scale every decoder row to unit length."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(1e-12))
+        """Scale every decoder row to unit length (`row_lengths`)."""
+        self.W_dec.div_(row_lengths(self.W_dec, self.site_widths)[:, None].clamp_min(1e-12))
 
     @torch.no_grad()
     def whole(self) -> "SparseAutoencoder | None":

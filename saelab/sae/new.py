@@ -1,12 +1,13 @@
 """The autoencoder that a training starts from, as its settings say."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from saelab.activations.sites import Sites
 from saelab.ranks import ALONE, Ranks
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.allocation.rules import Rule, TokenChoice
@@ -21,22 +22,37 @@ class Widths(NamedTuple):
     d_in: int
     d_out: int | None = None
     """Of a transcoder; None: d_in."""
+    sites: tuple[int, ...] = ()
+    """Of the sites of a crosscoder, d_in together."""
 
     @property
     def largest(self) -> int:
         return max(self.d_in, self.d_out or 0)
 
 
+def widths_of(sites: Sites, widths: Mapping[str, int]) -> Widths:
+    """The widths of an autoencoder at `sites`, given those of single sites."""
+    own = tuple(widths[site] for site in sites.inputs)
+    return Widths(sum(own), None if sites.target is None else widths[sites.target], own if sites.more else ())
+
+
 def bare_autoencoder(
-    settings: SaeSettings, d_in: int, d_out: int | None = None, ranks: Ranks = ALONE
+    settings: SaeSettings,
+    d_in: int,
+    d_out: int | None = None,
+    site_widths: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> SparseAutoencoder:
     """An autoencoder for a training by `settings`, with weights of zero; with `d_out` a transcoder.
 
+    With several `site_widths`, which add up to `d_in`, it is a crosscoder.
     If `ranks` share the features it has those of this process. Raises SettingError for what only an autoencoder or only
     a transcoder can have (`SaeSettings.check_sites`).
     """
-    settings.check_sites(transcodes=d_out is not None)
+    settings.check_sites(transcodes=d_out is not None, crosses=len(site_widths) > 1)
     sae = SparseAutoencoder(d_in, settings.n_features, settings.k, {"saelab": asdict(settings)}, d_out, ranks)
+    if site_widths:
+        sae.site_widths = tuple(site_widths)
     threshold = allocation_of(settings).initial_threshold
     if threshold is not None:
         sae.threshold = torch.full((1,), threshold)
@@ -59,17 +75,25 @@ ENCODERS: dict[str, Callable[[SparseAutoencoder, EncoderSettings], None]] = {
 
 
 def new_autoencoder(
-    settings: SaeSettings, sample: Tensor, *, seed: int, target: Tensor | None = None, ranks: Ranks = ALONE
+    settings: SaeSettings,
+    sample: Tensor,
+    *,
+    seed: int,
+    target: Tensor | None = None,
+    site_widths: Sequence[int] = (),
+    ranks: Ranks = ALONE,
 ) -> SparseAutoencoder:
     """The autoencoder that a training by `settings` starts from, on the device of `sample` ``[tokens, d_in]``.
 
     The sample is scaled as the batches will be: E||x||^2 = d_in. With `target` ``[tokens, d_out]``, scaled so that
-    E||y||^2 = d_out, it is a transcoder. Processes that share the training get the same sample.
+    E||y||^2 = d_out, it is a transcoder; with several `site_widths` a crosscoder, whose sample has each site in its
+    columns, scaled on its own. Processes that share the training get the same sample.
     """
     torch.manual_seed(seed)
     d_out = None if target is None else target.shape[1]
-    sae = bare_autoencoder(settings, sample.shape[1], d_out, ranks).to(sample.device)
-    initialise(sae, sample, settings.b_dec_init, target, first_rule(settings))
+    sae = bare_autoencoder(settings, sample.shape[1], d_out, site_widths, ranks).to(sample.device)
+    zero_decoder = target is not None and not settings.unit_norm and settings.freeze != "decoder"
+    initialise(sae, sample, settings.b_dec_init, target, first_rule(settings), zero_decoder)
     if sae.log_threshold is not None:
         options = settings.encoder
         start = options.threshold or threshold_for(sae, settings.sparsity.target_l0 or settings.k, sample)

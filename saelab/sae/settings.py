@@ -260,8 +260,8 @@ class SaeSettings:
                 f"group_max; set n_features to {near}, say"
             )
 
-    def check_sites(self, *, transcodes: bool) -> None:
-        """Raises SettingError if the settings do not fit a transcoder, or an autoencoder of its input."""
+    def check_sites(self, *, transcodes: bool, crosses: bool = False) -> None:
+        """Raises SettingError if the settings do not fit a transcoder, a crosscoder, or an autoencoder of one site."""
         if self.skip and not transcodes:
             raise SettingError("skip: W_skip of an autoencoder would be the identity; it goes with a `target` site")
         if transcodes and self.encoder.name in BOUND:
@@ -269,10 +269,15 @@ class SaeSettings:
                 f"encoder: {self.encoder.name}: encoder and decoder rows of a transcoder are of different spaces; use "
                 "encoder: linear"
             )
-        if transcodes and self.needs_gradients:
+        if (transcodes or crosses) and self.needs_gradients:
             raise SettingError(
-                "affinity: gradient: its gradients are those at the input, and a transcoder writes elsewhere; use "
-                "affinity: activation"
+                "affinity: gradient: its gradients are those at one site that is read and written, as a transcoder or "
+                "crosscoder has none; use affinity: activation"
+            )
+        if crosses and not self.unit_norm and self.allocation.name != "threshold":
+            raise SettingError(
+                "unit_norm: false: a crosscoder with a budget selects by activation times decoder length, which has to "
+                "be 1 for that; use unit_norm: true, or allocation: threshold"
             )
 
     def k_at(self, step: int, steps: int) -> int:

@@ -45,12 +45,15 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     metadata = sae.metadata
     ours = metadata.get("saelab")
     ours = ours if isinstance(ours, Mapping) else {}
+    names = metadata.get("hook_names")
+    names = names if isinstance(names, list) else []
     parameters = sum(parameter.numel() for parameter in sae.parameters())
     widths = f"d_in {sae.d_in:,}" + (f", d_out {sae.d_out:,}" if sae.transcodes else "")
     found = [
         ("size", f"{widths}, {sae.n_features:,} features, {parameters:,} parameters"),
         ("weights", kind(sae.W_dec)),
         ("site", _shown(metadata.get("hook_name"))),
+        ("further sites", _shown(", ".join(map(str, names[1:]))) if len(sae.site_widths) > 1 else ""),
         ("target", _shown(metadata.get("hook_name_out")) if sae.transcodes else ""),
         ("model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),

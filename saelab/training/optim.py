@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saelab.kernels.products import accumulate_in_place, return_gradients
@@ -128,7 +129,14 @@ class Optimiser:
 
 @torch.no_grad()
 def remove_parallel_gradient(sae: SparseAutoencoder) -> None:
-    """Remove the part of the decoder's gradient that would change the length of its (unit) rows."""
+    """Remove the part of the decoder's gradient that would change the length of its (unit) rows.
+
+    The length of a crosscoder's row, a sum over sites, changes along its parts over their lengths, site by site.
+    """
     assert sae.W_dec.grad is not None
+    widths = list(sae.site_widths)
     for gradient, rows in zip(sae.W_dec.grad.split(_BLOCK_ROWS), sae.W_dec.split(_BLOCK_ROWS), strict=True):
+        if len(widths) > 1:
+            units = torch.cat([F.normalize(part, dim=1) for part in rows.split(widths, 1)], 1)
+            rows = F.normalize(units, dim=1)
         gradient.addcmul_((gradient * rows).sum(1, keepdim=True), rows, value=-1)

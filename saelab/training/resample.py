@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saelab.sae.losses import row_lengths
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.training.optim import Optimiser
 
@@ -42,7 +43,8 @@ def resample(
     here = (rows >= part.start) & (rows < part.stop)
     rows, drawn, target = rows[here] - part.start, drawn[here], batch.x if batch.target is None else batch.target
     skipped = 0 if sae.W_skip is None else batch.x[drawn] @ sae.W_skip.T
-    sae.W_dec[rows] = F.normalize(target[drawn] - sae.b_dec - skipped, dim=1)
+    written = F.normalize(target[drawn] - sae.b_dec - skipped, dim=1)
+    sae.W_dec[rows] = written if len(sae.site_widths) < 2 else written / row_lengths(written, sae.site_widths)[:, None]
     if not sae.tied:
         sae.W_enc[rows] = F.normalize(batch.x[drawn] - (sae.b_dec if sae.centred else batch.x.mean(0)), dim=1) * length
     for vector in (sae.b_enc, sae.r_mag, sae.b_mag):

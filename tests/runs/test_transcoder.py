@@ -23,6 +23,7 @@ from saelab.runs.export import export
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_cache, plan_evaluation, plan_index, plan_training
+from saelab.runs.summary import summarise
 from saelab.runs.sweep import sweep
 from tests.faults.tools import command
 from tests.runs.test_resume import assert_same, config_of
@@ -104,6 +105,7 @@ def test_all_stages_of_a_transcoder(config: dict[str, Any], tmp_path: Path) -> N
     manifest = json.loads((run / "features" / "manifest.json").read_text())
     assert (manifest["site"], manifest["target"], manifest["d_in"]) == (SITE, TARGET, 32)
     database = open_database(run / "features")
+    assert database.site == summarise(run).site == f"{SITE} -> {TARGET}"
     codes = sae.encode(x)
     np.testing.assert_array_equal(database.table["n_active"], codes.firing_counts().numpy())
     lens = direct_lens(lm, TARGET)
@@ -163,7 +165,12 @@ def test_controls_of_a_transcoder(config: dict[str, Any]) -> None:
     run = saelab.run(config, ["training.tokens=400"])
     made = controls(run, kinds=["untrained", "neurons"], say=said.append)
     assert [path.name for path in made] == ["untrained", "neurons"]
-    assert saelab.load(made[0]).transcodes and not saelab.load(made[1]).transcodes
+    untrained = saelab.load(made[0])
+    job = Job(settings_of(run / "config.yaml"))
+    rows = job.held_out(600)
+    mean = job.lm.activations(rows, [TARGET])[TARGET][job.lm.ordinary(rows)].mean(0)
+    assert untrained.transcodes and (untrained.b_dec - mean).norm() < 0.5 * mean.norm()
+    assert not saelab.load(made[1]).transcodes
     with pytest.raises(SaelabError, match="directions: there are none"):
         controls(run, kinds=["directions"])
 
@@ -201,7 +208,7 @@ def test_settings_that_contradict_a_target_are_named(
         ([f"target={SITE}"], "target: is the site itself"),
         (["target=null", "sae.skip=true"], "sae.skip: W_skip of an autoencoder would be the identity"),
         (["sae.encoder=tied"], "sae.encoder: tied: encoder and decoder rows of a transcoder"),
-        (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at the input"),
+        (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at one site"),
         (["target=blocks.1.hook_mlp_outt"], "site: .* has no 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
     ):
         with pytest.raises(SaelabError, match=message):

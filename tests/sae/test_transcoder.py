@@ -109,6 +109,20 @@ def test_the_saved_transcoder_maps_raw_inputs_to_raw_outputs(inputs: str, method
     torch.testing.assert_close(saved(x), expected, atol=1e-3 * y.abs().max().item(), rtol=1e-3)
 
 
+def test_without_unit_norm_the_decoder_begins_at_zero_and_the_reconstruction_as_the_mean() -> None:
+    """FVU is then 1. All features learn, and a decoder that is frozen is none of zeros."""
+    x, y = pairs(4096)
+    y = input_map("scale", y)(y)
+    settings = SaeSettings(F, 4, skip=True, unit_norm=False)
+    start = new_autoencoder(settings, x, seed=0, target=y)
+    assert not start.W_dec.any() and batch_fvu(y, start(x)).item() == pytest.approx(1, rel=1e-5)
+    torch.testing.assert_close(start.W_enc.norm(dim=1), torch.ones(F))
+    sae = trained(settings, x, y, 100)
+    assert batch_fvu(y, sae(x)) < 0.15 and (sae.W_dec.norm(dim=1) > 0).all()
+    frozen = SaeSettings(F, 4, unit_norm=False, freeze="decoder")
+    assert new_autoencoder(frozen, x, seed=0, target=y).W_dec.any(dim=1).all()
+
+
 def test_resampling_and_a_new_trainer_keep_the_skip_connection() -> None:
     x, y = pairs(20 * BATCH)
     settings, training = (

@@ -64,6 +64,8 @@ class SaeBenchAutoencoder(nn.Module):
         layer = re.search(r"\d+", hook_name)
         if layer is None:
             raise SaelabError(f"sae-bench: needs the number of a layer, and {hook_name} has none")
+        if len(sae.site_widths) > 1:
+            raise SaelabError("sae-bench: reads one site, and a crosscoder reads several")
         if sae.transcodes:
             raise SaelabError("sae-bench: puts the reconstruction where x was read, and a transcoder writes elsewhere")
         if not sae.affine:

@@ -32,6 +32,8 @@ _TRANSCODERS = {
     "jumprelu_transcoder": ("threshold", False),
     "jumprelu_skip_transcoder": ("threshold", True),
 }
+CROSSES = "_crosscoder"
+"""What the names of our crosscoders end with."""
 OURS = "saelab_"
 """What names of architectures begin with that SAELens does not have."""
 _REFUSED = {
@@ -43,8 +45,10 @@ _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index
 _METADATA = ("model_name", "hook_name", "hook_head_index", "prepend_bos", "context_size", "dataset_path")
 
 
-def architecture_of(rule: str, *, transcodes: bool, skip: bool) -> str:
+def architecture_of(rule: str, *, transcodes: bool, skip: bool, crosses: bool = False) -> str:
     """The name of an architecture; `rule` is that of inference: relu, topk, threshold or groupmax."""
+    if crosses:
+        return f"{OURS}{_name(rule)}{CROSSES}"
     if transcodes:
         known = {value: name for name, value in _TRANSCODERS.items()}
         if (rule, skip) in known:
@@ -67,6 +71,8 @@ def _name(rule: str) -> str:
 def _taken_apart(config: Config) -> tuple[str, bool, bool]:
     """The rule of inference, and whether it transcodes and skips. Raises SaelabError for an unknown architecture."""
     name = config.text("architecture", "standard")
+    if name.startswith(OURS) and name.endswith(CROSSES):
+        name = name.removesuffix(CROSSES) if name == f"{OURS}{GROUP_MAX}{CROSSES}" else name[len(OURS) : -len(CROSSES)]
     if name in _TRANSCODERS:
         rule, skip = _TRANSCODERS[name]
         return rule, True, skip
@@ -111,6 +117,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     also += _unused(stored)
     sae = built(stored, names, config, sizes, transcodes=transcodes, also=also)
     sae.metadata, sae.beta = dict(metadata.values), _number(ours, "beta")
+    if config.text("architecture", "standard").endswith(CROSSES):
+        sae.site_widths = _site_widths(config, sae.d_in)
     sae.centred = config.flag("apply_b_dec_to_input", True) and not transcodes
     scale = _scale(config, stored) if normalisation == "expected_average_only_in" else 1.0
     sae.normalisation = normalisation if normalisation in NORMALISATIONS else None
@@ -149,6 +157,14 @@ def _with_rule(
     elif rule == "gated":
         fold_gate(sae, *(vector(stored, name, n) for name in ("b_gate", "b_mag", "r_mag")))
     return sae
+
+
+def _site_widths(config: Config, d_in: int) -> tuple[int, ...]:
+    """The widths of the sites of a crosscoder. Raises SaelabError if they are not numbers that add up to d_in."""
+    found = config.values.get("site_widths")
+    if not isinstance(found, list) or not all(type(each) is int and each > 0 for each in found) or sum(found) != d_in:
+        raise config.wrong("site_widths", f"a list of whole numbers that add up to d_in, {d_in}")
+    return tuple(found)
 
 
 def _normalisation(config: Config) -> str:

@@ -23,7 +23,7 @@ from saelab.tensors import write_tensors
 
 def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder` as SAELens does. Raises SaelabError if SAELens has no such architecture."""
-    name = architecture_of(rule_of(sae), transcodes=sae.transcodes, skip=sae.W_skip is not None)
+    name = _architecture(sae)
     if name.startswith(OURS):
         raise SaelabError(f"SAELens has no {name.removeprefix(OURS)}; it has {_HAS['saelens']}")
     save_sae(sae, folder)
@@ -31,7 +31,7 @@ def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
 
 def write_sparsify(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder`, a hookpoint, as sparsify does. Raises SaelabError if sparsify cannot compute it."""
-    if rule_of(sae) not in ("topk", GROUP_MAX):
+    if rule_of(sae) not in ("topk", GROUP_MAX) or len(sae.site_widths) > 1:
         raise SaelabError(f"sparsify has no {_described(sae)}; it has {_HAS['sparsify']}")
     if sae.normalisation is not None:
         raise SaelabError(f"sparsify does not normalise its input, and this autoencoder does ({sae.normalisation})")
@@ -65,7 +65,7 @@ def write_sparsify(sae: SparseAutoencoder, folder: Path) -> None:
 
 def write_dictionary_learning(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder` as dictionary_learning does. Raises SaelabError if it has no class for it."""
-    if sae.transcodes or sae.W_skip is not None or rule_of(sae) == GROUP_MAX:
+    if sae.transcodes or sae.W_skip is not None or rule_of(sae) == GROUP_MAX or len(sae.site_widths) > 1:
         raise SaelabError(f"dictionary_learning has no {_described(sae)}; it has {_HAS['dictionary_learning']}")
     if sae.normalisation is not None:
         raise SaelabError(
@@ -121,9 +121,13 @@ def b_enc(sae: SparseAutoencoder, *, centred: bool) -> Tensor:
     return (sae.b_enc.double() + (shift if centred else -shift)).to(sae.b_enc.dtype)
 
 
+def _architecture(sae: SparseAutoencoder) -> str:
+    crosses = len(sae.site_widths) > 1
+    return architecture_of(rule_of(sae), transcodes=sae.transcodes, skip=sae.W_skip is not None, crosses=crosses)
+
+
 def _described(sae: SparseAutoencoder) -> str:
-    name = architecture_of(rule_of(sae), transcodes=sae.transcodes, skip=sae.W_skip is not None)
-    return name.removeprefix(OURS).replace("_", " ")
+    return _architecture(sae).removeprefix(OURS).replace("_", " ")
 
 
 _HAS = {
