@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from saelab.activations.settings import ActivationSettings, CacheSettings
+from saelab.activations.settings import NORMALISED, ActivationSettings, CacheSettings
 from saelab.activations.sites import Sites
 from saelab.analysis.settings import AnalysisSettings, EvalSettings
 from saelab.corpus import CorpusSettings
@@ -62,6 +62,11 @@ class RunSettings:
             raise SettingError("out: is empty; name the run folder")
         if self.target == self.site:
             raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
+        if self.target is not None and self.activations.inputs in NORMALISED:
+            raise SettingError(
+                f"activations.inputs: {self.activations.inputs} trains autoencoders of one site only; with `target` use "
+                "scale, centre or whiten"
+            )
         try:
             self.sae.check_sites(transcodes=self.target is not None)
         except SettingError as error:

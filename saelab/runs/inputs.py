@@ -62,7 +62,7 @@ class Inputs:
 
     def _scaled(self, batch: ActivationBatch, device: torch.device, target: Tensor | None) -> Batch | None:
         values, gradients = batch.values.to(device).float(), batch.gradients
-        gradients = self.map.gradients(None if gradients is None else gradients.to(device).float())
+        gradients = self.map.gradients(None if gradients is None else gradients.to(device).float(), values)
         if target is not None and self.target_scale is not None:
             target = target.to(device).float() * self.target_scale
         keep = within(values, self.largest_norm)
@@ -76,9 +76,9 @@ class Inputs:
         return Batch(self.map(values[keep]), target, gradients)
 
     def state(self) -> dict[str, Any]:
-        """The record, and the tensors of the map; `from_state` reads it."""
-        found = {"input_mean": self.map.mean, "input_whitening": self.map.whitening}
-        return self.record() | {name: tensor for name, tensor in found.items() if tensor is not None}
+        """The record, and what the map has besides the scale; `from_state` reads it."""
+        found = {"mean": self.map.mean, "whitening": self.map.whitening, "normalisation": self.map.normalisation}
+        return self.record() | {f"input_{name}": value for name, value in found.items() if value is not None}
 
     def record(self) -> dict[str, Any]:
         """JSON-able facts about the inputs."""
@@ -96,7 +96,12 @@ class Inputs:
         """The inputs of a run that goes on; states of earlier versions have the scale only."""
         bound = state.get("largest_norm")
         return cls(
-            InputMap(state["input_scale"], state.get("input_mean"), state.get("input_whitening")),
+            InputMap(
+                state["input_scale"],
+                state.get("input_mean"),
+                state.get("input_whitening"),
+                state.get("input_normalisation"),
+            ),
             math.inf if bound is None else bound,
             state.get("first_activations", {}),
             state.get("left_out", 0),
