@@ -65,7 +65,9 @@ def train(settings: RunSettings, run: Path) -> None:
     trainer = Trainer(sae, training, settings.sae)
     with (run / "metrics.jsonl").open("w") as log:
         for batch in bar(source, "training", training.tokens, len):
-            metrics = trainer.step(Batch(inputs(batch.values), gradients=inputs.gradients(batch.gradients)))
+            metrics = trainer.step(
+                Batch(inputs(batch.values), gradients=inputs.gradients(batch.gradients, batch.values))
+            )
             if metrics is not None:  # every `training.log_every` steps
                 print(json.dumps(metrics), file=log, flush=True)
             if trainer.finished:

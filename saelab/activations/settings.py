@@ -8,6 +8,8 @@ from saelab.errors import SettingError, check_positive
 from saelab.files import expanded
 from saelab.lm.settings import dtype_name
 
+NORMALISED = ("layer_norm", "constant_norm_rescale")
+INPUTS = ("scale", "centre", "whiten", *NORMALISED)
 MAX_LANES = 4096
 """Most lanes of a cache: each one reads the text from its beginning."""
 MAX_ROWS = 10**6
@@ -55,15 +57,17 @@ class ActivationSettings:
     """Whether BOS and other special tokens are trained on too. No metric counts them."""
     inputs: str = "scale"
     """What is done to activations before training: scale (so that E||x||^2 = d_in), centre (the mean of the first
-    activations is subtracted first) or whiten (the covariance becomes the identity). The saved weights contain it."""
+    activations is subtracted first), whiten (the covariance becomes the identity), or a normalisation of each token by
+    SAELens' name: layer_norm (mean 0, standard deviation 1) or constant_norm_rescale (length sqrt(d_in)). The saved
+    weights contain it, and the checkpoint names a normalisation."""
     max_norm: float | None = None
     """Tokens whose norm is above this many times the median norm of the first activations are left out of training, of
     the input scale and of the thresholds, and their batches are smaller: 10 leaves out attention sinks. Default: none
     is left out. Evaluation counts all tokens, and gives FVU and delta CE without sinks too."""
 
     def __post_init__(self) -> None:
-        if self.inputs not in ("scale", "centre", "whiten"):
-            raise SettingError(f"inputs: {self.inputs!r} is not scale, centre or whiten")
+        if self.inputs not in INPUTS:
+            raise SettingError(f"inputs: {self.inputs!r} is not {', '.join(INPUTS[:-1])} or {INPUTS[-1]}")
         if self.max_norm is not None and not 1 < self.max_norm < math.inf:
             raise SettingError(
                 f"max_norm: {self.max_norm} is not a number above 1; at 1 or less, half of the tokens would be left out"

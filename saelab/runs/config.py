@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from saelab.activations.settings import ActivationSettings, CacheSettings
+from saelab.activations.settings import NORMALISED, ActivationSettings, CacheSettings
 from saelab.activations.sites import Sites
 from saelab.analysis.settings import AnalysisSettings, EvalSettings
 from saelab.corpus import CorpusSettings
@@ -64,6 +64,11 @@ class RunSettings:
             raise SettingError("out: is empty; name the run folder")
         if self.target == self.site:
             raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
+        if self.target is not None and self.activations.inputs in NORMALISED:
+            raise SettingError(
+                f"activations.inputs: {self.activations.inputs} trains autoencoders of one site only; with `target` use "
+                "scale, centre or whiten"
+            )
         try:
             self.sae.check_sites(transcodes=self.target is not None, crosses=bool(self.more_sites))
         except SettingError as error:
@@ -74,8 +79,10 @@ class RunSettings:
             raise SettingError(
                 "target: a crosscoder reconstructs the sites that it reads; leave out target or more_sites"
             )
-        if self.more_sites and self.activations.inputs == "whiten":
-            raise SettingError("activations.inputs: whiten goes with one site; use scale or centre with more_sites")
+        if self.more_sites and self.activations.inputs not in ("scale", "centre"):
+            raise SettingError(
+                f"activations.inputs: {self.activations.inputs} goes with one site; use scale or centre with more_sites"
+            )
         object.__setattr__(self, "out", expanded(self.out, "out"))
 
     @property

@@ -258,6 +258,7 @@ def _make_directions(made: _Control, *, sae: SparseAutoencoder, database: Databa
     """
     job, s = made.job, made.job.settings
     found = directions(sae.n_features, sae.b_dec.cpu(), s.weights_seed).to(job.lm.device)
+    found.normalisation = sae.normalisation  # b_dec is in its units
     rows = np.asarray(database.arrays["tokens"])
     batches = read_activations(job.lm, rows, s.site, s.features.rows_per_forward)
     values = (batch.values for batch in track(batches, "thresholds", rows.size, len))

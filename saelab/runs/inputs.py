@@ -63,7 +63,7 @@ class Inputs:
 
     def _scaled(self, batch: ActivationBatch, device: torch.device, target: Tensor | None) -> Batch | None:
         values, gradients = batch.values.to(device).float(), batch.gradients
-        gradients = self.map.gradients(None if gradients is None else gradients.to(device).float())
+        gradients = self.map.gradients(None if gradients is None else gradients.to(device).float(), values)
         if target is not None and self.target_scale is not None:
             target = target.to(device).float() * self.target_scale
         keep = within(values, self.largest_norm)
@@ -81,9 +81,9 @@ class Inputs:
         return self.map.folded(sae, 1.0 if self.target_scale is None else self.target_scale)
 
     def state(self) -> dict[str, Any]:
-        """The record, and the tensors of the map; `from_state` reads it."""
-        found = {"input_mean": self.map.mean, "input_whitening": self.map.whitening}
-        return self.record() | {name: tensor for name, tensor in found.items() if tensor is not None}
+        """The record, and what the map has besides the scale; `from_state` reads it."""
+        found = {"mean": self.map.mean, "whitening": self.map.whitening, "normalisation": self.map.normalisation}
+        return self.record() | {f"input_{name}": value for name, value in found.items() if value is not None}
 
     def record(self) -> dict[str, Any]:
         """JSON-able facts about the inputs."""
@@ -107,7 +107,7 @@ class Inputs:
         if isinstance(scale, list):
             made: InputMap | SideBySide = SideBySide(tuple(scale), tuple(state["site_widths"]), mean)
         else:
-            made = InputMap(scale, mean, state.get("input_whitening"))
+            made = InputMap(scale, mean, state.get("input_whitening"), state.get("input_normalisation"))
         return cls(
             made,
             math.inf if bound is None else bound,

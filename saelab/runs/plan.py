@@ -177,7 +177,7 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
     inputs, keep = settings.activations.inputs, settings.training.checkpoint.keep
     for width in {run.sites: widths_of(run.sites, widths).d_in for run in runs}.values():
         needs += input_needs(inputs, width, sample, where)
-        mapped = {"scale": 0, "centre": 4 * width, "whiten": 4 * width * (width + 1)}[inputs]
+        mapped = {"centre": 4 * width, "whiten": 4 * width * (width + 1)}.get(inputs, 0)
         needs.append(
             Need("input map", (keep + 1) * len(runs) * mapped, "disk", "the mean and whitening, in each state")
         )

@@ -17,6 +17,7 @@ from saelab.sae.initial import MOST_ENTRIES
 from saelab.sae.losses import MULTI_FACTOR
 from saelab.sae.model import BLOCK_ROWS
 from saelab.sae.new import first_rule
+from saelab.sae.normalisation import NORMALISATIONS
 from saelab.sae.settings import SaeSettings
 from saelab.sae.thresholds import BLOCK_ENTRIES, key_capacity
 
@@ -227,6 +228,9 @@ def initialisation_bytes(
 
 def input_needs(inputs: str, d_in: int, sample_tokens: int, where: Place) -> list[Need]:
     """Needs of `activations.inputs` besides those of a scale."""
+    if inputs in NORMALISATIONS:
+        how = "a copy of the first activations"
+        return [Need("tokens, normalised", 4 * d_in * sample_tokens, where, how, (BEGINNING,))]
     if inputs != "whiten":
         return []
     square = f"{d_in:,} x {d_in:,}"

@@ -34,6 +34,7 @@ class SideBySide:
     mean: Tensor | None = None
     """``[sum of widths]``, or None: nothing is subtracted."""
     whitening: None = None
+    normalisation: None = None
 
     @property
     def factors(self) -> Tensor:
@@ -44,7 +45,7 @@ class SideBySide:
         """The inputs of training: x ``[tokens, sum of widths]`` -> the same shape."""
         return (x if self.mean is None else x - self.mean.to(x)) * self.factors.to(x)
 
-    def gradients(self, g: Tensor | None) -> Tensor | None:
+    def gradients(self, g: Tensor | None, x: Tensor) -> Tensor | None:
         return g
 
     @torch.no_grad()

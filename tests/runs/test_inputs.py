@@ -106,7 +106,9 @@ def test_tokens_above_max_norm_are_in_no_batch_scale_or_mean(
 
 
 @pytest.mark.parametrize(
-    ("cached", "inputs"), [(False, "scale"), (True, "centre"), (False, "whiten")], ids=["stream", "cache", "whitened"]
+    ("cached", "inputs"),
+    [(False, "scale"), (True, "centre"), (False, "whiten"), (False, "layer_norm")],
+    ids=["stream", "cache", "whitened", "normalised"],
 )
 def test_a_killed_run_goes_on_with_the_same_inputs_bound_and_count(
     tmp_path: Path, cached: bool, inputs: str, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +132,8 @@ def test_a_killed_run_goes_on_with_the_same_inputs_bound_and_count(
     weights = [load_file(run / "sae" / "sae_weights.safetensors") for run in (whole, parts)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     state, said = load_state(states(parts)[-1]), saelab.load(parts).metadata["saelab"]["inputs_of"]
-    assert ("input_mean" in state, "input_whitening" in state, said) == (inputs != "scale", inputs == "whiten", inputs)
+    assert ("input_mean" in state, "input_whitening" in state) == (inputs in ("centre", "whiten"), inputs == "whiten")
+    assert said == inputs and saelab.load(parts).normalisation == (inputs if inputs == "layer_norm" else None)
     with pytest.raises(SaelabError, match=r"activations.max_norm: is 10.* in the run, not 20"):
         saelab.resume(parts, ["activations.max_norm=20"])
 

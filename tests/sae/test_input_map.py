@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from saelab.activations.settings import INPUTS
 from saelab.memory import peak_bytes
+from saelab.sae.allocation.rules import TokenChoice
 from saelab.sae.checkpoint import load, save_sae
 from saelab.sae.input_map import FLOOR, input_map
+from saelab.sae.losses import batch_fvu
 from saelab.sae.model import Batch
 from saelab.sae.needs import input_needs
 from saelab.sae.new import new_autoencoder
+from saelab.sae.normalisation import NORMALISATIONS, normalised
 from saelab.sae.settings import AllocationSettings, AuxSettings, EncoderSettings, SaeSettings, SparsitySettings
 from saelab.training.settings import TrainingSettings
 from saelab.training.trainer import Trainer
@@ -68,7 +72,7 @@ def test_what_does_not_vary_is_refused(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["scale", "centre", "whiten"])
+@pytest.mark.parametrize("name", INPUTS)
 def test_the_saved_autoencoder_takes_activations_as_they_are(name: str, method: str, tmp_path: Path) -> None:
     """Codes over the scale, and the reconstruction mapped back."""
     x, settings = activations(), METHODS[method]
@@ -84,6 +88,10 @@ def test_the_saved_autoencoder_takes_activations_as_they_are(name: str, method: 
         saved.encode(x).to_dense() * inputs.scale, sae.encode(inputs(x)).to_dense(), atol=1e-3, rtol=1e-3
     )
     expected = sae(inputs(x)).double() / inputs.scale
+    if name in NORMALISATIONS:
+        _, gain, shift = normalised(x, name)
+        expected = expected * gain + shift
+    assert saved.normalisation == inputs.normalisation == (name if name in NORMALISATIONS else None)
     if inputs.inverse is not None:
         expected = expected @ inputs.inverse
     if inputs.mean is not None:
@@ -105,10 +113,35 @@ def test_gradients_keep_their_products_with_what_a_feature_writes() -> None:
     x, g, row = activations(), torch.randn(5, D), torch.randn(D)
     inputs = input_map("whiten", x)
     assert inputs.inverse is not None
-    found = inputs.gradients(g)
-    assert found is not None and inputs.gradients(None) is None
+    found = inputs.gradients(g, x)
+    assert found is not None and inputs.gradients(None, x) is None
     torch.testing.assert_close(found @ row, g @ (row @ inputs.inverse.float()), atol=1e-4, rtol=1e-4)
-    assert input_map("centre", x).gradients(g) is g
+    assert input_map("centre", x).gradients(g, x) is g
+    for name in NORMALISATIONS:
+        of = x[:5]
+        found = input_map(name, x).gradients(g, of)
+        assert found is not None
+        torch.testing.assert_close(found @ row, (g * normalised(of, name).gain) @ row)
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_a_step_on_normalised_tokens_equals_the_dense_formula(name: str) -> None:
+    """In value and gradient: FVU of the normalised tokens, whatever their lengths were."""
+    x, settings = activations()[:BATCH], SaeSettings(F, 4, aux=AuxSettings("none"))
+    inputs = input_map(name, x)
+    sae = new_autoencoder(settings, inputs(x), seed=0)
+    found, _ = sae.training_pass(Batch(inputs(x)), TokenChoice(4))
+    batch_fvu(found.target, found.reconstruction).backward()
+    got = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
+    sae.zero_grad()
+    y = x - x.mean(1, keepdim=True) if name == "layer_norm" else x
+    y = y / (y.std(1, keepdim=True) + 1e-5 if name == "layer_norm" else y.norm(dim=1, keepdim=True) / D**0.5)
+    torch.testing.assert_close(inputs(7 * x), y, atol=1e-4, rtol=1e-4)
+    z = (y - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    error = y - (z.relu() * TokenChoice(4).mask(z.detach()) @ sae.W_dec + sae.b_dec)
+    (error.square().sum() / (y - y.mean(0)).square().sum()).backward()
+    for ours, dense in zip(got, sae.parameters(), strict=True):
+        torch.testing.assert_close(ours, dense.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("b_dec_init", "inputs"), [("zero", "scale"), ("zero", "centre"), ("mean", "scale")])

@@ -73,7 +73,7 @@ class SaeBenchAutoencoder(nn.Module):
                 "sae-bench: decodes from activations only, and this autoencoder also needs x (a skip connection or "
                 "normalised tokens)"
             )
-        self.sae = fold(sae, 1.0) if sae.log_threshold is not None or sae.r_mag is not None else sae
+        self.sae = fold(sae, 1.0) if sae.log_threshold is not None or sae.r_mag is not None or sae.power else sae
         self.cfg = SaeBenchConfig(
             model_name=model_name,
             d_in=sae.d_in,
