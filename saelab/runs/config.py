@@ -66,8 +66,8 @@ class RunSettings:
             raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
         if self.target is not None and self.activations.inputs in NORMALISED:
             raise SettingError(
-                f"activations.inputs: {self.activations.inputs} trains autoencoders of one site only; with `target` use "
-                "scale, centre or whiten"
+                f"activations.inputs: {self.activations.inputs} goes with one site; use scale, centre or whiten with "
+                "`target`"
             )
         try:
             self.sae.check_sites(transcodes=self.target is not None, crosses=bool(self.more_sites))

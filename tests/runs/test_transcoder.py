@@ -206,7 +206,7 @@ def test_settings_that_contradict_a_target_are_named(
 ) -> None:
     for overrides, message in (
         ([f"target={SITE}"], "target: is the site itself"),
-        (["activations.inputs=layer_norm"], "activations.inputs: layer_norm trains autoencoders of one site only"),
+        (["activations.inputs=layer_norm"], "activations.inputs: layer_norm goes with one site"),
         (["target=null", "sae.skip=true"], "sae.skip: W_skip of an autoencoder would be the identity"),
         (["sae.encoder=tied"], "sae.encoder: tied: encoder and decoder rows of a transcoder"),
         (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at one site"),
