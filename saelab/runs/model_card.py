@@ -32,7 +32,7 @@ _FIGURES = (
 )
 """Label, name in the evaluation, digits and definition."""
 _USE = (
-    "x is `[tokens, {}]`, unscaled activations at the site; `codes` are the active features of each token, and "
+    "x is `[tokens, {}]`, unscaled activations at the site{}; `codes` are the active features of each token, and "
     "`sae.decode(codes, x)` is the reconstruction."
 )
 _OF_CE = ("ce_", "delta_ce", "loss_", "kl")
@@ -62,8 +62,10 @@ def card(about: About) -> str:
     metadata = about.checkpoint.get("metadata") or {}
     ours = metadata.get("saelab") or {}
     model, site = metadata.get("model_name") or "an unnamed model", metadata.get("hook_name") or "an unnamed site"
-    n_features = about.checkpoint["d_sae"]
+    n_features, sites = about.checkpoint["d_sae"], metadata.get("hook_names")
     kind = "transcoder" if "d_out" in about.checkpoint else "autoencoder"
+    if isinstance(sites, list) and sites:
+        kind, site = "crosscoder", ", ".join(map(str, sites))
     to = metadata.get("hook_name_out")
     target = f" to those at `{_code(to)}`" if kind == "transcoder" and to else ""
     trained = ", trained with saelab" if "tokens" in ours else ""  # not of another trainer's, in a run of its own
@@ -76,7 +78,7 @@ def card(about: About) -> str:
         _figures(about.evaluation, held_out="tokens" in ours),
         "## How to load it",
         _fenced(f'import saelab\n\nsae = saelab.load("{about.repo}/{about.path}")\ncodes = sae.encode(x)\n', "python"),
-        _USE.format(about.checkpoint["d_in"]),
+        _USE.format(about.checkpoint["d_in"], ", those of all sites side by side" * (kind == "crosscoder")),
         _saelens(about),
         "## How it was trained",
         f"`{about.path}/{SETTINGS}`: the settings with all defaults; files and folders are named without their place.",

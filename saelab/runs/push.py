@@ -46,8 +46,8 @@ class Upload:
 def prepare(run: str | Path, repo: str, path: str | None = None) -> Upload:
     """The files of the run in the folder `run` for `repo`, a user and a name with a slash between.
 
-    `path` is the folder in the repository, by default the name of the site. Asks nothing of the Hub. Raises SaelabError
-    if the run has no whole checkpoint, or `repo` or `path` are no such names.
+    `path` is the folder in the repository, by default the name of the site, or `crosscoder`. Asks nothing of the Hub.
+    Raises SaelabError if the run has no whole checkpoint, or `repo` or `path` are no such names.
     """
     from saelab.sae.checkpoint import load
     from saelab.sae.interop.saelens import OURS
@@ -57,7 +57,8 @@ def prepare(run: str | Path, repo: str, path: str | None = None) -> Upload:
     load(run)  # nobody gets weights that are damaged
     checkpoint = current_folder(run / folder.CHECKPOINT)
     config = without_paths(read_json(checkpoint / CONFIG, "Train the run again."))
-    site = (config.get("metadata") or {}).get("hook_name")
+    metadata = config.get("metadata") or {}
+    site = "crosscoder" if metadata.get("hook_names") else metadata.get("hook_name")
     path = _checked(repo, path or (site if isinstance(site, str) and site else "sae"))
     settings = yaml12.parse(folder.settings_text(run), str(run / folder.SETTINGS))
     text = yaml.safe_dump(without_paths(settings), sort_keys=False, allow_unicode=True)
