@@ -237,6 +237,13 @@ def test_a_card_of_a_transcoder_names_both_sites() -> None:
     assert f"A sparse transcoder of the activations of `m` at `{SITE}` to those at `blocks.1.hook_mlp_out`" in text
 
 
+def test_a_card_of_a_crosscoder_names_all_sites() -> None:
+    sites = {"model_name": "m", "hook_name": SITE, "hook_names": [SITE, "blocks.1.hook_`b`"]}
+    config = dict(about().checkpoint, site_widths=[4, 4], architecture="saelab_topk_crosscoder", metadata=sites)
+    text = card(about(checkpoint=config, in_saelens=False))
+    assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
+
+
 def test_names_mean_nothing_in_markdown() -> None:
     name = "x` <script>\n\n# y | z ``` [a](b)"
     config = dict(about().checkpoint, metadata={"model_name": name, "hook_name": name, "dataset_path": name})
