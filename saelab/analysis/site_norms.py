@@ -59,6 +59,6 @@ def site_norms(sae: SparseAutoencoder) -> SiteNorms:
     if len(sae.site_widths) < 2:
         raise SaelabError("site_norms: takes a crosscoder, and this autoencoder has one site")
     names = sae.metadata.get("hook_names")
-    known = isinstance(names, list) and len(names) == len(sae.site_widths)
-    sites = map(str, names) if known else (f"site {i}" for i in range(len(sae.site_widths)))
-    return SiteNorms(tuple(sites), site_shares(sae).float().cpu().numpy())
+    if not isinstance(names, list) or len(names) != len(sae.site_widths):
+        names = [f"site {i}" for i in range(len(sae.site_widths))]
+    return SiteNorms(tuple(map(str, names)), site_shares(sae).float().cpu().numpy())

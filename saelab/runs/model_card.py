@@ -68,6 +68,9 @@ def card(about: About) -> str:
         kind, site = "crosscoder", ", ".join(map(str, sites))
     to = metadata.get("hook_name_out")
     target = f" to those at `{_code(to)}`" if kind == "transcoder" and to else ""
+    if "site_widths" in about.checkpoint:
+        names = metadata.get("hook_names") or [site]
+        kind, target = "crosscoder", "".join(f", `{_code(name)}`" for name in names[1:])
     trained = ", trained with saelab" if "tokens" in ours else ""  # not of another trainer's, in a run of its own
     parts = [
         _front_matter(about),

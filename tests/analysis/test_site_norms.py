@@ -1,5 +1,7 @@
 """Shares of sites in the rows of a crosscoder equal their definition, whatever the scales of the sites."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,8 @@ def test_shares_and_figures() -> None:
     np.testing.assert_allclose(found.shares, [[1, 0], [0, 1], [2 / 3, 1 / 3], [0, 0]], atol=1e-6)
     figures = found.figures()
     assert figures["features of a alone (share above 0.9)"] == figures["features of <b> alone (share above 0.9)"] == 1
-    assert [line.name for line in found.plot().data] == ["a", "<b>"]
-    assert [sum(line.y) for line in found.plot().data] == [4, 4]
+    lines: Any = found.plot().data
+    assert [(line.name, sum(line.y)) for line in lines] == [("a", 4), ("<b>", 4)]
     assert "&lt;b&gt;" in found._repr_html_()
     plain, arrays = stored(found)
     np.testing.assert_array_equal(rebuilt(SiteNorms, with_arrays(plain, arrays)).shares, found.shares)

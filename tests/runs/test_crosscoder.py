@@ -38,7 +38,7 @@ def weights(run: Path) -> bytes:
     return (run / "sae" / "sae_weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("inputs", ["scale", "centre"])
+@pytest.mark.parametrize("inputs", [pytest.param("scale", marks=pytest.mark.slow), "centre"])
 def test_a_run_that_stopped_is_resumed_to_the_bit(
     config: dict[str, Any], inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +112,7 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
         saelab.evaluate(run, [f"more_sites=[{SITES[1]}]"])
 
 
+@pytest.mark.slow
 def test_a_sweep_of_crosscoders_from_a_cache_equals_runs_alone(config: dict[str, Any], tmp_path: Path) -> None:
     config["training"] |= {"tokens": 1200}
     write = {"rows_per_forward": 8, "dtype": "float32", "shard_tokens": 8 * 64}

@@ -238,10 +238,10 @@ def test_a_card_of_a_transcoder_names_both_sites() -> None:
 
 
 def test_a_card_of_a_crosscoder_names_all_sites() -> None:
-    sites = {"model_name": "m", "hook_name": SITE, "hook_names": [SITE, "blocks.2.hook_resid_post"]}
-    text = card(about(checkpoint=dict(about().checkpoint, metadata=sites), in_saelens=False))
-    assert f"A sparse crosscoder of the activations of `m` at `{SITE}, blocks.2.hook_resid_post`" in text
-    assert "unscaled activations at the site, those of all sites side by side; `codes`" in text
+    sites = {"model_name": "m", "hook_name": SITE, "hook_names": [SITE, "blocks.1.hook_`b`"]}
+    config = dict(about().checkpoint, site_widths=[4, 4], architecture="saelab_topk_crosscoder", metadata=sites)
+    text = card(about(checkpoint=config, in_saelens=False))
+    assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
 
 
 def test_names_mean_nothing_in_markdown() -> None:

@@ -149,6 +149,7 @@ def test_relu_transcoders_are_saved_as_saelens_has_them(config: dict[str, Any], 
         torch.testing.assert_close(peer(x), dense, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_transcoders_and_autoencoders_of_a_sweep_equal_those_trained_alone(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_transcoders_and_autoencoders_of_a_sweep_equal_those_trained_alone(
         assert_same(contents(run), contents(alone(run)), run.name)
 
 
+@pytest.mark.slow
 def test_controls_of_a_transcoder(config: dict[str, Any]) -> None:
     said: list[str] = []
     run = saelab.run(config, ["training.tokens=400"])

@@ -135,6 +135,7 @@ def by_site(sae: SparseAutoencoder) -> Tensor:
     return torch.stack([part.norm(dim=1) for part in sae.W_dec.split(WIDTHS, 1)], 1)
 
 
+@pytest.mark.slow
 def test_features_of_one_site_are_told_from_shared_ones() -> None:
     """Planted features are found, and the shares of their rows are those of the truth, whatever the scales."""
     widths = (24, 16)
