@@ -7,7 +7,6 @@ are not followed, and headers in which the `openai` package describes this machi
 Servers and models differ in the optional parts of a request. A part that a server refuses is left out from then on.
 """
 
-import json
 import logging
 import os
 import re
@@ -47,6 +46,8 @@ _REMEDIES = {
     404: f"check the model's name; {_ADDRESS}",
     413: "show fewer or shorter windows",
 }
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError)
+"""Errors of reading an answer in another form."""
 _BYTES_PER_TOKEN = 3
 """English has some 4.5, program text some 3."""
 
@@ -135,27 +136,20 @@ class OpenAIClient:
 
         Errors are returned, not raised, so that none has the server's as its context, which has the key.
         """
-        import httpx
         import openai
 
         parameters = self._parameters(request)
         try:
             # `chat.completions.create` makes objects of it all, which takes as long as sending and receiving it
-            answer = self._server.post("/chat/completions", body=parameters, cast_to=httpx.Response)
-            return self._reply(request, json.loads(answer.content))
+            answer: Any = self._server.post("/chat/completions", body=parameters, cast_to=object)
+            return self._reply(request, answer)
         except openai.APITimeoutError:
             return TemporaryError(f"the server was silent for {self._timeout:g} s")
         except openai.APIConnectionError as error:
             return TemporaryError(f"the server cannot be reached ({self._quoted(error.__cause__ or error)})")
         except openai.APIStatusError as error:
             return self._failure(error.status_code, error.response.headers, self._quoted(error), request, parameters)
-        except (
-            openai.OpenAIError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-        ) as error:  # not in the protocol's form
+        except (openai.OpenAIError, *_MALFORMED) as error:
             return TemporaryError(f"the answer is not in the chat protocol's form ({self._quoted(error)}); {_ADDRESS}")
 
     def _failure(
