@@ -1,6 +1,6 @@
 """Explanations and scores of a million features, offline: features per second, disk, and memory.
 
-    python scripts/bench/autointerp_scale.py                              # 2^20 features; some 20 minutes
+    python scripts/bench/autointerp_scale.py                              # 2^20 features; 15 minutes of a core
     python scripts/bench/autointerp_scale.py --features 65536 --json scale.json
 
 The feature database is made up (ours_features.made_up). Throughput and disk are measured on a part of its features,
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--part", type=command.whole(1), default=1000, help="features that rates are measured on (1000)"
     )
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for 10 GB of files (default: the system's)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="for 6 GB of files (default: the system's)")
     add_options(parser)
     args = parser.parse_args()
     record = measure(features=args.features, part=args.part, folder=args.folder, threads=args.threads)

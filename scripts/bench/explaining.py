@@ -9,7 +9,7 @@ P4  tokens of detection, fuzzing and simulation for a feature, as a server count
 P6  windows that an explanation is made from: top, random, quantiles, mix; all scored on the same windows, of all
     strengths, none of which an explanation was made from
 P7  the same scores with harder windows without an activation, and on the strongest windows only
-P9  explanations of the runs of a sweep over sites and two seeds, --layers, compared (saelab/autointerp/similarity.py)
+P9  explanations of the runs of a sweep over sites and seeds, --layers, compared (saelab/autointerp/similarity.py)
 
 Explanations are lexical. P6 and P7 have two judges: exact (the explanation is a program) and --llm, or else lexical.
 Each feature is written to FOLDER/features.jsonl, and the same command goes on after a kill. --write also puts the
@@ -174,14 +174,13 @@ def main() -> None:
     parser.add_argument("--llm", help="judge of P6 and P7: the address of a server, or local")
     parser.add_argument("--model", help="its model")
     parser.add_argument("--layers", type=Path, help="a sweep whose runs `saelab explain` has explained, for P9")
-    parser.add_argument("--untrained", type=Path, help="a sweep over the same sites with a learning rate of 0, for P9")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables into FILE")
     a = parser.parse_args()
     judge = named(a.llm, a.model, 8)
     records = measure(a.run, a.out, a.features, a.tokens_of, judge)
     made = explaining_report.tables(records, judge.name)
     if a.layers is not None:
-        made["explanations: P9"] = explaining_report.layers(a.layers, a.untrained)
+        made["explanations: P9"] = explaining_report.layers(a.layers)
     print("\n\n".join(made.values()))
     if a.write is not None:
         a.write.write_text(rewritten(a.write.read_text(encoding="utf-8"), made, str(a.write)), encoding="utf-8")

@@ -15,8 +15,8 @@ from saelab.errors import SaelabError
 from saelab.features.database import open_database
 from saelab.runs import folder
 from saelab.runs.decoder import decoder_rows
-from saelab.runs.job import settings_of
 
+HOOKS = {"residual stream": "hook_resid_post", "output of the MLP": "hook_mlp_out"}
 TESTS = {
     "random": "windows of all strengths, others at random",
     "coactive": "others from co-active features",
@@ -99,28 +99,38 @@ def shown(value: Interval, digits: int, sign: str = "") -> str:
     return f"{middle} ({low} to {high})"
 
 
-def layers(sweep: Path, untrained: Path | None) -> str:
-    """Markdown of P9: of each pair of sites, the similarity of explanations less chance, by distance in layers."""
-    first, second = (dict(_described(sweep, f"-seed{seed}")) for seed in (0, 1))
-    if not first or not second:
+def layers(sweep: Path) -> str:
+    """Markdown of P9: of each pair of sites, the similarity of explanations less chance, by distance in layers.
+
+    Seeds are compared with later ones. Controls are those of `saelab controls RUN --kinds untrained`: of another seed
+    than the run that they are compared with, which has other initial weights.
+    """
+    seeds, untrained = _described(sweep, "*-seed*"), _described(sweep, "*-seed*/controls/untrained")
+    if len({seed for _, seed in seeds}) < 2:
         raise SaelabError(f"{sweep}: has no explained runs named SITE-seed0 and SITE-seed1; `saelab sweep` makes them")
-    nothing = {} if untrained is None else dict(_described(untrained, ""))
-    kinds = {"residual stream": "hook_resid_post", "output of the MLP": "hook_mlp_out"}
     lines = []
-    for kind, hook in kinds.items():
-        a, b, none = (
-            {_layer(s): each for s, each in of.items() if s.endswith(hook)} for of in (first, second, nothing)
+    for kind, hook in HOOKS.items():
+        runs, none = (
+            {(_layer(site), seed): each for (site, seed), each in found.items() if site.endswith(hook)}
+            for found in (seeds, untrained)
         )
-        for distance in sorted({abs(i - j) for i in a for j in b}):
-            pairs = [(a[i], b[j]) for i in a for j in b if abs(i - j) == distance]
+        pairs = [(a, b) for a in runs for b in runs if a[1] < b[1]]
+        for distance in sorted({abs(a[0] - b[0]) for a, b in pairs}):
+            chosen = [(runs[a], runs[b]) for a, b in pairs if abs(a[0] - b[0]) == distance]
             title = "another seed, the same layer" if not distance else f"{distance} layer{'s' * (distance > 1)} apart"
-            lines.append(_line(f"{kind}: {title}", pairs))
-        if a.keys() & none.keys():
-            lines.append(_line(f"{kind}: untrained, the same layer", [(a[i], none[i]) for i in a if i in none]))
-    of_hook = zip((first, second), kinds.values(), strict=True)
-    resid, mlp = ({_layer(s): each for s, each in of.items() if s.endswith(hook)} for of, hook in of_hook)
-    if both := resid.keys() & mlp.keys():
-        lines.append(_line("residual stream and MLP of a layer", [(resid[i], mlp[i]) for i in sorted(both)]))
+            lines.append(_line(f"{kind}: {title}", chosen))
+        chosen = [(runs[a], none[b]) for a in runs for b in none if a[0] == b[0] and a[1] != b[1]]
+        if chosen:
+            lines.append(_line(f"{kind}: untrained, the same layer", chosen))
+    resid, mlp = HOOKS.values()
+    both = [
+        (seeds[a, i], seeds[b, j])
+        for a, i in seeds
+        for b, j in seeds
+        if a.endswith(resid) and b.endswith(mlp) and _layer(a) == _layer(b) and i < j
+    ]
+    if both:
+        lines.append(_line("residual stream and MLP of a layer", both))
     head = ["A and B", "pairs of runs", "pairs by explanation: similarity", "by chance", "less chance"]
     return table([*head, "pairs by decoder row: less chance"], lines)
 
@@ -142,15 +152,15 @@ def _line(title: str, pairs: Sequence[tuple[Described, Described]]) -> list[str]
     return [title, *texts]
 
 
-def _described(sweep: Path, ending: str) -> list[tuple[str, Described]]:
-    """Site, explanations and decoder of the runs whose names end so."""
-    found = []
-    for run in sorted(sweep.glob(f"*{ending}")):
-        if not (run / folder.AUTOINTERP).is_dir():
-            continue
-        inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
-        made = described(run / folder.AUTOINTERP, inputs, decoder_rows(run))
-        found.append((settings_of(run / folder.SETTINGS).site, made))
+def _described(sweep: Path, pattern: str) -> dict[tuple[str, str], Described]:
+    """Explanations and decoder of the explained runs of this pattern, by site and seed."""
+    found = {}
+    for run in sorted(sweep.glob(pattern)):
+        if (run / folder.AUTOINTERP).is_dir():
+            inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
+            name = run.relative_to(sweep).parts[0]
+            made = described(run / folder.AUTOINTERP, inputs, decoder_rows(run))
+            found[name.rpartition("-seed")[0], name.rpartition("-seed")[2]] = made
     return found
 
 

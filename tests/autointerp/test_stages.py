@@ -353,7 +353,7 @@ def test_the_commands(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, message in (
         (["score", str(run), "--scores", "detektion"], "Nearest: detection"),
         (["score", str(run), "--scores", "simulation"], "needs a language model"),
-        (["explain", str(run), "--features", "90"], "not within the 6 features"),
+        (["explain", str(run), "--features", "90"], "There is no feature 90"),
         (["explain", str(run), "--contrastive"], "need a language model"),
         (["explain", str(run), "--model", "any"], "llm: is missing"),
         (["explain", str(run), "--price", "cheap"], "--price: 'cheap' is not two numbers"),

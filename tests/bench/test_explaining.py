@@ -103,7 +103,7 @@ def test_too_few_windows_are_no_score_and_the_layers_need_explained_runs(run: Pa
     write_database(tmp_path / "features", z, tokens, [b"x"] * 9)
     assert explaining.scores_of(open_database(tmp_path / "features"), 0, lambda _: pytest.fail("asks")) is None
     with pytest.raises(saelab.SaelabError, match="has no explained runs named SITE-seed0"):
-        explaining_report.layers(tmp_path, None)
+        explaining_report.layers(tmp_path)
     assert json.loads(json.dumps(explaining_report.TESTS)).keys() > set(explaining.NEGATIVES)
 
 
@@ -114,26 +114,26 @@ def test_layers_are_compared_by_their_distance(monkeypatch: pytest.MonkeyPatch) 
     rows = [rng.standard_normal((50, 40)) for _ in range(2)]
     texts = [dict(enumerate(words[100 * i : 100 * i + 50])) for i in range(2)]
 
-    def described(_sweep: Path, ending: str) -> list[tuple[str, Described]]:
-        order = rng.permutation(50)
-        return [
-            (
-                f"blocks.{layer}.hook_resid_post",
-                Described({n: texts[i][o] for n, o in enumerate(order)}, rows[i][order]),
-            )
-            for layer, i in ((0, 0), (1, 0), (2, 1))
-            if ending
-        ]
+    def described(_sweep: Path, pattern: str) -> dict[tuple[str, str], Described]:
+        def of(i: int) -> Described:
+            order = rng.permutation(50)
+            return Described({n: texts[i][o] for n, o in enumerate(order)}, rows[i][order])
+
+        if "untrained" in pattern:
+            return {("blocks.0.hook_resid_post", "1"): of(1)}
+        sites = [("blocks.0.hook_resid_post", 0), ("blocks.1.hook_resid_post", 0), ("blocks.2.hook_resid_post", 1)]
+        return {(site, seed): of(i) for site, i in sites for seed in "01"}
 
     monkeypatch.setattr(explaining_report, "_described", described)
-    lines = explaining_report.layers(Path("sweep"), None).splitlines()[2:]
+    lines = explaining_report.layers(Path("sweep")).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [line[0].split(": ")[1] for line in cells] == [
         "another seed, the same layer",
         "1 layer apart",
         "2 layers apart",
+        "untrained, the same layer",
     ]
-    assert [line[1] for line in cells] == ["3", "4", "2"]
-    assert [float(line[2]) for line in cells] == pytest.approx([1, 0.5, 0], abs=0.05)
+    assert [line[1] for line in cells] == ["3", "4", "2", "1"]
+    assert [float(line[2]) for line in cells] == pytest.approx([1, 0.5, 0, 0], abs=0.05)
     less = [float(line[4].split()[0]) for line in cells]
-    assert less == pytest.approx([0.95, 0.48, 0], abs=0.05) and less[2] == 0
+    assert less == pytest.approx([0.95, 0.48, 0, 0], abs=0.05) and less[2] == 0

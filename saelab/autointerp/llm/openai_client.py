@@ -46,6 +46,8 @@ _REMEDIES = {
     404: f"check the model's name; {_ADDRESS}",
     413: "show fewer or shorter windows",
 }
+_MALFORMED = (ValueError, TypeError, AttributeError, LookupError)
+"""Errors of reading an answer in another form."""
 _BYTES_PER_TOKEN = 3
 """English has some 4.5, program text some 3."""
 
@@ -138,14 +140,16 @@ class OpenAIClient:
 
         parameters = self._parameters(request)
         try:
-            return self._reply(request, self._server.chat.completions.create(**parameters))
+            # `chat.completions.create` makes objects of it all, which takes as long as sending and receiving it
+            answer: Any = self._server.post("/chat/completions", body=parameters, cast_to=object)
+            return self._reply(request, answer)
         except openai.APITimeoutError:
             return TemporaryError(f"the server was silent for {self._timeout:g} s")
         except openai.APIConnectionError as error:
             return TemporaryError(f"the server cannot be reached ({self._quoted(error.__cause__ or error)})")
         except openai.APIStatusError as error:
             return self._failure(error.status_code, error.response.headers, self._quoted(error), request, parameters)
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:  # not in the protocol's form
+        except (openai.OpenAIError, *_MALFORMED) as error:
             return TemporaryError(f"the answer is not in the chat protocol's form ({self._quoted(error)}); {_ADDRESS}")
 
     def _failure(
@@ -163,16 +167,19 @@ class OpenAIClient:
             advice = "it names another address, which is not followed; give that address"
         return SaelabError(f"{self.name}: refuses the request with status {status} ({message}); {advice}")
 
-    def _reply(self, request: Request, answer: Any) -> Reply:
-        choice, usage = answer.choices[0], answer.usage
-        content, listed = choice.message.content, choice.logprobs.content if choice.logprobs else None
+    def _reply(self, request: Request, answer: dict[str, Any]) -> Reply:
+        choice, usage = answer["choices"][0], answer.get("usage")
+        content, listed = choice["message"].get("content"), (choice.get("logprobs") or {}).get("content")
         text = self._clean(content) if isinstance(content, str) else ""
         logprobs = None
         if request.top_logprobs and listed:
-            tokens = [[(each.token, each.logprob) for each in token.top_logprobs or [token]] for token in listed]
+            tokens = [
+                [(each["token"], each["logprob"]) for each in token.get("top_logprobs") or [token]] for token in listed
+            ]
             logprobs = tuple(tuple(sorted(alternatives, key=lambda each: -each[1])) for alternatives in tokens)
-        asked = usage.prompt_tokens if usage else prompt_tokens(self, request)
-        return Reply(text, logprobs, asked, usage.completion_tokens if usage else self.count(text))
+        if not usage:
+            return Reply(text, logprobs, prompt_tokens(self, request), self.count(text))
+        return Reply(text, logprobs, usage["prompt_tokens"], usage["completion_tokens"])
 
     def _quoted(self, error: BaseException) -> str:
         """The message of an error, the server's if it has one, on one line without the key."""
