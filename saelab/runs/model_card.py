@@ -62,15 +62,13 @@ def card(about: About) -> str:
     metadata = about.checkpoint.get("metadata") or {}
     ours = metadata.get("saelab") or {}
     model, site = metadata.get("model_name") or "an unnamed model", metadata.get("hook_name") or "an unnamed site"
-    n_features, sites = about.checkpoint["d_sae"], metadata.get("hook_names")
+    n_features = about.checkpoint["d_sae"]
     kind = "transcoder" if "d_out" in about.checkpoint else "autoencoder"
-    if isinstance(sites, list) and sites:
-        kind, site = "crosscoder", ", ".join(map(str, sites))
     to = metadata.get("hook_name_out")
     target = f" to those at `{_code(to)}`" if kind == "transcoder" and to else ""
     if "site_widths" in about.checkpoint:
-        names = metadata.get("hook_names") or [site]
-        kind, target = "crosscoder", "".join(f", `{_code(name)}`" for name in names[1:])
+        others = (metadata.get("hook_names") or [])[1:]
+        kind, target = "crosscoder", "".join(f", `{_code(name)}`" for name in others)
     trained = ", trained with saelab" if "tokens" in ours else ""  # not of another trainer's, in a run of its own
     parts = [
         _front_matter(about),

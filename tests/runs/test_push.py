@@ -242,6 +242,7 @@ def test_a_card_of_a_crosscoder_names_all_sites() -> None:
     config = dict(about().checkpoint, site_widths=[4, 4], architecture="saelab_topk_crosscoder", metadata=sites)
     text = card(about(checkpoint=config, in_saelens=False))
     assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
+    assert "unscaled activations at the site, those of all sites side by side; `codes`" in text
 
 
 def test_names_mean_nothing_in_markdown() -> None:
