@@ -81,7 +81,7 @@ def test_wheel_has_what_a_run_needs(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"saelab/_configs/quickstart.yaml", "saelab/demo/model/model.safetensors", "saelab/py.typed"} <= expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any("bench" in name or "planted" in name for name in names), "benchmarks are scripts of the checkout"
+    assert not any("scripts" in name or "planted" in name for name in names), "benchmarks are scripts of the checkout"
 
 
 def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
