@@ -49,11 +49,14 @@ SAE_ID = "custom_sae"
 def core(run: Path) -> dict[str, Any]:
     """The evaluation of the run folder `run` in the form of sae-bench's `CoreEvalOutput`.
 
-    Raises SaelabError if the run was not evaluated, and for an autoencoder that sae-bench cannot evaluate.
+    Raises SaelabError if the run was not evaluated, or without a language model, and for an autoencoder that sae-bench
+    cannot evaluate.
     """
     found = folder.evaluation(run)
     if found is None:
         raise SaelabError(f"{run}: has no evaluation; `saelab eval {run}` makes it")
+    if found.get("ce_clean") is None:
+        raise SaelabError(f"{run}: its evaluation has no losses of a language model, and sae-bench's core suite has")
     settings, sae = settings_of(run / folder.SETTINGS), load(run)
     adapted = SaeBenchAutoencoder(sae, sae.metadata.get("model_name") or settings.model.name, settings.site)
     return {

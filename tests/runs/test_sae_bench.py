@@ -105,6 +105,10 @@ def test_the_number_of_batches_covers_the_tokens(run: Path) -> None:
 def test_mistakes_are_reported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match="--to sae_bench is of the whole autoencoder"):
         export(run, "sae_bench", "1")
+    evaluation = json.loads((run / "eval.json").read_text())
+    (run / "eval.json").write_text(json.dumps(evaluation | {"ce_clean": None}))
+    with pytest.raises(SaelabError, match="has no losses of a language model"):
+        export(run, "sae_bench")
     (run / "eval.json").unlink()
     with pytest.raises(SaelabError, match="has no evaluation; `saelab eval"):
         export(run, "sae_bench")

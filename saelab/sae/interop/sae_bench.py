@@ -50,7 +50,7 @@ class SaeBenchAutoencoder(nn.Module):
 
     `model_name` and `hook_name`, TransformerLens' names of the model and the site, are by default those of the
     checkpoint. Raises SaelabError if one is missing, if the site has no number of a layer, and for what sae-bench
-    cannot evaluate: a transcoder, a skip connection, or a normalisation of each token.
+    cannot evaluate: a transcoder, a crosscoder, a skip connection, or a normalisation of each token.
     """
 
     def __init__(self, sae: SparseAutoencoder, model_name: str | None = None, hook_name: str | None = None) -> None:
