@@ -283,12 +283,17 @@ _HEAD += ["explained variance", "dead %", "F1 of the densest quarter", "of the r
 
 
 def _row(name: str, found: list[dict[str, Any]], l0: int) -> list[str]:
-    f1, *others = (spread([each[column] for each in found]) for column in _SCORES)
+    f1, *others = (_spread([each[column] for each in found]) for column in _SCORES)
     published, figures = PUBLISHED.get(name, ("", {}))
     there = f"{figures[l0]:.3f} ({published})" if l0 in figures else ""
-    dead = spread([100 * each["dead"] for each in found], 1)
-    quarters = [spread([each["f1_by_quarter"][quarter] for each in found]) for quarter in (0, 3)]
-    return [name, str(len(found)), spread([each["l0"] for each in found], 2), f1, there, *others, dead, *quarters]
+    dead = _spread([100 * each["dead"] for each in found], 1)
+    quarters = [_spread([each["f1_by_quarter"][quarter] for each in found]) for quarter in (0, 3)]
+    return [name, str(len(found)), _spread([each["l0"] for each in found], 2), f1, there, *others, dead, *quarters]
+
+
+def _spread(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard deviation; one value has none."""
+    return spread(values, digits) if len(values) > 1 else f"{values[0]:.{digits}f}"
 
 
 def _names(text: str) -> list[str]:

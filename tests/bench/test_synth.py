@@ -277,7 +277,7 @@ def test_tables_have_the_published_figures_and_the_best_first() -> None:
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     assert [row[0].strip() for row in rows[2:4]] == ["mutual", "token"]
     assert rows[2][4].strip() == "0.818 (BatchTopK)" and rows[3][4].strip() == ""
-    assert rows[3][3].strip() == "0.450 ± 0.071" and rows[3][1].strip() == "2"
+    assert rows[3][3].strip() == "0.450 ± 0.071" and rows[3][1].strip() == "2" and rows[2][3].strip() == "0.600"
 
 
 def test_missing_cells_and_cells_of_two_worlds_are_reported(tmp_path: Path) -> None:
