@@ -51,8 +51,10 @@ def draw_sidebar() -> None:
         st.query_params.from_dict({"run": st.session_state["run_picker"]})
 
     with st.sidebar:
+        left_out = state.OF_TEXT if state.link() and state.of_array() else ()
         for path, page in PAGES.items():  # Streamlit's own list of pages has links without the run
-            st.page_link(path, label=page.title, icon=page.icon, query_params=state.link(), width="stretch")
+            if path not in left_out:
+                st.page_link(path, label=page.title, icon=page.icon, query_params=state.link(), width="stretch")
         name = state.link().get("run")
         st.session_state["run_picker"] = name
         st.selectbox(
@@ -102,7 +104,10 @@ def main() -> None:
         draw_breadcrumb(page.title)
     if state.link() or (overview and state.runs()):
         with state.errors_shown():
-            page.run()
+            if page.url_path in {PAGES[path].url_path for path in state.OF_TEXT} and state.of_array():
+                st.info("This page needs a language model. The activations of this run come from an array without one.")
+            else:
+                page.run()
 
 
 main()

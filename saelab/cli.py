@@ -207,9 +207,10 @@ def plan(
     plans = {
         f"training{shared}": plan_training(settings),
         "evaluation": plan_evaluation(settings),
-        "cache": plan_cache(settings, folder, int(tokens or settings.training.tokens)),
         "features": plan_index(settings),
     }
+    if settings.activations.array is None:
+        plans["cache"] = plan_cache(settings, folder, int(tokens or settings.training.tokens))
     if many:
         Console(width=120).print(plan_training(*runs).table(f"training of {len(runs)} runs at once"))
         Console(width=120).print(plan_evaluation(*runs).table(f"evaluation of {len(runs)} runs at once"))

@@ -23,6 +23,7 @@ def show_sweep(out: Path, runs: Sequence[Mapping[str, Any]]) -> None:
 
     columns = (("L0", "l0", 2), ("FVU", "fvu", 4), ("delta CE (nats/token)", "delta_ce", 4))
     columns += (("loss recovered, zero ablation", "loss_recovered_zero", 4),)
+    columns = [column for column in columns if any(run[column[1]] is not None for run in runs)]
     table = Table("run", *(title for title, _, _ in columns), "never active")
     for run in runs:
         never = "failed" if "failed" in run else f"{run['never_active']:,} of {run['n_features']:,}"
@@ -50,7 +51,8 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
             return "not measured yet: saelab eval"
         return "undefined" if of[name] is None else f"{of[name]:.{digits}f}"
 
-    _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens, CE on {result['ce_tokens']:,}")
+    losses = f", CE on {result['ce_tokens']:,}" if result["ce_tokens"] else ""
+    _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens{losses}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
     sinks, without = result.get("sinks", 0), []
     if sinks:
@@ -59,15 +61,11 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
             ("attention sinks, norms above 10 times the median", of_all),
             ("FVU without sinks", number("fvu_without_sinks", 4)),
             ("cosine without sinks", number("cosine_without_sinks", 4)),
-            ("delta CE without sinks, which stay clean (nats/token)", number("delta_ce_without_sinks", 4)),
         ]
-    table = Table(show_header=False)
-    for label, value in (
-        ("FVU", number("fvu", 4)),
-        ("L0 (active features per token)", number("l0", 2)),
-        ("cosine(x, reconstruction)", number("cosine", 4)),
-        *without,
-        ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
+        if result["ce_tokens"]:
+            title = "delta CE without sinks, which stay clean (nats/token)"
+            without.append((title, number("delta_ce_without_sinks", 4)))
+    of_losses = [
         ("CE clean (nats/token)", number("ce_clean", 4)),
         ("CE spliced (nats/token)", number("ce_spliced", 4)),
         ("delta CE (nats/token)", number("delta_ce", 4)),
@@ -76,6 +74,15 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
         ("loss recovered, zero ablation", number("loss_recovered_zero", 4)),
         ("loss recovered, mean ablation", number("loss_recovered_mean", 4)),
         ("KL(clean || spliced) (nats/token)", number("kl", 4)),
+    ]
+    table = Table(show_header=False)
+    for label, value in (
+        ("FVU", number("fvu", 4)),
+        ("L0 (active features per token)", number("l0", 2)),
+        ("cosine(x, reconstruction)", number("cosine", 4)),
+        *without,
+        ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
+        *(of_losses if result["ce_tokens"] else []),
         (f"never active on {result['tokens']:,} tokens", never),
         ("density below 1e-4 (share of features)", number("share_below_1e4", 4)),
         ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),

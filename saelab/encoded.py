@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.activations.sites import Sites, as_sites
-from saelab.activations.stream import check_finite, side_by_side
+from saelab.activations.stream import ActivationModel, check_finite, side_by_side
 from saelab.codes import Codes
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -80,7 +80,7 @@ class Reader:
 
 def encoded(
     sae: Autoencoder,
-    lm: LanguageModel,
+    lm: ActivationModel,
     rows: Tensor,
     site: str | Sites,
     rows_per_forward: int,
@@ -102,7 +102,7 @@ def encoded(
 
 def read_together(
     sae: Autoencoder,
-    lm: LanguageModel,
+    lm: ActivationModel,
     rows: Tensor,
     site: str | Sites,
     readers: Sequence[Reader],
@@ -119,7 +119,7 @@ def read_together(
 
 
 def read_all(
-    lm: LanguageModel,
+    lm: ActivationModel,
     rows: Tensor,
     readings: Sequence[tuple[Autoencoder, str | Sites, Sequence[Reader]]],
     *,
@@ -149,7 +149,7 @@ def read_all(
 
 @torch.no_grad()
 def _blocks(
-    pairs: Sequence[tuple[Autoencoder, Sites]], lm: LanguageModel, rows: Tensor, part: slice, gradients: bool = False
+    pairs: Sequence[tuple[Autoencoder, Sites]], lm: ActivationModel, rows: Tensor, part: slice, gradients: bool = False
 ) -> Iterator[Block]:
     """The block of each pair of autoencoder and sites, from one pass; none at all without an ordinary token."""
     ids = rows[part].to(lm.device).long()
@@ -161,7 +161,7 @@ def _blocks(
     slopes: dict[str, Tensor] = {}
     sites = list(dict.fromkeys(site for _, sites in pairs for site in sites.all))
     if gradients:
-        values, found = lm.activations_and_gradients(ids, sites)
+        values, found = cast(LanguageModel, lm).activations_and_gradients(ids, sites)
         slopes = {site: found[site][keep] for site in sites}
         for site in sites:
             check_finite(f"{site}: {lm.name}", "gradients", slopes[site], row, position)

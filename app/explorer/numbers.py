@@ -40,8 +40,10 @@ def draw_activations(feature: Feature) -> None:
 
 
 def draw_facts(feature: Feature) -> None:
+    first_row = feature.database.first_row
+
     def where(place: tuple[int, int] | None) -> str:
-        return f"row {place[0]:,}, token {place[1]}" if place else ""
+        return f"row {first_row + place[0]:,}, token {place[1]}" if place else ""
 
     def numbers(*values: float) -> str:
         return ", ".join(map(number, values))

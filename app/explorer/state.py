@@ -27,13 +27,15 @@ from saelab.features.database import Database, open_database
 from saelab.features.layout import COLUMNS, FACTS, MANIFEST
 from saelab.runs import folder
 from saelab.runs.folder import RunInfo
-from saelab.runs.summary import SweepRun, read_sweep
+from saelab.runs.summary import SweepRun, read_sweep, summarise
 
 # Not in a folder named "pages": with one, a new server runs the page that a link names without running main.py.
 RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.py", "views/feature.py"
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
 DEAD, ATTENTION, DARK = "views/dead.py", "views/attention.py", "views/dark_matter.py"
 EXPLANATIONS, AUDIT = "views/explanations.py", "views/audit.py"
+OF_TEXT = (STEER, DEAD, ATTENTION, DARK)
+"""Pages that run the language model, or show an analysis that does."""
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
@@ -258,6 +260,11 @@ def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None
     """
     path = (of or current_run()).path
     return _read(reader, reader.__name__, str(path), stamp(folder.shown_files(path)), *arguments)
+
+
+def of_array() -> bool:
+    """Whether the activations of the current run come from an array, so that it has no language model and no text."""
+    return read(summarise).of_array
 
 
 def sweep(path: Path) -> tuple[SweepRun, ...]:

@@ -106,7 +106,7 @@ def page() -> None:
     state.show_title(f"Feature {index}")
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
-    st.caption(state.plain(f"{database.site} of the model {database.model}, {database.n_features:,} features"))
+    st.caption(state.plain(f"{database.site} of {database.origin}, {database.n_features:,} features"))
     draw_headline(database, feature)
     if not feature.never_active:
         state.draw_dark_matter_link("What is left out where it is active", feature=index)
@@ -117,7 +117,8 @@ def page() -> None:
         )
     left, right = st.columns([5, 3], gap="large")
     with left:
-        live.draw_test_box(index, on_opened=lambda other: show_beside(other, index))
+        if not database.of_array:
+            live.draw_test_box(index, on_opened=lambda other: show_beside(other, index))
         if not feature.never_active:
             draw_examples(index)
     with right, st.container(key="rail"):

@@ -3,11 +3,13 @@
 A typed text needs the model, which is loaded once something is typed; a row is read from the feature database.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import streamlit as st
 from explorer import live, state
+from explorer.components.tokens import with_row
 from explorer.feature_list import Row, draw_features
 from explorer.heatmap import draw_heatmap
 
@@ -37,8 +39,8 @@ MOST_IN_MATRIX = 128
 def draw_source(database: Database | None) -> str | int | None:
     """Draw the choice of the text; returns the typed text or the row, None if nothing is typed."""
     with st.container(horizontal=True, vertical_alignment="center"):
-        source = TYPED
-        if database is not None:
+        source = HELD_OUT if state.of_array() else TYPED
+        if database is not None and not state.of_array():
             source = st.segmented_control(
                 "Text",
                 [TYPED, HELD_OUT],
@@ -50,11 +52,16 @@ def draw_source(database: Database | None) -> str | int | None:
         if source == TYPED:
             st.toggle("Begin with BOS", **state.bound("bos", True), help="as the rows of the training do")
     if database is not None and source == HELD_OUT:
-        last = len(database.facts.rows) - 1
+        first = database.first_row
+        last = first + len(database.facts.rows) - 1
         row = st.number_input(
-            f"Row, 0 to {last:,}", 0, last, width=200, **state.bound("row", 0, None, (0, last), CHOSEN)
+            f"Row, {first:,} to {last:,}",
+            first,
+            last,
+            width=200,
+            **state.bound("row", first, None, (first, last), CHOSEN),
         )
-        return int(row)
+        return int(row) - first
     text = st.text_area(
         "Prompt",
         height="content",
@@ -268,7 +275,8 @@ def read(source: str | int, bos: bool | None, database: Database | None) -> Shor
     """The text of a source. Raises SaelabError if it needs the model, and this cannot be loaded."""
     if isinstance(source, int):
         assert database is not None, "without one there are no rows"
-        return text_at(database, source)
+        found = text_at(database, source)
+        return replace(found, tokens=with_row(database, source, found.tokens))
     try:
         return live.read(source, bool(bos))
     except SaelabError:
@@ -299,7 +307,8 @@ def page() -> None:
     chosen = state.value("token", len(text) - 1, None, (0, len(text) - 1))
     shade = draw_shades(text, database)
     draw_line(text, shade, chosen, "prompt_tokens", on_pinned=pinned)
-    st.caption(f"{len(text)} tokens. Click on a token to list its features.")
+    if len(text) > 1:
+        st.caption(f"{len(text)} tokens. Click on a token to list its features.")
     draw_features_of(text, chosen, database, bos)
     if isinstance(source, str):
         live.draw_attention_link(source, chosen, bos=bool(bos))
@@ -307,7 +316,8 @@ def page() -> None:
         state.draw_dark_matter_link("What of this token is left out", place=source * len(text) + chosen)
     if isinstance(source, str) and bos is not None:
         draw_edit(text, source, shade, bos)
-    draw_similarity(text)
+    if len(text) > 1:
+        draw_similarity(text)
 
 
 page()

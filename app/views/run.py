@@ -9,6 +9,7 @@ from explorer import charts, state
 from explorer.components.histogram import draw_histogram
 from explorer.components.leave import leave_for
 from explorer.components.rows import Column, Row, draw_rows
+from explorer.components.tokens import with_row
 from explorer.html import facts_html
 from explorer.listing import Listing, feature_address, version
 
@@ -126,6 +127,9 @@ def draw_evaluation() -> None:
         return
     if not found.get("sinks"):
         found = {name: value for name, value in found.items() if name not in SINKS}
+    of_text = found.get("ce_tokens") != 0
+    if not of_text:  # without a language model
+        found = {name: value for name, value in found.items() if name != "ce_tokens"}
     present = [name for name in HEADLINE if name in found]
     with st.container(horizontal=True, gap="medium"):
         for name in present:
@@ -133,7 +137,8 @@ def draw_evaluation() -> None:
             more = f" ({100 * share:.2g}%)" if isinstance(share, int | float) else ""
             st.metric(HEADLINE[name], with_interval(found, name) + more, width="content")
     on = f" on {found['tokens']:,} held-out tokens" if isinstance(found.get("tokens"), int) else ""
-    st.caption(f"Evaluated{on} in inference mode; no figure includes BOS or other special tokens.")
+    special = "; no figure includes BOS or other special tokens" if of_text else ""
+    st.caption(f"Evaluated{on} in inference mode{special}.")
     known = {name for name, *_ in FIGURES} | set(NOT_SHOWN) | set(HEADLINE)
     rows = [(title, with_interval(found, name), unit, text) for name, title, unit, text in FIGURES if name in found]
     new = [name for name in found if name not in known and not name.endswith("_interval")]
@@ -324,12 +329,13 @@ def hardest(database: Database, found: PerToken) -> str:
     for place, l0 in zip(found.hardest.tolist(), found.hardest_l0.tolist(), strict=True):
         row, position = divmod(place, context)
         start = max(0, position - 12)
-        texts = [shortened(text) for text in database.vocabulary.window(rows[row, start : position + 6])]
+        window = with_row(database, row, database.vocabulary.window(rows[row, start : position + 6]))
+        texts = [shortened(text) for text in window]
         at = position - start
         text = f"{escape(''.join(texts[:at]))}<mark>{escape(texts[at])}</mark>{escape(''.join(texts[at + 1 :]))}"
         lines.append(
             f'<tr><td class="sl-value">{l0:,}</td><td class="sl-snippet">{text}</td>'
-            f'<td class="sl-dim">row {row}, token {position}</td></tr>'
+            f'<td class="sl-dim">row {database.first_row + row}, token {position}</td></tr>'
         )
     return f'<table class="sl-facts"><tbody>{"".join(lines)}</tbody></table>'
 
@@ -373,9 +379,7 @@ def page() -> None:
     if database is None:
         return draw_overview(None)
     width = database.arrays.manifest["d_in"]
-    st.caption(
-        state.plain(f"{database.n_features:,} features of {database.site} ({width} wide) of the model {database.model}")
-    )
+    st.caption(state.plain(f"{database.n_features:,} features of {database.site} ({width} wide) of {database.origin}"))
     view = st.segmented_control(
         "View",
         list(VIEWS),

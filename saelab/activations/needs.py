@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from saelab.activations.array.rows import Array
 from saelab.activations.cache.reader import Cache
 from saelab.activations.settings import StreamSettings
 from saelab.activations.shuffle import group_tokens
@@ -70,8 +71,20 @@ def stream_needs(
     ]
 
 
+def array_need(array: Array, rows: int, where: Place, phases: tuple[str, ...]) -> Need:
+    """`rows` rows of an array that are read at once, in the dtype of its files and in float32."""
+    each = array.d_in * (8 + 4)
+    return Need("rows of the array", rows * each, where, f"{rows:,} rows x {each:,} bytes", phases)
+
+
 def cached_needs(
-    cache: Cache, site: str | Sequence[str], where: Place, *, batch_tokens: int, buffer_tokens: int, gradients: bool
+    cache: Cache | Array,
+    site: str | Sequence[str],
+    where: Place,
+    *,
+    batch_tokens: int,
+    buffer_tokens: int,
+    gradients: bool,
 ) -> list[Need]:
     """Needs of `FromCache`: two groups, the sample's batches, which are trained on later, and the sample itself.
 
@@ -80,6 +93,7 @@ def cached_needs(
     tokens, each = cache.group_capacity(buffer_tokens), cache.token_bytes(site, gradients=gradients)
     sample_tokens = min(SAMPLE_TOKENS, cache.tokens)
     ahead = sample_tokens + batch_tokens
+    d_in = cache.d_in if isinstance(cache, Array) else sum(cache.sites[name] for name in names_of(site))
     return [
         Need(
             "shuffle buffers", 2 * tokens * each, "memory", f"2 x {tokens:,} tokens x {each:,} bytes", (BEGINNING, STEP)
@@ -91,7 +105,7 @@ def cached_needs(
             f"{ahead:,} tokens x {each + _ORIGIN_BYTES:,} bytes, kept from the sample",
             (BEGINNING, STEP),
         ),
-        _sample_need(sample_tokens, sum(cache.sites[name] for name in names_of(site)), where),
+        _sample_need(sample_tokens, d_in, where),
     ]
 
 

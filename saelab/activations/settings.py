@@ -48,11 +48,38 @@ class CacheSource:
 
 
 @dataclass(frozen=True)
+class ArraySource:
+    """Activations from an array on disk, without a language model (array/). The last rows, as many as
+    `corpus.held_out` says, are held out."""
+
+    path: str
+    """A ``.npy`` or ``.safetensors`` file with a matrix ``[rows, d_in]``, or a folder of such files, which are read in
+    the order of their names."""
+    tensor: str | None = None
+    """Name of the matrix in ``.safetensors`` files that hold several."""
+    labels: str | None = None
+    """A file with a line for each row, what stands for the row in the feature database: ``.jsonl`` (a text or number in
+    each line), or plain text. Default: the number of the row."""
+    buffer_tokens: int = 131_072
+    """Rows that are shuffled together, at least 16 batches. Memory has two such buffers."""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "labels"):
+            value = getattr(self, name)
+            if value == "":
+                raise SettingError(f"{name}: is empty")
+            if value is not None:
+                object.__setattr__(self, name, expanded(value, name))
+        check_positive(self, "buffer_tokens")
+
+
+@dataclass(frozen=True)
 class ActivationSettings:
-    """Activations from a cache if one is given, else from the model."""
+    """Activations from an array or a cache if one is given, else from the model."""
 
     stream: StreamSettings = field(default_factory=StreamSettings)
     cache: CacheSource | None = None
+    array: ArraySource | None = None
     special_tokens: bool = False
     """Whether BOS and other special tokens are trained on too. No metric counts them."""
     inputs: str = "scale"
@@ -66,6 +93,8 @@ class ActivationSettings:
     is left out. Evaluation counts all tokens, and gives FVU and delta CE without sinks too."""
 
     def __post_init__(self) -> None:
+        if self.array is not None and self.cache is not None:
+            raise SettingError("array: there is a cache too; remove one of them")
         if self.inputs not in INPUTS:
             raise SettingError(f"inputs: {self.inputs!r} is not {', '.join(INPUTS[:-1])} or {INPUTS[-1]}")
         if self.max_norm is not None and not 1 < self.max_norm < math.inf:

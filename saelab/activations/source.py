@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.cache.reader import Cache, Cursor
+from saelab.activations.array.rows import Array
+from saelab.activations.blocks import Cursor
+from saelab.activations.cache.reader import Cache
 from saelab.activations.settings import StreamSettings
 from saelab.activations.shuffle import Group, cut_group, group_tokens
 from saelab.activations.stream import (
@@ -214,14 +216,14 @@ class FromModel:
 
 
 class FromCache:
-    """A `Source` that reads a cache (cache/reader.py), epoch after epoch.
+    """A `Source` that reads a cache (cache/reader.py), or an array (array/rows.py), epoch after epoch.
 
     Memory: as for `Cache.batches`; after `sample`, also the batches of the sample that were not yet given.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Cache | Array,
         site: str | Sequence[str],
         *,
         batch_tokens: int,

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -71,6 +71,27 @@ def joined(parts: Sequence[ActivationBatch]) -> ActivationBatch:
     return replace(parts[0], values=side_by_side([part.values for part in parts])) if len(parts) > 1 else parts[0]
 
 
+class ActivationModel(Protocol):
+    """What gives the activations of rows of ids: a language model, or an array (array/rows.py), whose ids are rows."""
+
+    name: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def width(self, site: str) -> int:
+        """d_in of a site."""
+        ...
+
+    def ordinary(self, rows: Tensor) -> Tensor:
+        """True where a token is not special, bool ``[rows, context]``."""
+        ...
+
+    def activations(self, rows: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Activations by site, ``[rows, context, d_in]``."""
+        ...
+
+
 class Pass(NamedTuple):
     """Result of one pass of the model over some rows."""
 
@@ -83,7 +104,7 @@ class Pass(NamedTuple):
 
 
 def run_model(
-    lm: LanguageModel, ids: Tensor, sites: Sequence[str], *, gradients: bool = False, special_tokens: bool = False
+    lm: ActivationModel, ids: Tensor, sites: Sequence[str], *, gradients: bool = False, special_tokens: bool = False
 ) -> Pass:
     """One pass over `ids` ``[rows, context]``: the activations at ordinary tokens, or at all with `special_tokens`.
 
@@ -91,14 +112,15 @@ def run_model(
     and the one before a special token that ends it) are then left out: no loss depends on them at any site, so a
     gradient of 0 says nothing about them. If no position is kept, the model runs on the first row only.
     """
+    with_losses = cast(LanguageModel, lm)  # as a model is of which gradients are asked
     ids = ids.to(lm.device).long()
     kept = torch.ones_like(ids, dtype=torch.bool) if special_tokens else lm.ordinary(ids)
     slopes: dict[str, Tensor] = {}
     if gradients:
-        kept = kept & (lm.scored(ids).flip(1).cumsum(1).flip(1) > 0)
+        kept = kept & (with_losses.scored(ids).flip(1).cumsum(1).flip(1) > 0)
     read = slice(None) if kept.any() else slice(1)
     if gradients:
-        values, slopes = lm.activations_and_gradients(ids[read], sites)
+        values, slopes = with_losses.activations_and_gradients(ids[read], sites)
     else:
         values = lm.activations(ids[read], sites)
     picked = kept[read]
@@ -163,7 +185,7 @@ def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = Fals
 
 
 def read_activations(
-    lm: LanguageModel,
+    lm: ActivationModel,
     rows: Iterable[np.ndarray],
     site: str | Sequence[str],
     rows_per_forward: int,
@@ -189,7 +211,7 @@ def read_activations(
 
 
 def read_passes(
-    lm: LanguageModel,
+    lm: ActivationModel,
     blocks: Sequence[Sequence[np.ndarray]],
     site: str | Sequence[str],
     *,

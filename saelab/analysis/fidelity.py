@@ -25,6 +25,9 @@ c_dec          mean absolute cosine between the decoder rows of two different fe
                property of the weights only (decoder.py); over autoencoders that differ in L0, its elbow is at
                the right L0
 
+With `ce_tokens` 0, as for activations from an array, there are no figures of CE, loss recovered and KL: they are NaN,
+and left out of `to_dict`.
+
 Features are selected as in inference. The other mode is an oracle: selection by the gradient affinity of training,
 which sees the next token, so its figures do not compare with those of other autoencoders. Its gradients are those of
 the clean run at the same positions, for the spliced loss too; they are 0 at a row's last position and at every position
@@ -34,9 +37,10 @@ Gradients are normalised over the rows of one forward pass, as over the batch in
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +48,7 @@ from torch import Tensor
 
 from saelab.activations.sinks import Moments, SinkSums, concentration
 from saelab.activations.sites import Sites, as_sites
-from saelab.activations.stream import check_finite
+from saelab.activations.stream import ActivationModel, check_finite
 from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.result import shown
 from saelab.analysis.settings import EvalSettings
@@ -139,9 +143,11 @@ class Fidelity:
         return (self.counts.double() / self.tokens < density).double().mean().item()
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures by name, the derived ones too; without the counts, and with `sites` only for a crosscoder."""
+        """All figures by name, the derived ones too; without the counts, without losses if none was measured, and with
+        `sites` only for a crosscoder."""
         stored = [entry.name for entry in fields(self) if entry.name not in ("counts", "sites")]
-        found = {name: getattr(self, name) for name in (*stored, *_DERIVED)}
+        left_out = () if self.ce_tokens else _OF_LOSSES
+        found = {name: getattr(self, name) for name in (*stored, *_DERIVED) if name not in left_out}
         return found | ({"sites": list(self.sites)} if self.sites else {})
 
     def to_frame(self) -> "pd.DataFrame":
@@ -157,7 +163,9 @@ class Fidelity:
         return f"<b>Fidelity</b>{self.to_frame().map(shown).to_html(border=0)}"  # pandas escapes names and values
 
     def plot(self) -> "go.Figure":
-        """CE of the four runs, in nats per token."""
+        """CE of the four runs, in nats per token. Raises SaelabError if no loss was measured."""
+        if not self.ce_tokens:
+            raise SaelabError(f"fidelity: no loss was measured at {self.site}, so there is no plot of losses")
         import plotly.graph_objects as go
 
         bars = {
@@ -182,6 +190,10 @@ _DERIVED = (
 )
 
 
+_LOSSES = ("ce_clean", "ce_spliced", "ce_zero_ablated", "ce_mean_ablated", "ce_spliced_without_sinks", "kl")
+_OF_LOSSES = (*_LOSSES, "delta_ce", "delta_ce_without_sinks", "loss_recovered_zero", "loss_recovered_mean")
+
+
 def fidelity(
     sae: Autoencoder,
     lm: LanguageModel,
@@ -196,7 +208,8 @@ def fidelity(
     """Evaluate `sae` on `rows` ``[rows, context]`` of token ids.
 
     `site` defaults to the one the autoencoder was trained at; a transcoder has `Sites`. CE and KL are measured on the
-    first rows that hold `ce_tokens` tokens. `oracle` selects by the gradient affinity, as the head of this file says.
+    first rows that hold `ce_tokens` tokens, on none if it is 0. `oracle` selects by the gradient affinity, as the head
+    of this file says.
     Raises SaelabError if no site is known, if widths or devices differ, if there is no ordinary token, or if `encode`
     takes no gradients.
     """
@@ -223,7 +236,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, sae: Autoencoder, lm: LanguageModel, site: str | Sites, *, ce_tokens: int, oracle: bool = False
+        self, sae: Autoencoder, lm: ActivationModel, site: str | Sites, *, ce_tokens: int, oracle: bool = False
     ) -> None:
         sites = as_sites(site)
         if sites.target is None and getattr(sae, "transcodes", False):
@@ -327,17 +340,21 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
     others, sinks = first._sums.result()
     sink_norm = first._sums.sink_norm if sinks.tokens else None
     mean = others.merged(sinks).mean
+    if not first._ce_tokens:
+        none = dict.fromkeys(_LOSSES, math.nan) | {"ce_tokens": 0}
+        return [each._figures([none for _ in each._sites.outputs]) for each in evaluations]
+    lm = cast(LanguageModel, first._lm)
     if first._factors is not None:  # all sites have one norm of sinks, which a splice at one of them cannot apply
         mean, sink_norm = mean / first._factors, None
     losses, start = [], 0
     for site in first._sites.outputs:
-        columns = slice(start, start + first._lm.width(site))
+        columns = slice(start, start + lm.width(site))
         start = columns.stop
         blocks = [
             (first_row, rows, [each._ce_blocks[i][2][:, columns] for each in evaluations])
             for i, (first_row, rows, _) in enumerate(first._ce_blocks)
         ]
-        losses.append(spliced_losses(first._lm, site, blocks, mean[columns], sink_norm, track))
+        losses.append(spliced_losses(lm, site, blocks, mean[columns], sink_norm, track))
     return [each._figures(own) for each, own in zip(evaluations, zip(*losses, strict=True), strict=True)]
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from saelab.activations.needs import pass_need
+from saelab.activations.array.rows import Array
+from saelab.activations.needs import array_need, pass_need
 from saelab.activations.sinks import MEDIAN_TOKENS
 from saelab.activations.sites import Sites, as_sites
 from saelab.analysis.decoder import TILE
@@ -28,17 +29,18 @@ three that the KL divergence makes."""
 def evaluation_needs(
     saes: Sequence[tuple[SaeSettings, str | Sites]],
     widths: dict[str, int],
-    lm: LanguageModel,
+    lm: LanguageModel | Array,
     settings: EvalSettings,
     context: int,
     where: Place,
 ) -> list[Need]:
     """Needs of one `Evaluation` for each of `saes`, settings and sites, that share the passes of the model.
 
-    `widths` has the width of each site; `lm` may have no weights. Raises Uncountable as `pass_need` does.
+    `widths` has the width of each site; `lm` may have no weights; an array needs no runs of a model. Raises
+    Uncountable as `pass_need` does.
     """
     rows = settings.rows_per_forward
-    tokens, vocabulary = rows * context, len(lm.unembedding)
+    tokens = rows * context
     of = [(sae, widths_of(as_sites(sites), widths)) for sae, sites in saes]
     d_out = sum(each.d_out or each.d_in for _, each in of)
     with no_numbers():
@@ -48,17 +50,32 @@ def evaluation_needs(
         encoding_bytes(sae, each.d_in, tokens, where) + tokens * (_ERROR_BYTES * each.largest + _TOKEN_BYTES)
         for sae, each in of
     )
-    logits, record = 4 * tokens * vocabulary, 2 * 4 * tokens * max(widths.values())
-    losses = record + max(logits_bytes(lm, rows, context) + 2 * logits, _LOSS_TENSORS * logits)
     cosines = max(4 * sae.n_features * (TILE + each.largest) for sae, each in of)
-    kept = min(settings.tokens, settings.ce_tokens) + tokens
     median, first = min(settings.tokens, MEDIAN_TOKENS) + tokens, 4 * d_out + _TOKEN_BYTES * len(saes)
     return [
         Need("autoencoder", weights, where, f"{len(saes)} x as in training"),
-        Need("reconstructions", 4 * kept * d_out, where, f"{kept:,} tokens for CE x {d_out:,} x 4 bytes"),
         Need("first activations", median * first, where, f"{median:,} tokens x {first:,} bytes", (ENCODING,)),
-        pass_need(lm, list(widths), rows, context, where, phases=(ENCODING,)),
+        *(
+            [array_need(lm, tokens, where, (ENCODING,))]
+            if isinstance(lm, Array)
+            else _loss_needs(lm, widths, d_out, settings, context, where)
+        ),
         Need("encoding", encoding, where, f"{tokens:,} tokens at once, and their errors", (ENCODING,)),
-        Need("runs of the model", losses, where, f"{rows} rows x {context} tokens with logits, counted", (LOSSES,)),
         Need("decoder rows", cosines, where, f"{TILE:,} of them with all others", (DECODER,)),
+    ]
+
+
+def _loss_needs(
+    lm: LanguageModel, widths: dict[str, int], d_out: int, settings: EvalSettings, context: int, where: Place
+) -> list[Need]:
+    """Needs of the passes of the model: for activations, and for losses with reconstructions."""
+    rows = settings.rows_per_forward
+    tokens = rows * context
+    kept = min(settings.tokens, settings.ce_tokens) + tokens
+    logits, record = 4 * tokens * len(lm.unembedding), 2 * 4 * tokens * max(widths.values())
+    losses = record + max(logits_bytes(lm, rows, context) + 2 * logits, _LOSS_TENSORS * logits)
+    return [
+        Need("reconstructions", 4 * kept * d_out, where, f"{kept:,} tokens for CE x {d_out:,} x 4 bytes"),
+        pass_need(lm, list(widths), rows, context, where, phases=(ENCODING,)),
+        Need("runs of the model", losses, where, f"{rows} rows x {context} tokens with logits, counted", (LOSSES,)),
     ]

@@ -175,15 +175,15 @@ def _details(title: str, inner: str) -> str:
 
 
 def _examples(feature: "Feature", examples: "list[Example]") -> str:
-    return "".join(_example(example, feature.usual_maximum) for example in examples)
+    return "".join(_example(example, feature) for example in examples)
 
 
-def _example(example: "Example", strongest: float) -> str:
+def _example(example: "Example", feature: "Feature") -> str:
     tokens = "".join(
-        _token(text, value, strongest, i == example.index)
+        _token(text, value, feature.usual_maximum, i == example.index)
         for i, (text, value) in enumerate(zip(example.tokens, example.activations.tolist(), strict=True))
     )
-    where = f"row {example.row}, token {example.position}"
+    where = f"row {feature.database.first_row + example.row}, token {example.position}"
     if example.repeats:
         where += f", and {example.repeats} more with the same tokens around it"
     return (

@@ -173,6 +173,21 @@ class Database:
         return self.arrays.manifest["model"]
 
     @property
+    def of_array(self) -> bool:
+        """Whether the activations come from an array; each row of it then stands as a row of one token."""
+        return "first_row" in self.arrays.manifest
+
+    @property
+    def first_row(self) -> int:
+        """The number of row 0 for readers: in the array that the activations come from; 0 for text."""
+        return int(self.arrays.manifest.get("first_row", 0))
+
+    @property
+    def origin(self) -> str:
+        """What the activations come from, in words."""
+        return f"the {'array' if self.of_array else 'model'} {self.model}"
+
+    @property
     def lens(self) -> str | None:
         """What of the final norm the logits include, in words; None if there are no logits (docs/models.md)."""
         return self.arrays.manifest["lens"]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.activations.array.rows import Array
 from saelab.activations.sites import Sites, as_sites
 from saelab.encoded import Block
 from saelab.errors import SaelabError
@@ -22,7 +23,6 @@ from saelab.features.array_files import ArrayWriter
 from saelab.features.coactivation import coactive_columns
 from saelab.features.facts_writer import write_activations, write_text
 from saelab.features.layout import EARLIER, FORMAT, MANIFEST, MOST_PLACES, SIZES, UNFINISHED, VERSION, WEIGHTS, arrays
-from saelab.features.settings import FeatureSettings
 from saelab.features.shards import Shard, ShardWriter, Totals, total
 from saelab.features.token_bytes import token_bytes
 from saelab.features.weights import weight_columns
@@ -37,9 +37,9 @@ class Index:
     """A database in the making. `add` takes the blocks of `rows` from row `first_row` on, in order; then `finish`."""
 
     sae: SparseAutoencoder
-    lm: LanguageModel
+    lm: LanguageModel | Array
     rows: Tensor
-    """Token ids ``[rows, context]``, on the CPU."""
+    """Token ids ``[rows, context]``, on the CPU; of an array the numbers of its rows."""
     sites: Sites
     folder: Path
     inputs: str
@@ -65,7 +65,7 @@ class Index:
             return self._write(unfinished, shards, total(shards))
 
     def _write(self, folder: Path, shards: list[Shard], totals: Totals) -> dict[str, Any]:
-        vocabulary = token_bytes(self.lm.tokenizer, len(self.lm.unembedding))
+        rows, vocabulary = self._text()
         counted = {
             "rows": self.rows.shape[0],
             "context": self.rows.shape[1],
@@ -75,12 +75,13 @@ class Index:
             "vocabulary_bytes": sum(map(len, vocabulary)),
             "pairs": 0,  # known once they are written
         }
-        writer, rows = ArrayWriter(folder, counted), self.rows.numpy()
-        write_text(writer, rows, self._occurrences(len(vocabulary)), vocabulary)
+        writer = ArrayWriter(folder, counted)
+        write_text(writer, rows, self._occurrences(rows, len(vocabulary)), vocabulary)
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = None if self.sites.more else direct_lens(self.lm, self.sites.outputs[0])
+        without = isinstance(self.lm, Array) or self.sites.more
+        lens = None if without else direct_lens(self.lm, self.sites.outputs[0])
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,
@@ -97,25 +98,34 @@ class Index:
             "k": self.sae.k,
             "lens": lens and lens.words,
         }
+        if isinstance(self.lm, Array):
+            manifest["first_row"] = int(self.rows[0, 0])
         files = {f"{name}.npy": writer.files[f"{name}.npy"] for name in arrays(writer.sizes)}
         write_json(folder / MANIFEST, manifest | {"files": files})
         return manifest
 
-    def _occurrences(self, vocabulary: int) -> np.ndarray:
+    def _text(self) -> tuple[np.ndarray, list[bytes]]:
+        """The token ids ``[rows, context]``, and the bytes of each token of the vocabulary."""
+        if isinstance(self.lm, Array):
+            ids, labels = self.lm.words(self.rows.numpy())
+            return ids, [label.encode(errors="replace") for label in labels]
+        return self.rows.numpy(), token_bytes(self.lm.tokenizer, len(self.lm.unembedding))
+
+    def _occurrences(self, rows: np.ndarray, vocabulary: int) -> np.ndarray:
         """Occurrences of each token id among the ordinary tokens, ``[vocabulary]`` int64."""
         counts = torch.zeros(vocabulary, dtype=torch.long)
-        for ids in self.rows.split(max(1, (1 << 20) // self.rows.shape[1])):
+        for ids in torch.from_numpy(rows).split(max(1, (1 << 20) // rows.shape[1])):
             counts += torch.bincount(ids[self.lm.ordinary(ids)], minlength=vocabulary)
         return counts.numpy()
 
 
 def open_index(
     sae: SparseAutoencoder,
-    lm: LanguageModel,
+    lm: LanguageModel | Array,
     rows: Tensor,
     site: str | Sites,
     folder: Path,
-    settings: FeatureSettings,
+    rows_per_forward: int,
     inputs: str,
 ) -> Index:
     """The database of `rows` ``[rows, context]``, to be written to `folder`. One writer at a time (`files.locked`).
@@ -137,7 +147,7 @@ def open_index(
         "rows": rows.shape[0],
         "context": rows.shape[1],
         "n_features": sae.n_features,
-        "rows_per_forward": settings.rows_per_forward,
+        "rows_per_forward": rows_per_forward,
         "tokens": _tokens_hash(rows),
     }
     with translate_errors(folder):

@@ -44,6 +44,8 @@ def cache(
     """
     folder, (rank, world, local) = Path(expanded(out, "--out")), processes()
     settings = settings_of(config, overrides)
+    if settings.activations.array is not None:
+        raise SaelabError(f"activations: {settings.activations.array.path} is on disk already; train from it directly")
     requested = settings.training.tokens if tokens is None else tokens
     if requested < 1:
         raise SaelabError(f"tokens: {requested} is not a positive number")

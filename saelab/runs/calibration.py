@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from saelab.activations.sinks import within
-from saelab.activations.stream import read_activations
+from saelab.activations.stream import ActivationModel, read_activations
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
-from saelab.lm.model import LanguageModel
 from saelab.progress import Track, silent
-from saelab.runs.job import Say, quiet
+from saelab.runs.job import Job, Say, quiet
 from saelab.sae.input_map import UNCHANGED, InputMap
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.side_by_side import SideBySide
@@ -46,7 +45,7 @@ class CalibrationRows(NamedTuple):
 
 def calibrate(
     sae: SparseAutoencoder,
-    lm: LanguageModel,
+    lm: ActivationModel,
     rows: CalibrationRows,
     site: str | Sequence[str],
     densities: Tensor | None,
@@ -96,6 +95,18 @@ def calibrate(
         threshold, tokens = level.threshold * relative, found.tokens + level.tokens
     sae.threshold = threshold.to(sae.W_dec).reshape(-1)
     return {"calibration_tokens": tokens, "rough_thresholds": int(found.flagged.sum())}
+
+
+def rows_to_calibrate_on(job: Job) -> CalibrationRows:
+    """The `calibration_rows` of a job; of an array as many of its rows, held out and trained on, at equal distances."""
+    evaluated, array = job.settings.eval.tokens, job.array
+    if array is None:
+        return calibration_rows(job.corpus, evaluated, job.say)
+    held_out, wanted = array.held_out_rows(array.rows), CALIBRATION_TOKENS
+    if (unread := max(0, len(held_out) - evaluated)) < (few := math.ceil(wanted / 4)):
+        job.say("note: so few rows are held out that thresholds are set on rows that evaluation also reads")
+    held_out = _evenly(held_out[-max(unread, few) :], math.ceil(wanted / 2))
+    return CalibrationRows(torch.from_numpy(held_out), torch.from_numpy(array.train_rows(wanted)))
 
 
 def calibration_rows(corpus: Corpus, evaluated_tokens: int, say: Say = quiet) -> CalibrationRows:

@@ -34,8 +34,9 @@ from saelab.training.settings import ParallelSettings, TrainingSettings
 class RunSettings:
     out: str
     """The run folder."""
-    site: str
-    """The hook point where activations are read, by TransformerLens' name."""
+    site: str = ""
+    """The hook point where activations are read, by TransformerLens' name. For an array, any name; default: its
+    file's."""
     target: str | None = None
     """A transcoder: the hook point that is reconstructed from the activations at `site`. null: `site` itself."""
     more_sites: tuple[str, ...] = ()
@@ -62,6 +63,9 @@ class RunSettings:
             raise SettingError(f"context: {self.context} leaves no room for a token after BOS; it must be at least 2")
         if not self.out:
             raise SettingError("out: is empty; name the run folder")
+        self._check_array()
+        if not self.site:
+            raise SettingError("site: is required")
         if self.target == self.site:
             raise SettingError("target: is the site itself; leave it out for an autoencoder of that site")
         if self.target is not None and self.activations.inputs in NORMALISED:
@@ -84,6 +88,21 @@ class RunSettings:
                 f"activations.inputs: {self.activations.inputs} goes with one site; use scale or centre with more_sites"
             )
         object.__setattr__(self, "out", expanded(self.out, "out"))
+
+    def _check_array(self) -> None:
+        """Names the site of an array. Raises SettingError for settings that need a language model."""
+        array = self.activations.array
+        if array is None:
+            return
+        if not self.site:
+            object.__setattr__(self, "site", Path(array.path).stem)
+        for name in ("target", "more_sites"):
+            if getattr(self, name):
+                raise SettingError(f"{name}: an array has one site; remove it")
+        if self.sae.needs_gradients:
+            raise SettingError(
+                "sae.affinity: gradient needs the gradients of a language model, and an array has none; use activation"
+            )
 
     @property
     def sites(self) -> Sites:
@@ -108,6 +127,8 @@ _ADAPTER = TypeAdapter(RunSettings)
 _SHORT = {
     "model": "name",
     "corpus": "source",
+    "activations": "array",
+    "activations.array": "path",
     "activations.cache": "path",
     "sae.encoder": "name",
     "sae.affinity": "name",
@@ -203,7 +224,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
 
 
 def located(settings: RunSettings) -> RunSettings:
-    """`settings` with absolute paths of the model, the corpus and the cache, which are the same from every folder.
+    """`settings` with absolute paths of model, corpus, cache and array, which are the same from every folder.
 
     A name that is no file or folder here stays as it is, and so does `demo`: it is embedded, or the id of something on
     the Hub. Where there is a folder with the name of a Hub id, the folder is what such a name means.
@@ -212,6 +233,11 @@ def located(settings: RunSettings) -> RunSettings:
     if activations.cache is not None:
         cache = replace(activations.cache, path=str(Path(activations.cache.path).absolute()))
         activations = replace(activations, cache=cache)
+    if activations.array is not None:
+        array = activations.array
+        labels = None if array.labels is None else str(Path(array.labels).absolute())
+        array = replace(array, path=str(Path(array.path).absolute()), labels=labels)
+        activations = replace(activations, array=array)
     if model.name != "demo" and os.path.isdir(model.name):
         model = replace(model, name=str(Path(model.name).absolute()))
     if corpus.source != "demo" and os.path.exists(corpus.source):

@@ -1,12 +1,13 @@
-"""Opens the activations that a run trains on: from the language model or from a cache, as its settings say."""
+"""Opens the activations that a run trains on: from the language model, a cache or an array, as its settings say."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saelab.activations.array.rows import Array
 from saelab.activations.cache.layout import difference
 from saelab.activations.cache.reader import Cache, open_cache
-from saelab.activations.settings import CacheSource
+from saelab.activations.settings import ArraySource, CacheSource
 from saelab.activations.source import SAMPLE_TOKENS, FromCache, FromModel, Source
 from saelab.activations.stream import provenance
 from saelab.errors import SaelabError
@@ -22,23 +23,24 @@ def open_source(
 
     With `start`, a `Source.state`, the source continues from that state. With other jobs `beside` it, which differ in
     autoencoder and site, the source has the activations of all their `sites_of`. All processes of the job get the
-    same batches: they share out the passes of the model, and each reads the whole of a cache. Raises SaelabError if
-    the cache is damaged, or if it was made for something else: the message names the difference.
+    same batches: they share out the passes of the model, and each reads the whole of a cache or array. Raises
+    SaelabError if the cache is damaged, or if it was made for something else: the message names the difference.
     """
     settings, sites = job.settings, sites_of([job, *beside])
     gradients = any(each.settings.sae.needs_gradients for each in (job, *beside))
-    source = settings.activations.cache
-    if source is not None:
-        cache = open_cache_for(job, source)
-        _check_batches(job, cache, source)
+    stored, source = job.array, settings.activations.array or settings.activations.cache
+    if isinstance(source, CacheSource):
+        stored = open_cache_for(job, source)
+    if stored is not None and source is not None:
+        _check_batches(job, stored, source)
         return FromCache(
-            cache,
+            stored,
             sites,
             batch_tokens=settings.training.batch,
             seed=settings.seed,
             buffer_tokens=cache_group_tokens(settings, source),
             gradients=gradients,
-            device=job.lm.device,
+            device=job.model.device,
             start=start,
         )
     return FromModel(
@@ -75,26 +77,28 @@ def open_cache_for(job: Job, source: CacheSource) -> Cache:
     return cache
 
 
-def _check_batches(job: Job, cache: Cache, source: CacheSource) -> None:
-    """Raises SaelabError if the cache does not fill a batch; notes if its tokens repeat or its batches are smaller."""
+def _check_batches(job: Job, stored: Cache | Array, source: CacheSource | ArraySource) -> None:
+    """Raises SaelabError if a cache or array does not fill a batch; notes if its tokens repeat or its batches are
+    smaller."""
     tokens, batch_tokens = job.settings.training.tokens, job.settings.training.batch
-    if cache.tokens < batch_tokens:
+    kind, more = ("cache", "cache more") if isinstance(source, CacheSource) else ("array", "use a longer array")
+    if stored.tokens < batch_tokens:
         raise SaelabError(
-            f"activations.cache: {source.path} holds {cache.tokens:,} tokens, fewer than one batch has; cache more, or "
+            f"activations.{kind}: {source.path} holds {stored.tokens:,} tokens, fewer than one batch has; {more}, or "
             f"set `training.batch` (now {batch_tokens:,}) lower"
         )
-    if cache.tokens < tokens:
-        job.say(f"note: {tokens:,} tokens are trained on and the cache holds {cache.tokens:,}, so they repeat")
+    if stored.tokens < tokens:
+        job.say(f"note: {tokens:,} tokens are trained on and the {kind} holds {stored.tokens:,}, so they repeat")
 
-    group = cache.tokens / math.ceil(cache.tokens / cache_group_tokens(job.settings, source))
+    group = stored.tokens / math.ceil(stored.tokens / cache_group_tokens(job.settings, source))
     mean = group / math.ceil(group / batch_tokens)
     if mean < 0.95 * batch_tokens:
         job.say(
-            f"note: the cache's {cache.tokens:,} tokens are cut into batches of {mean:,.0f}, not {batch_tokens:,}, so "
-            "that training takes fewer; cache more, or choose another `training.batch`"
+            f"note: the {kind}'s {stored.tokens:,} tokens are cut into batches of {mean:,.0f}, not {batch_tokens:,}, "
+            f"so that training takes fewer; {more}, or choose another `training.batch`"
         )
 
 
-def cache_group_tokens(settings: RunSettings, source: CacheSource) -> int:
+def cache_group_tokens(settings: RunSettings, source: CacheSource | ArraySource) -> int:
     """Largest number of tokens of a group: 16 batches at least, so that equal batches are almost whole."""
     return max(source.buffer_tokens, 16 * settings.training.batch)

@@ -145,15 +145,19 @@ def first_inputs(
             target = target * target_scale
     except ValueError as error:
         raise SaelabError(f"{site}: the first {len(sample):,} activations {error}; choose another site") from error
-    for note in concentration_notes(trained_on, job.corpus):
+    for note in concentration_notes(trained_on, job.origin[1]):
         job.say(note)
     return Inputs(fitted, bound, asdict(found), target_scale=target_scale), Batch(fitted(sample), target)
 
 
-def concentration_notes(found: Concentration, corpus: Corpus) -> Iterator[str]:
-    """What to say if few tokens or dimensions hold much of the variance."""
+def concentration_notes(found: Concentration, corpus: Corpus | None) -> Iterator[str]:
+    """What to say if few tokens or dimensions hold much of the variance. `corpus` is the text, if there is one."""
     if found.sink_variance >= NOTED_SINKS:
-        cause = "" if corpus.begins_with_bos else "; often the first token of a row that does not begin with BOS"
+        cause = (
+            ""
+            if corpus is None or corpus.begins_with_bos
+            else "; often the first token of a row that does not begin with BOS"
+        )
         yield (
             f"note: {found.sink_share:.2%} of the tokens have norms above {SINK:g} times the median (attention sinks"
             f"{cause}) and hold {found.sink_variance:.1%} of the variance, so training and FVU are mostly about them; "

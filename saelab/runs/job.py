@@ -1,4 +1,5 @@
-"""A job: settings with the model and text that they name, and hashes that identify the inputs of a result."""
+"""A job: settings with the model and text, or the array, that they name, and hashes that identify the inputs of a
+result."""
 
 import hashlib
 import json
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab.activations.array.rows import Array, open_array
 from saelab.activations.cache.layout import manifest_checksum
+from saelab.activations.stream import check_losses, provenance
 from saelab.corpus import Corpus, open_corpus
 from saelab.errors import SaelabError
 from saelab.files import translate_read_errors
-from saelab.lm.load import load_language_model
+from saelab.lm.load import load_language_model, resolve_device
 from saelab.lm.model import LanguageModel
 from saelab.progress import Say, quiet
 from saelab.ranks import ALONE, Ranks
@@ -39,7 +42,7 @@ _ADDED = {
 
 @dataclass(frozen=True)
 class Job:
-    """Settings with the model and text that they name, each loaded at first use."""
+    """Settings with the model and text, or the array, that they name, each loaded at first use."""
 
     settings: RunSettings
     say: Say = quiet
@@ -47,7 +50,33 @@ class Job:
     """The processes that do the job together; each has a Job."""
 
     @cached_property
+    def array(self) -> Array | None:
+        """The array that the activations come from; None if they come from a language model."""
+        source = self.settings.activations.array
+        if source is None:
+            return None
+        device = resolve_device(own_device(self.settings.device))
+        array = open_array(source, self.settings.corpus.held_out, device)
+        self.say(f"activations: {array.about}")
+        return array
+
+    @property
+    def model(self) -> LanguageModel | Array:
+        """What gives the activations of `held_out`."""
+        return self.array or self.lm
+
+    @property
+    def origin(self) -> tuple[LanguageModel, Corpus] | tuple[Array, None]:
+        """What the activations come from: model and text, or an array."""
+        return (self.lm, self.corpus) if self.array is None else (self.array, None)
+
+    @cached_property
     def lm(self) -> LanguageModel:
+        if self.settings.activations.array is not None:
+            raise SaelabError(
+                f"{self.settings.out}: its activations come from an array, {self.settings.activations.array.path}, so "
+                "there is no language model and no text, which this needs"
+            )
         self.say(f"model: {self.settings.model.name}")
         lm = load_language_model(self.settings.model, own_device(self.settings.device))
         check_model(lm, self.settings.sites.all, self.settings.context)
@@ -75,17 +104,44 @@ class Job:
 
         Raises SaelabError if the model has no such site.
         """
-        check_model(self.lm, settings.sites.all, settings.context)
         job = Job(settings, say, self.ranks)
+        if self.array is not None:
+            vars(job).update(array=self.array)
+            return job
+        check_model(self.lm, settings.sites.all, settings.context)
         vars(job).update(lm=self.lm, corpus=self.corpus)
         return job
 
     def held_out(self, tokens: int) -> Tensor:
+        """The first held-out rows, of about `tokens` tokens, ``[rows, context]``; of an array ``[rows, 1]``."""
+        if self.array is not None:
+            return torch.from_numpy(self.array.held_out_rows(tokens))
         return torch.from_numpy(self.corpus.held_out_rows(tokens))
+
+    def rows_at_once(self, rows_per_forward: int) -> int:
+        """`rows_per_forward`; of an array the rows that have as many tokens."""
+        return rows_per_forward if self.array is None else rows_per_forward * self.settings.context
+
+    @property
+    def ce_tokens(self) -> int:
+        """Tokens on which evaluation measures losses: none of an array, which no model goes on from."""
+        return self.settings.eval.ce_tokens if self.array is None else 0
+
+    def provenance(self) -> dict[str, Any]:
+        """The facts of model and text, or of the array, that decide the activations."""
+        if self.array is not None:
+            return {"array": self.array.identity}
+        facts = provenance(self.lm, self.corpus, special_tokens=self.settings.activations.special_tokens)
+        return json.loads(json.dumps(facts))
+
+    def check_losses(self) -> None:
+        """Raises SettingError if the rows of the text are too short for the losses that evaluation needs."""
+        if self.array is None:
+            check_losses(self.corpus)
 
     def report_empty_documents(self) -> None:
         """Reports how many documents of the corpus were left out because they are empty, if any was read."""
-        empty = self.corpus.empty_documents()
+        empty = None if self.array is not None else self.corpus.empty_documents()
         if empty is not None:
             self.say(f"corpus: {empty}")
 
@@ -101,24 +157,20 @@ class Job:
                 if found[name] == getattr(defaults, name):
                     del found[name]
         cache = self.settings.activations.cache
-        inputs, max_norm = (parts["activations"].pop(name) for name in ("inputs", "max_norm"))
+        inputs, max_norm, array = (parts["activations"].pop(name) for name in ("inputs", "max_norm", "array"))
         if cache is not None:  # its content counts, not its folder
             contents = manifest_checksum(Path(cache.path))
             parts["activations"] = {"cache": contents, "buffer_tokens": cache.buffer_tokens}
         parts |= self._further_sites()
+        if array is not None:
+            parts["activations"] = {"buffer_tokens": array["buffer_tokens"]}
         if max_norm is not None:
             parts["activations"]["max_norm"] = max_norm
         if inputs != "scale":
             parts["activations"]["inputs"] = inputs
         if allocation_of(self.settings.sae).calibrated:  # thresholds are set on the tokens after evaluation's
             parts["eval_tokens"] = self.settings.eval.tokens
-        parts |= {
-            "dtype": self.settings.model.dtype,
-            "attention": self.lm.attention,
-            "model": self.lm.fingerprint,
-            "corpus": self.corpus.fingerprint,
-        }
-        return _hash(parts)
+        return _hash(parts | self._fingerprints())
 
     def _further_sites(self) -> dict[str, Any]:
         """The sites besides `site`; none for an autoencoder, so that its hashes are those of earlier versions."""
@@ -134,14 +186,23 @@ class Job:
             {
                 "weights": weights,
                 "settings": asdict(section),
-                "model": self.lm.fingerprint,
-                "dtype": self.settings.model.dtype,
-                "attention": self.lm.attention,
-                "corpus": self.corpus.fingerprint,
+                **self._fingerprints(),
                 "site": self.settings.site,
                 **self._further_sites(),
             }
+            | ({} if self.array is None else {"labels": self.array.labels_fingerprint})
         )
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """What identifies the activations in the hashes."""
+        if self.array is not None:
+            return {"array": self.array.fingerprint}
+        return {
+            "dtype": self.settings.model.dtype,
+            "attention": self.lm.attention,
+            "model": self.lm.fingerprint,
+            "corpus": self.corpus.fingerprint,
+        }
 
 
 def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:

@@ -4,7 +4,6 @@ One run is the ordinary case. Several share the source, and with it the language
 could depend on: each ends as it would alone, bit for bit on a CPU with as many threads.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from saelab.activations.source import Source
-from saelab.activations.stream import ActivationBatch, joined, provenance
+from saelab.activations.stream import ActivationBatch, joined
 from saelab.errors import SaelabError, WriteError
 from saelab.progress import Track
 from saelab.runs import folder
-from saelab.runs.calibration import calibrate, calibration_rows
+from saelab.runs.calibration import calibrate, rows_to_calibrate_on
 from saelab.runs.feed import sites_of
 from saelab.runs.inputs import Inputs
 from saelab.runs.job import Job, Say, quiet
@@ -70,7 +69,7 @@ class Training:
         self._level, line = True, None  # a batch of which too little is left for a step counts as trained on
         sites = self.job.settings.sites
         target = None if sites.target is None else parts[sites.target].values
-        inputs = self.inputs.batch(joined([parts[site] for site in sites.inputs]), self.job.lm.device, target)
+        inputs = self.inputs.batch(joined([parts[site] for site in sites.inputs]), self.job.model.device, target)
         if inputs is not None:
             self._level = False
             torch.set_rng_state(self.rng)
@@ -89,7 +88,7 @@ class Training:
 
     def save(self, position: Mapping[str, Any]) -> Path:
         """Write the state, with the source at `position`; returns its folder."""
-        state = {"trainer": self.trainer.state_dict(), "source": position, "provenance": provenance_of(self.job)}
+        state = {"trainer": self.trainer.state_dict(), "source": position, "provenance": self.job.provenance()}
         state |= self.inputs.state() | {"seconds": self.elapsed(), "rng": self.rng}
         return self.checkpoints.save(self.trainer.steps, self.trainer.tokens, state, self.ranks)
 
@@ -124,7 +123,7 @@ class Training:
                 facts, inputs = self.inputs.record() | facts_of(sae), job.training_inputs()
                 of = {"sae": sae, "inputs": inputs, "seconds": self.elapsed()}
                 of["target_scale"] = self.inputs.target_scale
-                save_run(job.settings, job.lm, job.corpus, self.trainer, self.inputs.map, facts, **of)
+                save_run(job.settings, *job.origin, self.trainer, self.inputs.map, facts, **of)
 
         self.ranks.every.together(write)
 
@@ -134,16 +133,16 @@ class Training:
         job, settings, densities = self.job, self.job.settings, self.trainer.trained().densities
         if densities is None:
             return {}
-        rows = calibration_rows(job.corpus, settings.eval.tokens, job.say)
+        rows = rows_to_calibrate_on(job)
         facts = calibrate(
             sae,
-            job.lm,
+            job.model,
             rows,
             settings.sites.inputs,
             densities,
             inputs=self.inputs.map,
             largest_norm=self.inputs.largest_norm,
-            rows_per_forward=settings.eval.rows_per_forward,
+            rows_per_forward=job.rows_at_once(settings.eval.rows_per_forward),
             track=track,
         )
         if facts["rough_thresholds"]:
@@ -275,12 +274,6 @@ def site_columns(jobs: Sequence[Job]) -> dict[str, tuple[int, int]]:
     columns: dict[str, tuple[int, int]] = {}
     stop = 0
     for site in sites_of(jobs):
-        start, stop = stop, stop + jobs[0].lm.width(site)
+        start, stop = stop, stop + jobs[0].model.width(site)
         columns[site] = start, stop
     return columns
-
-
-def provenance_of(job: Job) -> dict[str, Any]:
-    """The facts of model and text that a state records."""
-    facts = provenance(job.lm, job.corpus, special_tokens=job.settings.activations.special_tokens)
-    return json.loads(json.dumps(facts))

@@ -7,22 +7,25 @@ phase with the largest sum is compared with what is free. Left out are the progr
 what libraries use inside a single operation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saelab.activations.array.rows import Array, open_array
 from saelab.activations.cache.needs import writer_needs
 from saelab.activations.cache.reader import open_cache
-from saelab.activations.needs import cached_needs, gathered_need, pass_need, stream_needs
+from saelab.activations.needs import array_need, cached_needs, gathered_need, pass_need, stream_needs
 from saelab.activations.source import SAMPLE_TOKENS
 from saelab.analysis.needs import evaluation_needs
 from saelab.corpus.needs import text_needs
 from saelab.errors import SaelabError
 from saelab.features.needs import index_needs
 from saelab.lm.load import outlined_language_model, resolve_device
+from saelab.lm.model import LanguageModel
 from saelab.lm.needs import Uncountable, site_widths, weights_needs
 from saelab.memory import READING, THRESHOLDS, Need, Place, free_memory, free_on_disk, fullest, size
 from saelab.ranks import Ranks, layout
@@ -34,6 +37,7 @@ from saelab.runs.job import Say, check_model
 from saelab.sae.allocation.methods import allocation_of
 from saelab.sae.needs import input_needs
 from saelab.sae.new import widths_of
+from saelab.sae.thresholds import CALIBRATION_TOKENS
 from saelab.torchrun import processes
 from saelab.training.needs import training_needs
 from saelab.training.traffic import Traffic, activation_traffic, step_traffic
@@ -141,36 +145,38 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
     model does not run without its weights.
     """
     where, ranks, needs = _device_place(settings), layout_of(settings), []
-    runs, stream, source = [settings, *others], settings.activations.stream, settings.activations.cache
+    runs, stream = [settings, *others], settings.activations.stream
+    source = settings.activations.cache or settings.activations.array
     sites, batch = _sites(runs), settings.training.batch
     gradients = any(run.sae.needs_gradients for run in runs)
-    with outlined_language_model(settings.model) as lm:
-        check_model(lm, sites, settings.context)
-        widths = site_widths(lm, sites)
-        needs += [] if loaded else weights_needs(lm, settings.model, where)
+    calibrated = any(allocation_of(run.sae).calibrated for run in runs)
+    with _outlined(settings, sites) as (lm, widths):
         traffic = step_traffic(settings.sae, settings.training, widths_of(settings.sites, widths), ranks)
-        if source is None:
+        if not loaded:
+            needs += _weights(lm, settings, where)
+        if source is None and not isinstance(lm, Array):
             rows, context = stream.rows_per_forward, settings.context
             one = pass_need(lm, sites, rows, context, where, gradients=gradients, phases=(READING,))
             needs += [one, gathered_need(lm, sites, rows, context, one, ranks.every.size, gradients=gradients)]
             traffic.append(activation_traffic(sum(widths.values()), batch, lm.dtype.itemsize, gradients, ranks))
-        if any(allocation_of(run.sae).calibrated for run in runs):
+        if calibrated:
             rows, what = settings.eval.rows_per_forward, "pass over held-out text"
-            needs.append(pass_need(lm, sites, rows, settings.context, where, what=what, phases=(THRESHOLDS,)))
+            needs.append(_pass(lm, sites, rows, settings.context, where, what=what, phases=(THRESHOLDS,)))
+    array = lm if isinstance(lm, Array) else None
     if source is None:
         sample = min(SAMPLE_TOKENS, settings.training.tokens)
         d_in = sum(widths.values())
         needs += stream_needs(stream, d_in, where, batch_tokens=batch, sample_tokens=sample, gradients=gradients)
     else:
-        cache, group = open_cache(source.path), cache_group_tokens(settings, source)
-        sample = min(SAMPLE_TOKENS, cache.tokens)
-        needs += cached_needs(cache, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
+        stored, group = array or open_cache(source.path), cache_group_tokens(settings, source)
+        sample = min(SAMPLE_TOKENS, stored.tokens)
+        needs += cached_needs(stored, sites, where, batch_tokens=batch, buffer_tokens=group, gradients=gradients)
     needs += training_needs(
         [(run.sae, widths_of(run.sites, widths)) for run in runs],
         settings.training,
         where,
         sample_tokens=sample,
-        calibration_tokens=calibration_tokens(settings.context),
+        calibration_tokens=CALIBRATION_TOKENS if array else calibration_tokens(settings.context),
         resumed=resumed,
         ranks=ranks,
     )
@@ -185,9 +191,44 @@ def plan_training(settings: RunSettings, *others: RunSettings, loaded: bool = Fa
     states = sum(folder.bytes_of_states(Path(run.out)) for run in runs)
     needs = [need.less(states) if need.what == "states" else need for need in needs]
     libraries = _libraries(180_000_000 if gradients and source is None else 150_000_000)
-    needs = [need for need in (*needs, *text_needs(), libraries) if need.bytes]
+    needs = [need for need in (*needs, *_text(settings), libraries) if need.bytes]
     needs = _on_this_machine(needs, processes().local)
     return Plan(tuple(needs), _free(settings, needs, out), tuple(each for each in traffic if each.bytes))
+
+
+@contextmanager
+def _outlined(settings: RunSettings, sites: Sequence[str]) -> Iterator[tuple[LanguageModel | Array, dict[str, int]]]:
+    """Yields what gives the activations, a model without its weights or an array, and d_in of each of `sites`.
+
+    Raises SaelabError if it cannot be loaded, or has no such site.
+    """
+    array = settings.activations.array
+    if array is not None:
+        opened = open_array(array, settings.corpus.held_out)
+        yield opened, dict.fromkeys(sites, opened.d_in)
+        return
+    with outlined_language_model(settings.model) as lm:
+        check_model(lm, sites, settings.context)
+        yield lm, site_widths(lm, sites)
+
+
+def _weights(lm: LanguageModel | Array, settings: RunSettings, where: Place) -> list[Need]:
+    """Needs of the weights of a model; an array has none."""
+    return [] if isinstance(lm, Array) else weights_needs(lm, settings.model, where)
+
+
+def _pass(
+    lm: LanguageModel | Array, sites: Sequence[str], rows: int, context: int, where: Place, **options: Any
+) -> Need:
+    """The need of a pass of a model, or of as many rows of an array."""
+    if isinstance(lm, Array):
+        return array_need(lm, rows * context, where, options["phases"])
+    return pass_need(lm, sites, rows, context, where, **options)
+
+
+def _text(settings: RunSettings) -> list[Need]:
+    """Needs of the text, which an array has none of."""
+    return [] if settings.activations.array is not None else text_needs()
 
 
 def layout_of(settings: RunSettings) -> Ranks:
@@ -202,13 +243,11 @@ def plan_evaluation(settings: RunSettings, *others: RunSettings, loaded: bool = 
     `loaded`: the model is in memory already. Raises as `plan_training` does.
     """
     where, runs, needs = _device_place(settings), [settings, *others], []
-    with outlined_language_model(settings.model) as lm:
-        sites = _sites(runs)
-        check_model(lm, sites, settings.context)
-        needs += [] if loaded else weights_needs(lm, settings.model, where)
+    with _outlined(settings, _sites(runs)) as (lm, widths):
+        needs += [] if loaded else _weights(lm, settings, where)
         saes = [(run.sae, run.sites) for run in runs]
-        needs += evaluation_needs(saes, site_widths(lm, sites), lm, settings.eval, settings.context, where)
-    needs += [*text_needs(), _libraries(150_000_000)]
+        needs += evaluation_needs(saes, widths, lm, settings.eval, settings.context, where)
+    needs += [*_text(settings), _libraries(150_000_000)]
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
 
 
@@ -255,16 +294,18 @@ def plan_index(settings: RunSettings) -> Plan:
 
     Raises SaelabError if the model or its site cannot be loaded; Uncountable as `plan_training`.
     """
-    where, s = _device_place(settings), settings.features
-    with outlined_language_model(settings.model) as lm:
-        sites = settings.sites.all
-        check_model(lm, sites, settings.context)
-        widths = widths_of(settings.sites, site_widths(lm, sites))
-        needs = weights_needs(lm, settings.model, where)
-        forward = pass_need(lm, sites, s.rows_per_forward, settings.context, where, phases=("reading",))
-        vocabulary = len(lm.unembedding)
-    needs += [forward, *index_needs(s, settings.sae, widths, vocabulary, settings.context, where)]
-    needs += [replace(need, phases=("tokenising",)) for need in text_needs()]
+    where, s, context = _device_place(settings), settings.features, settings.context
+    sites = settings.sites.all
+    with _outlined(settings, sites) as (lm, widths):
+        needs = _weights(lm, settings, where)
+        needs.append(_pass(lm, sites, s.rows_per_forward, context, where, phases=("reading",)))
+        if isinstance(lm, Array):  # each of its rows is one of text
+            vocabulary = len(lm.held_out_rows(s.tokens))
+            s, context = replace(s, tokens=vocabulary, rows_per_forward=s.rows_per_forward * context), 1
+        else:
+            vocabulary = len(lm.unembedding)
+    needs += index_needs(s, settings.sae, widths_of(settings.sites, widths), vocabulary, context, where)
+    needs += [replace(need, phases=("tokenising",)) for need in _text(settings)]
     needs = [need for need in (*needs, _libraries(150_000_000)) if need.bytes]
     return Plan(tuple(needs), _free(settings, needs, Path(settings.out)))
 

@@ -5,14 +5,12 @@ are compared by fingerprint, so they may lie elsewhere than in training. If one 
 error, unless the user named another: then the result is not the run's own, and says so.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from saelab.activations.cache.layout import difference
-from saelab.activations.stream import provenance
 from saelab.errors import SaelabError
 from saelab.runs import folder
 from saelab.runs.config import leaves
@@ -22,15 +20,29 @@ from saelab.sae.model import SparseAutoencoder
 
 Stage = Literal["eval", "index", "analyse", "controls"]
 _TAKES = {
-    "eval": ("eval.", "device", "model.", "corpus.", "site", "target", "more_sites", "context"),
-    "index": ("features.", "device", "model.", "corpus."),
+    "eval": (
+        "eval.",
+        "device",
+        "model.",
+        "corpus.",
+        "activations.array.path",
+        "site",
+        "target",
+        "more_sites",
+        "context",
+    ),
+    "index": ("features.", "device", "model.", "corpus.", "activations.array.path", "activations.array.labels"),
     "analyse": ("analysis.", "device", "model.", "corpus."),
     "controls": ("training.", "activations.", "features.rows_per_forward", "device", "model.", "corpus."),
 }
 """Settings that a stage takes; those that end in a dot are sections."""
 _IS = {"index": "the feature database is that", "analyse": "an analysis is", "controls": "a control is"}
-_NAMES = {"model": "model.name", "corpus": "corpus.source"}
-"""What `model=NAME` and `corpus=NAME` set here: the rest of the section, such as the share held out, stays."""
+_NAMES = {"model": "model.name", "corpus": "corpus.source", "activations": "activations.array.path"}
+"""What `model=NAME`, `corpus=NAME` and `activations=PATH` set here: the rest of the section, such as the share held
+out, stays."""
+_OF_TEXT = (("model", "model_fingerprint", "weights", "model.name"), ("corpus", "corpus", "corpus", "corpus."))
+_OF_ARRAY = (("activations", "array", "array", "activations.array.path"),)
+"""What a result is of, its names in the checkpoint and in `Job.provenance`, and the setting that gives another."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,9 @@ def reopen(run: Path, stage: Stage, overrides: Iterable[str], say: Say) -> Reope
     elif unfinished:
         say(f"note: {unfinished}; `saelab train --resume {run}` goes on with it")
     job = Job(settings, say)
-    sae = load(run, job.lm.device)
+    if stage in ("analyse", "controls"):
+        _ = job.lm  # raises SaelabError if there is none: both read text
+    sae = load(run, job.model.device)
     differs = _differences(run, job, sae, changed)
     check_width(run, job, sae)
     if differs and stage != "eval":
@@ -95,9 +109,9 @@ def check_width(run: Path, job: Job, sae: SparseAutoencoder) -> None:
         ("target", sites.target, "gives", sae.d_out),
     ]
     for name, site, takes, width in own:
-        if site is not None and (found := job.lm.width(site)) != width:
+        if site is not None and (found := job.model.width(site)) != width:
             raise SaelabError(
-                f"{name}: {site} of {job.lm.name} is {found:,} wide, and the autoencoder in {run} {takes} {width:,}"
+                f"{name}: {site} of {job.model.name} is {found:,} wide, and the autoencoder in {run} {takes} {width:,}"
             )
 
 
@@ -120,11 +134,11 @@ def _check_taken(run: Path, stage: Stage, changed: dict[str, Any]) -> None:
 def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str, Any]) -> dict[str, Any]:
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
-    now = json.loads(json.dumps(provenance(job.lm, job.corpus)))
+    now = job.provenance()
     named = ("site", "target", "more_sites", "context", "model.dtype", "model.attention")
     found = [name for name in changed if name in named]
-    for what, fact, section in (("model", "weights", "model.name"), ("corpus", "corpus", "corpus.")):
-        trained = recorded.get("model_fingerprint" if what == "model" else "corpus")
+    for what, name, fact, section in _OF_TEXT if job.array is None else _OF_ARRAY:
+        trained = recorded.get(name)
         given = [name for name in changed if name.startswith(section)]
         if trained is None:
             job.say(f"note: {run} does not record its {what}, so nothing checks that it is still the same")
@@ -132,9 +146,9 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
         elif trained != now[fact] and given:
             found += given
         elif trained != now[fact]:
-            name = job.settings.model.name if what == "model" else job.settings.corpus.source
+            path = job.settings.corpus.source if what == "corpus" else job.model.name
             raise SaelabError(
-                f"{run}: the {what} {name} is not what it was in training: its "
+                f"{run}: the {what} {path} is not what it was in training: its "
                 f"{difference({fact: now[fact]}, {fact: trained})}; restore it, or name a copy of it with {what}=PATH"
             )
     return {name: changed[name] for name in found}

@@ -26,6 +26,7 @@ FREE = frozenset(
     {
         "out",
         "device",
+        "activations.array.labels",
         "model.self_check",
         "training.log",
         "training.log_every",
@@ -45,7 +46,8 @@ _SAME = """
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
     activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache activations.cache.path
-    activations.cache.buffer_tokens activations.special_tokens activations.max_norm activations.inputs
+    activations.cache.buffer_tokens activations.array activations.array.path activations.array.tensor
+    activations.array.buffer_tokens activations.special_tokens activations.max_norm activations.inputs
     cache.dtype cache.sites cache.gradients cache.rows_per_forward cache.shard_tokens cache.lanes cache.nonfinite
     sae.n_features sae.k sae.k_start sae.k_steps
     sae.encoder.name sae.encoder.bandwidth sae.encoder.threshold sae.affinity.name sae.affinity.beta

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from saelab.activations.array.rows import Array
 from saelab.activations.stream import provenance
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
@@ -63,9 +64,10 @@ def check_out(settings: RunSettings, force: bool) -> None:
 
     With `force` it may be an earlier run, which is replaced.
     """
-    run, cache = Path(settings.out), settings.activations.cache
+    run, cache, array = Path(settings.out), settings.activations.cache, settings.activations.array
     folder.check_free(run, force)
     read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
+    read |= {"activations.array": array.path, "activations.array.labels": array.labels} if array else {}
     for name, source in read.items():
         path = source and Path(source)
         if path and path.exists() and path.resolve().is_relative_to(run.resolve()):
@@ -74,8 +76,8 @@ def check_out(settings: RunSettings, force: bool) -> None:
 
 def save_run(
     settings: RunSettings,
-    lm: LanguageModel,
-    corpus: Corpus,
+    lm: LanguageModel | Array,
+    corpus: Corpus | None,
     trainer: Trainer,
     inputs_of: InputMap | SideBySide,
     facts: Mapping[str, Any] | None = None,
@@ -87,7 +89,8 @@ def save_run(
 ) -> None:
     """Write the checkpoint of `trainer`, and the record of its training on `corpus`, to the run folder of `settings`.
 
-    `sae` is its whole autoencoder, if other processes have a part of it.
+    An array stands for model and text: `lm` is the array, and `corpus` is None. `sae` is the whole autoencoder of
+    `trainer`, if other processes have a part of it.
 
     The trainer saw `inputs_of` the activations of `corpus`, and `target_scale` times those at the target site if there
     is one; the checkpoint applies to activations as the model gives them. `facts` (such as those of `calibrate`) are
@@ -106,8 +109,8 @@ def save_run(
 
 def save_control(
     settings: RunSettings,
-    lm: LanguageModel,
-    corpus: Corpus,
+    lm: LanguageModel | Array,
+    corpus: Corpus | None,
     sae: SparseAutoencoder,
     kind: str,
     inputs: str,
@@ -125,8 +128,8 @@ def save_control(
 
 def _save(
     settings: RunSettings,
-    lm: LanguageModel,
-    corpus: Corpus,
+    lm: LanguageModel | Array,
+    corpus: Corpus | None,
     sae: SparseAutoencoder,
     record: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -137,9 +140,7 @@ def _save(
         "saelab": {
             "inputs": record["inputs"],
             "tokens": record["tokens"],
-            "model_folded": False,
-            "model_fingerprint": lm.fingerprint,
-            "corpus": provenance(lm, corpus)["corpus"],
+            **_origin(lm, corpus),
             **asdict(settings.sae),
             "seed": settings.seed,
             "weights_seed": settings.weights_seed,
@@ -167,8 +168,20 @@ def _remove_results(run: Path) -> None:
                 remove_folder(run / name)
 
 
-def _metadata(settings: RunSettings, lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:
+def _origin(lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
+    """What identifies the activations of the training (`saelab.runs.reopen` compares it)."""
+    if isinstance(lm, Array):
+        return {"array": lm.identity}
+    assert corpus is not None, "a language model reads text"
+    found = provenance(lm, corpus)["corpus"]
+    return {"model_folded": False, "model_fingerprint": lm.fingerprint, "corpus": found}
+
+
+def _metadata(settings: RunSettings, lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
     """Where the checkpoint comes from, under SAELens' keys."""
+    if corpus is None:  # an array
+        own = {"model_name": lm.name, "hook_name": settings.site}
+        return own | {"training_architecture": allocation_of(settings.sae).saelens}
     return {
         "model_name": lm.name,
         "model_class_name": "TransformerBridge",

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import MIN_DEAD_TOKENS, Evaluation, Fidelity
 from saelab.encoded import Block, Reader, read_all, read_together
 from saelab.features.index import open_index
@@ -63,7 +62,7 @@ def index_together(jobs: Sequence[Job], track: Track) -> None:
     missing = [(job, path) for job, path in paths if folder.features_inputs(path) != _database_inputs(job, path)]
     if not missing:
         return
-    lm, held_out = jobs[0].lm, cache(jobs[0].held_out)
+    lm, held_out = jobs[0].model, cache(jobs[0].held_out)
     saes = [load(path, lm.device) for _, path in missing]
     results = [_database(job, path, sae, held_out, track) for (job, path), sae in zip(missing, saes, strict=True)]
     readings = [
@@ -87,7 +86,7 @@ def run(
     job = Job(settings_of(config, overrides), say)
     path = Path(job.settings.out)
     with locked(path):
-        check_losses(job.corpus)  # evaluation needs them: better an error now than after the training
+        job.check_losses()  # evaluation needs them: better an error now than after the training
         _bring_up_to_date(job, path, force, track)
     return path
 
@@ -113,7 +112,7 @@ def _bring_up_to_date(job: Job, path: Path, force: bool, track: Track) -> None:
         else:
             missing.append(stage)
     if missing:
-        _read_held_out(job, path, load(path, job.lm.device), missing, track)
+        _read_held_out(job, path, load(path, job.model.device), missing, track)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _read_held_out(job: Job, run: Path, sae: SparseAutoencoder, stages: list[_St
     results = [stage(job, run, sae, held_out, track) for stage in stages]
     rows = max((result.rows for result in results), key=len)
     readers = [Reader(each.add, len(each.rows), each.rows_per_forward, each.first_row) for each in results]
-    read_together(sae, job.lm, rows, job.settings.sites, readers, track=track)
+    read_together(sae, job.model, rows, job.settings.sites, readers, track=track)
     job.report_empty_documents()
     return [result.finish() for result in results]
 
@@ -155,14 +154,14 @@ def _evaluation(
 ) -> _Result:
     s = job.settings.eval
     inputs = job.result_inputs(run, s)
-    evaluation = Evaluation(sae, job.lm, job.settings.sites, ce_tokens=s.ce_tokens)
+    evaluation = Evaluation(sae, job.model, job.settings.sites, ce_tokens=job.ce_tokens)
 
     def finish() -> Fidelity:
         result = evaluation.result(track)
         write_evaluation(job, run, inputs, result, differs)
         return result
 
-    return _Result(held_out(s.tokens), s.rows_per_forward, evaluation.add, finish)
+    return _Result(held_out(s.tokens), job.rows_at_once(s.rows_per_forward), evaluation.add, finish)
 
 
 def write_evaluation(
@@ -188,10 +187,11 @@ def write_evaluation(
 def _database(job: Job, run: Path, sae: SparseAutoencoder, held_out: _HeldOut, track: Track) -> _Result:
     s, path = job.settings.features, run / folder.FEATURES
     rows = held_out(s.tokens)
-    index = open_index(sae, job.lm, rows, job.settings.sites, path, s, _database_inputs(job, run))
+    at_once = job.rows_at_once(s.rows_per_forward)
+    index = open_index(sae, job.model, rows, job.settings.sites, path, at_once, _database_inputs(job, run))
     if index.first_row:
         job.say(f"features: {index.first_row:,} of {len(rows):,} rows are encoded already")
-    return _Result(rows, s.rows_per_forward, index.add, index.finish, index.first_row)
+    return _Result(rows, at_once, index.add, index.finish, index.first_row)
 
 
 def _database_inputs(job: Job, run: Path) -> str:

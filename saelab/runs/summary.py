@@ -22,6 +22,7 @@ class RunSummary:
     """Figures of a run; None for what is not known yet."""
 
     model: str | None
+    """Name of the model; of an array its file's."""
     site: str | None
     n_features: int | None
     tokens: int | None
@@ -47,6 +48,8 @@ class RunSummary:
     """What is wrong with one of the run's files, and what to do."""
     fingerprint: str | None = None
     """Fingerprint of the model's files, as the checkpoint has it."""
+    of_array: bool = False
+    """Whether the activations come from an array, so that there is no language model."""
 
     def same_model(self, other: "RunSummary") -> bool:
         """Whether both runs are of one model, wherever it lies: by its files, or by name if one does not know these."""
@@ -69,10 +72,10 @@ def summarise(run: Path | str) -> RunSummary:
     settings = tried(_settings) or {}
     figures = tried(folder.evaluation) or {}
     metrics = tried(folder.metrics)
-    sae = settings.get("sae")
+    sae, array = settings.get("sae"), _text(_at(_at(settings.get("activations"), "array"), "path"))
     record = run / folder.TRAINING
     return RunSummary(
-        model=_text(_at(settings.get("model"), "name")),
+        model=Path(array).name if array else _text(_at(settings.get("model"), "name")),
         site=_sites(settings),
         n_features=_whole(figures.get("n_features")) or _whole(_at(sae, "n_features")),
         tokens=_whole(figures.get("tokens")),
@@ -88,6 +91,7 @@ def summarise(run: Path | str) -> RunSummary:
         curve=_curve(metrics["fvu"].dropna().tolist()) if metrics is not None and "fvu" in metrics else (),
         fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,
+        of_array=array is not None,
     )
 
 

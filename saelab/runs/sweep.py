@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from saelab.activations.stream import check_losses
 from saelab.analysis.fidelity import Evaluation, results
 from saelab.encoded import Block, Reader, read_all
 from saelab.errors import SaelabError, WriteError
@@ -64,7 +63,7 @@ def sweep(
         first = Job(runs[0].settings, say)
         jobs = [first.beside(run.settings, partial(_named, say, run.name)) for run in runs]
         check_log(first.settings.training)
-        check_losses(first.corpus)  # evaluation needs them: better an error now than after the training
+        first.check_losses()  # evaluation needs them: better an error now than after the training
         try:
             failed = train_together(jobs, force, track, say)
             failed |= _evaluate([job for job in jobs if _path(job) not in failed], track)
@@ -158,8 +157,8 @@ def _evaluate_together(jobs: Sequence[Job], track: Track) -> Failures:
     """Evaluate runs in one pass over the held-out text. They also share the runs of the model that replace nothing by
     a reconstruction, if they are at the same sites."""
     failed: Failures = {}
-    lm, s = jobs[0].lm, jobs[0].settings.eval
-    rows = jobs[0].held_out(s.tokens)
+    lm, s = jobs[0].model, jobs[0].settings.eval
+    rows, at_once = jobs[0].held_out(s.tokens), jobs[0].rows_at_once(s.rows_per_forward)
     evaluations, readings = {}, []
 
     def add(run: Path, block: Block) -> None:
@@ -172,8 +171,8 @@ def _evaluate_together(jobs: Sequence[Job], track: Track) -> Failures:
     for job in jobs:
         run, sites = _path(job), job.settings.sites
         sae = load(run, lm.device)
-        evaluations[run] = Evaluation(sae, lm, sites, ce_tokens=s.ce_tokens)
-        readings.append((sae, sites, [Reader(partial(add, run), len(rows), s.rows_per_forward)]))
+        evaluations[run] = Evaluation(sae, lm, sites, ce_tokens=job.ce_tokens)
+        readings.append((sae, sites, [Reader(partial(add, run), len(rows), at_once)]))
     read_all(lm, rows, readings, track=track)
     for sites in dict.fromkeys(job.settings.sites for job in jobs):
         here = [job for job in jobs if job.settings.sites == sites and _path(job) not in failed]

@@ -24,7 +24,7 @@ from saelab.runs.feed import open_source
 from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, check_spread, quiet, settings_of
 from saelab.runs.log import check_log
-from saelab.runs.loop import Failures, Training, provenance_of, site_columns, train_all
+from saelab.runs.loop import Failures, Training, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
@@ -244,12 +244,12 @@ def _take_up(training: Training) -> None:
 
 def _resumed(job: Job) -> tuple[Training, dict[str, Any]]:
     """The training of `job` as its last state left it, and the position in the source."""
-    settings, run, device = job.settings, Path(job.settings.out), job.lm.device
-    widths = widths_of(settings.sites, {site: job.lm.width(site) for site in settings.sites.all})
+    settings, run, device = job.settings, Path(job.settings.out), job.model.device
+    widths = widths_of(settings.sites, {site: job.model.width(site) for site in settings.sites.all})
     sae = bare_autoencoder(settings.sae, *widths, ranks=job.ranks).to(device)
     trainer = Trainer(sae, settings.training, settings.sae)
     state = last_state(run, device, trainer.own_rows)
-    differs = difference(state["provenance"], provenance_of(job))
+    differs = difference(state["provenance"], job.provenance())
     if differs:
         raise SaelabError(f"{run}: was trained on something else than its settings name now: its {differs}")
     trainer.load_state_dict(state.pop("trainer"))  # frees its copy of the weights

@@ -25,8 +25,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from saelab.activations.blocks import Shuffled
 from saelab.activations.cache.layout import BLOCK_TOKENS, Manifest, files_of
-from saelab.activations.cache.reader import Shuffled, open_cache
+from saelab.activations.cache.reader import open_cache
 from saelab.activations.cache.writer import begin, finish, write_lane
 from saelab.activations.stream import Pass
 

@@ -62,7 +62,9 @@ def index(run: str, folder: str, tokens: int) -> dict[str, float]:
     job, sae, rows = _opened(run, tokens)
     _warm(job, sae, rows)
     began = time.perf_counter()
-    made = open_index(sae, job.lm, rows, job.settings.site, Path(folder), job.settings.features, "benchmark")
+    made = open_index(
+        sae, job.lm, rows, job.settings.site, Path(folder), job.settings.features.rows_per_forward, "benchmark"
+    )
     _read(job, sae, rows, made.add)
     passed = time.perf_counter()
     manifest = made.finish()

@@ -28,7 +28,7 @@ def index(
     inputs: str = "inputs",
 ) -> tuple[int, dict[str, Any]]:
     """Write the database of `rows` as `saelab index` does; returns the first row that was encoded, and the manifest."""
-    made = open_index(sae, lm, rows, site, folder, settings, inputs)
+    made = open_index(sae, lm, rows, site, folder, settings.rows_per_forward, inputs)
     reader = Reader(made.add, len(rows), settings.rows_per_forward, made.first_row)
     read_together(sae, lm, rows, site, [reader])
     return made.first_row, made.finish()

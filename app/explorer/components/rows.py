@@ -9,6 +9,7 @@ import streamlit as st
 
 from explorer import explanations
 from explorer.components.mount import component, marked, packed
+from explorer.components.tokens import with_row
 from saelab.features.database import Database
 from saelab.features.marks import number
 from saelab.features.ranges import usual_maximum
@@ -140,7 +141,7 @@ def _snippet(database: Database, feature: int, match: Match) -> dict:
     facts = database.facts
     row, position = divmod(match.place, facts.rows.shape[1])
     first = max(0, position - AROUND)
-    tokens = database.vocabulary.window(facts.rows[row, first : position + AROUND + 1])
+    tokens = with_row(database, row, database.vocabulary.window(facts.rows[row, first : position + AROUND + 1]))
     while sum(len(token) for token in tokens[: position - first]) > BEFORE:
         tokens, first = tokens[1:], first + 1
     first = match.place - position + first

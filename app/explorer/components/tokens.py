@@ -139,16 +139,18 @@ def lines_of(database: Database, feature: int, examples: Sequence[Example], head
     groups: dict[tuple[int, ...], list[Example]] = {}
     for example in examples:
         around = example.token_ids[max(0, example.index - AROUND) : example.index + AROUND + 1]
-        groups.setdefault(tuple(around.tolist()), []).append(example)
+        # rows of an array with one label differ in what the label leaves out
+        key = (example.row,) if database.of_array else tuple(around.tolist())
+        groups.setdefault(key, []).append(example)
     return [
         Line(
-            example.tokens,
+            with_row(database, example.row, example.tokens),
             example.token_ids,
             example.activations,
             percentiles(active, example.activations),
             strongest_others(database.facts, example.row, example.start, len(example.tokens), feature),
             example.start,
-            example.row,
+            database.first_row + example.row,
             example.index,
             number(example.activation),
             heading if example is examples[0] else "",
@@ -157,6 +159,12 @@ def lines_of(database: Database, feature: int, examples: Sequence[Example], head
         for group in groups.values()
         for example in group
     ]
+
+
+def with_row(database: Database, row: int, tokens: list[str]) -> list[str]:
+    """The tokens of a row; those of an array, which are labels, with the number of the row."""
+    name = f"row {database.first_row + row}"
+    return [token if token == name else f"{token} · {name}" for token in tokens] if database.of_array else tokens
 
 
 def feature_names(database: Database) -> Callable[[Iterable[int]], dict[int, Name]]:

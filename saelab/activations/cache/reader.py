@@ -1,17 +1,10 @@
-"""Reads a cache: shuffled for training, in the order written for all else; every block's checksum on every read.
-
-The shuffle, per epoch: all blocks (`layout.BLOCK_TOKENS` tokens each) are permuted and cut into groups of about
-``buffer_tokens / BLOCK_TOKENS`` blocks; shuffle.py does the rest, group by group, so (epoch, group, offset) is all
-there is to know about where one is. The order follows from seed and buffer size alone. On the disk a group's blocks are
-read in the order they lie there, the next group's while this one is handed out.
-"""
+"""Reads a cache: shuffled for training (blocks.py), in the order written for all else; every block's checksum on
+every read."""
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.activations.blocks import BEGINNING, Cursor, Shuffled, capacity
 from saelab.activations.cache.layout import (
     DIGITS,
     ORIGIN,
@@ -31,26 +25,10 @@ from saelab.activations.cache.layout import (
     read_manifest,
     token_bytes,
 )
-from saelab.activations.shuffle import cut_group, generator
 from saelab.activations.stream import ActivationBatch, names_of, side_by_side
 from saelab.errors import SaelabError, did_you_mean
 from saelab.files import expanded
 from saelab.tensors import raw
-
-_AHEAD = 4
-"""Blocks announced to the system before they are read: a disk answers several requests sooner than one by one."""
-_BITS = {2: torch.int16, 4: torch.int32}
-"""Integers of the width of a dtype, for numpy, which has no bfloat16."""
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in the shuffled order."""
-
-    epoch: int = 0
-    group: int = 0
-    offset: int = 0
-    """Tokens of the group that have been handed out."""
 
 
 class _Block(NamedTuple):
@@ -94,7 +72,7 @@ class Cache:
         seed: int,
         buffer_tokens: int = 131_072,
         gradients: bool = False,
-        start: Cursor = Cursor(),
+        start: Cursor = BEGINNING,
     ) -> "Shuffled":
         """Every token once per epoch, globally shuffled, epoch after epoch without end, from `start` on.
 
@@ -103,7 +81,8 @@ class Cache:
         sites' widths, and more with `gradients`. Raises SaelabError where the
         cache has no such site, or no gradients.
         """
-        return Shuffled(self, self._files(site, gradients), gradients, batch_tokens, seed, buffer_tokens, start)
+        columns = _Columns(self, self._files(site, gradients), gradients)
+        return Shuffled(columns, batch_tokens, seed, buffer_tokens, start)
 
     def token_bytes(self, site: str | Sequence[str], *, gradients: bool = False) -> int:
         """Bytes of a token in the buffers of `batches`. Raises SaelabError as it does."""
@@ -111,7 +90,7 @@ class Cache:
 
     def group_capacity(self, buffer_tokens: int) -> int:
         """Tokens in each of the two buffers of `batches`: whole blocks, no more than there are."""
-        return min(max(1, buffer_tokens // self._block_tokens), self.n_blocks) * self._block_tokens
+        return capacity(_Columns(self, [], False), buffer_tokens)
 
     def in_order(self, site: str, *, gradients: bool = False) -> Iterator[ActivationBatch]:
         """Every token once, in the order written, a block at a time."""
@@ -211,111 +190,43 @@ def open_cache(folder: str | Path) -> Cache:
     return cache
 
 
-class Shuffled:
-    """The iterator that `Cache.batches` gives. `close` it, or use it in a `with`: that ends its threads."""
+@dataclass(frozen=True)
+class _Columns:
+    """The blocks of a cache, of which some files are read (`blocks.Blocks`)."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        files: list[File],
-        gradients: bool,
-        batch_tokens: int,
-        seed: int,
-        buffer_tokens: int,
-        start: Cursor,
-    ) -> None:
-        self.cursor = start
-        """Where the next batch begins."""
-        self._cache, self._files, self._gradients = cache, files, gradients
-        self._batch_tokens, self._seed = batch_tokens, seed
-        self._per_group = max(1, buffer_tokens // cache.identity["block_tokens"])
-        self._loader = ThreadPoolExecutor(1, "saelab cache reader")
-        self._buffers = [_buffer(files, cache.group_capacity(buffer_tokens)) for _ in range(2)]
-        self._order: tuple[int, list[np.ndarray]] = (-1, [])
-        self._group: list[Tensor] = []
-        self._cuts: list[np.ndarray] = []
-        self._next = self._load(start.epoch, start.group, 0)
+    cache: Cache
+    files: list[File]
+    gradients: bool
 
-    def __iter__(self) -> "Shuffled":
-        return self
+    @property
+    def folder(self) -> Path:
+        return self.cache.folder
 
-    def __next__(self) -> ActivationBatch:
-        if not self._cuts:
-            self._turn()
-        index = self._cuts.pop()
-        epoch, group, offset = self.cursor.epoch, self.cursor.group, self.cursor.offset + len(index)
-        batch = _batch([_take(column, index) for column in self._group], self._gradients)
-        if not self._cuts:
-            epoch, group, offset = *self._after(epoch, group), 0
-        self.cursor = Cursor(epoch, group, offset)
-        return batch
+    @property
+    def block_tokens(self) -> int:
+        return self.cache.identity["block_tokens"]
 
-    def __enter__(self) -> "Shuffled":
-        return self
+    @property
+    def n_blocks(self) -> int:
+        return self.cache.n_blocks
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def memory(self, tokens: int) -> list[Tensor]:
+        return _buffer(self.files, tokens)
 
-    def close(self) -> None:
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        self._buffers, self._group = [], []
+    def announce(self, number: int) -> None:
+        self.cache._announce(self.cache._block(number), self.files)
 
-    def groups(self, epoch: int) -> list[np.ndarray]:
-        """The numbers of the blocks of each group of an epoch, in the order read."""
-        if self._order[0] != epoch:
-            n = self._cache.n_blocks
-            order = generator(self._seed, epoch).permutation(n)
-            groups = np.array_split(order, -(-n // self._per_group))
-            self._order = (epoch, [np.sort(group) for group in groups])  # as they lie on the disk
-        return self._order[1]
+    def read(self, number: int, columns: list[Tensor], at: int) -> int:
+        block = self.cache._block(number)
+        self.cache._read(block, self.files, columns, at)
+        return block.end - block.start
 
-    def _after(self, epoch: int, group: int) -> tuple[int, int]:
-        return (epoch, group + 1) if group + 1 < len(self.groups(epoch)) else (epoch + 1, 0)
-
-    def _load(self, epoch: int, group: int, buffer: int) -> Future[int]:
-        """Begin to read a group into one of the buffers; the future tells how many tokens it has."""
-        groups = self.groups(epoch)
-        if group >= len(groups):
-            raise SaelabError(f"{self._cache.folder}: there is no group {group}; an epoch has {len(groups)}")
-        blocks = [self._cache._block(int(number)) for number in groups[group]]
-        held = self._buffers[buffer]
-
-        def read() -> int:
-            at = 0
-            for block in blocks[:_AHEAD]:
-                self._cache._announce(block, self._files)
-            for block, later in zip_longest(blocks, blocks[_AHEAD:]):
-                if later is not None:
-                    self._cache._announce(later, self._files)
-                self._cache._read(block, self._files, held, at)
-                at += block.end - block.start
-            return at
-
-        return self._loader.submit(read)
-
-    def _turn(self) -> None:
-        """Take the group that was read, and begin to read the next."""
-        epoch, group = self.cursor.epoch, self.cursor.group
-        n = self._next.result()
-        self._group = [column[:n] for column in self._buffers[0]]
-        self._buffers.reverse()
-        self._next = self._load(*self._after(epoch, group), 0)
-        cuts = cut_group(n, self._batch_tokens, self._seed, epoch, group, offset=self.cursor.offset)
-        self._cuts = cuts[::-1]
+    def batch(self, columns: list[Tensor]) -> ActivationBatch:
+        return _batch(columns, self.gradients)
 
 
 def _buffer(files: list[File], tokens: int) -> list[Tensor]:
     return [torch.empty(column.shape(tokens), dtype=column.dtype) for file in files for column in file.columns]
-
-
-def _take(column: Tensor, index: np.ndarray) -> Tensor:
-    """The rows of `column` at `index`, in new memory.
-
-    numpy does it in one thread, and beside the threads that read that is faster than torch in two: those of OpenMP wait
-    for each other where a processor is busy, which can cost tenfold.
-    """
-    bits = column.view(_BITS[column.dtype.itemsize]).numpy()
-    return torch.from_numpy(bits.take(index, axis=0, mode="clip")).view(column.dtype)
 
 
 def _batch(columns: list[Tensor], gradients: bool) -> ActivationBatch:

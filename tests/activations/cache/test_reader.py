@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab.activations.cache import reader
+from saelab.activations import blocks
+from saelab.activations.blocks import Cursor
 from saelab.activations.cache.layout import MANIFEST, Manifest, files_of, shard_name
-from saelab.activations.cache.reader import Cache, Cursor, open_cache
+from saelab.activations.cache.reader import Cache, open_cache
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
 from tests.activations.cache.made import SITE, SITES, identity, values, write
@@ -92,7 +93,7 @@ def test_a_place_that_is_none_is_refused(cache) -> None:
 
 def test_the_order_follows_from_the_seed_alone(cache, monkeypatch) -> None:
     first = places(read(cache, 64))
-    monkeypatch.setattr(reader, "_AHEAD", 0)
+    monkeypatch.setattr(blocks, "_AHEAD", 0)
     assert places(read(cache, 64)) == first
     assert places(read(cache, 50)) == first, "not from the size of the batches"
     assert places(read(cache, 64, seed=1)) != first
@@ -102,7 +103,7 @@ def test_the_order_follows_from_the_seed_alone(cache, monkeypatch) -> None:
 
 def test_groups_are_of_one_size_and_carry_nothing_over(cache) -> None:
     """That is why a cursor is all there is to know of a place: what is handed out in a group is that group's blocks."""
-    blocks = [places([batch]) for batch in cache.in_order(SITE)]
+    in_order = [places([batch]) for batch in cache.in_order(SITE)]
     with cache.batches(SITE, 64, seed=0, buffer_tokens=500) as shuffled:
         groups = shuffled.groups(0)
         assert max(map(len, groups)) - min(map(len, groups)) <= 1 and max(map(len, groups)) * 50 <= 500
@@ -112,7 +113,7 @@ def test_groups_are_of_one_size_and_carry_nothing_over(cache) -> None:
             found[group] += places([next(shuffled)])
     assert len(groups) > 4 and sorted(np.concatenate(groups).tolist()) == list(range(cache.n_blocks))
     for group, handed_out in zip(groups, found, strict=True):
-        assert sorted(handed_out) == sorted(place for number in group for place in blocks[number])
+        assert sorted(handed_out) == sorted(place for number in group for place in in_order[number])
 
 
 def test_neighbours_are_far_apart_and_order_tells_nothing(tmp_path: Path) -> None:
