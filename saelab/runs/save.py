@@ -123,6 +123,36 @@ def save_control(
     _save(settings, lm, corpus, sae, record | own, own)
 
 
+def save_adopted(
+    settings: RunSettings,
+    lm: LanguageModel,
+    corpus: Corpus,
+    sae: SparseAutoencoder,
+    facts: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> None:
+    """Write a whole run folder of `sae`, which another trainer trained; `facts` say where it comes from.
+
+    Raises SaelabError as `write_new_run` does, and then nothing of an earlier run is lost.
+    """
+    check_out(settings, force)
+    run, theirs = Path(settings.out), sae.metadata.get("saelab")
+    own = {"inputs": f"adopted {facts['sha256']}", "tokens": 0}
+    kept = {name: value for name, value in sae.metadata.items() if name == "training_architecture"}
+    sae.metadata |= _metadata(located(settings), lm, corpus) | {"training_architecture": None} | kept
+    sae.metadata["saelab"] = {
+        **(theirs if isinstance(theirs, Mapping) else {}),
+        **own,
+        **_identity(lm, corpus),
+        "adopted": dict(facts),
+    }
+    with translate_errors(run), replace_folder(run) as unfinished:
+        write_settings(unfinished, settings)
+        save_sae(sae, unfinished / folder.CHECKPOINT)
+        write_json(unfinished / folder.TRAINING, {**own, "complete": True, "adopted": dict(facts), **_versions()})
+
+
 def _save(
     settings: RunSettings,
     lm: LanguageModel,
@@ -137,9 +167,7 @@ def _save(
         "saelab": {
             "inputs": record["inputs"],
             "tokens": record["tokens"],
-            "model_folded": False,
-            "model_fingerprint": lm.fingerprint,
-            "corpus": provenance(lm, corpus)["corpus"],
+            **_identity(lm, corpus),
             **asdict(settings.sae),
             "seed": settings.seed,
             "weights_seed": settings.weights_seed,
@@ -149,8 +177,20 @@ def _save(
     with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
         save_sae(sae, unfinished)
     _remove_results(run)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(run / folder.TRAINING, {**record, **versions})
+    write_json(run / folder.TRAINING, {**record, **_versions()})
+
+
+def _identity(lm: LanguageModel, corpus: Corpus) -> dict[str, Any]:
+    """The model and the text of a run, by which later stages know them again."""
+    return {
+        "model_folded": False,
+        "model_fingerprint": lm.fingerprint,
+        "corpus": provenance(lm, corpus)["corpus"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def _remove_results(run: Path) -> None:
