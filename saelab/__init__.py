@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from saelab.lm.model import LanguageModel
     from saelab.lm.settings import ModelSettings
     from saelab.progress import bar
+    from saelab.runs.adopt import adopt
     from saelab.runs.analyses import analyse, read_analysis
     from saelab.runs.autointerp import explain, score
     from saelab.runs.cache import cache
@@ -97,6 +98,7 @@ _HOME = {
     "SparsitySettings": "saelab.sae.settings",
     "Trainer": "saelab.training.trainer",
     "TrainingSettings": "saelab.training.settings",
+    "adopt": "saelab.runs.adopt",
     "analyse": "saelab.runs.analyses",
     "attribute": "saelab.analysis.attribution",
     "assign_decoders": "saelab.analysis.matching",
@@ -176,6 +178,7 @@ __all__ = [
     "SparsitySettings",
     "Trainer",
     "TrainingSettings",
+    "adopt",
     "analyse",
     "assign_decoders",
     "attention",

@@ -1,4 +1,4 @@
-"""The commands that hand a checkpoint on: `saelab export` and `saelab push`."""
+"""The commands that take a checkpoint over or hand one on: `saelab adopt`, `saelab export` and `saelab push`."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,35 @@ from typing import Annotated
 import typer
 
 from saelab.errors import SaelabError, printable
+
+
+def adopt(
+    checkpoint: Annotated[str, typer.Argument(help="a folder or file of another trainer, or an id on the Hub")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, such as context=128")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="M", help="the language model: a Hub id or a folder")] = None,
+    site: Annotated[str | None, typer.Option(metavar="S", help="TransformerLens' name of a hook point")] = None,
+    target: Annotated[str | None, typer.Option(metavar="T", help="a transcoder: the site that it predicts")] = None,
+    corpus: Annotated[str | None, typer.Option(metavar="C", help="the text: a file, folder or Hub dataset")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="RUN", help="the run folder (default: runs/NAME)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an existing run folder")] = False,
+) -> None:
+    """Make a run folder of another trainer's checkpoint, for `saelab eval`, `index`, `analyse`, `explain` and `app`.
+
+    What is not given is taken from the checkpoint, if it says it.
+
+    Example: saelab adopt pythia-saes/layers.3 --model EleutherAI/pythia-70m --corpus pile.jsonl --out runs/layer3
+    """
+    from saelab.runs.adopt import adopt as make
+
+    def say(message: str) -> None:
+        typer.echo(printable(message), err=True)
+
+    given = {"model": model, "site": site, "target": target, "corpus": corpus}
+    run = make(checkpoint, **given, out=out, overrides=overrides or [], force=force, say=say)
+    typer.echo(printable(f"{run}"))
+
 
 _FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify, dictionary_learning or sae_bench"
 

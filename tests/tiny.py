@@ -37,8 +37,8 @@ def _root() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def model_folder(kind: str) -> Path:
-    """A 3-layer model of width 32 with random weights; GPT-2 and NeoX style tokenizers have BOS = EOS."""
+def model_folder(kind: str, width: int = 32) -> Path:
+    """A 3-layer model with random weights, of a `width` if gpt2; GPT-2 and NeoX style tokenizers have BOS = EOS."""
     from transformers import (
         FalconConfig,
         FalconForCausalLM,
@@ -53,7 +53,7 @@ def model_folder(kind: str) -> Path:
         PreTrainedTokenizerFast,
     )
 
-    folder = Path(_root().name) / kind
+    folder = Path(_root().name) / f"{kind}{width}"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ def model_folder(kind: str) -> Path:
     shared = {"vocab_size": n, "bos_token_id": 0, "eos_token_id": len(special) - 1}
     rest = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **shared))
+        model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=3, n_head=4, n_positions=64, **shared))
     elif kind == "gpt_neox":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(max_position_embeddings=64, **rest, **shared))
     elif kind == ADDS_IN_PLACE:

@@ -177,6 +177,24 @@ def draw_training() -> None:
         st.caption(state.plain(f"Constant: {said}."))
 
 
+def draw_origin(origin: dict) -> None:
+    """Where an adopted autoencoder comes from, in place of a training log."""
+    trained = origin.get("trained_on")
+    trained = trained if isinstance(trained, dict) else {}
+    st.caption("Another trainer made this autoencoder, and `saelab adopt` a run of it: there is no training log.")
+    said = {
+        "model_name": "Trained on the model",
+        "hook_name": "Trained at the site",
+        "dataset_path": "Trained on the text",
+        "context_size": "Tokens per row in training",
+    }
+    source = "by the checkpoint's metadata"
+    rows = [("Adopted from", str(origin.get("from")), "", ""), ("Written by", str(origin.get("trainer")), "", "")]
+    rows += [(title, str(trained[name]), "", source) for name, title in said.items() if name in trained]
+    rows.append(("SHA-256 of its weights", str(origin.get("sha256")), "", ""))
+    st.html(facts_html(rows))
+
+
 @state.errors_shown()
 def draw_progress(live: bool) -> None:
     """The curves of the training, and if it is not finished, how far it is; drawn again every few seconds if `live`."""
@@ -193,8 +211,12 @@ def draw_progress(live: bool) -> None:
     elif unfinished:
         goes_on = f"`saelab train --resume {state.code(str(run.path))}` goes on with it."
         st.warning(f"{unfinished[0].upper()}{unfinished[1:]}. {goes_on}", icon=":material/warning:")
-    st.subheader("Training", anchor=False)
-    draw_training()
+    origin = state.read(folder.adopted)
+    st.subheader("Training" if origin is None else "Origin", anchor=False)
+    if origin is None:
+        draw_training()
+    else:
+        draw_origin(origin)
 
 
 def open_features(low: float, high: float) -> None:

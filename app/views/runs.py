@@ -67,7 +67,7 @@ def figures(run: RunSummary) -> str:
         (dead, on),
         (f"{run.n_features:,}" if run.n_features is not None else "–", "features"),
         (size(run.bytes), "on disk"),
-        (f"{datetime.fromtimestamp(run.trained):%Y-%m-%d %H:%M}", "trained"),
+        (f"{datetime.fromtimestamp(run.trained):%Y-%m-%d %H:%M}", "adopted" if run.adopted else "trained"),
     ]
     drawn = [f"<div><b>{escape(value)}</b><span>{escape(title)}</span></div>" for value, title in facts]
     if len(run.curve) > 1:

@@ -224,7 +224,7 @@ def set_value(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
 
 
 def located(settings: RunSettings) -> RunSettings:
-    """`settings` with absolute paths of model, corpus, cache and array, which are the same from every folder.
+    """`settings` with absolute paths of model, corpus, cache, array and checkpoint: the same from every folder.
 
     A name that is no file or folder here stays as it is, and so does `demo`: it is embedded, or the id of something on
     the Hub. Where there is a folder with the name of a Hub id, the folder is what such a name means.
@@ -242,7 +242,10 @@ def located(settings: RunSettings) -> RunSettings:
         model = replace(model, name=str(Path(model.name).absolute()))
     if corpus.source != "demo" and os.path.exists(corpus.source):
         corpus = replace(corpus, source=str(Path(corpus.source).absolute()))
-    return replace(settings, model=model, corpus=corpus, activations=activations)
+    sae = settings.sae
+    if sae.init_from is not None and os.path.exists(sae.init_from):
+        sae = replace(sae, init_from=str(Path(sae.init_from).absolute()))
+    return replace(settings, model=model, corpus=corpus, activations=activations, sae=sae)
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -48,6 +48,8 @@ from saelab.training.trainer import Trainer
 RESEED = folder.RESEED
 KINDS = ("untrained", "directions", "neurons", "frozen_decoder", "frozen_encoder", RESEED)
 TRAINED = ("frozen_decoder", "frozen_encoder", RESEED)
+UNTRAINED = ("directions", "neurons")
+"""Those that need no training, and nothing that a training begins with; there are no others of an adopted run."""
 SITE = "mlp.hook_post"
 """Where the neurons of a block are read."""
 
@@ -173,11 +175,18 @@ def _of_run(
     job, sae = opened.job, opened.sae
     of_text = _same_text(run, database, job)
     base = replace(job.settings, features=of_text.features, parallel=ParallelSettings())
+    base = replace(base, sae=replace(base.sae, init_from=None))  # a control begins with random weights
     still = replace(base, training=settings_of(run / folder.SETTINGS).training)  # of those that are not trained
     l0 = database.arrays.manifest["entries"] / database.n_tokens
-    made = []
+    made, adopted = [], folder.adopted(run) is not None
     for kind in dict.fromkeys(KINDS if kinds is None else kinds):
-        if kind == "neurons":
+        if adopted and kind not in UNTRAINED:
+            if kinds is not None:
+                raise SaelabError(
+                    f"{kind}: there is none of {run}, which was adopted: saelab does not know how it was trained; name "
+                    f"other --kinds ({', '.join(UNTRAINED)})"
+                )
+        elif kind == "neurons":
             k = base.sae.k if base.sae.allocation.name != "threshold" else max(1, round(l0))
             made.append(_neurons(_beside(job, still, run, kind), run / folder.CONTROLS / kind, k))
         elif kind == "directions" and len(job.settings.sites.all) > 1:

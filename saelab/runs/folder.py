@@ -207,6 +207,21 @@ def unfinished(run: Path | str) -> str | None:
     return f"this run's training stopped after {share} tokens"
 
 
+def adopted(run: Path | str) -> dict[str, Any] | None:
+    """Where the autoencoder of a run comes from that `saelab adopt` made, by name; None for other runs."""
+    found = training_record(Path(run)).get("adopted")
+    return found if isinstance(found, dict) else None
+
+
+def check_trained(run: Path) -> None:
+    """Raises SaelabError if the autoencoder in `run` was adopted, so that there is no training to go on with."""
+    if (origin := adopted(run)) is not None:
+        raise SaelabError(
+            f"{run}: was adopted from {origin.get('from')}, so there is no training of it to go on with; "
+            f"`sae.init_from={run}` with another `out` starts a training from its weights"
+        )
+
+
 def training_record(run: Path) -> dict[str, Any]:
     """The record in `train.json`: inputs, complete, tokens ...; empty if it is missing or damaged."""
     return _found(run / TRAINING)

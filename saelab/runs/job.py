@@ -25,14 +25,16 @@ from saelab.progress import Say, quiet
 from saelab.ranks import ALONE, Ranks
 from saelab.runs import folder
 from saelab.runs.config import RunSettings, find_config, load_config, located, settings_from
+from saelab.runs.from_hub import resolve
 from saelab.sae.allocation.methods import allocation_of
+from saelab.sae.checkpoint import checksum
 from saelab.training.distributed import own_device
 
 Config = str | Path | Mapping[str, Any] | RunSettings
 
 
 _ADDED = {
-    "sae": ("seed", "k_start", "k_steps", "prefixes", "skip"),
+    "sae": ("seed", "k_start", "k_steps", "prefixes", "skip", "init_from"),
     "sae.affinity": ("power",),
     "sae.sparsity": ("p", "slope"),
     "training": ("schedule", "accumulate", "precision", "ema", "resample"),
@@ -99,6 +101,17 @@ class Job:
         self.say(f"corpus: {corpus.about}")
         return corpus
 
+    @cached_property
+    def start(self) -> str | None:
+        """Hash of the checkpoint that training starts with, or None without one; "gone" if it is not there any more.
+
+        A training that has begun does not need it again, and must not fail at its end because it was moved.
+        """
+        try:
+            return self.settings.sae.init_from and checksum(resolve(self.settings.sae.init_from))
+        except SaelabError:
+            return "gone"
+
     def beside(self, settings: RunSettings, say: Say) -> "Job":
         """A job with another autoencoder or site, on the model and text of this one, which are loaded once.
 
@@ -156,6 +169,8 @@ class Job:
             for name in names:
                 if found[name] == getattr(defaults, name):
                     del found[name]
+        if self.settings.sae.init_from is not None:  # its content counts, not its folder
+            parts["sae"]["init_from"] = self.start
         cache = self.settings.activations.cache
         inputs, max_norm, array = (parts["activations"].pop(name) for name in ("inputs", "max_norm", "array"))
         if cache is not None:  # its content counts, not its folder

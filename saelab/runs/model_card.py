@@ -69,14 +69,14 @@ def card(about: About) -> str:
     if "site_widths" in about.checkpoint:
         others = (metadata.get("hook_names") or [])[1:]
         kind, target = "crosscoder", "".join(f", `{_code(name)}`" for name in others)
-    trained = ", trained with saelab" if "tokens" in ours else ""  # not of another trainer's, in a run of its own
+    trained = ", trained with saelab" if ours.get("tokens") else ""  # not of another trainer's, in a run of its own
     parts = [
         _front_matter(about),
         f"# {n_features:,} features of {_text(model)} at {_text(site)}",
         f"A sparse {kind} of the activations of `{_code(model)}` at `{_code(site)}`{target}{trained}.",
         _facts(about, metadata, ours),
         "## How good it is",
-        _figures(about.evaluation, held_out="tokens" in ours),
+        _figures(about.evaluation, held_out=bool(ours.get("tokens"))),
         "## How to load it",
         _fenced(f'import saelab\n\nsae = saelab.load("{about.repo}/{about.path}")\ncodes = sae.encode(x)\n', "python"),
         _USE.format(about.checkpoint["d_in"], ", those of all sites side by side" * (kind == "crosscoder")),

@@ -56,6 +56,7 @@ _SAME = """
     sae.aux.shift sae.aux.share sae.aux.lift sae.sparsity.name sae.sparsity.coefficient sae.sparsity.target_l0
     sae.sparsity.warmup sae.sparsity.p sae.sparsity.slope sae.prefixes
     sae.multi_topk sae.selection sae.b_dec_init sae.unit_norm sae.seed sae.freeze sae.skip
+    sae.init_from
     training.batch training.lr training.warmup training.decay training.schedule training.clip training.accumulate
     training.precision training.ema training.resample
     eval.tokens eval.ce_tokens eval.rows_per_forward

@@ -126,6 +126,36 @@ def save_control(
     _save(settings, lm, corpus, sae, record | own, own)
 
 
+def save_adopted(
+    settings: RunSettings,
+    lm: LanguageModel,
+    corpus: Corpus,
+    sae: SparseAutoencoder,
+    facts: Mapping[str, Any],
+    *,
+    force: bool = False,
+) -> None:
+    """Write a whole run folder of `sae`, which another trainer trained; `facts` say where it comes from.
+
+    Raises SaelabError as `write_new_run` does, and then nothing of an earlier run is lost.
+    """
+    check_out(settings, force)
+    run, theirs = Path(settings.out), sae.metadata.get("saelab")
+    own = {"inputs": f"adopted {facts['sha256']}", "tokens": 0}
+    kept = {name: value for name, value in sae.metadata.items() if name == "training_architecture"}
+    sae.metadata |= _metadata(located(settings), lm, corpus) | {"training_architecture": None} | kept
+    sae.metadata["saelab"] = {
+        **(theirs if isinstance(theirs, Mapping) else {}),
+        **own,
+        **_origin(lm, corpus),
+        "adopted": dict(facts),
+    }
+    with translate_errors(run), replace_folder(run) as unfinished:
+        write_settings(unfinished, settings)
+        save_sae(sae, unfinished / folder.CHECKPOINT)
+        write_json(unfinished / folder.TRAINING, {**own, "complete": True, "adopted": dict(facts), **_versions()})
+
+
 def _save(
     settings: RunSettings,
     lm: LanguageModel | Array,
@@ -150,8 +180,11 @@ def _save(
     with translate_errors(run), replace_folder(run / folder.CHECKPOINT) as unfinished:
         save_sae(sae, unfinished)
     _remove_results(run)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    write_json(run / folder.TRAINING, {**record, **versions})
+    write_json(run / folder.TRAINING, {**record, **_versions()})
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def _remove_results(run: Path) -> None:

@@ -93,6 +93,8 @@ def run(
 
 def _bring_up_to_date(job: Job, path: Path, force: bool, track: Track) -> None:
     say = job.say
+    if not force:
+        folder.check_trained(path)
     trained = folder.training_record(path)
     same = trained.get("inputs") == job.training_inputs()
     if trained.get("complete") and same and folder.has_checkpoint(path):
@@ -174,8 +176,9 @@ def write_evaluation(
             "say little about rare features"
         )
     trained = folder.training_record(run)
-    record = {"inputs": inputs, "trained_tokens": trained.get("tokens")}
-    record["training_complete"] = trained.get("complete")
+    record = {"inputs": inputs}
+    if folder.adopted(run) is None:
+        record |= {"trained_tokens": trained.get("tokens"), "training_complete": trained.get("complete")}
     path = run / folder.EVALUATION
     if differs:
         path = run / folder.other_evaluation(differs)

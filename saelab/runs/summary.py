@@ -46,6 +46,8 @@ class RunSummary:
     """FVU of the batch over training, at most `CURVE_POINTS` values."""
     problem: str | None
     """What is wrong with one of the run's files, and what to do."""
+    adopted: bool = False
+    """Whether another trainer trained it (`saelab adopt`)."""
     fingerprint: str | None = None
     """Fingerprint of the model's files, as the checkpoint has it."""
     of_array: bool = False
@@ -88,6 +90,7 @@ def summarise(run: Path | str) -> RunSummary:
         bytes=bytes_on_disk(run),
         trained=record.stat().st_mtime if record.is_file() else 0.0,
         unfinished=folder.unfinished(run),
+        adopted=folder.adopted(run) is not None,
         curve=_curve(metrics["fvu"].dropna().tolist()) if metrics is not None and "fvu" in metrics else (),
         fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,

@@ -14,13 +14,14 @@ from torch import Tensor
 from saelab.activations.cache.layout import difference
 from saelab.activations.sites import Sites
 from saelab.activations.stream import side_by_side
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, SettingError
 from saelab.files import expanded, locked, translate_errors, write_whole
 from saelab.lm.load import resolve_device
 from saelab.progress import Track, silent
 from saelab.runs import folder
 from saelab.runs.config import RunSettings
 from saelab.runs.feed import open_source
+from saelab.runs.from_hub import load
 from saelab.runs.inputs import Inputs, first_inputs
 from saelab.runs.job import Config, Job, Say, check_spread, quiet, settings_of
 from saelab.runs.log import check_log
@@ -28,8 +29,11 @@ from saelab.runs.loop import Failures, Training, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
+from saelab.sae.init_from import notes_on_start, start_from
+from saelab.sae.input_map import InputMap
 from saelab.sae.model import Batch, SparseAutoencoder
 from saelab.sae.new import bare_autoencoder, new_autoencoder, widths_of
+from saelab.sae.normalisation import NORMALISATIONS
 from saelab.torchrun import processes, restarted
 from saelab.training.distributed import connected, mesh_shape, own_device
 from saelab.training.state import check_common
@@ -69,6 +73,7 @@ def resume(
     run = Path(expanded(run, "RUN"))
     if not (run / folder.SETTINGS).is_file() or not (run / folder.TRAINING).is_file():
         raise SaelabError(f"{run}: not a run folder (`saelab train CONFIG` makes one)")
+    folder.check_trained(run)
     settings = settings_of(run / folder.SETTINGS if config is None else config, overrides)
     with _processes(resumed_settings(run, replace(settings, out=str(run))), say, track) as (job, track):
         return go_on(job, track)
@@ -110,6 +115,7 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
     def check() -> None:
         for each in jobs:
             check_out(each.settings, force)
+            _check_start(each)
         check_log(job.settings.training)
         checked_plan(lambda: plan_training(*(each.settings for each in jobs), loaded=job.loaded), say)
 
@@ -128,7 +134,11 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
             failed |= dict.fromkeys((Path(each.settings.out) for each in here), error)
             continue
         for each in here:
-            sae = _initial(each, scaled, widths)
+            try:
+                sae = _initial(each, scaled, inputs, widths)
+            except SaelabError as error:
+                failed[Path(each.settings.out)] = error
+                continue
             trainer = Trainer(sae, each.settings.training, each.settings.sae)
             trainings.append(Training(each, trainer, replace(inputs), torch.get_rng_state()))
         del first, target, scaled
@@ -150,10 +160,30 @@ def _at(sites: Sites, values: Tensor, columns: Mapping[str, tuple[int, int]]) ->
     return side_by_side([parts[site] for site in sites.inputs]).contiguous(), target
 
 
-def _initial(job: Job, sample: Batch, site_widths: Sequence[int]) -> SparseAutoencoder:
-    """The autoencoder that the training of `job` starts from, given the first inputs and the widths of their sites."""
-    options = {"seed": job.settings.weights_seed, "site_widths": site_widths, "ranks": job.ranks}
-    return new_autoencoder(job.settings.sae, sample.x, target=sample.target, **options)
+def _initial(job: Job, sample: Batch, inputs: Inputs, site_widths: Sequence[int]) -> SparseAutoencoder:
+    """The autoencoder that the training of `job` starts from, given the first of its `inputs` and their widths."""
+    settings, seed = job.settings.sae, job.settings.weights_seed
+    if settings.init_from is None:
+        options = {"seed": seed, "site_widths": site_widths, "ranks": job.ranks}
+        return new_autoencoder(settings, sample.x, target=sample.target, **options)
+    torch.manual_seed(seed)
+    scale = 1.0 if inputs.target_scale is None else inputs.target_scale
+    assert isinstance(inputs.map, InputMap)  # `_check_start` refused a crosscoder
+    return start_from(load(settings.init_from), settings, sample.x, inputs.map, scale, ranks=job.ranks)
+
+
+def _check_start(job: Job) -> None:
+    """Raises SaelabError if the training of `job` cannot start from its checkpoint, and says what it leaves out."""
+    settings, sites = job.settings.sae, job.settings.sites
+    if settings.init_from is None:
+        return
+    if sites.more:
+        raise SettingError("sae.init_from: a crosscoder starts with random weights; leave out init_from or more_sites")
+    widths = (job.lm.width(site) for site in sites.all)
+    inputs = job.settings.activations.inputs
+    normalisation = inputs if inputs in NORMALISATIONS else None
+    for note in notes_on_start(load(settings.init_from), settings, *widths, normalisation=normalisation):
+        job.say(f"note: {note}")
 
 
 def starting_point(job: Job, track: Track) -> tuple[SparseAutoencoder, Inputs]:
@@ -163,7 +193,7 @@ def starting_point(job: Job, track: Track) -> tuple[SparseAutoencoder, Inputs]:
         first, target = _at(sites, source.sample(), columns)
     widths = [stop - start for start, stop in (columns[site] for site in sites.inputs)]
     inputs, scaled = first_inputs(first, job, target, widths)
-    return _initial(job, scaled, widths), inputs
+    return _initial(job, scaled, inputs, widths), inputs
 
 
 def go_on(job: Job, track: Track) -> Path:

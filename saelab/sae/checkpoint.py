@@ -6,6 +6,7 @@ for each feature, above which an entry is active; thresholds that are all 0 beco
 has no architecture for gets a name that begins with ``saelab_``, in the same layout (interop/saelens.py).
 """
 
+import hashlib
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import nn
 from saelab.errors import SaelabError
 from saelab.files import current_folder, expanded, make_folder, read_json, translate_errors, write_json
 from saelab.sae.fold import fold
-from saelab.sae.interop.recognise import find
+from saelab.sae.interop.recognise import Peer, find
 from saelab.sae.interop.saelens import architecture_of, rule_of
+from saelab.sae.interop.stored import Stored
 from saelab.sae.layout import CONFIG, EVALUATION, FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 from saelab.tensors import write_tensors
@@ -80,16 +82,35 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> SparseAutoenco
     not compute it.
     """
     path = Path(expanded(path))
-    inner = current_folder(path / FOLDER)
-    folder = inner if (inner / CONFIG).is_file() else current_folder(path)
-    peer, stored = find(folder)
+    peer, stored = found_in(path)
     sae = peer.read(stored)
     check_weights(sae, str(stored.path))
-    if folder == inner:
+    if stored.path.parent == current_folder(path / FOLDER):
         sae.figures = _figures(path / EVALUATION)
     elif "saelab" in sae.metadata:
-        sae.figures = _figures(folder / EVALUATION)
+        sae.figures = _figures(stored.path.parent / EVALUATION)
     return sae.to(device).requires_grad_(False)
+
+
+def found_in(path: Path) -> tuple[Peer, Stored]:
+    """The trainer and the file of the checkpoint in `path`, which is as in `load`.
+
+    Raises SaelabError if there is none.
+    """
+    inner = current_folder(path / FOLDER)
+    return find(inner if (inner / CONFIG).is_file() else current_folder(path))
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of the files of the checkpoint in `path`, which is as in `load`. Raises SaelabError if there is none."""
+    _, stored = found_in(Path(expanded(path)))
+    beside = [stored.path.with_name(name) for name in (CONFIG, "config.json", "activation_scaler.json")]
+    beside.append(stored.path.parents[1] / "hyperparams.json")
+    digest = hashlib.sha256()
+    for file in (stored.path, *filter(Path.is_file, beside)):
+        with translate_errors(file), file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
 
 
 def check_weights(sae: nn.Module, where: str) -> None:

@@ -95,10 +95,15 @@ def new_autoencoder(
     zero_decoder = target is not None and not settings.unit_norm and settings.freeze != "decoder"
     initialise(sae, sample, settings.b_dec_init, target, first_rule(settings), zero_decoder)
     if sae.log_threshold is not None:
-        options = settings.encoder
-        start = options.threshold or threshold_for(sae, settings.sparsity.target_l0 or settings.k, sample)
-        sae.train_thresholds(start, options.bandwidth)
+        begin_thresholds(sae, settings, sample)
     return sae
+
+
+def begin_thresholds(sae: SparseAutoencoder, settings: SaeSettings, sample: Tensor) -> None:
+    """Set the trained thresholds that `sae` starts with on inputs like `sample`, ``[tokens, d_in]``."""
+    options = settings.encoder
+    start = options.threshold or threshold_for(sae, settings.sparsity.target_l0 or settings.k, sample)
+    sae.train_thresholds(start, options.bandwidth)
 
 
 def first_rule(settings: SaeSettings) -> Rule | None:

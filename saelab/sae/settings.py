@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from saelab.errors import SettingError
+from saelab.files import expanded
 
 BOUND = ("tied", "aligned")
 """Encoders whose rows are bound to those of the decoder."""
@@ -178,6 +179,8 @@ class SaeSettings:
     """Whether decoder rows keep length 1."""
     seed: int | None = None
     """Seed of the initial weights. Default: the run's seed, which also decides the order of the text."""
+    init_from: str | None = None
+    """A checkpoint of any trainer, or a run, whose weights training starts with. null: random weights."""
     freeze: str = "none"
     """Weights that are not trained: none, decoder (W_dec) or encoder (W_enc and b_enc). A random decoder that is never
     trained is the control that a trained one must beat."""
@@ -207,6 +210,10 @@ class SaeSettings:
             raise SettingError(
                 f"prefixes: {', '.join(map(str, self.prefix_sizes))} do not rise from 1 to n_features, the last of them"
             )
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", expanded(self.init_from, "init_from"))
+            if self.b_dec_init != "mean":
+                raise SettingError("b_dec_init: has no effect with init_from, whose b_dec it is; leave it out")
         _one_of("selection", self.selection, ("float32", "bfloat16"))
         _one_of("b_dec_init", self.b_dec_init, ("mean", "geometric_median", "zero"))
         _one_of("freeze", self.freeze, ("none", "decoder", "encoder"))

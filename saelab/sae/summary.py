@@ -47,6 +47,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     ours = ours if isinstance(ours, Mapping) else {}
     names = metadata.get("hook_names")
     names = names if isinstance(names, list) else []
+    adopted = ours.get("adopted") if isinstance(ours.get("adopted"), Mapping) else None
     parameters = sum(parameter.numel() for parameter in sae.parameters())
     widths = f"d_in {sae.d_in:,}" + (f", d_out {sae.d_out:,}" if sae.transcodes else "")
     found = [
@@ -61,7 +62,11 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("input", "" if sae.normalisation is None else f"each token normalised ({sae.normalisation})"),
         ("inference", _inference(sae)),
         ("skip connection", "" if sae.W_skip is None else "W_skip x is added to the reconstruction"),
-        ("trained on", f"{_number(ours['tokens'])} tokens" if "tokens" in ours else ""),
+        ("trained on", f"{_number(ours['tokens'])} tokens" if "tokens" in ours and adopted is None else ""),
+        (
+            "adopted from",
+            "" if adopted is None else f"{_shown(adopted.get('from'))} ({_shown(adopted.get('trainer'))})",
+        ),
         ("input scale", _number(ours["input_scale"]) + " (folded into the weights)" if "input_scale" in ours else ""),
     ]
     return [(name, value) for name, value in found if value]

@@ -8,7 +8,7 @@ import numpy as np
 
 from saelab.features.database import open_database
 from tests.app.shown import check_inert, html
-from tests.app.synthetic_run import NEVER_ACTIVE, write_features, write_run
+from tests.app.synthetic_run import NEVER_ACTIVE, SCRIPT, write_features, write_run
 
 
 def component(app, key: str) -> dict:
@@ -136,3 +136,22 @@ def test_a_run_that_changes_is_read_again(explorer, tmp_path):
     (run / "eval.json").write_text(json.dumps({"fvu": 0.9876}))
     app.run()
     assert "30 features" in app.caption[1].value and app.metric[0].value == "0.9876"
+
+
+def test_an_adopted_run_shows_where_it_comes_from_in_place_of_a_training(explorer, tmp_path):
+    run = write_run(tmp_path / "run", features=False)
+    (run / "metrics.jsonl").unlink()
+    origin = {"from": f"/saes/{SCRIPT}`", "trainer": SCRIPT, "sha256": "0123abcd"}
+    origin["trained_on"] = {"model_name": SCRIPT, "hook_name": "blocks.1.hook_resid_pre", "folded": ["fold_ln"]}
+    (run / "train.json").write_text(json.dumps({"inputs": "adopted", "complete": True, "tokens": 0, "adopted": origin}))
+    app = explorer(run, page="run")
+    check_inert(app)
+    assert "Origin" in [each.value for each in app.subheader]
+    assert "Training" not in [each.value for each in app.subheader]
+    for text in ("/saes/", "0123abcd", "blocks.1.hook_resid_pre", "Trained on the model"):
+        assert text in html(app)
+    assert not app.error and not any("metrics" in each.value for each in app.info)
+    (run / "train.json").write_text(json.dumps({"complete": True, "tokens": 0, "adopted": {"trained_on": 3}}))
+    app = explorer(run, page="run")
+    assert "Origin" in [each.value for each in app.subheader] and not app.error
+    assert "adopted" in html(explorer(run, page="runs"))

@@ -55,7 +55,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     Raises SaelabError if saelab cannot compute it, or if its files are damaged or contradict each other.
     """
     path = stored.path.with_name("config.json")
-    trainer = Config.read(path).section("trainer") if path.is_file() else Config(path, {})
+    whole = Config.read(path) if path.is_file() else Config(path, {})
+    trainer = whole.section("trainer")
     scale = None
     if "ae" in stored.other:  # a backup during a training, before the scale of the activations is folded
         if "norm_factor" in stored.kinds:
@@ -83,7 +84,7 @@ def read(stored: Stored) -> SparseAutoencoder:
     elif rule == "relu":
         sae.threshold = torch.zeros(1)
     _set_k(sae, stored, trainer, needed=rule == "topk")
-    sae.metadata = _metadata(trainer)
+    sae.metadata = _metadata(trainer, whole.section("buffer"))
     if scale is None:
         return sae
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
@@ -116,9 +117,11 @@ def _set_k(sae: SparseAutoencoder, stored: Stored, trainer: Config, *, needed: b
         raise SaelabError(f"{stored.path}: k is {'missing' if k is None else k}, not between 1 and {sae.n_features}")
 
 
-def _metadata(trainer: Config) -> dict[str, Any]:
-    """Model and site, as far as the trainer's settings say them."""
+def _metadata(trainer: Config, buffer: Config) -> dict[str, Any]:
+    """Model, site and context, as far as the settings of the trainer and of its buffer of activations say them."""
     found: dict[str, Any] = {"model_name": trainer.text("lm_name")} if trainer.values.get("lm_name") else {}
+    if (context := buffer.size("ctx_len")) is not None:
+        found["context_size"] = context
     module, layer = trainer.text("submodule_name"), trainer.values.get("layer")
     named = re.fullmatch(r"(resid_post|mlp_out|attn_out|resid_pre)(?:_layer_(\d+))?", module)
     if named is not None and (named[2] is not None or isinstance(layer, int)):

@@ -43,6 +43,7 @@ _REFUSED = {
 }
 _RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 _METADATA = ("model_name", "hook_name", "hook_head_index", "prepend_bos", "context_size", "dataset_path")
+_METADATA += ("hook_name_out",)
 
 
 def architecture_of(rule: str, *, transcodes: bool, skip: bool, crosses: bool = False) -> str:

@@ -12,6 +12,14 @@ NAME = "sparsify"
 MARKS = ({"encoder.weight"},)
 SUFFIX = ".safetensors"
 
+_SITES = {
+    None: ("hook_resid_pre", "hook_resid_post"),
+    ".mlp": ("mlp.hook_in", "hook_mlp_out"),
+    ".attn": ("attn.hook_in", "hook_attn_out"),
+    ".self_attn": ("attn.hook_in", "hook_attn_out"),
+}
+"""By the last part of a module's name, the sites in its block of what it gets and what it gives."""
+
 
 def read(stored: Stored) -> SparseAutoencoder:
     """The autoencoder or transcoder in `stored`, with the configuration beside it.
@@ -44,19 +52,24 @@ def read(stored: Stored) -> SparseAutoencoder:
     if activation == "groupmax":
         set_groups(sae, k, str(config.path))
     sae.k = k
-    sae.metadata = _metadata(stored)
+    sae.metadata = _metadata(stored, transcodes=sae.transcodes)
     return sae
 
 
-def _metadata(stored: Stored) -> dict[str, Any]:
-    """Model, text and site, as far as the names of the folder and ``config.json`` in the one above say them."""
+def _metadata(stored: Stored, *, transcodes: bool) -> dict[str, Any]:
+    """Model, text and sites, as far as the names of the folder and ``config.json`` in the one above say them.
+
+    The name of the folder is that of a module: an autoencoder reads what it gives; a transcoder reads what it gets.
+    """
     folder, above = stored.path.parent.resolve(), {}
     if (folder.parent / "config.json").is_file():
         found = Config.read(folder.parent / "config.json").values
         names = {"model_name": "model", "dataset_path": "dataset", "context_size": "ctx_len"}
         above = {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
-    site = re.fullmatch(r"(?:.*\.)?(?:layers|h)[._](\d+)(\.mlp|\.attn|\.self_attn)?", folder.name)
-    if site is not None:
-        part = {None: "hook_resid_post", ".mlp": "hook_mlp_out"}.get(site[2], "hook_attn_out")
-        above["hook_name"] = f"blocks.{site[1]}.{part}"
+    module = re.fullmatch(r"(?:.*\.)?(?:layers|h)[._](\d+)(\.mlp|\.attn|\.self_attn)?", folder.name)
+    if module is not None:
+        read, given = _SITES[module[2]]
+        above["hook_name"] = f"blocks.{module[1]}.{read if transcodes else given}"
+        if transcodes:
+            above["hook_name_out"] = f"blocks.{module[1]}.{given}"
     return above

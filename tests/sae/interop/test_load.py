@@ -221,7 +221,11 @@ def test_variants_of_sparsify(tmp_path: Path, transcode: bool, skip: bool, turne
         "model_name": "m",
         "dataset_path": "d",
         "context_size": 64,
-        "hook_name": "blocks.3.hook_resid_post",
+        **(
+            {"hook_name": "blocks.3.hook_resid_pre", "hook_name_out": "blocks.3.hook_resid_post"}
+            if transcode
+            else {"hook_name": "blocks.3.hook_resid_post"}
+        ),
     }
     save_sae(sae, tmp_path / "ours")
     check(saelab.load(tmp_path / "ours"), x, acts, recon)
