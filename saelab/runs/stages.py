@@ -176,7 +176,7 @@ def write_evaluation(
             "say little about rare features"
         )
     trained = folder.training_record(run)
-    record = {"inputs": inputs}
+    record: dict[str, Any] = {"inputs": inputs}
     if folder.adopted(run) is None:
         record |= {"trained_tokens": trained.get("tokens"), "training_complete": trained.get("complete")}
     path = run / folder.EVALUATION
