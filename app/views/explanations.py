@@ -43,8 +43,7 @@ def draw_summary(database: Database, known: Overview) -> None:
         st.info(f"{len(known.scores):,} scores are too many to summarise here; `saelab score {path}` prints the table.")
         return
     found = _summary(database, (str(database.folder), explanations.version(database)))
-    heads = ("score", "explanations", "features", "mean, 95%", "above its control, 95%")
-    head = "".join(f"<th>{title}</th>" for title in heads)
+    head = "".join(f"<th>{title}</th>" for title in _HEADS)
     rows = "".join(map(summary_row, found.lines))
     st.html(
         f'<div class="sl-wide"><table class="sl-facts sl-scores sl-summary"><thead><tr>{head}</tr></thead>'
@@ -52,6 +51,9 @@ def draw_summary(database: Database, known: Overview) -> None:
     )
     if any(line.lexical for line in found.lines):
         st.caption(NO_MODEL)
+
+
+_HEADS = ("score", "explanations", "features", "mean, 95%", "above its control, 95%")
 
 
 def summary_row(line: Line) -> str:
@@ -71,7 +73,8 @@ def summary_row(line: Line) -> str:
         f"{escape(interval(line.mean))}<small>{escape(line.warning)}</small>",
         differences,
     )
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    titled = zip(_HEADS, cells, strict=True)  # on a phone a cell shows its own title
+    return "<tr>" + "".join(f'<td data-title="{title}">{cell}</td>' for title, cell in titled) + "</tr>"
 
 
 def interval(value: tuple[float, float, float]) -> str:
