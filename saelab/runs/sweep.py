@@ -27,6 +27,7 @@ from saelab.runs.resume import last_position, states
 from saelab.runs.save import check_out
 from saelab.runs.stages import write_evaluation
 from saelab.runs.train import begin_all, go_on_all
+from saelab.runs.unread import note_unread
 from saelab.sae.checkpoint import load
 
 Show = Callable[[Path, Sequence[Mapping[str, Any]]], None]
@@ -62,6 +63,7 @@ def sweep(
             locks.enter_context(locked(path))
         first = Job(runs[0].settings, say)
         jobs = [first.beside(run.settings, partial(_named, say, run.name)) for run in runs]
+        note_unread([run.settings for run in runs], say)
         check_log(first.settings.training)
         first.check_losses()  # evaluation needs them: better an error now than after the training
         try:

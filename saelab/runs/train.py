@@ -29,6 +29,7 @@ from saelab.runs.loop import Failures, Training, site_columns, train_all
 from saelab.runs.plan import checked_plan, plan_training
 from saelab.runs.resume import last_state, resumable, resumed_settings, states
 from saelab.runs.save import check_out, write_new_run, write_settings
+from saelab.runs.unread import note_unread
 from saelab.sae.init_from import notes_on_start, start_from
 from saelab.sae.input_map import InputMap
 from saelab.sae.model import Batch, SparseAutoencoder
@@ -101,6 +102,7 @@ def _begun(job: Job) -> bool:
 
 def begin(job: Job, force: bool, track: Track) -> Path:
     """Train `job` from its beginning. Its run folder must be locked."""
+    note_unread([job.settings], job.say)
     return _only(begin_all([job], force, track, job.say), job)
 
 
