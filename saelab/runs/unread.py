@@ -65,7 +65,7 @@ RULES = (
         lambda s: s.corpus.source != "demo" or s.activations.array is not None,
         "with corpus: demo",
     ),
-    Rule("activations.stream cache", lambda s: s.activations.cache is None, "with activations.cache"),
+    Rule("activations.stream", lambda s: s.activations.cache is None, "with activations.cache"),
     Rule(
         f"activations.stream activations.special_tokens cache model eval.ce_tokens {_TEXT}",
         lambda s: s.activations.array is None,

@@ -89,7 +89,7 @@ CASES = [
     ("corpus.held_out=0.3", "", "with corpus: demo", "corpus.source=book.txt"),
     ("corpus.held_out=0.3", "", "with corpus: demo", "activations=x.npy"),
     (
-        "activations.stream.buffer_tokens=9 cache.dtype=float32",
+        "activations.stream.buffer_tokens=9",
         "activations.cache=stored",
         "with activations.cache",
         "activations.cache=null",
