@@ -103,14 +103,17 @@ class Job:
 
     @cached_property
     def start(self) -> str | None:
-        """Hash of the checkpoint that training starts with, or None without one; "gone" if it is not there any more.
+        """Hash of the checkpoint that training starts with, or None without one.
 
-        A training that has begun does not need it again, and must not fail at its end because it was moved.
+        A training that has begun does not need the checkpoint again: if it cannot be read any more, the hash is that in
+        the record of the run, or "gone" without one.
         """
+        checkpoint = self.settings.sae.init_from
         try:
-            return self.settings.sae.init_from and checksum(resolve(self.settings.sae.init_from))
+            return checkpoint and checksum(resolve(checkpoint))
         except SaelabError:
-            return "gone"
+            known = folder.training_record(Path(self.settings.out)).get("start") or {}
+            return known["sha256"] if known.get("checkpoint") == checkpoint else "gone"
 
     def beside(self, settings: RunSettings, say: Say) -> "Job":
         """A job with another autoencoder or site, on the model and text of this one, which are loaded once.

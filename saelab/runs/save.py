@@ -35,17 +35,21 @@ def create_run(settings: RunSettings, *, force: bool = False) -> Iterator[Path]:
         yield write_new_run(settings, force=force)
 
 
-def write_new_run(settings: RunSettings, *, inputs: str | None = None, force: bool = False) -> Path:
+def write_new_run(
+    settings: RunSettings, *, inputs: str | None = None, start: str | None = None, force: bool = False
+) -> Path:
     """The folder of a new run, with its settings and the record of a training that has not begun.
 
     `inputs` is the hash of what the weights will depend on; None: unknown, so that no later stage takes the run for
-    up to date. Raises SaelabError as `check_out` does, or if the folder cannot be written.
+    up to date. `start` is the hash of the checkpoint that it starts with. Raises SaelabError as `check_out` does, or
+    if the folder cannot be written.
     """
     check_out(settings, force)
     run = Path(settings.out)
+    known = None if start is None else {"checkpoint": settings.sae.init_from, "sha256": start}
     with translate_errors(run), replace_folder(run) as unfinished:
         write_settings(unfinished, settings)
-        write_json(unfinished / folder.TRAINING, _record(settings, inputs, complete=False, tokens=0))
+        write_json(unfinished / folder.TRAINING, _record(settings, inputs, complete=False, tokens=0, start=known))
     return run
 
 
@@ -55,8 +59,11 @@ def write_settings(run: Path, settings: RunSettings) -> None:
     write_whole(run / folder.SETTINGS, absolute.to_yaml())
 
 
-def _record(settings: RunSettings, inputs: str | None, *, complete: bool, tokens: int) -> dict[str, Any]:
-    return {"inputs": inputs, "complete": complete, "tokens": tokens, "planned_tokens": settings.training.tokens}
+def _record(
+    settings: RunSettings, inputs: str | None, *, complete: bool, tokens: int, start: Any = None
+) -> dict[str, Any]:
+    record = {"inputs": inputs, "complete": complete, "tokens": tokens, "planned_tokens": settings.training.tokens}
+    return record if start is None else {**record, "start": start}
 
 
 def check_out(settings: RunSettings, force: bool) -> None:
@@ -100,7 +107,8 @@ def save_run(
     """
     trained, own = trainer.trained(), facts or {}
     sae = inputs_of.folded(sae or trainer.sae, 1.0 if target_scale is None else target_scale)
-    record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens)
+    start = folder.training_record(Path(settings.out)).get("start")
+    record = _record(settings, inputs, complete=trainer.finished, tokens=trained.tokens, start=start)
     record |= {**own, "seconds": seconds, "input_scale": inputs_of.scale}
     read = {"input_scale": inputs_of.scale, "inputs_of": settings.activations.inputs}
     read |= {} if target_scale is None else {"target_scale": target_scale}

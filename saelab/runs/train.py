@@ -146,8 +146,8 @@ def begin_all(jobs: Sequence[Job], force: bool, track: Track, say: Say) -> Failu
         del first, target, scaled
     del sample  # the first step needs the memory
     for each in [training.job for training in trainings]:
-        inputs = each.training_inputs()
-        ranks.once(lambda each=each, inputs=inputs: write_new_run(each.settings, inputs=inputs, force=force))
+        known = {"inputs": each.training_inputs(), "start": each.start}
+        ranks.once(lambda each=each, known=known: write_new_run(each.settings, **known, force=force))
         ranks.every.together(lambda each=each: check_common(Path(each.settings.out)))
     if not trainings:
         source.close()

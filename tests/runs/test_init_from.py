@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import saelab
 from saelab.errors import SaelabError
-from saelab.runs import folder
+from saelab.runs import folder, stages
 from saelab.runs.job import Job, settings_of
 from tests.runs.test_stages import small
 from tests.sae.interop.peers import distance, numbers, saelens, weights
@@ -64,6 +64,16 @@ def test_a_stopped_training_goes_on_without_the_checkpoint(tmp_path: Path, check
     run = saelab.resume(tmp_path / "parts")
     found, expected = (load_file(folder.weights(path)) for path in (run, tmp_path / "whole"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_is_up_to_date_when_its_checkpoint_is_gone(tmp_path: Path, checkpoint: Path) -> None:
+    run = saelab.train(config(tmp_path, checkpoint))
+    before = folder.weights(run).read_bytes()
+    shutil.rmtree(checkpoint)
+    said: list[str] = []
+    stages.run(config(tmp_path, checkpoint), say=said.append)
+    assert f"training: {run} is up to date" in said
+    assert folder.weights(run).read_bytes() == before
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, checkpoint: Path) -> None:
