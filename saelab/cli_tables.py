@@ -51,7 +51,8 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
             return "not measured yet: saelab eval"
         return "undefined" if of[name] is None else f"{of[name]:.{digits}f}"
 
-    losses = f", CE on {result['ce_tokens']:,}" if result["ce_tokens"] else ""
+    has_losses = result["ce_tokens"] > 0  # an array has none
+    losses = f", CE on {result['ce_tokens']:,}" if has_losses else ""
     _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens{losses}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
     sinks, without = result.get("sinks", 0), []
@@ -62,7 +63,7 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
             ("FVU without sinks", number("fvu_without_sinks", 4)),
             ("cosine without sinks", number("cosine_without_sinks", 4)),
         ]
-        if result["ce_tokens"]:
+        if has_losses:
             title = "delta CE without sinks, which stay clean (nats/token)"
             without.append((title, number("delta_ce_without_sinks", 4)))
     of_losses = [
@@ -82,7 +83,7 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
         ("cosine(x, reconstruction)", number("cosine", 4)),
         *without,
         ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
-        *(of_losses if result["ce_tokens"] else []),
+        *(of_losses if has_losses else []),
         (f"never active on {result['tokens']:,} tokens", never),
         ("density below 1e-4 (share of features)", number("share_below_1e4", 4)),
         ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),

@@ -80,8 +80,9 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        without = isinstance(self.lm, Array) or self.sites.more
-        lens = None if without else direct_lens(self.lm, self.sites.outputs[0])
+        lens = None
+        if not isinstance(self.lm, Array) and not self.sites.more:
+            lens = direct_lens(self.lm, self.sites.outputs[0])
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,

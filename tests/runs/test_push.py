@@ -94,12 +94,12 @@ def test_what_is_pushed_loads_as_the_run_and_names_no_place_of_this_machine(run:
 @pytest.mark.parametrize(
     ("value", "right"),
     [
-        ("/home/ann/data/x.json", "x.json"),
-        ("/home/ann/my data/", "my data"),
+        ("/disk/ann/data/x.json", "x.json"),
+        ("/disk/ann/my data/", "my data"),
         ("~/x", "x"),
         ("C:\\Users\\ann\\x.txt", "x.txt"),
-        ("file:///home/ann/x.txt", "x.txt"),
-        ("at /home/ann/x.txt, line 3", "at x.txt, line 3"),
+        ("file:///disk/ann/x.txt", "x.txt"),
+        ("at /disk/ann/x.txt, line 3", "at x.txt, line 3"),
         ("from ~/data/x.txt", "from x.txt"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("s3://bucket/a/b", "s3://bucket/a/b"),

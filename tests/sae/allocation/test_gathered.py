@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from saelab.ranks import Axis, Ranks
+from saelab.sae import initial
 from saelab.sae.allocation.candidates import Entries
 from saelab.sae.allocation.gathered import keep, own_rule, strongest
 from saelab.sae.allocation.rules import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice
@@ -65,7 +66,7 @@ def test_processes_draw_the_rows_that_one_process_would(rows: int) -> None:
     def drawn(axis: Axis) -> Tensor:
         sae = SparseAutoencoder(6, rows, 2, ranks=Ranks(features=axis))
         torch.manual_seed(0)
-        sae._draw(sae.W_dec.data)
+        initial._draw(sae, sae.W_dec.data)
         return sae.W_dec.data
 
     assert torch.equal(torch.cat([drawn(Axis(rank, 3)) for rank in range(3)]), drawn(Axis()))
