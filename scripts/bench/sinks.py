@@ -71,10 +71,12 @@ def train(job: Job, seeds: Sequence[int]) -> list[Arm]:
         of = job
         if way == LEFT_OUT:
             of = job.beside(dataclasses.replace(job.settings, activations=leaves_out), job.say)
+        inputs, scaled = first_inputs(first, of)
         for seed in seeds:
-            inputs, scaled = first_inputs(first, of)
             sae = new_autoencoder(job.settings.sae, scaled.x, seed=seed).to(device)
-            arms.append(Arm(way, seed, Trainer(sae, job.settings.training, job.settings.sae), inputs))
+            arms.append(
+                Arm(way, seed, Trainer(sae, job.settings.training, job.settings.sae), dataclasses.replace(inputs))
+            )
     tokens = 0
     while tokens < job.settings.training.tokens:
         batch = next(source)
