@@ -105,7 +105,7 @@ def main() -> None:
     if state.link() or (overview and state.runs()):
         with state.errors_shown():
             if page.url_path in {PAGES[path].url_path for path in state.OF_TEXT} and state.of_array():
-                st.info("This page needs a language model. The activations of this run come from an array without one.")
+                st.info("This page needs text. The activations of this run come from an array without it.")
             else:
                 page.run()
 

@@ -52,7 +52,9 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
         return "undefined" if of[name] is None else f"{of[name]:.{digits}f}"
 
     has_losses = result["ce_tokens"] > 0  # an array has none
-    losses = f", CE on {result['ce_tokens']:,}" if has_losses else ""
+    sites = result.get("sites") or ()  # of a crosscoder: the figures are of all sites, and CE of the first
+    at = f" at {sites[0]['site']}" if sites else ""
+    losses = f", CE on {result['ce_tokens']:,}{at}" if has_losses else ""
     _print(f"{run}: {result['site']}, {result['tokens']:,} held-out tokens{losses}")
     never = f"{result['never_active']:,} of {result['n_features']:,} ({100 * result['never_active_share']:.2f}%)"
     sinks, without = result.get("sinks", 0), []
@@ -89,7 +91,7 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
         ("c_dec (mean absolute cosine of two features' decoder rows)", number("c_dec", 4)),
     ):
         table.add_row(label, value)
-    for each in result.get("sites", ()):  # of a crosscoder; the figures above are of all, and CE of the first
+    for each in sites:
         table.add_row(f"FVU at {each['site']}", number("fvu", 4, each))
         table.add_row(f"delta CE at {each['site']} (nats/token)", number("delta_ce", 4, each))
     Console(width=100).print(table)

@@ -34,8 +34,8 @@ RUNS, RUN, FEATURES, FEATURE = "views/runs.py", "views/run.py", "views/features.
 PROMPT, STEER, COMPARE, MAP = "views/prompt.py", "views/steer.py", "views/compare.py", "views/map.py"
 DEAD, ATTENTION, DARK = "views/dead.py", "views/attention.py", "views/dark_matter.py"
 EXPLANATIONS, AUDIT = "views/explanations.py", "views/audit.py"
-OF_TEXT = (STEER, DEAD, ATTENTION, DARK)
-"""Pages that run the language model, or show an analysis that does."""
+OF_TEXT = (EXPLANATIONS, AUDIT, STEER, DEAD, ATTENTION, DARK)
+"""Pages that run the language model, show an analysis that does, or need text."""
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""

@@ -107,7 +107,8 @@ def page() -> None:
     listing = current_listing()
     draw_bar(index, listing, listed(database, listing))
     st.caption(state.plain(f"{database.site} of {database.origin}, {database.n_features:,} features"))
-    draw_headline(database, feature)
+    if not database.of_array:  # its rows have no text to explain
+        draw_headline(database, feature)
     if not feature.never_active:
         state.draw_dark_matter_link("What is left out where it is active", feature=index)
     else:
@@ -123,7 +124,8 @@ def page() -> None:
             draw_examples(index)
     with right, st.container(key="rail"):
         draw_beside(index)
-        draw_explanations(index)
+        if not database.of_array:
+            draw_explanations(index)
         draw_numbers(database, feature)
     st.caption(
         "Keys: J and K lead to the next and the previous feature. Tab reaches a text, arrow keys walk from token to "

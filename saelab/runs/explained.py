@@ -36,6 +36,8 @@ class Opened:
         if not (folder.has_features(self.run) or (self.run / folder.SETTINGS).is_file()):
             raise SaelabError(f"{self.run}: is no run folder: it has no {folder.SETTINGS} and no feature database")
         self.database = open_database(folder.features(self.run))
+        if self.database.of_array:
+            raise SaelabError(f"{self.run}: its activations come from an array, so there is no text to explain them by")
         self.folder = self.run / folder.AUTOINTERP
         self.inputs = str(self.database.arrays.manifest["inputs"])
 

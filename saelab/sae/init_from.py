@@ -39,7 +39,7 @@ def notes_on_start(
     `d_out` is the width of the target, if there is one; `normalisation` is that of the inputs. Raises SettingError if
     it cannot start from it.
     """
-    where = f"init_from: {settings.init_from}"
+    where = f"sae.init_from: {settings.init_from}"
     if found.normalisation != normalisation:
         own, here = found.normalisation or "no", normalisation or "no"
         raise SettingError(
@@ -185,7 +185,7 @@ def _unit(
         return W_enc, W_dec, bias, threshold  # the first step scales them
     if settings.allocation.name != "threshold" and lengths.max() > (1 + _NEAR) * lengths.min():
         raise SettingError(
-            f"init_from: {settings.init_from}: its decoder rows, for training's inputs, have lengths from "
+            f"sae.init_from: {settings.init_from}: its decoder rows, for training's inputs, have lengths from "
             f"{lengths.min():.3g} to {lengths.max():.3g}; with length 1 other features would be selected, so set "
             "sae.unit_norm=false"
         )
@@ -203,6 +203,6 @@ def _check_bound(W_enc: Tensor, W_dec: Tensor, settings: SaeSettings) -> None:
         apart = float(((W_enc * W_dec).sum(1) - 1).abs().max())
     if apart > _NEAR:
         raise SettingError(
-            f"init_from: {settings.init_from}: its encoder rows are not bound to its decoder rows as encoder: {name} "
-            "keeps them; use encoder: linear"
+            f"sae.init_from: {settings.init_from}: its encoder rows are not bound to its decoder rows as "
+            f"encoder: {name} keeps them; use encoder: linear"
         )

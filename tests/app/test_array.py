@@ -43,6 +43,7 @@ def test_the_list_and_a_feature_show_labels_with_the_rows_of_the_array(explorer,
     assert not app.error
     app = explorer(folder, page="feature", run="run", feature=str(feature))
     assert not app.error and all("language model" not in box.placeholder for box in app.text_input)
+    assert "Explanation and scores" not in [each.value for each in app.subheader]
     best, shown = database.examples(feature, n=1)[0], lines(app)
     row = FIRST + best.row
     assert shown[0]["row"] == row and shown[0]["texts"] == [f"{best.tokens[0]} · row {row}"]
@@ -60,12 +61,12 @@ def test_a_row_of_the_array_has_its_features(explorer, folder) -> None:
     assert found == set(database.at(7, 0).features.tolist())
 
 
-@pytest.mark.parametrize("page", ["steer", "dead", "attention", "dark_matter"])
-def test_pages_of_a_language_model_say_that_there_is_none(explorer, folder, page: str) -> None:
+@pytest.mark.parametrize("page", ["explanations", "audit", "steer", "dead", "attention", "dark_matter"])
+def test_pages_that_need_text_say_that_there_is_none(explorer, folder, page: str) -> None:
     app = explorer(folder, page=page, run="run")
     assert not app.error and "come from an array" in app.info[0].value
 
 
-@pytest.mark.parametrize("page", ["map", "compare", "explanations", "audit"])
+@pytest.mark.parametrize("page", ["map", "compare"])
 def test_the_other_pages_work(explorer, folder, page: str) -> None:
     assert not explorer(folder, page=page, run="run").exception

@@ -236,6 +236,9 @@ def test_what_needs_a_language_model_says_so(run: Path) -> None:
     for call in calls:
         with pytest.raises(SaelabError, match=r"come from an array, .*points.npy, so there is no language model"):
             call()
+    for explained in (saelab.explain, saelab.score):
+        with pytest.raises(SaelabError, match="come from an array, so there is no text"):
+            explained(run)
     with pytest.raises(SaelabError, match="is on disk already"):
         saelab.cache(run / "config.yaml", run.parent / "cache")
 
