@@ -54,6 +54,7 @@ FROZEN = "frozen decoder"
 COEFFICIENTS: dict[str, dict[int, float]] = {
     "relu": {16: 0.307, 32: 0.193, 64: 0.112},
     "gated": {16: 0.436, 32: 0.261, 64: 0.158},
+    "relu_tanh": {16: 0.00686, 32: 0.00354, 64: 0.00161},
 }
 """Weight of the sparsity loss by L0, found with --tune."""
 PILOTS = {
