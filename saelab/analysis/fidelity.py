@@ -108,7 +108,7 @@ class Fidelity:
     counts: Tensor = field(repr=False, compare=False)
     """Number of evaluated tokens on which each feature is active, ``[n_features]`` int64; not in `to_dict`."""
     sites: tuple[dict[str, Any], ...] = ()
-    """Of a crosscoder: site, fvu, delta_ce, loss_recovered_zero and loss_recovered_mean of each site."""
+    """For each site of a crosscoder: site, fvu, delta_ce, loss_recovered_zero and loss_recovered_mean."""
 
     @property
     def delta_ce(self) -> float:

@@ -200,7 +200,7 @@ def _chosen(files: _Files, wanted: HubId) -> tuple[str, list[str]] | None:
 def _folders(names: Iterable[str], below: str) -> dict[str, list[str]]:
     """The folders at and below `below` that have an autoencoder, and its file of weights."""
     found: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in sorted(name for name in names if ".." not in name.split("/")):  # the Hub's list is not trusted
         for usual in _SAFE:
             if name == usual or name.endswith(f"/{usual}"):
                 folder = name.removesuffix(usual).rstrip("/")

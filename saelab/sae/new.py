@@ -21,9 +21,9 @@ class Widths(NamedTuple):
 
     d_in: int
     d_out: int | None = None
-    """Of a transcoder; None: d_in."""
+    """Width of a transcoder's target; None: it is no transcoder."""
     sites: tuple[int, ...] = ()
-    """Of the sites of a crosscoder, d_in together."""
+    """Widths of the sites of a crosscoder, whose sum is d_in; empty: it is none."""
 
     @property
     def largest(self) -> int:

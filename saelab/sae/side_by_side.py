@@ -29,7 +29,7 @@ class SideBySide:
     """``x -> scales (x - mean)``, site by site: the input map of a crosscoder."""
 
     scale: tuple[float, ...]
-    """Of each site."""
+    """The scale of each site."""
     widths: tuple[int, ...]
     mean: Tensor | None = None
     """``[sum of widths]``, or None: nothing is subtracted."""

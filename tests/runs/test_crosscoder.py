@@ -21,9 +21,9 @@ from saelab.runs.summary import summarise
 from saelab.runs.sweep import sweep
 from saelab.sae.interop.sae_bench import SaeBenchAutoencoder
 from saelab.sae.side_by_side import factors_of
-from saelab.training.trainer import Trainer
 from tests.runs.test_resume import assert_same, config_of
 from tests.runs.test_sweep import alone, contents, runs_in
+from tests.runs.test_transcoder import assert_resumed_to_the_bit
 
 SITES = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post", "blocks.1.mlp.hook_post"]
 
@@ -34,10 +34,6 @@ def config(tmp_path: Path) -> dict[str, Any]:
     return copy.deepcopy(config_of(tmp_path)) | {"site": SITES[0], "more_sites": SITES[1:]}
 
 
-def weights(run: Path) -> bytes:
-    return (run / "sae" / "sae_weights.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("inputs", [pytest.param("scale", marks=pytest.mark.slow), "centre"])
 def test_a_run_that_stopped_is_resumed_to_the_bit(
     config: dict[str, Any], inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -45,19 +41,7 @@ def test_a_run_that_stopped_is_resumed_to_the_bit(
     config["sae"] |= {"allocation": "mutual_choice"}
     config["training"] |= {"tokens": 2400}
     config["activations"] |= {"inputs": inputs}
-    whole, step, run = saelab.train(config, [f"out={tmp_path / 'whole'}"]), Trainer.step, tmp_path / "run"
-
-    def fail(self: Trainer, batch: Any) -> Any:
-        if self.steps == 7:
-            raise SaelabError("stopped")
-        return step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", fail)
-        with pytest.raises(SaelabError, match="stopped"):
-            saelab.train(config)
-    saelab.resume(run)
-    assert weights(run) == weights(whole)
+    assert_resumed_to_the_bit(config, tmp_path, monkeypatch)
 
 
 def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:

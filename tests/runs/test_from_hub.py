@@ -10,7 +10,7 @@ import torch
 import saelab
 from saelab.errors import SaelabError
 from saelab.runs.export import export
-from saelab.runs.from_hub import HubId, parse, resolve
+from saelab.runs.from_hub import HubId, _folders, parse, resolve
 from tests.hub_server import Hub, in_place_of_the_hub
 from tests.sae.interop.peers import REAL
 from tests.sae.interop.test_releases import GEMMA, RELEASES, place
@@ -188,3 +188,8 @@ def test_parts_of_an_id() -> None:
     assert str(HubId("user/repo", "v1", "a/b")) == "user/repo@v1/a/b"
     name = "gpt2-small-resid-post-v5-32k/blocks.3.hook_resid_post"
     assert parse(name) == HubId("jbloom/GPT2-Small-OAI-v5-32k-resid-post-SAEs", None, "v5_32k_layer_3.pt")
+
+
+def test_a_listing_leads_to_no_place_outside_the_repository() -> None:
+    names = ["../../x/sae_weights.safetensors", "a/../../sae_weights.safetensors", "a/sae_weights.safetensors"]
+    assert _folders(names, "") == {"a": ["a/sae_weights.safetensors"]}

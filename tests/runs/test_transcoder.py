@@ -25,6 +25,7 @@ from saelab.runs.live import open_live
 from saelab.runs.plan import plan_cache, plan_evaluation, plan_index, plan_training
 from saelab.runs.summary import summarise
 from saelab.runs.sweep import sweep
+from saelab.training.trainer import Trainer
 from tests.faults.tools import command
 from tests.runs.test_resume import assert_same, config_of
 from tests.runs.test_sweep import alone, contents, runs_in
@@ -42,6 +43,23 @@ def config(tmp_path: Path) -> dict[str, Any]:
 
 def weights(run: Path) -> bytes:
     return (run / "sae" / "sae_weights.safetensors").read_bytes()
+
+
+def assert_resumed_to_the_bit(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that fails at its eighth step and is resumed ends with the weights of one that does not stop."""
+    whole, step, run = saelab.train(config, [f"out={tmp_path / 'whole'}"]), Trainer.step, tmp_path / "run"
+
+    def fail(self: Trainer, batch: Any) -> Any:
+        if self.steps == 7:
+            raise SaelabError("stopped")
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", fail)
+        with pytest.raises(SaelabError, match="stopped"):
+            saelab.train(config)
+    saelab.resume(run)
+    assert weights(run) == weights(whole)
 
 
 def test_a_cache_of_both_sites_trains_as_one_pass_does(config: dict[str, Any], tmp_path: Path) -> None:
@@ -65,23 +83,9 @@ def test_a_cache_of_both_sites_trains_as_one_pass_does(config: dict[str, Any], t
 def test_stopped_after_some_steps_and_resumed_equals_never_stopped(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saelab.training.trainer import Trainer
-
     config["sae"] |= {"skip": True}
     config["training"] |= {"tokens": 2400}
-    whole, step, run = saelab.train(config, [f"out={tmp_path / 'whole'}"]), Trainer.step, tmp_path / "run"
-
-    def fail(self: Trainer, batch: Any) -> Any:
-        if self.steps == 7:
-            raise SaelabError("stopped")
-        return step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", fail)
-        with pytest.raises(SaelabError, match="stopped"):
-            saelab.train(config)
-    saelab.resume(run)
-    assert weights(run) == weights(whole)
+    assert_resumed_to_the_bit(config, tmp_path, monkeypatch)
 
 
 def test_all_stages_of_a_transcoder(config: dict[str, Any], tmp_path: Path) -> None:
