@@ -117,7 +117,8 @@ def draw_numbers(database: Database, feature: Feature) -> None:
         draw_facts(feature)
         st.subheader("Tokens with most of its activation", anchor=False)
         st.html(bars_html([token._replace(value=100 * token.value) for token in feature.top_tokens], "{:.1f}%"))
-    draw_lens(database, feature)
+    if not database.of_array:
+        draw_lens(database, feature)
     draw_neighbours(feature.index)
     if feature.neurons:
         st.subheader("Neurons", anchor=False, help="dimensions of the site with the largest weights in its decoder row")

@@ -74,7 +74,7 @@ SINKS = (  # shown if there are any
     "delta_ce_without_sinks",
 )
 # a hash of the inputs; the mode is inference; the page says the others elsewhere
-NOT_SHOWN = ("inputs", "site", "mode", "training_complete", "tokens", "n_features", "never_active_share")
+NOT_SHOWN = ("inputs", "site", "sites", "mode", "training_complete", "tokens", "n_features", "never_active_share")
 
 CURVES = {
     "fvu": "FVU of the batch",
@@ -138,11 +138,19 @@ def draw_evaluation() -> None:
             st.metric(HEADLINE[name], with_interval(found, name) + more, width="content")
     on = f" on {found['tokens']:,} held-out tokens" if isinstance(found.get("tokens"), int) else ""
     special = "; no figure includes BOS or other special tokens" if of_text else ""
+    sites = found.get("sites") or []  # of a crosscoder
     st.caption(f"Evaluated{on} in inference mode{special}.")
+    if sites:
+        st.caption(f"FVU is that of all sites together. CE is that with {state.plain(sites[0]['site'])} spliced in.")
     known = {name for name, *_ in FIGURES} | set(NOT_SHOWN) | set(HEADLINE)
     rows = [(title, with_interval(found, name), unit, text) for name, title, unit, text in FIGURES if name in found]
     new = [name for name in found if name not in known and not name.endswith("_interval")]
     rows += [(name, with_interval(found, name), "", "") for name in new]
+    for each in sites:
+        rows.append((f"FVU at {each['site']}", shown(each["fvu"]), "", "of this site's part of the reconstruction"))
+        rows.append(
+            (f"delta CE at {each['site']}", shown(each["delta_ce"]), "nats per token", "with this site spliced in")
+        )
     with st.expander("All figures, with definitions"):
         st.html(facts_html(rows))
 
