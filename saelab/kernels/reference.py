@@ -27,6 +27,8 @@ def sddmm(codes: Codes, a: Tensor, b: Tensor) -> Tensor:
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The first k of every sorted row: scores ``[tokens, n_features]`` -> values and features ``[tokens, k]``."""
+    # a GPU sorts a NaN whose sign bit is set as the smallest
+    scores = scores.masked_fill(scores.isnan(), torch.nan)
     values, features = scores.sort(dim=1, descending=True, stable=True)
     return values[:, :k], features[:, :k]
 

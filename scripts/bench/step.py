@@ -6,7 +6,7 @@
 
 Every figure comes from its own process (ours_step.py, peer_step.py), and processes alternate, so that a drift of the
 machine affects all: each round measures, for each peer, ours in every precision and then the peer's variants. A ratio
-is of two measurements of one round, and the median of the rounds is reported. Has not yet run on a GPU.
+is of two measurements of one round, and the median of the rounds is reported.
 
 If a peer fails, its row says so, the rest is measured, and the exit code is 1.
 """

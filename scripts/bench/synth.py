@@ -2,6 +2,7 @@
 
     python scripts/bench/synth.py                                # the small world, every method, L0 20 and 25
     python scripts/bench/synth.py --scale full --device cuda     # the recipe of SynthSAEBench-16k v2
+    python scripts/bench/synth.py --scale full --device cuda --samples 1e7    # with fewer training samples
     python scripts/bench/synth.py --only mutual,jumprelu --seeds 1
     python scripts/bench/synth.py --write docs/results.md        # only the table of what is finished, into that file
 
@@ -310,6 +311,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder of the cells (runs/synth-SCALE)")
     parser.add_argument("--seeds", type=command.whole(1), default=3)
+    parser.add_argument("--samples", type=float, help="training samples; the scale has its own number")
     parser.add_argument("--only", type=_names, default=NAMES, metavar="NAME,...", help="only these methods")
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="only write the tables of what is finished into FILE"
@@ -325,7 +327,10 @@ def main() -> None:
     cells = [(name, l0, seed) for seed in range(options.seeds) for name in options.only for l0 in L0S]
     missing = [cell for cell in cells if not cell_file(out, *cell).is_file()]
     if missing:
-        bench = Bench(SCALES[options.scale], out, command.device(options.device), lambda line: print(line, flush=True))
+        scale = SCALES[options.scale]
+        if options.samples is not None:
+            scale = replace(scale, training=replace(scale.training, tokens=int(options.samples)))
+        bench = Bench(scale, out, command.device(options.device), lambda line: print(line, flush=True))
         for cell in missing:
             bench.cell(*cell)
     print(report(finished(out)))

@@ -68,8 +68,9 @@ def test_numbers_of_features_and_their_gradient_equal_the_dense_formula(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about threads of a CPU")
-def test_the_gradient_of_numbers_of_features_has_the_same_bits_every_time() -> None:
+def test_the_gradient_of_numbers_of_features_has_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """An index's gradient has not, from some million entries on, in two threads."""
+    monkeypatch.delenv("SAELAB_KERNELS", raising=False)
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(2048, 1024, generator=generator) < 0.5
     codes = Codes.from_mask(mask, torch.randn(2048, 1024, generator=generator))

@@ -185,6 +185,7 @@ def test_special_tokens_are_in_no_loss_and_the_last_position_has_no_gradient(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_touch_no_parameter_and_nothing_below_the_site(kind: str) -> None:
     lm = language_model(kind)
+    lm.measure(["blocks.1.hook_resid_post"])  # which runs the model
     below: list[bool] = []
     module = lm.model.get_submodule(lm.site("blocks.0.hook_out").module)
     handle = module.register_forward_hook(

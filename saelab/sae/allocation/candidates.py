@@ -13,6 +13,7 @@ beforehand: a margin becomes spare slots, filled by the next largest.
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +60,14 @@ class Bands(NamedTuple):
 
 def runs_of(by_rank: Tensor) -> list[tuple[int, int, int]]:
     """Runs of ranks (start, stop, largest capacity) whose capacities differ by about a factor of two at most."""
-    largest = by_rank.ceil().long().tolist()
+    falling = -by_rank.ceil().long().cpu().numpy()
     runs, start = [], 0
-    for i in range(1, len(largest) + 1):
-        if i == len(largest) or largest[i] < max(1, largest[start] // 2):
-            runs.append((start, i, largest[start]))
-            start = i
+    while start < len(falling):
+        largest = -int(falling[start])
+        smallest = max(min(1, largest), largest // 2)
+        stop = int(np.searchsorted(falling, -smallest, side="right"))
+        runs.append((start, stop, largest))
+        start = stop
     return runs
 
 

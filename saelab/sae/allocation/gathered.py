@@ -24,8 +24,8 @@ def own_rule(rule: Rule, part: slice) -> Rule:
     """`rule`, for all features, on the features of one process."""
     if isinstance(rule, GroupMax):
         return replace(rule, first=part.start)
-    if not isinstance(rule, FeatureChoice):
-        return rule
+    if not isinstance(rule, FeatureChoice) or part == slice(0, len(rule.capacities)):
+        return rule  # with its bands: to make new ones waits for a GPU
     capacities = rule.capacities[part]
     bands = None if capacities.device.type == "cpu" else Bands.of(capacities)
     return replace(rule, capacities=capacities, bands=bands)

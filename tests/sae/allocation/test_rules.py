@@ -11,6 +11,7 @@ from torch import Tensor
 from saelab.codes import Codes
 from saelab.sae import encoder
 from saelab.sae.allocation.candidates import Bands, Entries
+from saelab.sae.allocation.gathered import own_rule
 from saelab.sae.allocation.rules import FeatureChoice, GroupMax, MutualChoice, Rule, Threshold, TokenChoice
 from saelab.sae.allocation.selection import _fixed, as_codes, in_order, select
 
@@ -194,6 +195,16 @@ def test_a_fixed_number_of_candidates_contains_the_exact_choice() -> None:
         exact = entries._replace(scores=scores[entries.tokens, entries.features])
         codes, _ = _fixed(exact, rule.keep(exact, 64) & (exact.scores > 0), rule.slots(64), 64, 128)
         assert torch.equal(codes.to_dense(), dense(scores, rule))
+
+
+def test_features_without_capacity_are_one_band_and_all_features_keep_the_bands_they_have() -> None:
+    """A GPU runs each band on its own, and waits where bands are made from capacities."""
+    capacities = torch.tensor([0, 5, 0, 9, 1, 0, 4])
+    assert Bands.of(capacities).runs == [(0, 3, 9), (3, 4, 1), (4, 7, 0)]
+    rule = FeatureChoice(capacities, 19, Bands.of(capacities))
+    assert own_rule(rule, slice(0, 7)) is rule
+    part = own_rule(rule, slice(1, 4))
+    assert isinstance(part, FeatureChoice) and part.capacities.tolist() == [5, 0, 9]
 
 
 def test_group_max_keeps_the_largest_of_each_group_and_the_first_of_equal_ones() -> None:
