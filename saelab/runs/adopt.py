@@ -92,9 +92,9 @@ def adopt(
     What is not given is taken from the checkpoint's metadata, if it says it: the `model`, the `site`, the `target` of a
     transcoder, the further sites of a crosscoder, the `corpus` (names as in a config), and the context. `out` is by
     default ``runs/NAME``, with the name of the checkpoint's folder. `overrides` may set `context`, `device`, `seed`,
-    `more_sites` and the sections `model`, `corpus`, `eval`, `features` and `analysis`. The weights are copied, as saelab
-    writes them. `say` reports what the checkpoint was trained on if it differs from what is given. An existing run is
-    replaced only with `force`.
+    `more_sites` and the sections `model`, `corpus`, `eval`, `features` and `analysis`. The weights are copied, as
+    saelab writes them. `say` reports what the checkpoint was trained on if it differs from what is given. An existing
+    run is replaced only with `force`.
 
     Raises SaelabError if the checkpoint cannot be loaded, if something is neither given nor known (the message lists
     all of it), if the model has no such site or one of another width, and as `train` does for text and folders.
