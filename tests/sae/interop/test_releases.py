@@ -64,6 +64,13 @@ def test_the_model_and_the_site_of_a_release(name: str, model: str, site: str) -
     assert ("hook_name_out" in sae.metadata) == sae.transcodes
 
 
+def test_a_folder_far_above_does_not_make_a_transcoder(tmp_path: Path) -> None:
+    copied = tmp_path / "my transcoders" / GEMMA
+    shutil.copytree(RELEASES / GEMMA, copied)
+    sae = saelab.load(copied)
+    assert not sae.transcodes and sae.metadata["hook_name"] == "blocks.20.hook_resid_post"
+
+
 def llama_scope(folder: Path, **config: object) -> tuple[Path, torch.Tensor]:
     """Llama Scope with decoder rows of different lengths, and x."""
     w = weights()
