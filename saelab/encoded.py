@@ -90,11 +90,14 @@ def encoded(
 ) -> Iterator[Block]:
     """Blocks of `rows` ``[rows, context]``, `rows_per_forward` rows each, in order.
 
-    Blocks without an ordinary token are left out. With `gradients`, `sae` must be `GradientAware` and selects features
-    with the gradients of the loss, which know the next token. Raises SaelabError if the model has no such site, if
-    the site has no activations, and if activations, gradients or weights of `sae` are NaN or infinite.
+    Blocks without an ordinary token are left out. With `gradients`, `sae` must be `GradientAware`, of one site, and
+    selects features with the gradients of the loss, which know the next token. Raises SaelabError if the model has no
+    such site, if the site has no activations, if `gradients` are asked of several sites, and if activations, gradients
+    or weights of `sae` are NaN or infinite.
     """
     _check_weights(sae)
+    if gradients and len(as_sites(site).all) > 1:
+        raise SaelabError(f"{site}: the gradient affinity is that of an autoencoder of one site")
     starts = iter(range(0, len(rows), rows_per_forward))
     for start in track(starts, "encoding", rows.numel(), lambda start: rows[start : start + rows_per_forward].numel()):
         yield from _blocks([(sae, as_sites(site))], lm, rows, slice(start, start + rows_per_forward), gradients)

@@ -240,7 +240,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def translate_read_errors(
-    path: Path, what: str, remedy: str, errors: tuple[type[Exception], ...] = (OSError, ValueError)
+    path: Path, what: str, remedy: str, errors: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError)
 ) -> Iterator[None]:
     """Turn `errors` from reading `path` as `what` into a SaelabError: which file, why, and then `remedy`."""
     try:

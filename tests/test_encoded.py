@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saelab.activations.sites import Sites
 from saelab.codes import Codes
 from saelab.encoded import Block, Reader, encoded, read_together
 from saelab.errors import SaelabError
@@ -113,6 +114,15 @@ def test_progress_counts_every_token_that_is_encoded() -> None:
     list(encoded(sae, lm, rows, SITE, 4, track=track))
     read_together(sae, lm, rows, SITE, [Reader(lambda _: None, 11, 4), Reader(lambda _: None, 6, 4)], track=track)
     assert seen == [("encoding", 11 * CONTEXT, 11 * CONTEXT), ("encoding", 13 * CONTEXT, 13 * CONTEXT)]
+
+
+@pytest.mark.parametrize(
+    "sites", [Sites(SITE, "blocks.2.hook_resid_post"), Sites(SITE, None, ("blocks.2.hook_resid_post",))]
+)
+def test_gradients_at_several_sites_are_refused(sites: Sites) -> None:
+    lm, sae = language_model("gpt2"), autoencoder("gpt2")
+    with pytest.raises(SaelabError, match="the gradient affinity is that of an autoencoder of one site"):
+        next(encoded(sae, lm, random_rows(lm, 2), sites, 2, gradients=True))
 
 
 def test_a_site_without_activations_is_said() -> None:

@@ -135,7 +135,7 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
 
 def reads_heads() -> bool:
     """Whether the current run is of the outputs of attention heads, so that the Attention page is about it."""
-    return (state.read(summarise).site or "").endswith(".attn.hook_z")
+    return state.read(summarise).only_at(".attn.hook_z")
 
 
 def draw_attention_link(text: str, token: int, feature: int | None = None, bos: bool = True) -> None:

@@ -66,7 +66,10 @@ def draw_facts(feature: Feature) -> None:
 def draw_lens(database: Database, feature: Feature) -> None:
     st.subheader("Logit lens", anchor=False)
     if not feature.top_logits:
-        st.caption(f"None: {state.plain(database.site)} is neither the residual stream nor added to it.")
+        why = f"{state.plain(database.site)} is neither the residual stream nor added to it"
+        if database.sites.more:
+            why = "a row of a crosscoder writes to several sites"
+        st.caption(f"None: {why}.")
         return
     up, down = st.columns(2, gap="small")
     up.html(bars_html(feature.top_logits))

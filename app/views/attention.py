@@ -186,9 +186,9 @@ def links(other: Mapping[str, RunSummary], layer: int) -> dict[tuple[str, int], 
     found = {("attention feature", layer): state.run_name()}
     for name, summary in other.items():
         site = summary.site or ""
-        if site.endswith(".attn.hook_z"):
+        if summary.only_at(".attn.hook_z"):
             found.setdefault(("attention feature", layer_of(site)), name)
-        elif site.endswith((".hook_resid_pre", ".hook_resid_post")):
+        elif summary.only_at(".hook_resid_pre") or summary.only_at(".hook_resid_post"):
             found.setdefault(("stream feature", layer_of(site) + site.endswith("post")), name)
     return found
 

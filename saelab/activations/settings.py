@@ -88,9 +88,10 @@ class ActivationSettings:
     SAELens' name: layer_norm (mean 0, standard deviation 1) or constant_norm_rescale (length sqrt(d_in)). The saved
     weights contain it, and the checkpoint names a normalisation."""
     max_norm: float | None = None
-    """Tokens whose norm is above this many times the median norm of the first activations are left out of training, of
-    the input scale and of the thresholds, and their batches are smaller: 10 leaves out attention sinks. Default: none
-    is left out. Evaluation counts all tokens, and gives FVU and delta CE without sinks too."""
+    """Tokens whose norm is above this many times the median norm of the first activations, at one of the sites if there
+    are several, are left out of training, of the input scale and of the thresholds, and their batches are smaller: 10
+    leaves out attention sinks. Default: none is left out. Evaluation counts all tokens, and gives FVU and delta CE
+    without sinks too."""
 
     def __post_init__(self) -> None:
         if self.array is not None and self.cache is not None:

@@ -13,6 +13,7 @@ top variance    share of the variance of all other tokens, about their own mean,
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,12 +131,14 @@ def largest_norm(median_norm: float, times: float) -> float:
     return times * median_norm or math.inf
 
 
-def within(values: Tensor, largest: float) -> Tensor | None:
-    """Which of `values` ``[tokens, d_in]`` have norms up to `largest`, bool ``[tokens]``; None if all have."""
-    if math.isinf(largest):
-        return None
-    keep = torch.linalg.vector_norm(values, dim=1) <= largest
-    return None if keep.all() else keep
+def within(sites: Sequence[Tensor], largest: Sequence[float]) -> Tensor | None:
+    """Which tokens have at every site a norm up to the `largest` there, bool ``[tokens]``; None if all have.
+
+    `sites` are the activations of the same tokens at one or several, each ``[tokens, width]``.
+    """
+    bounded = [(values, norm) for values, norm in zip(sites, largest, strict=True) if not math.isinf(norm)]
+    keep = [torch.linalg.vector_norm(values, dim=1) <= norm for values, norm in bounded]
+    return None if all(each.all() for each in keep) else torch.stack(keep).all(0)
 
 
 def concentration(sums: SinkSums) -> Concentration:

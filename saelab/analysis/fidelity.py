@@ -52,7 +52,7 @@ from saelab.activations.stream import ActivationModel, check_finite
 from saelab.analysis.decoder import mean_absolute_cosine
 from saelab.analysis.result import shown
 from saelab.analysis.settings import EvalSettings
-from saelab.analysis.spliced_loss import spliced_losses
+from saelab.analysis.spliced_loss import Spliced, spliced_losses
 from saelab.encoded import Autoencoder, Block, encoded
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
@@ -256,7 +256,7 @@ class Evaluation:
         self._factors = factors_of(sae) if isinstance(sae, SparseAutoencoder) and sites.more else None
         self._widths = list(sae.site_widths) if isinstance(sae, SparseAutoencoder) else []
         self._ce_tokens = ce_tokens
-        self._ce_blocks: list[tuple[int, Tensor, Tensor]] = []
+        self._ce_blocks: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._tokens = self._active = 0
         self._sums = SinkSums()
         self._fired = torch.zeros(sae.n_features, dtype=torch.long, device=lm.device)
@@ -265,14 +265,14 @@ class Evaluation:
     def add(self, block: Block) -> None:
         """Add the next block of the pass. Raises SaelabError if a reconstruction is NaN or infinite."""
         x, reconstruction = block.output, self._sae.decode(block.codes, block.x)
-        if self._tokens < self._ce_tokens:
-            self._ce_blocks.append((block.first_row, block.rows, reconstruction))
-        reconstruction = reconstruction.float()
+        spliced, reconstruction = reconstruction, reconstruction.float()
         context = block.rows.shape[1]
         rows, positions = block.positions // context, block.positions % context
         check_finite(f"{self._sites}: the autoencoder", "reconstructions", reconstruction, rows, positions, _WEIGHTS)
         if self._factors is not None:
             x, reconstruction = x * self._factors, reconstruction * self._factors
+        if self._tokens < self._ce_tokens:
+            self._ce_blocks.append((block.first_row, block.rows, spliced, torch.linalg.vector_norm(x, dim=1)))
         squares = (x.double() - reconstruction.double()).square()
         cosines = F.cosine_similarity(x, reconstruction, dim=1).double()
         at_sites = [] if self._factors is None else [part.sum(1) for part in squares.split(self._widths, 1)]
@@ -344,17 +344,22 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
         none = dict.fromkeys(_LOSSES, math.nan) | {"ce_tokens": 0}
         return [each._figures([none for _ in each._sites.outputs]) for each in evaluations]
     lm = cast(LanguageModel, first._lm)
-    if first._factors is not None:  # all sites have one norm of sinks, which a splice at one of them cannot apply
-        mean, sink_norm = mean / first._factors, None
+    if first._factors is not None:
+        mean = mean / first._factors
     losses, start = [], 0
     for site in first._sites.outputs:
         columns = slice(start, start + lm.width(site))
         start = columns.stop
         blocks = [
-            (first_row, rows, [each._ce_blocks[i][2][:, columns] for each in evaluations])
-            for i, (first_row, rows, _) in enumerate(first._ce_blocks)
+            Spliced(
+                first_row,
+                rows,
+                [each._ce_blocks[i][2][:, columns] for each in evaluations],
+                None if sink_norm is None else norms <= sink_norm,
+            )
+            for i, (first_row, rows, _, norms) in enumerate(first._ce_blocks)
         ]
-        losses.append(spliced_losses(lm, site, blocks, mean[columns], sink_norm, track))
+        losses.append(spliced_losses(lm, site, blocks, mean[columns], track))
     return [each._figures(own) for each, own in zip(evaluations, zip(*losses, strict=True), strict=True)]
 
 

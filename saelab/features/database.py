@@ -164,9 +164,14 @@ class Database:
         return len(self.table)
 
     @property
-    def site(self) -> str:
+    def sites(self) -> Sites:
         manifest = self.arrays.manifest
-        return str(Sites(manifest["site"], manifest.get("target"), tuple(manifest.get("more_sites", ()))))
+        return Sites(manifest["site"], manifest.get("target"), tuple(manifest.get("more_sites", ())))
+
+    @property
+    def site(self) -> str:
+        """All sites in words."""
+        return str(self.sites)
 
     @property
     def model(self) -> str:

@@ -65,6 +65,8 @@ class _Known:
 
     model_name: str
     hook_name: str
+    hook_names: tuple[str, ...]
+    """The sites of a crosscoder."""
     hook_name_out: str
     dataset_path: str
     context_size: int | None
@@ -88,10 +90,11 @@ def adopt(
     """Make a run folder of a checkpoint that `saelab.load` reads, local or on the Hub; returns the folder.
 
     What is not given is taken from the checkpoint's metadata, if it says it: the `model`, the `site`, the `target` of a
-    transcoder, and the `corpus` (names as in a config), and the context. `out` is by default ``runs/NAME``, with the
-    name of the checkpoint's folder. `overrides` may set `context`, `device`, `seed` and the sections `model`, `corpus`,
-    `eval`, `features` and `analysis`. The weights are copied, as saelab writes them. `say` reports what the checkpoint
-    was trained on if it differs from what is given. An existing run is replaced only with `force`.
+    transcoder, the further sites of a crosscoder, the `corpus` (names as in a config), and the context. `out` is by
+    default ``runs/NAME``, with the name of the checkpoint's folder. `overrides` may set `context`, `device`, `seed`,
+    `more_sites` and the sections `model`, `corpus`, `eval`, `features` and `analysis`. The weights are copied, as
+    saelab writes them. `say` reports what the checkpoint was trained on if it differs from what is given. An existing
+    run is replaced only with `force`.
 
     Raises SaelabError if the checkpoint cannot be loaded, if something is neither given nor known (the message lists
     all of it), if the model has no such site or one of another width, and as `train` does for text and folders.
@@ -108,6 +111,8 @@ def adopt(
     for name, value in given.items():
         if found := getattr(known, _WHAT[name][1]) if value is None else value:
             tree[name] = found
+    if len(sae.site_widths) > 1 and known.hook_names[:1] == (tree.get("site"),):
+        tree["more_sites"] = list(known.hook_names[1:])
     if known.context_size is not None:
         tree["context"] = known.context_size
     for override in overrides:
@@ -159,9 +164,12 @@ def _known(metadata: Mapping[str, Any]) -> _Known:
     context, bos = metadata.get("context_size"), metadata.get("prepend_bos")
     options = metadata.get("model_from_pretrained_kwargs")
     options = options if isinstance(options, Mapping) else {}
+    names = metadata.get("hook_names")
+    names = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
     return _Known(
         _official(text("model_name")),
         text("hook_name"),
+        tuple(names),
         text("hook_name_out"),
         text("dataset_path"),
         context if isinstance(context, int) and not isinstance(context, bool) and context >= 2 else None,

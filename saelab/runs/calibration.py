@@ -9,7 +9,7 @@ too high elsewhere.) The one threshold for all features of mutual choice is a le
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.activations.sinks import within
+from saelab.activations.sites import Sites, as_sites
 from saelab.activations.stream import ActivationModel, read_activations
 from saelab.corpus import Corpus
 from saelab.errors import SaelabError
@@ -47,29 +47,36 @@ def calibrate(
     sae: SparseAutoencoder,
     lm: ActivationModel,
     rows: CalibrationRows,
-    site: str | Sequence[str],
+    site: str | Sites,
     densities: Tensor | None,
     *,
     inputs: InputMap | SideBySide = UNCHANGED,
-    largest_norm: float = math.inf,
+    within: Callable[[Tensor, Tensor | None], Tensor | None] | None = None,
     rows_per_forward: int = 16,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Set the thresholds of `sae` so that they reproduce `densities`; returns the facts recorded in the checkpoint.
 
-    `sae` was trained on `inputs` of the activations at `site`, or at several sites side by side, with norms up to
-    `largest_norm` (before that). The densities are those of `Trained`: a scalar, ``[n_features]``, or None if inference
-    needs no thresholds. Raises SaelabError, with row and position, if an activation is NaN or infinite, and if no token
-    is left.
+    `sae` was trained on `inputs` of the activations at `site`, of the tokens that `within` keeps, given the activations
+    that it reads and those at its target (`Inputs.within`); None keeps all. The densities are those of `Trained`: a
+    scalar, ``[n_features]``, or None if inference needs no thresholds. Raises SaelabError, with row and position, if an
+    activation is NaN or infinite, and if no token is left.
     """
     if densities is None:
         return {}
 
+    sites = as_sites(site)
+    read = sites.inputs if within is None else sites.all
+
     def activations(text: Tensor) -> Iterator[Tensor]:
-        batches = read_activations(lm, text.cpu().numpy(), site, rows_per_forward)
+        batches = read_activations(lm, text.cpu().numpy(), read, rows_per_forward)
         for batch in track(batches, "calibration", text.numel(), len):
-            keep = within(batch.values, largest_norm)
-            values = batch.values if keep is None else batch.values[keep]
+            values, target = batch.values, None
+            if within is not None:
+                if sites.target is not None:
+                    values, target = values[:, : sae.d_in].contiguous(), values[:, sae.d_in :]
+                keep = within(values, target)
+                values = values if keep is None else values[keep]
             if len(values):
                 yield inputs(values)
 

@@ -288,7 +288,7 @@ def _make_untrained(made: _Control, *, l0: float, track: Track) -> None:
     facts: dict[str, Any] = inputs.record()
     if densities is not None:
         rows = calibration_rows(job.corpus, s.eval.tokens, job.say)
-        read = {"inputs": inputs.map, "largest_norm": inputs.largest_norm}
+        read = {"inputs": inputs.map, "within": inputs.within if inputs.largest_norms else None}
         forward = s.eval.rows_per_forward
-        facts |= calibrate(sae, job.lm, rows, s.sites.inputs, densities, **read, rows_per_forward=forward, track=track)
+        facts |= calibrate(sae, job.lm, rows, s.sites, densities, **read, rows_per_forward=forward, track=track)
     made.save(inputs.folded(sae), facts)

@@ -138,10 +138,10 @@ class Training:
             sae,
             job.model,
             rows,
-            settings.sites.inputs,
+            settings.sites,
             densities,
             inputs=self.inputs.map,
-            largest_norm=self.inputs.largest_norm,
+            within=self.inputs.within if self.inputs.largest_norms else None,
             rows_per_forward=job.rows_at_once(settings.eval.rows_per_forward),
             track=track,
         )

@@ -96,13 +96,13 @@ def _front_matter(about: About) -> str:
 
 
 def _facts(about: About, metadata: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    allocation = (ours.get("allocation") or {}).get("name")
-    tokens = ours.get("tokens")
+    allocation, tokens = ours.get("allocation"), ours.get("tokens")
+    allocation = allocation.get("name") if isinstance(allocation, Mapping) else None  # it may be another trainer's
     rows = {
         "features": f"{about.checkpoint['d_sae']:,}",
         "width of the activations": f"{about.checkpoint['d_in']:,}",
         "architecture": f"`{_code(about.checkpoint.get('architecture', ''))}` in `{CONFIG}`",
-        "allocation in training": allocation and f"{_text(allocation)}, k = {ours.get('k')}",
+        "allocation in training": allocation and _text(f"{allocation}, k = {ours.get('k')}"),
         "text": metadata.get("dataset_path") and f"`{_code(metadata['dataset_path'])}`",
         "context": metadata.get("context_size") and f"{metadata['context_size']} tokens",
         "trained on": tokens and f"{tokens:,} tokens",
@@ -124,7 +124,13 @@ def _figures(found: Mapping[str, Any] | None, *, held_out: bool) -> str:
             )
             tokens = _number(found.get("ce_tokens" if name.startswith(_OF_CE) else "tokens"), 0)
             rows.append(f"| {label} | {shown} | {tokens} | {definition} |")
-    head = [f"{'On text that was held out of the training; ' * held_out}N is the number of tokens.", ""]
+    sites = found.get("sites") or []  # of a crosscoder
+    for label, name, n in (("FVU", "fvu", "tokens"), ("delta CE", "delta_ce", "ce_tokens")):
+        for each in sites:
+            shown = f"{_number(each[name], 4)} | {_number(found.get(n), 0)}"
+            rows.append(f"| {label} at `{_code(each['site'])}` | {shown} | of this site only |")
+    of_which = "FVU is that of all sites together, CE and KL are those of the first site. " * bool(sites)
+    head = [f"{of_which}{'On text that was held out of the training; ' * held_out}N is the number of tokens.", ""]
     return "\n".join([*head, "| figure | value | N | what it is |", "|---|---|---|---|", *rows])
 
 

@@ -23,8 +23,15 @@ from saelab.runs.model_card import About, card
 from saelab.sae.layout import CONFIG, WEIGHTS
 
 CARD = "README.md"
-_WHOLE = re.compile(r"(?:file:/*)?(?:[/~\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
-_INSIDE = re.compile(r"(?<![\w./:~-])(?:file:/*)?~?/(?:[^\s\"'/:,;]+/)+([^\s\"'/:,;]*)")
+_WHOLE = re.compile(r"(?:file:/*)?(?:[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]).*", re.DOTALL)
+"""A path and nothing else, from the root, the user's folder or a folder like ``..``."""
+_INSIDE = re.compile(
+    r"""(?<![\w./\\~-])(?:file:/*)?(?:~\w*|[A-Za-z]:)?[/\\](?![/\\])  # not the slashes of https://
+    (?:[^"':,;\n/\\]+[/\\])+  # folders, with blanks in their names
+    ([^\s"':,;/\\]*)""",
+    re.VERBOSE,
+)
+"""A path in a text. Its folders may contain blanks, so that words between two paths are taken for one too."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def prepare(run: str | Path, repo: str, path: str | None = None) -> Upload:
     checkpoint = current_folder(run / folder.CHECKPOINT)
     config = without_paths(read_json(checkpoint / CONFIG, "Train the run again."))
     metadata = config.get("metadata") or {}
-    site = "crosscoder" if metadata.get("hook_names") else metadata.get("hook_name")
+    site = "crosscoder" if "site_widths" in config else metadata.get("hook_name")
     path = _checked(repo, path or (site if isinstance(site, str) and site else "sae"))
     settings = yaml12.parse(folder.settings_text(run), str(run / folder.SETTINGS))
     text = yaml.safe_dump(without_paths(settings), sort_keys=False, allow_unicode=True)

@@ -24,6 +24,7 @@ class RunSummary:
     model: str | None
     """Name of the model; of an array its file's."""
     site: str | None
+    """All sites in words, so that runs with the same text read and write the same."""
     n_features: int | None
     tokens: int | None
     """N: evaluated tokens."""
@@ -52,6 +53,10 @@ class RunSummary:
     """Fingerprint of the model's files, as the checkpoint has it."""
     of_array: bool = False
     """Whether the activations come from an array, so that there is no language model."""
+
+    def only_at(self, end: str) -> bool:
+        """Whether the run reads and reconstructs one site only, whose name ends in `end`."""
+        return self.site is not None and " " not in self.site and self.site.endswith(end)
 
     def same_model(self, other: "RunSummary") -> bool:
         """Whether both runs are of one model, wherever it lies: by its files, or by name if one does not know these."""
@@ -137,7 +142,7 @@ def _settings(run: Path) -> Mapping[str, Any]:
 
 
 def _sites(settings: Mapping[str, Any]) -> str | None:
-    """The sites of a run as one text, so that runs with the same text read and write the same."""
+    """The sites of a run as one text; that of several has blanks in it."""
     site, more = _text(settings.get("site")), settings.get("more_sites")
     more = tuple(map(str, more)) if isinstance(more, list) else ()
     return None if site is None else str(Sites(site, _text(settings.get("target")), more))

@@ -181,7 +181,7 @@ def _check_start(job: Job) -> None:
         return
     if sites.more:
         raise SettingError("sae.init_from: a crosscoder starts with random weights; leave out init_from or more_sites")
-    widths = (job.lm.width(site) for site in sites.all)
+    widths = (job.model.width(site) for site in sites.all)
     inputs = job.settings.activations.inputs
     normalisation = inputs if inputs in NORMALISATIONS else None
     for note in notes_on_start(load(settings.init_from), settings, *widths, normalisation=normalisation):

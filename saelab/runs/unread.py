@@ -38,6 +38,7 @@ RULES = (
         _ALLOCATION,
     ),
     Rule("sae.k_steps", lambda s: s.sae.k_start is not None, "without k_start"),
+    Rule("sae.seed", lambda s: s.sae.init_from is None, "with init_from"),
     Rule("sae.unit_norm", lambda s: s.sae.freeze != "decoder" or s.sae.init_from is not None, "with freeze: decoder"),
     Rule("sae.encoder.bandwidth sae.encoder.threshold", lambda s: s.sae.encoder.name == "jumprelu", _ENCODER),
     Rule("sae.affinity.beta", lambda s: s.sae.affinity.name == "gradient", _AFFINITY),

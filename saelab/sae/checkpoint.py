@@ -105,7 +105,7 @@ def checksum(path: str | Path) -> str:
     """SHA-256 of the files of the checkpoint in `path`, which is as in `load`. Raises SaelabError if there is none."""
     _, stored = found_in(Path(expanded(path)))
     beside = [stored.path.with_name(name) for name in (CONFIG, "config.json", "activation_scaler.json")]
-    beside.append(stored.path.parents[1] / "hyperparams.json")
+    beside.append(stored.path.parent.parent / "hyperparams.json")
     digest = hashlib.sha256()
     for file in (stored.path, *filter(Path.is_file, beside)):
         with translate_errors(file), file.open("rb") as content:

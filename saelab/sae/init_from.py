@@ -70,8 +70,10 @@ def notes_on_start(
             f"{where}: has thresholds, and encoder: {settings.encoder.name} with allocation: threshold has none; use "
             "encoder: jumprelu"
         )
-    if rule == "threshold" and has_budget:
+    if rule in ("threshold", "relu") and has_budget:
         yield f"{settings.init_from}: its thresholds are left out; training has a budget (k {settings.k}) instead"
+    if rule == "relu" and settings.encoder.name == "jumprelu":
+        yield f"{settings.init_from}: has no thresholds above 0; those of training begin anew"
     if rule in ("topk", "groupmax") and not has_budget:
         yield f"{settings.init_from}: its k of {found.k} is left out; training has thresholds instead of a budget"
     elif rule in ("topk", "groupmax") and found.k != settings.k:

@@ -1,5 +1,6 @@
 """An array on disk: its files are read exactly and a part at a time, and each row is trained on once per epoch."""
 
+import os
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_wrong_files_and_folders_are_refused(tmp_path: Path) -> None:
             opened(tmp_path / name)
 
 
+def test_a_header_that_claims_to_be_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:
+        file.write(b"\x93NUMPY\x02\x00" + (10**8).to_bytes(4, "little"))
+        file.truncate(10**8 + 100)  # without blocks on the disk
+    tracemalloc.start()
+    with pytest.raises(SaelabError, match="its header has 100,000,000 bytes"):
+        opened(tmp_path / "x.npy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
 def test_a_number_that_is_not_finite_is_an_error_with_file_and_row(tmp_path: Path, bad: float) -> None:
     second = X[:20].copy()
@@ -150,9 +163,12 @@ def test_a_number_that_is_not_finite_is_an_error_with_file_and_row(tmp_path: Pat
         all_rows(array)
 
 
-def test_a_file_that_changed_its_size_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [X[:40], X + 1])
+def test_a_file_that_changed_is_an_error(tmp_path: Path, values: np.ndarray) -> None:
     array = opened(written(tmp_path / "x.npy"))
-    written(tmp_path / "x.npy", X[:40])
+    written(tmp_path / "x.npy", values)
+    later = (tmp_path / "x.npy").stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "x.npy", ns=(later, later))  # the clock of a file system may be coarse
     with pytest.raises(SaelabError, match="was changed while it is in use"):
         all_rows(array)
 
@@ -243,6 +259,7 @@ def test_labels_are_the_words_of_rows(tmp_path: Path) -> None:
         ("l.txt", b"\xff\n" * 50, "cannot be read as labels"),
         ("l.jsonl", b"[1]\n" * 50, "line 41 is not one text or number"),
         ("l.jsonl", b"{\n" * 50, "cannot be read as labels"),
+        ("l.jsonl", b'"a"\n' * 40 + b"[" * 100_000 + b"\n" * 10, "cannot be read as labels"),
     ],
 )
 def test_wrong_labels_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

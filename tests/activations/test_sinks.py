@@ -94,6 +94,6 @@ def test_where_most_tokens_have_no_activation_none_is_a_sink() -> None:
     x = torch.zeros(100, 5)
     x[:40] = 3.0
     assert largest_norm(0.0, 10) == math.inf and measure(x).sink_share == 0
-    assert within(x, math.inf) is None and within(x, 10.0) is None
-    keep = within(x, 5.0)
+    assert within([x], [math.inf]) is None and within([x], [10.0]) is None
+    keep = within([x], [5.0])
     assert keep is not None and keep.tolist() == [False] * 40 + [True] * 60

@@ -209,6 +209,38 @@ def test_sinks_are_counted_and_left_out_of_the_figures_without_them(rows_per_for
     assert found.cosine_without_sinks == pytest.approx(cosine[~sink].mean(), rel=1e-5)
 
 
+def test_sinks_of_a_crosscoder_stay_clean_in_the_ce_without_them() -> None:
+    """They are sinks of its sites side by side, as scaled, and the reconstruction is spliced in at the first site."""
+    torch.manual_seed(0)
+    lm, sites, scales = language_model("gpt2"), ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"], [0.5, 2.0]
+    rows = random_rows(lm, 12)
+    rows[rows == 17] = 18
+    rows[:, 1] = 17
+    sae = SparseAutoencoder(64, 40, 5, {"hook_name": sites[0], "hook_names": sites, "saelab": {"input_scale": scales}})
+    sae.site_widths = (32, 32)
+    embedding, ordinary = lm.model.get_input_embeddings().weight, lm.ordinary(rows)
+    kept = embedding[17].clone()
+    try:
+        embedding.data[17] = 100 * kept
+        found = lm.activations(rows, sites)
+        initialise(sae, torch.cat([found[site][ordinary] for site in sites], 1))
+        figures = fidelity(sae, lm, rows)
+        norms = torch.cat([scale * found[site][ordinary] for site, scale in zip(sites, scales, strict=True)], 1).norm(
+            dim=1
+        )
+        sink = norms > 10 * norms.median()
+        x = found[sites[0]][ordinary]
+        spliced = sae(torch.cat([found[site][ordinary] for site in sites], 1))[:, :32]
+        spliced[sink] = x[sink]
+        log_p = lm.spliced_logits(rows, sites[0], lambda _: spliced).log_softmax(-1)
+    finally:
+        embedding.data[17] = kept
+    assert figures.sinks == int(sink.sum()) == 12
+    loss = -log_p.gather(2, rows.roll(-1, 1)[..., None]).squeeze(2)[lm.scored(rows)].mean().item()
+    assert figures.ce_spliced_without_sinks == pytest.approx(loss, rel=1e-5)
+    assert figures.ce_spliced_without_sinks != pytest.approx(figures.ce_spliced, rel=1e-3)
+
+
 def test_without_sinks_the_figures_without_them_are_the_same() -> None:
     lm = language_model("gpt2")
     found = fidelity(Fixed(lambda x: 0.9 * x), lm, random_rows(lm, 12))

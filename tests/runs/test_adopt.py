@@ -23,6 +23,7 @@ from saelab.lm.load import load_language_model
 from saelab.lm.settings import ModelSettings
 from saelab.runs import folder
 from saelab.runs.job import Job, settings_of
+from saelab.sae.checkpoint import save_sae
 from saelab.sae.model import SparseAutoencoder
 from tests.sae.interop.peers import NAMES, REAL, saelens, weights
 from tests.tiny import CONTEXT, model_folder, text
@@ -241,6 +242,32 @@ def test_an_adopted_run_is_adopted_like_any_checkpoint(adopted: Callable[..., Pa
     ours, theirs = (load_file(folder.weights(run)) for run in (third, first))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert settings_of(second / "config.yaml").site == settings_of(third / "config.yaml").site
+
+
+def test_a_crosscoder_names_its_sites_itself(tmp_path: Path, book: str, model: str) -> None:
+    sites, widths, scales = [SITE, "blocks.2.mlp.hook_post"], (16, 64), [2.0, 0.5]
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(80, 24, 4)
+    sae.site_widths = widths
+    sae.metadata = {"hook_name": SITE, "hook_names": sites, "saelab": {"input_scale": scales}}
+    for parameter in sae.parameters():
+        parameter.data.normal_()
+    save_sae(sae, tmp_path / "given")
+    run = saelab.adopt(tmp_path / "given", model=model, corpus=book, out=tmp_path / "run", overrides=SMALL)
+    job = job_of(run)
+    assert job.settings.sites.inputs == tuple(sites)
+    rows = job.held_out(600)
+    found = job.lm.activations(rows, sites)
+    parts = [found[site][job.lm.ordinary(rows)] for site in sites]
+    reconstructions = saelab.load(run)(torch.cat(parts, 1)).split(widths, 1)
+    errors, deviations = 0.0, 0.0
+    for x, xhat, scale in zip(parts, reconstructions, scales, strict=True):
+        errors += scale**2 * (x - xhat).double().square().sum().item()
+        deviations += scale**2 * (x - x.mean(0)).double().square().sum().item()
+    assert saelab.evaluate(run).fvu == pytest.approx(errors / deviations, rel=1e-4)
+    assert saelab.site_norms(saelab.load(run)).sites == tuple(sites)
+    with pytest.raises(SaelabError, match="has 2 sites, not 1"):
+        saelab.adopt(tmp_path / "given", model=model, site="blocks.0.hook_resid_post", corpus=book, overrides=SMALL)
 
 
 def test_the_command(checkpoints: Callable[[str], Path], model: str, book: str, tmp_path: Path) -> None:

@@ -145,6 +145,14 @@ def test_a_stopped_training_goes_on_to_the_same_weights(run: Path, tmp_path: Pat
     assert folder.training_record(again)["complete"] and "threshold" in whole
 
 
+def test_a_training_starts_with_the_weights_of_another(run: Path, tmp_path: Path) -> None:
+    config = config_of(tmp_path, training={"tokens": 100, "batch": 100, "lr": 1e-30})
+    begun = saelab.train(config, [f"sae.init_from={run}", "sae.unit_norm=false", "sae.allocation=mutual_choice"])
+    x, (ours, theirs) = held_out(made_up()[0]), (saelab.load(each) for each in (begun, run))
+    torch.testing.assert_close(ours.pre_activations(x), theirs.pre_activations(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.W_dec, theirs.W_dec, rtol=1e-5, atol=1e-6)
+
+
 def test_thresholds_are_set_on_rows_that_evaluation_does_not_read(tmp_path: Path) -> None:
     said: list[str] = []
     config = config_of(tmp_path, eval={"tokens": 100})

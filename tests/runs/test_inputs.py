@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from saelab.activations.sinks import Concentration
 from saelab.activations.source import SAMPLE_TOKENS
 from saelab.activations.stream import ActivationBatch
 from saelab.errors import SaelabError
-from saelab.runs.inputs import Inputs, concentration_notes
+from saelab.runs.inputs import Inputs, concentration_notes, first_inputs
 from saelab.runs.job import Job, settings_of
 from saelab.runs.resume import states
 from saelab.sae.input_map import InputMap
@@ -25,6 +26,7 @@ from saelab.training.trainer import Trainer
 from tests.corpus.made import opened, tokenised, write
 from tests.faults.tools import command
 from tests.runs.test_stages import small
+from tests.sae.interop.peers import numbers
 from tests.tiny import CONTEXT, model_folder
 
 SITE = "blocks.0.hook_resid_pre"  # before attention, which would carry the sinks to other positions
@@ -143,7 +145,7 @@ def test_a_state_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     state = load_state(states(run)[-1])
     assert Inputs.from_state(state).state() == {name: state[name] for name in Inputs.from_state(state).state()}
     earlier = Inputs.from_state({"input_scale": 0.5})
-    assert earlier.map.scale == 0.5 and earlier.largest_norm == float("inf") and earlier.left_out == 0
+    assert earlier.map.scale == 0.5 and earlier.largest_norms == () and earlier.left_out == 0
 
 
 def test_thresholds_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def batches_of(*norms: list[float]) -> Iterator[ActivationBatch]:
 
 
 def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tokens() -> None:
-    inputs = Inputs(InputMap(2.0), 5.0, {})
+    inputs = Inputs(InputMap(2.0), (5.0,))
     batches = batches_of([9, 1, 2], [7, 8], [6, 3], [5, 4])
     found = [made for batch in batches if (made := inputs.batch(batch, torch.device("cpu"))) is not None]
     assert [batch.x[:, 1].tolist() for batch in found] == [[2, 4], [10, 8]]
@@ -186,11 +188,57 @@ def test_a_batch_without_two_tokens_is_skipped_and_gradients_stay_with_their_tok
 
 
 def test_a_source_that_gives_only_larger_norms_ends_with_an_error() -> None:
-    inputs, (large, fair) = Inputs(InputMap(1.0), 5.0, {}), batches_of([9.0] * 1000, [1.0] * 1000)
+    inputs, (large, fair) = Inputs(InputMap(1.0), (5.0,)), batches_of([9.0] * 1000, [1.0] * 1000)
     for batch in [fair, *[large] * (SAMPLE_TOKENS // 1000)] * 2:  # in a row there are too few
         inputs.batch(batch, torch.device("cpu"))
     with pytest.raises(SaelabError, match=r"^activations.max_norm: 33,000 tokens in a row have norms above 5"):
         inputs.batch(large, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder"])
+def test_a_token_is_left_out_if_it_is_a_sink_at_any_site(tmp_path: Path, kind: str) -> None:
+    """Norms of two sites of very different scale; the second is the target of a transcoder."""
+    config = small(tmp_path) | {"activations": {"max_norm": 10.0}, "context": CONTEXT}
+    other = "blocks.2.hook_resid_post"
+    config |= {"more_sites": [other]} if kind == "crosscoder" else {"target": other}
+    said: list[str] = []
+    job = SimpleNamespace(settings=settings_of(config), origin=(None, None), say=said.append)
+    first, second = numbers(200, 4, seed=0), 1000 * numbers(200, 3, seed=1)
+    first[3] *= 100
+    second[[5, 8]] *= 100
+    values, target = (torch.cat([first, second], 1), None) if kind == "crosscoder" else (first, second)
+    inputs, batch = first_inputs(values, job, target, (4, 3) if kind == "crosscoder" else (4,))  # type: ignore[arg-type]
+    medians = [part.norm(dim=1).median().item() for part in (first, second)]
+    assert inputs.largest_norms == pytest.approx([10 * each for each in medians])
+    keep = (first.norm(dim=1) <= 10 * medians[0]) & (second.norm(dim=1) <= 10 * medians[1])
+    assert (~keep).nonzero().flatten().tolist() == [3, 5, 8]
+    torch.testing.assert_close(batch.x, inputs.map(values[keep]))
+    for part in (batch.x.split((4, 3), 1)) if target is None else (batch.x, batch.target):
+        assert part is not None and part.square().sum(1).mean().item() == pytest.approx(part.shape[1], rel=1e-4)
+    stored = json.loads(json.dumps(inputs.record()))
+    assert list(stored["first_activations"]) == [job.settings.site, other] and not said
+    again = Inputs.from_state(stored)
+    ids = torch.arange(200)
+    made = again.batch(ActivationBatch(values, ids, ids, ids), torch.device("cpu"), target)
+    assert made is not None and again.left_out == 3
+    torch.testing.assert_close(made.x, batch.x)
+    if made.target is not None:
+        torch.testing.assert_close(made.target, batch.target)
+    del config["activations"]["max_norm"]
+    job.settings = settings_of(config)
+    first_inputs(values, job, target, (4, 3) if kind == "crosscoder" else (4,))  # type: ignore[arg-type]
+    assert [line.split("%")[0] for line in said] == [f"note: at {job.settings.site} 0.50", f"note: at {other} 1.00"]
+
+
+@pytest.mark.slow
+def test_thresholds_of_a_transcoder_are_set_on_the_tokens_that_are_trained_on(tmp_path: Path) -> None:
+    """The sinks are at the target only, since the norm before the MLP hides them."""
+    config = with_sinks(tmp_path) | {"site": "blocks.0.ln1.hook_out", "target": SITE}
+    run = saelab.train(config, ["activations.max_norm=10", "sae.allocation=mutual_choice"])
+    assert record(run)["left_out"] == pytest.approx(record(run)["tokens"] / (CONTEXT - 1), rel=0.05)
+    rows = saelab.calibration_rows(Job(settings_of(run / "config.yaml")).corpus, 1500)
+    read = len(rows.held_out) + len(rows.training[1::2])
+    assert record(run)["calibration_tokens"] == read * (CONTEXT - 1)
 
 
 def test_activations_that_are_all_zero_are_refused(tmp_path: Path) -> None:

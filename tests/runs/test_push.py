@@ -101,6 +101,10 @@ def test_what_is_pushed_loads_as_the_run_and_names_no_place_of_this_machine(run:
         ("file:///disk/ann/x.txt", "x.txt"),
         ("at /disk/ann/x.txt, line 3", "at x.txt, line 3"),
         ("from ~/data/x.txt", "from x.txt"),
+        ("at /disk/ann/my data/x.txt", "at x.txt"),
+        ("hf:/disk/ann/my data/x.txt", "hf:x.txt"),
+        ("at C:\\Users\\ann\\x.txt", "at x.txt"),
+        ("../ann/data/x.txt", "x.txt"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("s3://bucket/a/b", "s3://bucket/a/b"),
         ("Skylion007/openwebtext", "Skylion007/openwebtext"),
@@ -243,6 +247,12 @@ def test_a_card_of_a_crosscoder_names_all_sites() -> None:
     text = card(about(checkpoint=config, in_saelens=False))
     assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
     assert "unscaled activations at the site, those of all sites side by side; `codes`" in text
+    figures = [{"site": site, "fvu": 0.5, "delta_ce": 0.75} for site in sites["hook_names"]]
+    text = card(about(checkpoint=config, evaluation=FIGURES | {"sites": figures}))
+    assert "FVU is that of all sites together, CE and KL are those of the first site." in text
+    assert (
+        f"| FVU at `{SITE}` | 0.5000 | 1,234 |" in text and "| delta CE at `blocks.1.hook_'b'` | 0.7500 | 567 |" in text
+    )
 
 
 def test_names_mean_nothing_in_markdown() -> None:
@@ -255,3 +265,5 @@ def test_names_mean_nothing_in_markdown() -> None:
     assert "<script>" not in outside.replace("`x' <script> # y / z ''' [a](b)`", "")
     assert r"x\` \<script\> \# y \| z \`\`\` \[a\]\(b\)" in outside
     assert "\n````yaml\n" in text and text.rstrip().endswith("\n````")
+    for ours in ({"k": "<b>", "allocation": {"name": "topk"}}, {"allocation": "topk"}):  # of another trainer
+        assert "<b>" not in card(about(checkpoint=dict(config, metadata={"saelab": ours})))

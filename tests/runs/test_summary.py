@@ -26,6 +26,20 @@ def test_a_summary_has_the_figures_of_its_files(tmp_path):
     assert found.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("more", "words", "alone"),
+    [
+        ("", "blocks.1.attn.hook_z", True),
+        ("target: blocks.2.attn.hook_z", "blocks.1.attn.hook_z -> blocks.2.attn.hook_z", False),
+        ("more_sites: [blocks.2.attn.hook_z]", "blocks.1.attn.hook_z + blocks.2.attn.hook_z", False),
+    ],
+)
+def test_a_run_of_several_sites_is_not_one_of_its_last(tmp_path, more, words, alone):
+    (tmp_path / "config.yaml").write_text(f"site: blocks.1.attn.hook_z\n{more}\n")
+    found = summarise(tmp_path)
+    assert found.site == words and found.only_at(".attn.hook_z") == alone and not found.only_at("resid_post")
+
+
 def test_a_model_is_known_by_its_files_and_without_these_by_its_name(tmp_path):
     def made(name, model, fingerprint=None):
         run = tmp_path / name

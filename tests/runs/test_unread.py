@@ -34,6 +34,7 @@ CASES = [
     ("sae.k=8", RELU, "with allocation: threshold", JUMPRELU),
     ("sae.k=8", RELU, "with allocation: threshold", "sae.aux=aux_zipf"),
     ("sae.k_steps=0.5", "", "without k_start", "sae.k_start=64"),
+    ("sae.seed=3", "sae.init_from=other", "with init_from", "sae.init_from=null"),
     ("sae.unit_norm=false", "sae.freeze=decoder", "with freeze: decoder", "sae.freeze=encoder"),
     ("sae.unit_norm=false", "sae.freeze=decoder sae.aux=aux_zipf", "with freeze: decoder", "sae.init_from=other"),
     ("sae.encoder.bandwidth=1 sae.encoder.threshold=1", RELU, "with encoder: linear", "sae.encoder.name=jumprelu"),

@@ -125,6 +125,11 @@ def test_the_saved_crosscoder_takes_activations_as_they_are(method: str, inputs:
     torch.testing.assert_close(
         site_shares(saved) * row_lengths(sae.W_dec, WIDTHS)[:, None], by_site(sae), atol=1e-4, rtol=1e-3
     )
+    for scales in ([1.0], [1.0, "2"], [1.0, 0], [1.0, None], 3):
+        config["metadata"]["saelab"]["input_scale"] = scales
+        (tmp_path / "cfg.json").write_text(json.dumps(config))
+        with pytest.raises(SaelabError, match=r"input_scale is .*, not a list of 2 positive numbers"):
+            load(tmp_path)
     config["site_widths"] = [6, 5]
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(SaelabError, match="site_widths"):

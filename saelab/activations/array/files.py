@@ -22,6 +22,8 @@ KINDS = (".npy", ".safetensors")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _TAKEN = "float16, bfloat16 (in .safetensors), float32 and float64 are taken"
 _REMEDY = "Write the file again."
+_LONGEST_HEADER = 10_000
+"""Bytes of the header of a ``.npy`` file; numpy refuses longer ones too, but only after it has read them whole."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class Part:
     """First byte of the matrix in the file."""
     order: Literal["C", "F"]
     """Whether rows or columns are contiguous."""
-    bytes: int
-    """Size of the file."""
+    stamp: tuple[int, int]
+    """Size of the file, and when it was last written (`_stamp`)."""
 
     def take(self, rows: np.ndarray) -> Tensor:
         """Some rows in their own dtype, ``[rows, width]``, in new memory. Raises SaelabError if the file is not what
         it was when it was opened."""
         with translate_read_errors(self.path, "an array", _REMEDY):
-            if self.path.stat().st_size != self.bytes:
+            if _stamp(self.path) != self.stamp:
                 raise SaelabError(f"{self.path}: was changed while it is in use; start again")
             shape = (self.rows, self.width)
             mapped = np.memmap(self.path, self.numbers, "r", self.offset, shape, self.order)
@@ -92,6 +94,11 @@ def shared_dtype(parts: Iterable[Part]) -> torch.dtype:
 
 def _open_npy(path: Path) -> Part:
     with translate_read_errors(path, "a .npy array", _REMEDY, (OSError, ValueError, EOFError)):
+        with path.open("rb") as file:
+            start = file.read(12)  # 6 bytes of magic, 2 of the version, then the length of the header
+        length = int.from_bytes(start[8 : 10 if start[6:7] == b"\x01" else 12], "little")
+        if start[:6] == np.lib.format.MAGIC_PREFIX and length > _LONGEST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes")
         found = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(found, np.memmap) or found.offset is None:
         raise SaelabError(f"{path}: is no .npy array. {_REMEDY}")
@@ -100,7 +107,7 @@ def _open_npy(path: Path) -> Part:
         raise SaelabError(f"{path}: holds {found.dtype}; {_TAKEN}")
     order: Literal["C", "F"] = "C" if found.flags.c_contiguous else "F"
     dtype = torch.from_numpy(np.empty(0, found.dtype.newbyteorder("="))).dtype
-    return Part(path, rows, width, dtype, found.dtype, found.offset, order, path.stat().st_size)
+    return Part(path, rows, width, dtype, found.dtype, found.offset, order, _stamp(path))
 
 
 def _open_safetensors(path: Path, tensor: str | None) -> Part:
@@ -130,7 +137,12 @@ def _open_safetensors(path: Path, tensor: str | None) -> Part:
     dtype = _DTYPES[facts["dtype"]]
     numbers = np.dtype("<i2") if dtype == torch.bfloat16 else np.dtype(f"<f{dtype.itemsize}")
     offset = 8 + size + facts["data_offsets"][0]
-    return Part(path, rows, width, dtype, numbers, offset, "C", path.stat().st_size)
+    return Part(path, rows, width, dtype, numbers, offset, "C", _stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _two(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -36,7 +36,10 @@ def read(stored: Stored) -> SparseAutoencoder:
     path = stored.path.with_name("config.json")
     config = Config.read(path) if path.is_file() else Config(path, {})
     place = stored.path.absolute().parent.parts  # the names of links, as in the Hub's cache, not of their targets
-    transcodes = bool(config.text("hf_hook_point_out")) or any("transcoder" in part for part in place)
+    kinds = [part for part in place if re.search(r"transcoder|(?:^|-)(?:res|mlp|att)$", part) or _kind(part) in _SITES]
+    transcodes = bool(config.text("hf_hook_point_out")) or "transcoder" in "".join(
+        kinds[-1:]
+    )  # the nearest folder says
     small = "w_enc" in stored.kinds
     names = {
         "W_enc": From("w_enc" if small else "W_enc", turned=True),
@@ -53,6 +56,11 @@ def read(stored: Stored) -> SparseAutoencoder:
     return sae
 
 
+def _kind(part: str) -> str:
+    """The kind of site that the name of a folder of Gemma Scope 2 says, if it says one."""
+    return part.removesuffix("_all")
+
+
 def _metadata(place: tuple[str, ...], config: Config, transcodes: bool) -> dict[str, Any]:
     """Model and sites, as far as the names of the folders and `config` say them."""
     found: dict[str, Any] = {}
@@ -65,7 +73,7 @@ def _metadata(place: tuple[str, ...], config: Config, transcodes: bool) -> dict[
         found["model_name"] = f"google/gemma-2-{size}{'-it' * (tuned == 'it')}"
     elif second:
         size, tuned = second[-1].groups()
-        kind = next((part.removesuffix("_all") for part in place if part.removesuffix("_all") in _SITES), "")
+        kind = next((_kind(part) for part in place if _kind(part) in _SITES), "")
         found["model_name"] = f"google/gemma-3-{size}{'' if (size, tuned) == ('270m', 'pt') else f'-{tuned}'}"
     elif name := config.text("model_name"):
         found["model_name"] = name

@@ -5,6 +5,7 @@ thresholds and decoder norms are folded as SAELens does for its final files, and
 ``activation_scaler.json``. Architectures whose name begins with ``saelab_`` are ours, in the same layout.
 """
 
+import math
 import re
 import sys
 from typing import Any
@@ -120,6 +121,7 @@ def read(stored: Stored) -> SparseAutoencoder:
     sae.metadata, sae.beta = dict(metadata.values), _number(ours, "beta")
     if config.text("architecture", "standard").endswith(CROSSES):
         sae.site_widths = _site_widths(config, sae.d_in)
+        _check_scales(ours, len(sae.site_widths))
     sae.centred = config.flag("apply_b_dec_to_input", True) and not transcodes
     scale = _scale(config, stored) if normalisation == "expected_average_only_in" else 1.0
     sae.normalisation = normalisation if normalisation in NORMALISATIONS else None
@@ -166,6 +168,14 @@ def _site_widths(config: Config, d_in: int) -> tuple[int, ...]:
     if not isinstance(found, list) or not all(type(each) is int and each > 0 for each in found) or sum(found) != d_in:
         raise config.wrong("site_widths", f"a list of whole numbers that add up to d_in, {d_in}")
     return tuple(found)
+
+
+def _check_scales(ours: Config, sites: int) -> None:
+    """Raises SaelabError if the scales of a crosscoder's sites are there, and are not a positive number for each."""
+    found = ours.values.get("input_scale")
+    right = isinstance(found, list) and len(found) == sites
+    if found is not None and not (right and all(type(each) in (int, float) and 0 < each < math.inf for each in found)):
+        raise ours.wrong("input_scale", f"a list of {sites} positive numbers, one for each site")
 
 
 def _normalisation(config: Config) -> str:

@@ -24,7 +24,8 @@ from saelab.tensors import DTYPES
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _EXPANDED = 8
-"""How many times larger than its file the content of a compressed ``.npz`` file may be; weights compress little."""
+"""How many times larger than its file the content of a compressed ``.npz`` file may be; weights compress little. Of
+files of torch.save it may not be larger at all: torch compresses nothing."""
 _NPZ_ERRORS = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 _OF_NUMPY = {name: getattr(torch, name) for name in ("float16", "float32", "float64", "int32", "int64")}
 
@@ -91,17 +92,15 @@ def _open_safetensors(path: Path) -> Stored:
 def _open_npz(path: Path) -> Stored:
     kinds: dict[str, Kind] = {}
     try:
-        most = _EXPANDED * path.stat().st_size
         with zipfile.ZipFile(path) as archive:
+            _check_expanded(path, archive, _EXPANDED)  # before a header is read, which may be as long as the content
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as file:
                     first = np.lib.format.read_magic(file) == (1, 0)
                     header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
                     shape, _, dtype = header(file)
-                size = math.prod(shape) * dtype.itemsize
-                most -= size
-                if size > member.file_size or most < 0:
+                if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size:
                     raise SaelabError(f"{path}: {printable(name)[:60]} is {list(shape)}, more than the file holds")
                 kinds[name] = Kind(shape, _OF_NUMPY.get(dtype.name))
     except _NPZ_ERRORS as error:
@@ -117,11 +116,23 @@ def _open_npz(path: Path) -> Stored:
     return Stored(path, kinds, read)
 
 
+def _check_expanded(path: Path, archive: zipfile.ZipFile, times: int) -> None:
+    """Raises SaelabError if the content of `archive` is more than `times` as large as its file `path`."""
+    size, most = sum(member.file_size for member in archive.infolist()), times * path.stat().st_size
+    if size > most:
+        raise SaelabError(f"{path}: its content would be {size:,} bytes, more than the file holds; use another copy")
+
+
 def _open_pickle(path: Path) -> Stored:
     try:
-        size = path.stat().st_size
+        size, zipped = path.stat().st_size, zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                _check_expanded(path, archive, 1)
         # torch maps only its present format, a zip file
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except SaelabError:
+        raise
     except Exception as error:  # unpickling a file of anyone's may raise anything; torch's advice would run its code
         raise SaelabError(
             f"{path}: cannot be read by torch.load with weights_only=True: it is no file of torch.save, or damaged, or "

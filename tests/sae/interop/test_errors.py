@@ -1,9 +1,11 @@
 """Files that are damaged, lie or attack: an error that says what was found, and nothing allocated, run or followed."""
 
+import io
 import json
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 import saelab
 from saelab.errors import SaelabError
+from saelab.sae.checkpoint import save_sae
+from saelab.sae.model import SparseAutoencoder
 from tests.sae.interop.peers import REAL, saelens, weights
 
 Tensors = dict[str, Tensor]
@@ -256,6 +260,22 @@ def test_a_state_dict_that_is_cut_or_flipped_anywhere(tmp_path: Path) -> None:
             except SaelabError:
                 refused += 1
     assert refused > len(good) / 211  # every file that was cut, at least
+
+
+def test_a_state_dict_whose_archive_is_compressed_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    torch.save(_state(), content)
+    with zipfile.ZipFile(content) as good, zipfile.ZipFile(tmp_path / "ae.pt", "w", zipfile.ZIP_DEFLATED) as bad:
+        for name in good.namelist():
+            bad.writestr(name, good.read(name) + bytes(10**6))
+    with pytest.raises(SaelabError, match=r"its content would be .* bytes, more than the file holds"):
+        saelab.load(tmp_path)
+
+
+def test_figures_that_are_no_json_do_not_keep_an_autoencoder_from_loading(tmp_path: Path) -> None:
+    save_sae(SparseAutoencoder(4, 6, 2), tmp_path)
+    (tmp_path / "eval.json").write_text("[" * 100_000)
+    assert saelab.load(tmp_path).figures == {}
 
 
 def test_a_backup_that_is_not_one(tmp_path: Path) -> None:

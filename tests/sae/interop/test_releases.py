@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def test_the_model_and_the_site_of_a_release(name: str, model: str, site: str) -
     sae = saelab.load(RELEASES / place(name))
     assert (sae.metadata["model_name"], sae.metadata["hook_name"]) == (model, site)
     assert ("hook_name_out" in sae.metadata) == sae.transcodes
+
+
+def test_a_folder_far_above_does_not_make_a_transcoder(tmp_path: Path) -> None:
+    copied = tmp_path / "my transcoders" / GEMMA
+    shutil.copytree(RELEASES / GEMMA, copied)
+    sae = saelab.load(copied)
+    assert not sae.transcodes and sae.metadata["hook_name"] == "blocks.20.hook_resid_post"
 
 
 def llama_scope(folder: Path, **config: object) -> tuple[Path, torch.Tensor]:
@@ -167,8 +175,22 @@ def test_an_npz_that_claims_more_than_it_holds_is_refused_before_it_is_read(tmp_
         saelab.load(tmp_path)
     zeros = array(np.zeros((2000, 2000), np.float32))
     archive(path, {"W_enc": zeros, "W_dec": zeros}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(SaelabError, match=r"W_enc is \[2000, 2000\], more than the file holds"):
+    with pytest.raises(SaelabError, match=r"its content would be 32,000,256 bytes, more than the file holds"):
         saelab.load(tmp_path)
+    archive(path, {"W_enc": header("(-2, -2)"), "W_dec": header("(2, 2)")})
+    with pytest.raises(SaelabError, match=r"W_enc is \[-2, -2\], more than the file holds"):
+        saelab.load(tmp_path)
+
+
+def test_an_npz_with_a_compressed_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    long = b"\x93NUMPY\x02\x00" + (10**7).to_bytes(4, "little") + b" " * 10**7
+    archive(tmp_path / "params.npz", {"W_enc": long}, zipfile.ZIP_DEFLATED)
+    tracemalloc.start()
+    with pytest.raises(SaelabError, match=r"its content would be 10,000,012 bytes, more than the file holds"):
+        saelab.load(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_an_npz_with_objects_is_not_unpickled(tmp_path: Path) -> None:
