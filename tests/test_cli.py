@@ -81,7 +81,7 @@ def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
         (["train", "quickstart", "activations.cache=new"], "new: no activation cache"),
         (["eval", "."], "not a run folder"),
         (["index", "runs"], "not a run folder"),
-        (["export", "runs", "--to", "csv"], "There is no feature database in runs/features"),
+        (["export", "runs", "--to", "csv"], "runs: not a run folder"),
         (["export", "runs", "--to", "pickle"], "--to: there is no 'pickle'"),
         (["app", "missing"], "no such folder"),
     ],

@@ -90,7 +90,7 @@ def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
 
 
 def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
-    """The settings that decided which entries were active in training."""
+    """The settings that decided which entries were active in training; "" if the checkpoint does not say them."""
     parts = []
     for name in ("encoder", "affinity", "allocation", "aux", "sparsity"):
         section = ours.get(name)
@@ -99,8 +99,7 @@ def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
             parts.append(f"{name} {_shown(value)}")
     if parts:
         return ", ".join([*parts, f"k {sae.k:,}"])
-    known = _shown(sae.metadata.get("training_architecture"))
-    return known or f"encoder {'linear' if sae.log_threshold is None else 'jumprelu'}, k {sae.k:,}"
+    return _shown(sae.metadata.get("training_architecture"))
 
 
 def _inference(sae: "SparseAutoencoder") -> str:

@@ -129,7 +129,7 @@ def test_a_checkpoint_of_saelens_shows_what_it_knows(architecture: str, inferenc
     sae = saelab.load(GOLDEN / f"saelens_{architecture}")
     page = Page(sae._repr_html_())
     assert any(inference in piece for piece in page.pieces) and inference in repr(sae)
-    assert "trained on" not in page.pieces and page.elements.isdisjoint({"script"})
+    assert {"trained on", "method"}.isdisjoint(page.pieces) and page.elements.isdisjoint({"script"})
 
 
 def test_inference_by_thresholds() -> None:
