@@ -67,7 +67,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
             "adopted from",
             "" if adopted is None else f"{_shown(adopted.get('from'))} ({_shown(adopted.get('trainer'))})",
         ),
-        ("input scale", _number(ours["input_scale"]) + " (folded into the weights)" if "input_scale" in ours else ""),
+        ("input scale", _input_scale(ours["input_scale"]) if "input_scale" in ours else ""),
     ]
     return [(name, value) for name, value in found if value]
 
@@ -86,7 +86,18 @@ def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("loss recovered", "loss_recovered_mean", " (mean ablation)"),
         ("never active", "never_active", f" of {sae.n_features:,} features"),
     ]
-    return [(name, _number(found[key]) + unit) for name, key, unit in shown if key in found]
+    rows = [(name, _number(found[key]) + unit) for name, key, unit in shown if key in found]
+    if len(sae.site_widths) > 1 and "delta_ce" in found:
+        rows.append(
+            ("delta CE and loss recovered", f"with the reconstruction at {_shown(sae.metadata.get('hook_name'))}")
+        )
+    return rows
+
+
+def _input_scale(scale: Any) -> str:
+    """The scale of the input, or of each site of a crosscoder."""
+    scales = ", ".join(map(_number, scale)) if isinstance(scale, list) else _number(scale)
+    return f"{scales} (folded into the weights)"
 
 
 def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
