@@ -127,15 +127,16 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
     with st.container(horizontal=True, gap="small"):
         more = state.link(text=text, shade="feature", of=feature)
         st.page_link(state.PROMPT, label="All features of this text", query_params=more)
-        st.page_link(
-            state.STEER, label="Steer from this text", query_params=state.link(text=text, steer=f"{feature}:add:1")
-        )
+        if state.refusal(state.STEER) is None:
+            steer = state.link(text=text, steer=f"{feature}:add:1")
+            st.page_link(state.STEER, label="Steer from this text", query_params=steer)
         draw_attention_link(text, int(values.argmax()), feature)
 
 
 def reads_heads() -> bool:
     """Whether the current run is of the outputs of attention heads, so that the Attention page is about it."""
-    return (state.read(summarise).site or "").endswith(".attn.hook_z")
+    found = state.read(summarise)
+    return found.kind == "autoencoder" and (found.site or "").endswith(".attn.hook_z")
 
 
 def draw_attention_link(text: str, token: int, feature: int | None = None, bos: bool = True) -> None:

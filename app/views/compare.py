@@ -260,9 +260,10 @@ def page() -> None:
     named = st.query_params.get("other")
     if named is not None and named not in others:
         state.run(named)  # raises SaelabError if there is no such run; otherwise the two are the same
-    other = st.selectbox(
-        "with", others, **state.bound("other", others[0], others, clears=["a", "b", "page"]), width=360
-    )
+    found = {name: state.read(summarise, of=state.run(name)) for name in (state.run_name(), *others)}
+    own = found.pop(state.run_name())
+    first = next((name for name, run in found.items() if own.same_model(run) and own.site == run.site), others[0])
+    other = st.selectbox("with", others, **state.bound("other", first, others, clears=["a", "b", "page"]), width=360)
     a, b = side(state.run_name()), side(other)
     st.caption(f"First: {state.plain(a.name)}; second: {state.plain(b.name)}; differences are second minus first.")
     left, right = st.columns(2, gap="large")

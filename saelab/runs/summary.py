@@ -52,6 +52,8 @@ class RunSummary:
     """Fingerprint of the model's files, as the checkpoint has it."""
     of_array: bool = False
     """Whether the activations come from an array, so that there is no language model."""
+    kind: str = "autoencoder"
+    """autoencoder, transcoder or crosscoder."""
 
     def same_model(self, other: "RunSummary") -> bool:
         """Whether both runs are of one model, wherever it lies: by its files, or by name if one does not know these."""
@@ -95,6 +97,7 @@ def summarise(run: Path | str) -> RunSummary:
         fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,
         of_array=array is not None,
+        kind="transcoder" if settings.get("target") else "crosscoder" if settings.get("more_sites") else "autoencoder",
     )
 
 
