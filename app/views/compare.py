@@ -272,10 +272,11 @@ def page() -> None:
     with right:
         draw_runs(a, b)
     st.subheader("The same features", anchor=False)
+    analysed = a.summary.kind == b.summary.kind == "autoencoder"  # `saelab analyse RUN similarity` takes no others
     reason = why_not(a, b)
     if reason:
         st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))
-        if a.summary.same_model(b.summary):
+        if a.summary.same_model(b.summary) and analysed:
             draw_stored(a.name, b.name)
             draw_command(a.name, b.name)
         return
@@ -284,7 +285,8 @@ def page() -> None:
         weights = [folder.weights(each.run.path) for each in (a, b)]
         found = matched(str(a.run.path), str(b.run.path), state.stamp(weights))
     draw_match(a, b, found)
-    draw_command(a.name, b.name)
+    if analysed:
+        draw_command(a.name, b.name)
 
 
 page()
