@@ -272,7 +272,7 @@ def page() -> None:
     with right:
         draw_runs(a, b)
     st.subheader("The same features", anchor=False)
-    analysed = a.summary.kind == b.summary.kind == "autoencoder"  # `saelab analyse RUN similarity` takes no others
+    analysed = "crosscoder" not in (a.summary.kind, b.summary.kind)  # which `saelab analyse RUN similarity` refuses
     reason = why_not(a, b)
     if reason:
         st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))

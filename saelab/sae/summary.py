@@ -56,7 +56,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("site", _shown(metadata.get("hook_name"))),
         ("further sites", _shown(", ".join(map(str, names[1:]))) if len(sae.site_widths) > 1 else ""),
         ("target", _shown(metadata.get("hook_name_out")) if sae.transcodes else ""),
-        ("model", _shown(metadata.get("model_name"))),
+        ("array" if "array" in ours else "model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
         ("method", _method(sae, ours)),
         ("input", "" if sae.normalisation is None else f"each token normalised ({sae.normalisation})"),
@@ -74,9 +74,10 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
 
 def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     """The main figures of the evaluation that was loaded with `sae`, as pairs of a name and text; none without one."""
-    found = sae.figures
+    found, ours = sae.figures, sae.metadata.get("saelab")
+    ours = ours if isinstance(ours, Mapping) else {}
     shown = [
-        ("held-out text", "tokens", " tokens"),
+        ("held-out rows", "tokens", "") if "array" in ours else ("held-out text", "tokens", " tokens"),
         ("FVU", "fvu", ""),
         *([("FVU without sinks", "fvu_without_sinks", "")] if found.get("sinks") else []),
         ("L0", "l0", " features per token"),

@@ -92,7 +92,9 @@ def shared_dtype(parts: Iterable[Part]) -> torch.dtype:
 
 def _open_npy(path: Path) -> Part:
     with translate_read_errors(path, "a .npy array", _REMEDY, (OSError, ValueError, EOFError)):
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as content:  # numpy takes other files for pickles, and advises to load those
+            magic = content.read(len(np.lib.format.MAGIC_PREFIX))
+        found = np.load(path, mmap_mode="r", allow_pickle=False) if magic == np.lib.format.MAGIC_PREFIX else None
     if not isinstance(found, np.memmap) or found.offset is None:
         raise SaelabError(f"{path}: is no .npy array. {_REMEDY}")
     rows, width = _two(path, found.shape)
