@@ -51,9 +51,8 @@ def draw_sidebar() -> None:
         st.query_params.from_dict({"run": st.session_state["run_picker"]})
 
     with st.sidebar:
-        left_out = state.OF_TEXT if state.link() and state.of_array() else ()
         for path, page in PAGES.items():  # Streamlit's own list of pages has links without the run
-            if path not in left_out:
+            if not state.link() or state.refusal(path) is None:
                 st.page_link(path, label=page.title, icon=page.icon, query_params=state.link(), width="stretch")
         name = state.link().get("run")
         st.session_state["run_picker"] = name
@@ -104,8 +103,9 @@ def main() -> None:
         draw_breadcrumb(page.title)
     if state.link() or (overview and state.runs()):
         with state.errors_shown():
-            if page.url_path in {PAGES[path].url_path for path in state.OF_TEXT} and state.of_array():
-                st.info("This page needs text. The activations of this run come from an array without it.")
+            path = next(path for path, each in PAGES.items() if each.url_path == page.url_path)
+            if state.link() and (reason := state.refusal(path)):
+                st.info(reason)
             else:
                 page.run()
 

@@ -41,15 +41,16 @@ _FORMS = "html, neuronpedia, circuit-tracer, csv, parquet, saelens, sparsify, di
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="a run folder")],
+    run: Annotated[Path, typer.Argument(help="a run folder; for an autoencoder also a checkpoint or an id on the Hub")],
     to: Annotated[str, typer.Option(metavar="FORM", help=_FORMS)],
     features: Annotated[str | None, typer.Option(metavar="LIST", help="such as 1,5-9 (default: all)")] = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="file or folder (default: in RUN/exports)")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace an earlier export")] = False,
 ) -> None:
-    """Export features, as a page that needs nothing else (with --features), JSON or a table; or the autoencoder.
+    """Export features as a page that needs nothing else (with --features), JSON or a table, or export the autoencoder.
 
-    sae_bench exports the evaluation, as sae-bench writes it.
+    saelens, sparsify and dictionary_learning are checkpoints of these trainers; sae_bench is the evaluation, as
+    sae-bench writes it.
 
     Example: saelab export runs/quickstart --to html --features 1,5-9
 

@@ -82,7 +82,7 @@ def print_evaluation(run: Path, result: Mapping[str, Any]) -> None:
     for label, value in (
         ("FVU", number("fvu", 4)),
         ("L0 (active features per token)", number("l0", 2)),
-        ("cosine(x, reconstruction)", number("cosine", 4)),
+        (f"cosine({'target' if ' -> ' in result['site'] else 'x'}, reconstruction)", number("cosine", 4)),
         *without,
         ("variance in the largest 1% of dimensions (share)", number("top_variance", 4)),
         *(of_losses if has_losses else []),

@@ -81,7 +81,7 @@ def test_every_command_has_help_with_an_example(tmp_path: Path) -> None:
         (["train", "quickstart", "activations.cache=new"], "new: no activation cache"),
         (["eval", "."], "not a run folder"),
         (["index", "runs"], "not a run folder"),
-        (["export", "runs", "--to", "csv"], "There is no feature database in runs/features"),
+        (["export", "runs", "--to", "csv"], "runs: not a run folder"),
         (["export", "runs", "--to", "pickle"], "--to: there is no 'pickle'"),
         (["app", "missing"], "no such folder"),
     ],
@@ -151,6 +151,9 @@ def test_an_evaluation_of_an_earlier_version_is_printed_and_says_what_it_lacks(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("│")[2].strip() for line in lines if "c_dec" in line] == ["not measured yet: saelab eval"]
     assert [line.split("│")[2].strip() for line in lines if "recovered, mean" in line] == ["undefined"]
+    assert any("cosine(x, reconstruction)" in line for line in lines)
+    cli_tables.print_evaluation(tmp_path, written | {"site": "s -> t"})
+    assert "cosine(target, reconstruction)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [{"tokens": "x"}, {"ce_tokens": None}, {"fvu": [1]}])

@@ -127,9 +127,9 @@ def draw_test_box(feature: int, on_opened: Callable[[int], None] | None = None) 
     with st.container(horizontal=True, gap="small"):
         more = state.link(text=text, shade="feature", of=feature)
         st.page_link(state.PROMPT, label="All features of this text", query_params=more)
-        st.page_link(
-            state.STEER, label="Steer from this text", query_params=state.link(text=text, steer=f"{feature}:add:1")
-        )
+        if state.refusal(state.STEER) is None:
+            steer = state.link(text=text, steer=f"{feature}:add:1")
+            st.page_link(state.STEER, label="Steer from this text", query_params=steer)
         draw_attention_link(text, int(values.argmax()), feature)
 
 

@@ -42,8 +42,12 @@ def draw_activations(feature: Feature) -> None:
 def draw_facts(feature: Feature) -> None:
     first_row = feature.database.first_row
 
+    of_array = feature.database.of_array
+
     def where(place: tuple[int, int] | None) -> str:
-        return f"row {first_row + place[0]:,}, token {place[1]}" if place else ""
+        if place is None:
+            return ""
+        return f"row {first_row + place[0]:,}" + ("" if of_array else f", token {place[1]}")
 
     def numbers(*values: float) -> str:
         return ", ".join(map(number, values))
@@ -54,12 +58,13 @@ def draw_facts(feature: Feature) -> None:
         "median, 90%, 99%, active": numbers(*(feature.quantiles[share] for share in (0.5, 0.9, 0.99))),
         "mean square, all tokens": number(feature.mean_square),
         "skew, kurtosis, all tokens": numbers(feature.skew, feature.kurtosis),
-        "entropy over token ids": f"{feature.token_entropy:.2f} bits",
+        f"entropy over {'labels' if of_array else 'token ids'}": f"{feature.token_entropy:.2f} bits",
         "first active": where(feature.first),
         "last active": where(feature.last),
         "encoder, decoder norm": numbers(feature.encoder_norm, feature.decoder_norm),
-        "encoder-decoder cosine": f"{feature.encoder_decoder_cosine:.3f}",
     }
+    if feature.encoder_decoder_cosine:  # 0 of a transcoder between sites of different widths
+        facts["encoder-decoder cosine"] = f"{feature.encoder_decoder_cosine:.3f}"
     st.html(facts_html([(name, value, "", "") for name, value in facts.items()]))
 
 
@@ -124,7 +129,9 @@ def draw_numbers(database: Database, feature: Feature) -> None:
         draw_lens(database, feature)
     draw_neighbours(feature.index)
     if feature.neurons:
-        st.subheader("Neurons", anchor=False, help="dimensions of the site with the largest weights in its decoder row")
+        sites = "the sites side by side" if " + " in database.site else "the site"
+        help = f"dimensions of {sites} with the largest weights in its decoder row"
+        st.subheader("Neurons", anchor=False, help=help)
         lines = [(f"{each.index}", f"{each.weight:+.3f}", f"{100 * each.share:.1f}%", "") for each in feature.neurons]
         st.html(facts_html(lines))
     draw_downloads(database, feature.index)

@@ -36,6 +36,8 @@ DEAD, ATTENTION, DARK = "views/dead.py", "views/attention.py", "views/dark_matte
 EXPLANATIONS, AUDIT = "views/explanations.py", "views/audit.py"
 OF_TEXT = (EXPLANATIONS, AUDIT, STEER, DEAD, ATTENTION, DARK)
 """Pages that run the language model, show an analysis that does, or need text."""
+OF_ONE_SITE = (STEER, DARK)
+"""Pages about features that write where they read."""
 
 SECONDS_BETWEEN_WALKS = 20
 """Folders are searched for runs again after this time, or when a link names an unknown run."""
@@ -265,6 +267,16 @@ def read(reader: Callable[..., T], *arguments: object, of: RunInfo | None = None
 def of_array() -> bool:
     """Whether the activations of the current run come from an array, so that it has no language model and no text."""
     return read(summarise).of_array
+
+
+def refusal(page: str) -> str | None:
+    """Why the current run has no such page, in words; None if it has."""
+    found = read(summarise)
+    if found.of_array and page in OF_TEXT:
+        return "This page needs text. The activations of this run come from an array without it."
+    if found.kind != "autoencoder" and page in OF_ONE_SITE:
+        return f"This page needs features that write where they read. This run is a {found.kind}."
+    return None
 
 
 def sweep(path: Path) -> tuple[SweepRun, ...]:

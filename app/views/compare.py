@@ -260,9 +260,10 @@ def page() -> None:
     named = st.query_params.get("other")
     if named is not None and named not in others:
         state.run(named)  # raises SaelabError if there is no such run; otherwise the two are the same
-    other = st.selectbox(
-        "with", others, **state.bound("other", others[0], others, clears=["a", "b", "page"]), width=360
-    )
+    found = {name: state.read(summarise, of=state.run(name)) for name in (state.run_name(), *others)}
+    own = found.pop(state.run_name())
+    first = next((name for name, run in found.items() if own.same_model(run) and own.site == run.site), others[0])
+    other = st.selectbox("with", others, **state.bound("other", first, others, clears=["a", "b", "page"]), width=360)
     a, b = side(state.run_name()), side(other)
     st.caption(f"First: {state.plain(a.name)}; second: {state.plain(b.name)}; differences are second minus first.")
     left, right = st.columns(2, gap="large")
@@ -271,10 +272,11 @@ def page() -> None:
     with right:
         draw_runs(a, b)
     st.subheader("The same features", anchor=False)
+    analysed = "crosscoder" not in (a.summary.kind, b.summary.kind)  # which `saelab analyse RUN similarity` refuses
     reason = why_not(a, b)
     if reason:
         st.info(state.plain(f"{reason}. Figures of different activations do not compare either."))
-        if a.summary.same_model(b.summary):
+        if a.summary.same_model(b.summary) and analysed:
             draw_stored(a.name, b.name)
             draw_command(a.name, b.name)
         return
@@ -283,7 +285,8 @@ def page() -> None:
         weights = [folder.weights(each.run.path) for each in (a, b)]
         found = matched(str(a.run.path), str(b.run.path), state.stamp(weights))
     draw_match(a, b, found)
-    draw_command(a.name, b.name)
+    if analysed:
+        draw_command(a.name, b.name)
 
 
 page()

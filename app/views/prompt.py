@@ -150,8 +150,9 @@ def draw_token(
 ) -> None:
     """The features that are active on a token."""
     features, values = text.at(token)
-    st.markdown(f"**Token {token}** {state.plain(visible(text.tokens[token])[:40])}")
-    facts = [f"id {text.token_ids[token]}", f"{len(features)} features"]
+    name, of_array = state.plain(visible(text.tokens[token])[:40]), state.of_array()
+    st.markdown(f"**{name}**" if of_array else f"**Token {token}** {name}")  # the name of a row has its number
+    facts = [*([] if of_array else [f"id {text.token_ids[token]}"]), f"{len(features)} features"]
     if text.norms is not None and text.errors is not None and text.norms[token] > 0:
         share = 100 * text.errors[token] / text.norms[token]
         facts.append(f"norm {number(float(text.norms[token]))}, error {share:.0f}% of it")

@@ -1,6 +1,7 @@
 """Settings of a run's source of activations, and of writing a cache."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,8 +131,9 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if len(set(self.sites)) != len(self.sites):
-            raise SettingError(f"sites: {', '.join(self.sites)} names a site twice")
+        twice = [site for site, times in Counter(self.sites).items() if times > 1]
+        if twice:
+            raise SettingError(f"sites: {twice[0]} is given twice; name each site once")
         check_positive(self, "rows_per_forward", "shard_tokens", "lanes")
         _check_rows(self.rows_per_forward)
         if self.lanes > MAX_LANES:

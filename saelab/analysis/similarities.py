@@ -145,7 +145,7 @@ def similarities(
     """
     for each in (sae, *(other.sae for other in others)):
         if len(each.site_widths) > 1:
-            check_reconstructs(each, "similarities")
+            check_reconstructs(each, "similarity")
     codes = [PairedCodes() for _ in others]
     for i, other in enumerate(others):
         if other.site != site:

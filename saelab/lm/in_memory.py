@@ -51,7 +51,7 @@ def open_site(model: nn.Module, name: str) -> OpenSite:
     sites = _sites(model)
     what = type(model).__name__
     if name not in sites:
-        raise SaelabError(f"site: {what} has no {name!r}.{did_you_mean(name, sites)}")
+        raise SaelabError(f"{what} has no site {name!r}.{did_you_mean(name, sites)}")
     if problem := _disputed(model).get(general_name(name)):
         raise SaelabError(f"site: {name} of {what} is not what its name says: {problem}; choose another site")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

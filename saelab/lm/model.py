@@ -104,7 +104,7 @@ class LanguageModel:
     def site(self, name: str) -> Site:
         """The module and side of the site `name`. Raises SaelabError, with the nearest names, if there is none."""
         if name not in self.sites:
-            raise SaelabError(f"site: {self.name} has no {name!r}.{did_you_mean(name, self.sites)}")
+            raise SaelabError(f"{self.name} has no site {name!r}.{did_you_mean(name, self.sites)}")
         if problem := self._disputed.get(general_name(name)):
             raise SaelabError(f"site: {name} of {self.name} is not what its name says: {problem}; choose another site")
         return self.sites[name]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab.errors import SaelabError, printable
+from saelab.errors import SaelabError, did_you_mean, printable
 from saelab.files import expanded, locked, translate_read_errors
 from saelab.progress import Say, quiet
 from saelab.runs.config import leaves, set_override
@@ -127,19 +127,20 @@ def adopt(
         job = Job(settings, say)
         try:
             check_width(path, job, sae)
+            for note in _notes(known, job):
+                say(note)
         except SaelabError as error:
-            if model is not None or not str(error).startswith("model: "):
+            own = [name for name in ("model", "corpus") if given[name] is None and str(error).startswith(f"{name}: ")]
+            if not own:
                 raise
-            raise SaelabError(f"{error}; the checkpoint names this model: --model names a copy of it") from error
-        for note in _notes(known, job):
-            say(note)
+            raise SaelabError(f"{error} The checkpoint names this {own[0]}; give another by --{own[0]}.") from error
         with translate_read_errors(stored.path, "the weights", "Use another copy."), stored.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         facts = {
             "from": str(path.absolute()) if Path(expanded(checkpoint)).exists() else str(checkpoint),
             "file": str(stored.path.absolute()),
             "sha256": digest,
-            "trainer": peer.name,
+            "trainer": "saelab" if "saelab" in sae.metadata else peer.name,
             "trained_on": {name: value for name, value in asdict(known).items() if value not in (None, "", ())},
         }
         save_adopted(settings, job.lm, job.corpus, sae, facts, force=force)
@@ -192,7 +193,10 @@ def _check_given(tree: Mapping[str, Any], path: Path, sae: SparseAutoencoder) ->
     wrong = [name for name in leaves(tree) if not f"{name}.".startswith(_TAKES) and not name.startswith(_TAKES)]
     if wrong:
         taken = ", ".join(f"{name}*" if name.endswith(".") else name for name in _TAKES)
-        raise SaelabError(f"{wrong[0]}: is not for a checkpoint that is trained already; `saelab adopt` takes {taken}")
+        raise SaelabError(
+            f"{wrong[0]}: is not for a checkpoint that is trained already; `saelab adopt` takes {taken}."
+            f"{did_you_mean(wrong[0], [name.rstrip('.') for name in _TAKES])}"
+        )
     given = leaves(tree)
     needed = {name: what for name, what in _WHAT.items() if name != "target" or sae.transcodes}
     missing = [ask for name, (setting, _, ask) in needed.items() if not (given.get(name) or given.get(setting))]

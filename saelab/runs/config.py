@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,8 +78,9 @@ class RunSettings:
             self.sae.check_sites(transcodes=self.target is not None, crosses=bool(self.more_sites))
         except SettingError as error:
             raise SettingError(f"sae.{error}") from error
-        if len({self.site, *self.more_sites}) <= len(self.more_sites):
-            raise SettingError(f"more_sites: {', '.join(self.sites.inputs)} names a site twice")
+        twice = [site for site, times in Counter(self.sites.inputs).items() if times > 1]
+        if twice:
+            raise SettingError(f"more_sites: {twice[0]} is given twice, or is `site` itself; name each site once")
         if self.more_sites and self.target is not None:
             raise SettingError(
                 "target: a crosscoder reconstructs the sites that it reads; leave out target or more_sites"

@@ -96,6 +96,8 @@ def export(
 
 def _of_features(run: Path, form: Form, features: str | None, to: str) -> Callable[[Path], None]:
     """Writes features of the run's database to a path."""
+    if not folder.has_features(run):
+        folder.check_run(run)
     database = open_database(folder.features(run))
     return partial(form.write, database, _features(database, form, features, to))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saelab.analysis.result import with_arrays
-from saelab.errors import SaelabError
+from saelab.errors import SaelabError, did_you_mean
 from saelab.features import layout as database
 from saelab.files import current_folder, expanded, read_json, translate_read_errors
 from saelab.sae import layout as sae
@@ -269,7 +269,7 @@ def check_run(run: Path) -> None:
             f"`saelab train --resume {run}`"
         )
     if not (run / SETTINGS).is_file() or not has_checkpoint(run):
-        raise SaelabError(f"{run}: not a run folder with a checkpoint (`saelab train CONFIG` makes one)")
+        raise SaelabError(f"{run}: not a run folder with a checkpoint{_instead(run)}")
 
 
 def check_free(run: Path, force: bool) -> None:
@@ -298,6 +298,14 @@ def jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {key: plain(value) for key, value in values.items()}
+
+
+def _instead(run: Path) -> str:
+    """What to do about a path that is no run folder, in words that end a message."""
+    if run.exists():
+        return " (`saelab train CONFIG` makes one, and `saelab adopt` one of another trainer's checkpoint)"
+    beside = run.parent.iterdir() if run.parent.is_dir() else ()
+    return f": there is no such folder.{did_you_mean(run.name, (path.name for path in beside if has_checkpoint(path)))}"
 
 
 def _found(path: Path) -> dict[str, Any]:

@@ -87,6 +87,8 @@ def run(
     path = Path(job.settings.out)
     with locked(path):
         job.check_losses()  # evaluation needs them: better an error now than after the training
+        if job.array is not None:
+            job.array.words(job.held_out(1).numpy())  # the database needs labels that can be read
         _bring_up_to_date(job, path, force, track)
     return path
 

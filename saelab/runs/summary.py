@@ -53,6 +53,8 @@ class RunSummary:
     """Fingerprint of the model's files, as the checkpoint has it."""
     of_array: bool = False
     """Whether the activations come from an array, so that there is no language model."""
+    kind: str = "autoencoder"
+    """autoencoder, transcoder or crosscoder."""
 
     def only_at(self, end: str) -> bool:
         """Whether the run reads and reconstructs one site only, whose name ends in `end`."""
@@ -100,6 +102,7 @@ def summarise(run: Path | str) -> RunSummary:
         fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
         problem=" ".join(problems) or None,
         of_array=array is not None,
+        kind="transcoder" if settings.get("target") else "crosscoder" if settings.get("more_sites") else "autoencoder",
     )
 
 

@@ -208,7 +208,8 @@ class SaeSettings:
             )
         if any(larger <= smaller for smaller, larger in pairwise((0, *self.prefix_sizes))):
             raise SettingError(
-                f"prefixes: {', '.join(map(str, self.prefix_sizes))} do not rise from 1 to n_features, the last of them"
+                f"prefixes: {', '.join(map(str, self.prefix_sizes[:-1]))} of {self.n_features} features: each must be "
+                "larger than the one before, at least 1, and below n_features"
             )
         if self.init_from is not None:
             object.__setattr__(self, "init_from", expanded(self.init_from, "init_from"))

@@ -56,7 +56,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("site", _shown(metadata.get("hook_name"))),
         ("further sites", _shown(", ".join(map(str, names[1:]))) if len(sae.site_widths) > 1 else ""),
         ("target", _shown(metadata.get("hook_name_out")) if sae.transcodes else ""),
-        ("model", _shown(metadata.get("model_name"))),
+        ("array" if "array" in ours else "model", _shown(metadata.get("model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
         ("method", _method(sae, ours)),
         ("input", "" if sae.normalisation is None else f"each token normalised ({sae.normalisation})"),
@@ -67,16 +67,17 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
             "adopted from",
             "" if adopted is None else f"{_shown(adopted.get('from'))} ({_shown(adopted.get('trainer'))})",
         ),
-        ("input scale", _number(ours["input_scale"]) + " (folded into the weights)" if "input_scale" in ours else ""),
+        ("input scale", _input_scale(ours["input_scale"]) if "input_scale" in ours else ""),
     ]
     return [(name, value) for name, value in found if value]
 
 
 def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
     """The main figures of the evaluation that was loaded with `sae`, as pairs of a name and text; none without one."""
-    found = sae.figures
+    found, ours = sae.figures, sae.metadata.get("saelab")
+    ours = ours if isinstance(ours, Mapping) else {}
     shown = [
-        ("held-out text", "tokens", " tokens"),
+        ("held-out rows", "tokens", "") if "array" in ours else ("held-out text", "tokens", " tokens"),
         ("FVU", "fvu", ""),
         *([("FVU without sinks", "fvu_without_sinks", "")] if found.get("sinks") else []),
         ("L0", "l0", " features per token"),
@@ -86,11 +87,22 @@ def figures(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("loss recovered", "loss_recovered_mean", " (mean ablation)"),
         ("never active", "never_active", f" of {sae.n_features:,} features"),
     ]
-    return [(name, _number(found[key]) + unit) for name, key, unit in shown if key in found]
+    rows = [(name, _number(found[key]) + unit) for name, key, unit in shown if key in found]
+    if len(sae.site_widths) > 1 and "delta_ce" in found:
+        rows.append(
+            ("delta CE and loss recovered", f"with the reconstruction at {_shown(sae.metadata.get('hook_name'))}")
+        )
+    return rows
+
+
+def _input_scale(scale: Any) -> str:
+    """The scale of the input, or of each site of a crosscoder."""
+    scales = ", ".join(map(_number, scale)) if isinstance(scale, list) else _number(scale)
+    return f"{scales} (folded into the weights)"
 
 
 def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
-    """The settings that decided which entries were active in training."""
+    """The settings that decided which entries were active in training; "" if the checkpoint does not say them."""
     parts = []
     for name in ("encoder", "affinity", "allocation", "aux", "sparsity"):
         section = ours.get(name)
@@ -99,8 +111,7 @@ def _method(sae: "SparseAutoencoder", ours: Mapping[str, Any]) -> str:
             parts.append(f"{name} {_shown(value)}")
     if parts:
         return ", ".join([*parts, f"k {sae.k:,}"])
-    known = _shown(sae.metadata.get("training_architecture"))
-    return known or f"encoder {'linear' if sae.log_threshold is None else 'jumprelu'}, k {sae.k:,}"
+    return _shown(sae.metadata.get("training_architecture"))
 
 
 def _inference(sae: "SparseAutoencoder") -> str:

@@ -130,7 +130,7 @@ def test_wrong_files_and_folders_are_refused(tmp_path: Path) -> None:
         ("empty", "has no .npy or .safetensors file"),
         ("cache", "looks like a folder of `saelab cache`; write `activations: {cache: "),
         ("both", "b.npy has rows of 5 numbers, and a.npy of 6"),
-        ("bad.npy", "bad.npy cannot be read as a .npy array"),
+        ("bad.npy", "bad.npy: is no .npy array"),
         ("bad.safetensors", "cannot be read as a .safetensors file"),
         ("cut.npy", "cut.npy cannot be read as a .npy array"),
         ("int.safetensors", "x is I8; float16"),

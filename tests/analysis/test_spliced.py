@@ -196,7 +196,7 @@ def test_activations_keep_the_models_dtype() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"site": "blocks.9.hook_resid_post"}, "no 'blocks.9.hook_resid_post'. Nearest: blocks.*hook_resid_post"),
+        ({"site": "blocks.9.hook_resid_post"}, "no site 'blocks.9.hook_resid_post'. Nearest: blocks.*hook_resid_post"),
         ({"site": "blocks.1.mlp.hook_post"}, "width 64, the autoencoder has d_in 32"),
         ({"steer": {48: 1.0}}, "no feature 48: features are 0 to 47"),
         ({"clamp": {-1: 1.0}}, "no feature -1"),

@@ -149,7 +149,7 @@ def test_a_value_of_another_shape_than_at_first_is_an_error_that_shows_both_shap
 
 def test_errors_name_the_nearest_options() -> None:
     lm = language_model("gpt2")
-    with pytest.raises(SaelabError, match=r"no 'blocks.1.hook_residpost'. Nearest: .*blocks.1.hook_resid_post"):
+    with pytest.raises(SaelabError, match=r"no site 'blocks.1.hook_residpost'. Nearest: .*blocks.1.hook_resid_post"):
         lm.site("blocks.1.hook_residpost")
     with pytest.raises(SaelabError, match="takes at most 64 tokens"):
         lm.logits(torch.zeros(1, 65, dtype=torch.long))

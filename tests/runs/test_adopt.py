@@ -143,6 +143,12 @@ def test_what_is_missing_is_asked_for_in_one_message(tmp_path: Path, book: str, 
     with pytest.raises(SaelabError, match=r"needs; give --site, [^;]*$"):
         saelab.adopt(plain, corpus=book, overrides=[f"model.name={model}"])
     assert not Path("runs/plain").exists()
+    gone = str(tmp_path / "gone")
+    named = saelens(tmp_path / "named", weights(16), metadata={"sae_lens_version": "6.54.12", "dataset_path": gone})
+    with pytest.raises(SaelabError, match=r"corpus: .*gone.* The checkpoint names this corpus; give another by --corp"):
+        saelab.adopt(named, model=model, site=SITE, out=tmp_path / "run", overrides=SMALL)
+    with pytest.raises(SaelabError, match=r"gone\.( Nearest: .*)?$"):
+        saelab.adopt(named, model=model, site=SITE, corpus=gone, out=tmp_path / "run", overrides=SMALL)
 
 
 def test_the_checkpoint_says_what_is_not_given(tmp_path: Path, book: str, model: str) -> None:
@@ -179,10 +185,12 @@ def test_what_it_was_trained_on_is_said_if_it_differs(adopted: Callable[..., Pat
 def test_a_site_of_another_width_and_a_head_are_refused(tmp_path: Path, adopted: Callable[..., Path]) -> None:
     with pytest.raises(SaelabError, match=r"mlp.hook_post of .* is 64 wide, and the autoencoder in .* takes 16"):
         adopted(site="blocks.1.mlp.hook_post")
-    with pytest.raises(SaelabError, match=r"no 'blocks.9.hook_resid_post'. Nearest: blocks"):
+    with pytest.raises(SaelabError, match=r"no site 'blocks.9.hook_resid_post'. Nearest: blocks"):
         adopted(site="blocks.9.hook_resid_post")
     with pytest.raises(SaelabError, match=r"sae.k: is not for a checkpoint that is trained .* takes out, site"):
         adopted("saelens_topk", "sae.k=3")
+    with pytest.raises(SaelabError, match=r"contxt: is not for .* Nearest: context"):
+        adopted("saelens_topk", "contxt=3")
     assert not (tmp_path / "run").exists()
     metadata = {"sae_lens_version": "6.54.12", "hook_head_index": 3}
     one = saelens(tmp_path / "one", weights(16), metadata=metadata)
@@ -238,7 +246,7 @@ def test_an_adopted_run_is_adopted_like_any_checkpoint(adopted: Callable[..., Pa
     second = adopted(out=tmp_path / "second")
     third = saelab.adopt(moved, out=tmp_path / "third")
     origin = folder.adopted(third)
-    assert origin is not None and origin["trainer"] == "SAELens" and origin["from"] == str(moved)
+    assert origin is not None and origin["trainer"] == "saelab" and origin["from"] == str(moved)
     ours, theirs = (load_file(folder.weights(run)) for run in (third, first))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert settings_of(second / "config.yaml").site == settings_of(third / "config.yaml").site

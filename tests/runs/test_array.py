@@ -193,6 +193,20 @@ def test_rows_that_are_not_finite_stop_a_training_and_keep_its_state(tmp_path: P
         saelab.train(config)
 
 
+def test_labels_are_read_before_the_training(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    for name, message in (("few.txt", r"few\.txt has 2 lines, and the array 1,200 rows"), ("none.txt", r"none\.txt")):
+        with pytest.raises(SaelabError, match=message):
+            saelab.run(config, [f"activations.array.labels={tmp_path / name}"])
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_shows_the_array_of_a_run(run: Path) -> None:
+    shown = repr(saelab.load(run))
+    assert "array: points.npy" in shown and f"held-out rows: {HELD_OUT}" in shown and "model" not in shown
+
+
 def test_a_batch_needs_as_many_rows(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     with pytest.raises(SaelabError, match=r"activations.array: .* holds 900 tokens, fewer than one batch.*lower"):

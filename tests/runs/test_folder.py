@@ -7,6 +7,7 @@ import pytest
 
 from saelab.errors import SaelabError
 from saelab.runs import folder
+from saelab.sae.checkpoint import load
 from tests.app.synthetic_run import write_run
 
 
@@ -75,6 +76,10 @@ def test_folders_that_a_kill_left_under_their_old_name_are_found(tmp_path):
     with pytest.raises(SaelabError, match="not a run folder with a checkpoint"):
         folder.check_run(run)
     (tmp_path / "sae").rename(run / "sae")
+    with pytest.raises(SaelabError, match=r"runn: .* there is no such folder. Nearest: run.$"):
+        folder.check_run(tmp_path / "runn")
+    with pytest.raises(SaelabError, match=r"runn: no checkpoint here: .* has run. Nearest: run.$"):
+        load(tmp_path / "runn")
     for name in ("sae", "features"):
         (run / name).rename(run / f"{name}.old.tmp")
     folder.check_run(run)

@@ -223,7 +223,7 @@ def test_a_card_says_how_good_and_how_to_load() -> None:
     assert "license" not in text and "trained with saelab" not in text and "held out" not in text
     config = dict(about().checkpoint, metadata={"saelab": {"tokens": 1000}})
     text = card(about(checkpoint=config))
-    assert "trained with saelab." in text and "On text that was held out of the training; N is" in text
+    assert "trained with saelab." in text and "Measured on what was held out of the training. N is" in text
 
 
 def test_a_card_of_a_run_that_lacks_things() -> None:
@@ -239,12 +239,18 @@ def test_a_card_of_a_transcoder_names_both_sites() -> None:
     config = dict(about().checkpoint, d_out=8, architecture="saelab_topk_transcoder", metadata=sites)
     text = card(about(checkpoint=config, in_saelens=False))
     assert f"A sparse transcoder of the activations of `m` at `{SITE}` to those at `blocks.1.hook_mlp_out`" in text
+    assert "\nThe activation is that at `blocks.1.hook_mlp_out`. N is the number of tokens.\n" in text
+    assert "is the reconstruction of those at `blocks.1.hook_mlp_out`." in text
 
 
 def test_a_card_of_a_crosscoder_names_all_sites() -> None:
     sites = {"model_name": "m", "hook_name": SITE, "hook_names": [SITE, "blocks.1.hook_`b`"]}
     config = dict(about().checkpoint, site_widths=[4, 4], architecture="saelab_topk_crosscoder", metadata=sites)
-    text = card(about(checkpoint=config, in_saelens=False))
+    sites = [{"site": SITE, "fvu": 0.125, "delta_ce": 0.5}, {"site": "blocks.1.hook_`b`", "fvu": 0.375}]
+    text = card(about(checkpoint=config, in_saelens=False, evaluation={"n_features": 4096, **FIGURES, "sites": sites}))
+    assert "| FVU at `blocks.1.hook_'b'` | 0.3750 | 1,234 | FVU of this site |" in text
+    assert f"| delta CE at `{SITE}` | 0.5000 | 567 | delta CE with the reconstruction in place at this" in text
+    assert f"in place at `{SITE}` only. N is" in text and r"resid\_post + blocks.1.hook\_\`b\`" in text
     assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
     assert "unscaled activations at the site, those of all sites side by side; `codes`" in text
     figures = [{"site": site, "fvu": 0.5, "delta_ce": 0.75} for site in sites["hook_names"]]
@@ -253,6 +259,32 @@ def test_a_card_of_a_crosscoder_names_all_sites() -> None:
     assert (
         f"| FVU at `{SITE}` | 0.5000 | 1,234 |" in text and "| delta CE at `blocks.1.hook_'b'` | 0.7500 | 567 |" in text
     )
+
+
+def test_a_card_has_the_figures_without_sinks_if_there_are_sinks() -> None:
+    without = {"n_features": 4096, **FIGURES, "fvu_without_sinks": 0.125, "delta_ce_without_sinks": 0.75}
+    text = card(about(evaluation={**without, "sinks": 2}))
+    assert "| FVU without sinks | 0.1250 | 1,234 |" in text and "| delta CE without sinks | 0.7500 | 567 |" in text
+    assert "sinks" not in card(about(evaluation={**without, "sinks": 0}))
+
+
+def test_a_card_of_an_array_and_of_an_adopted_checkpoint() -> None:
+    config = dict(about().checkpoint, metadata={"model_name": "a.npy", "hook_name": "a", "saelab": {"array": {}}})
+    text = card(about(checkpoint=config))
+    assert "# 4,096 features of a.npy\n\nA sparse autoencoder of the rows of the array `a.npy`." in text
+    assert "\nA token is a row of the array. N is" in text and "x is `[tokens, 8]`, rows of the array; `codes`" in text
+    origin = {"trainer": "sparsify", "trained_on": {"model_name": "gpt2", "dataset_path": "the|pile"}}
+    config["metadata"] = {"dataset_path": "here.txt", "saelab": {"tokens": 0, "adopted": origin}}
+    text = card(about(checkpoint=config))
+    for line in (
+        "| checkpoint of | sparsify |",
+        "| model and text of its training | `gpt2`, `the/pile` |",
+        "| text of the evaluation | `here.txt` |",
+        "## How it was evaluated",
+        "Another trainer trained it",
+    ):
+        assert line in text
+    assert "How it was trained" not in text and "trained with saelab" not in text
 
 
 def test_names_mean_nothing_in_markdown() -> None:

@@ -105,7 +105,7 @@ def test_a_run_of_an_earlier_version_with_relative_paths_is_read_from_where_it_w
         ("eval", "cache.lanes=2", r"cache.lanes is 2"),
         ("eval", "features.tokens=7", r"features.tokens is 7"),
         ("eval", "corpus.held_out=0.5", r"corpus.held_out is 0.5, in training 0.2; .* would count as held out"),
-        ("eval", "site=blocks.1.hook_mlp_post", r"mlp.*|no 'blocks.1.hook_mlp_post'"),
+        ("eval", "site=blocks.1.hook_mlp_post", r"mlp.*|no site 'blocks.1.hook_mlp_post'"),
         (
             "index",
             "eval.tokens=7",

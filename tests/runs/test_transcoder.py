@@ -131,7 +131,7 @@ def test_all_stages_of_a_transcoder(config: dict[str, Any], tmp_path: Path) -> N
         with pytest.raises(SaelabError, match="transcoder"):
             saelab.analyse(run, name)
     assert saelab.analyse(run, "dead").figures()
-    with pytest.raises(SaelabError, match=r"SAELens has no topk_skip_transcoder"):
+    with pytest.raises(SaelabError, match=r"SAELens has no TopK transcoder with a skip connection"):
         export(run, "saelens", out=tmp_path / "no")
     there = saelab.load(export(run, "sparsify", out=tmp_path / "sparsify"))
     torch.testing.assert_close(there(x), sae(x))
@@ -216,7 +216,7 @@ def test_settings_that_contradict_a_target_are_named(
         (["target=null", "sae.skip=true"], "sae.skip: W_skip of an autoencoder would be the identity"),
         (["sae.encoder=tied"], "sae.encoder: tied: encoder and decoder rows of a transcoder"),
         (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at one site"),
-        (["target=blocks.1.hook_mlp_outt"], "site: .* has no 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
+        (["target=blocks.1.hook_mlp_outt"], ".* has no site 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
     ):
         with pytest.raises(SaelabError, match=message):
             Job(settings_of(config, overrides)).lm  # noqa: B018

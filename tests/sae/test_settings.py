@@ -39,9 +39,13 @@ from saelab.sae.settings import (
         (SparsitySettings, {"p": 1.5}, "p: 1.5"),
         (SparsitySettings, {"slope": 0.0}, "slope: 0"),
         (SaeSettings, {"prefixes": (0.5, 3.5)}, "prefixes: .0.5, 3.5. are not numbers of features"),
-        (SaeSettings, {"prefixes": (64, 16)}, "prefixes: 64, 16, 4096 do not rise from 1"),
-        (SaeSettings, {"prefixes": (0.00001, 16)}, "prefixes: 0, 16, 4096 do not rise from 1"),
-        (SaeSettings, {"prefixes": (5000,)}, "prefixes: 5000, 4096 do not rise"),
+        (SaeSettings, {"prefixes": (64, 16)}, "prefixes: 64, 16 of 4096 features: each must be larger"),
+        (
+            SaeSettings,
+            {"prefixes": (0.00001, 16)},
+            "prefixes: 0, 16 of 4096 .*, at least 1",
+        ),
+        (SaeSettings, {"prefixes": (5000,)}, "prefixes: 5000 of 4096 features: .* below n_features"),
         (SaeSettings, {"allocation": AllocationSettings("group_max"), "k": 30}, "4096 cannot .* 30 .* to 4110"),
         (SaeSettings, {"allocation": AllocationSettings("group_max"), "k_start": 64}, "k_start: allocation: group_max"),
         (

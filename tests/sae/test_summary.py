@@ -129,7 +129,7 @@ def test_a_checkpoint_of_saelens_shows_what_it_knows(architecture: str, inferenc
     sae = saelab.load(GOLDEN / f"saelens_{architecture}")
     page = Page(sae._repr_html_())
     assert any(inference in piece for piece in page.pieces) and inference in repr(sae)
-    assert "trained on" not in page.pieces and page.elements.isdisjoint({"script"})
+    assert {"trained on", "method"}.isdisjoint(page.pieces) and page.elements.isdisjoint({"script"})
 
 
 def test_inference_by_thresholds() -> None:
@@ -147,3 +147,12 @@ def test_inference_by_thresholds() -> None:
     )
     sae = new_autoencoder(settings, torch.randn(50, 8), seed=0)
     assert "inference: every pre-activation above 0.5, one threshold" in repr(sae)
+
+
+def test_a_crosscoder_has_a_scale_for_each_site_and_says_where_ce_is_measured(tmp_path: Path) -> None:
+    metadata = {"hook_name": "blocks.0.hook_out", "saelab": {"input_scale": [0.123456, 2.0]}}
+    sae = SparseAutoencoder(8, 16, 3, metadata)
+    sae.site_widths = (5, 3)
+    assert "input scale: 0.1235, 2 (folded into the weights)" in repr(sae) and "delta CE" not in repr(sae)
+    sae.figures = FIGURES
+    assert "delta CE and loss recovered: with the reconstruction at blocks.0.hook_out" in repr(sae)

@@ -17,7 +17,7 @@ from saelab.sae.interop import (
     sparsify,
 )
 from saelab.sae.interop.stored import Stored, open_file
-from saelab.sae.layout import WEIGHTS
+from saelab.sae.layout import FOLDER, WEIGHTS
 from saelab.sae.model import SparseAutoencoder
 
 USUAL = (
@@ -122,7 +122,7 @@ def _content(path: Path, files: list[Path], why: str) -> str:
     inside = _inside(path)
     if inside:
         names = [str(folder.relative_to(path)) for folder in inside]
-        return f"{len(names)} of them are in folders of it: {_listed(names)}; load one, such as {path / names[0]}"
+        return f"{len(names)} are in its folders: {_listed(names)}; load one, such as {path / names[0]}"
     if why:
         return why
     if files:
@@ -135,11 +135,12 @@ def _content(path: Path, files: list[Path], why: str) -> str:
 
 
 def _beside(path: Path) -> str:
-    """The checkpoints that are beside a path that does not exist, in words."""
-    inside = _inside(path.parent, 1) if path.parent.is_dir() else []
-    if not inside:
+    """The checkpoints and runs that are beside a path that does not exist, in words."""
+    inside = _inside(path.parent, 2) if path.parent.is_dir() else []
+    names = [str(folder.relative_to(path.parent)).removesuffix(f"/{FOLDER}") for folder in inside]
+    names = [name for name in names if "/" not in name]
+    if not names:
         return ""
-    names = [str(folder.relative_to(path.parent)) for folder in inside]
     return f"; {path.parent} has {_listed(names)}.{did_you_mean(path.name, names)}"
 
 

@@ -6,6 +6,7 @@ Safetensors files have a header, and so has each array of an ``.npz`` file. File
 
 import json
 import math
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -129,11 +130,15 @@ def _open_pickle(path: Path) -> Stored:
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 _check_expanded(path, archive, 1)
-        # torch maps only its present format, a zip file
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle of another protocol, which it then refuses
+            # torch maps only its present format, a zip file
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except SaelabError:
         raise
     except Exception as error:  # unpickling a file of anyone's may raise anything; torch's advice would run its code
+        if path.suffix in (".json", ".npy", ".txt", ".yaml", ".md"):
+            raise SaelabError(f"{path}: is no file of weights; name one, or the folder of a checkpoint") from error
         raise SaelabError(
             f"{path}: cannot be read by torch.load with weights_only=True: it is no file of torch.save, or damaged, or "
             "needs code to be run, which is never done; save the state_dict alone, or use another copy"

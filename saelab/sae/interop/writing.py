@@ -25,7 +25,7 @@ def write_saelens(sae: SparseAutoencoder, folder: Path) -> None:
     """Write `sae` to `folder` as SAELens does. Raises SaelabError if SAELens has no such architecture."""
     name = _architecture(sae)
     if name.startswith(OURS):
-        raise SaelabError(f"SAELens has no {name.removeprefix(OURS)}; it has {_HAS['saelens']}")
+        raise SaelabError(f"SAELens has no {_described(sae)}; it has {_HAS['saelens']}")
     save_sae(sae, folder)
 
 
@@ -127,9 +127,12 @@ def _architecture(sae: SparseAutoencoder) -> str:
 
 
 def _described(sae: SparseAutoencoder) -> str:
-    return _architecture(sae).removeprefix(OURS).replace("_", " ")
+    """The kind of `sae` in words, such as "TopK transcoder"."""
+    kind = "crosscoder" if len(sae.site_widths) > 1 else "transcoder" if sae.transcodes else "autoencoder"
+    return f"{_RULES[rule_of(sae)]} {kind}{' with a skip connection' if sae.W_skip is not None else ''}"
 
 
+_RULES = {"relu": "ReLU", "topk": "TopK", "threshold": "JumpReLU", GROUP_MAX: "GroupMax"}
 _HAS = {
     "saelens": "ReLU and JumpReLU autoencoders and transcoders, and TopK autoencoders",
     "sparsify": "TopK and GroupMax autoencoders and transcoders, with or without a skip connection",

@@ -198,6 +198,8 @@ def test_what_other_files_hold_is_said(tmp_path: Path) -> None:
         saelab.load(tmp_path)
     with pytest.raises(SaelabError, match=r"no autoencoder of SAELens, .*: it has mlp \[3, 2\] float32"):
         saelab.load(tmp_path / "model.safetensors")
+    with pytest.raises(SaelabError, match=r"README.md: is no file of weights; name one, or the folder of a checkpoint"):
+        saelab.load(tmp_path / "README.md")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(SaelabError, match=r"list.pt: holds a list, not a dict of tensors"):
         saelab.load(tmp_path / "list.pt")
@@ -220,9 +222,7 @@ def test_a_folder_of_hookpoints_says_which_there_are(tmp_path: Path) -> None:
     outside.mkdir()
     (outside / "sae.safetensors").write_bytes(b"")
     (tmp_path / "layers.3").symlink_to(outside)
-    with pytest.raises(
-        SaelabError, match=r"2 of them are in folders of it: layers.2, layers.10; load one, such as .*2$"
-    ):
+    with pytest.raises(SaelabError, match=r"2 are in its folders: layers.2, layers.10; load one, such as .*2$"):
         saelab.load(tmp_path)
     with pytest.raises(
         SaelabError, match=r"there is no such file or folder; .* has layers.2, layers.10. Nearest: layer"

@@ -102,10 +102,10 @@ def test_what_a_peer_cannot_express_says_why(tmp_path: Path) -> None:
     narrow = SparseAutoencoder(12, 40, 3, d_out=7)
     with pytest.raises(SaelabError, match=r"sparsify's transcoders have one width; this one has d_in 12 and d_out 7"):
         WRITERS["sparsify"](narrow, tmp_path / "b")
-    with pytest.raises(SaelabError, match=r"SAELens has no topk_transcoder; it has ReLU and JumpReLU"):
+    with pytest.raises(SaelabError, match=r"SAELens has no TopK transcoder; it has ReLU and JumpReLU"):
         WRITERS["saelens"](narrow, tmp_path / "b")
     narrow.threshold = torch.tensor([0.5])
-    with pytest.raises(SaelabError, match=r"sparsify has no jumprelu transcoder; it has TopK"):
+    with pytest.raises(SaelabError, match=r"sparsify has no JumpReLU transcoder; it has TopK"):
         WRITERS["sparsify"](narrow, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -130,7 +130,7 @@ def test_the_command_exports_a_run_or_any_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SaelabError, match=r"--out: .* belongs to the run itself"):
         export(run, "saelens", out=run / "sae", force=True)
     transcoder = REAL / "sparsify_skip_transcoder"
-    with pytest.raises(SaelabError, match=r"sparsify_skip_transcoder: SAELens has no topk_skip_transcoder; it has"):
+    with pytest.raises(SaelabError, match=r"er: SAELens has no TopK transcoder with a skip connection; it has"):
         export(transcoder, "saelens", out=tmp_path / "no")
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob("*.tmp"))
     x = expected("sparsify_topk")["x"]

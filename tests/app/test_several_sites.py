@@ -1,0 +1,47 @@
+"""The pages of a transcoder and of a crosscoder, whose features do not write where they read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.app.shown import html
+from tests.app.synthetic_run import write_run
+
+READ, GIVEN = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+SITES = {"transcoder": f"{READ} -> {GIVEN}", "crosscoder": f"{READ} + {GIVEN}"}
+SETTINGS = {"transcoder": f"target: {GIVEN}\n", "crosscoder": f"more_sites: [{GIVEN}]\n"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each kind, without logits, and another transcoder, `zoo`."""
+    made = tmp_path_factory.mktemp("several_sites")
+    for name, kind in (("an_autoencoder", ""), *((kind, kind) for kind in SITES), ("zoo", "transcoder")):
+        run = write_run(made / name, site=SITES.get(kind, READ))
+        settings = (run / "config.yaml").read_text().replace(SITES.get(kind, READ), READ)
+        (run / "config.yaml").write_text(settings + SETTINGS.get(kind, ""))
+        tokens = run / "features" / "table.top_logit_tokens.npy"
+        np.save(tokens, np.full_like(np.load(tokens), -1))
+    return made
+
+
+@pytest.mark.parametrize("page", ["steer", "dark_matter"])
+@pytest.mark.parametrize("run", list(SITES))
+def test_pages_about_one_site_say_that_the_run_is_no_autoencoder(explorer, folder, run: str, page: str) -> None:
+    app = explorer(folder, page=page, run=run)
+    assert not app.error and app.info[0].value.endswith(f"This run is a {run}.") and "analyse" not in html(app)
+    assert "This run is" not in explorer(folder, page=page, run="an_autoencoder").info[0].value
+
+
+def test_the_feature_page_says_why_there_is_no_logit_lens(explorer, folder) -> None:
+    for run, reason in (("crosscoder", "None: its row writes to several sites."), ("transcoder", "is neither the res")):
+        app = explorer(folder, page="feature", run=run, feature="1")
+        assert not app.error and any(reason in caption.value for caption in app.caption)
+
+
+def test_a_run_is_compared_with_one_of_the_same_sites_first(explorer, folder) -> None:
+    for run, other in (("transcoder", "zoo"), ("crosscoder", "an_autoencoder")):
+        app = explorer(folder, page="compare", run=run)
+        assert app.selectbox(key="other").value == other
+        assert any("saelab analyse" in each.value for each in app.caption) == (run == "transcoder")
