@@ -66,7 +66,9 @@ def draw_facts(feature: Feature) -> None:
 def draw_lens(database: Database, feature: Feature) -> None:
     st.subheader("Logit lens", anchor=False)
     if not feature.top_logits:
-        st.caption(f"None: {state.plain(database.site)} is neither the residual stream nor added to it.")
+        several = "more_sites" in database.arrays.manifest
+        why = "is several sites" if several else "is neither the residual stream nor added to it"
+        st.caption(f"None: {state.plain(database.site)} {why}.")
         return
     up, down = st.columns(2, gap="small")
     up.html(bars_html(feature.top_logits))

@@ -22,6 +22,7 @@ from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model, resolve_device
 from saelab.lm.model import LanguageModel
 from saelab.lm.pair import ModelPair
+from saelab.lm.settings import ModelSettings
 from saelab.progress import Say, quiet
 from saelab.ranks import ALONE, Ranks
 from saelab.runs import folder
@@ -222,13 +223,13 @@ class Job:
         """What identifies the activations in the hashes."""
         if self.array is not None:
             return {"array": self.array.fingerprint}
-        of_models = [
-            {"dtype": settings.dtype, "attention": lm.attention, "model": lm.fingerprint}
-            for lm, settings in zip(self.lm.models, (self.settings.model, self.settings.second_model), strict=False)
-            if settings is not None
-        ]
-        second = {"second": of_models[1]} if of_models[1:] else {}
-        return {**of_models[0], **second, "corpus": self.corpus.fingerprint}
+        found = _of_model(self.lm, self.settings.model) | {"corpus": self.corpus.fingerprint}
+        second = self.settings.second_model
+        return found if second is None else found | {"second": _of_model(self.lm.models[1], second)}
+
+
+def _of_model(lm: LanguageModel, settings: ModelSettings) -> dict[str, Any]:
+    return {"dtype": settings.dtype, "attention": lm.attention, "model": lm.fingerprint}
 
 
 def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:

@@ -69,6 +69,8 @@ def card(about: About) -> str:
     if "site_widths" in about.checkpoint:
         others = (metadata.get("hook_names") or [])[1:]
         kind, target = "crosscoder", "".join(f", `{_code(name)}`" for name in others)
+        if second := metadata.get("second_model_name"):
+            target += f", of which those with `@second` are of the model `{_code(second)}`"
     trained = ", trained with saelab" if ours.get("tokens") else ""  # not of another trainer's, in a run of its own
     parts = [
         _front_matter(about),

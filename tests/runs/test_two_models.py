@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,15 @@ from safetensors.torch import load_file
 import saelab
 from saelab.activations.cache.reader import open_cache
 from saelab.errors import SaelabError
+from saelab.features.database import open_database
 from saelab.lm.settings import ModelSettings
 from saelab.lm.splice import SplicedRuns
 from saelab.runs import cache as caching
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_cache, plan_training
+from saelab.runs.push import prepare
+from saelab.runs.summary import summarise
 from saelab.sae.side_by_side import factors_of, site_shares
 from tests.runs.test_resume import config_of
 from tests.runs.test_transcoder import assert_resumed_to_the_bit
@@ -35,8 +39,8 @@ def config(tmp_path: Path) -> dict[str, Any]:
     return copy.deepcopy(config_of(tmp_path)) | {"second_model": str(planted_folder()), "more_sites": [SECOND]}
 
 
-def test_training_and_evaluation_read_both_models(config: dict[str, Any]) -> None:
-    run = saelab.train(config)
+def test_all_stages_read_both_models(config: dict[str, Any]) -> None:
+    run = saelab.run(config)
     result = saelab.evaluate(run)
     job, sae = Job(settings_of(run / "config.yaml")), saelab.load(run)
     rows, models = job.held_out(1500), (language_model("gpt2"), job.lm.models[1])
@@ -59,7 +63,22 @@ def test_training_and_evaluation_read_both_models(config: dict[str, Any]) -> Non
         assert own["fvu"] == pytest.approx((error[:, at].sum() / deviation[:, at].sum()).item(), rel=1e-4)
     assert few.sites[1]["site"] == SECOND and few.sites[0]["ce_clean"] != few.sites[1]["ce_clean"]
     assert sae.metadata["hook_names"] == [SITE, SECOND]
-    assert sae.metadata["second_model_name"] == str(planted_folder())
+    assert f"second model: {str(planted_folder())[:20]}" in repr(sae)
+
+    database = open_database(run / "features")
+    summary = summarise(run)
+    ours, theirs = str(model_folder("gpt2")), str(planted_folder())
+    assert database.model == summary.model == f"{ours} (@second: {theirs})"
+    assert database.site == summary.site == f"{SITE} + {SECOND}" and database.lens is None
+    assert summary.fingerprint == " ".join(lm.fingerprint for lm in models)
+    np.testing.assert_array_equal(database.table["n_active"], sae.encode(x).firing_counts().numpy())
+    text = open_live(run).encode(rows[0].tolist())
+    features, values = text.at(1)
+    np.testing.assert_allclose(sae.encode(x[:1]).to_dense()[0, features].detach(), values, rtol=1e-5)
+    with pytest.raises(SaelabError, match="a crosscoder's features write to several sites"):
+        open_live(run).steer(rows[0].tolist(), [])
+    card = prepare(run, "user/repo").files["README.md"]
+    assert isinstance(card, bytes) and f"with `@second` are of the model `{planted_folder().name}`" in card.decode()
 
 
 def test_a_planted_difference_is_a_feature_of_the_second_model(config: dict[str, Any]) -> None:
