@@ -72,15 +72,17 @@ def test_all_stages_read_both_models(config: dict[str, Any]) -> None:
     assert database.site == summary.site == f"{SITE} + {SECOND}" and database.lens is None
     assert summary.fingerprint == " ".join(lm.fingerprint for lm in models)
     np.testing.assert_array_equal(database.table["n_active"], sae.encode(x).firing_counts().numpy())
-    text = open_live(run).encode(rows[0].tolist())
+    live = open_live(run)
+    text = live.encode(rows[0].tolist())
     features, values = text.at(1)
     np.testing.assert_allclose(sae.encode(x[:1]).to_dense()[0, features].detach(), values, rtol=1e-5)
     with pytest.raises(SaelabError, match="a crosscoder's features write to several sites"):
-        open_live(run).steer(rows[0].tolist(), [])
+        live.steer(rows[0].tolist(), [])
     card = prepare(run, "user/repo").files["README.md"]
     assert isinstance(card, bytes) and f"with `@second` are of the model `{planted_folder().name}`" in card.decode()
 
 
+@pytest.mark.slow
 def test_a_planted_difference_is_a_feature_of_the_second_model(config: dict[str, Any]) -> None:
     site = "blocks.0.hook_resid_pre"
     config |= {"site": site, "more_sites": [f"{site}@second"], "sae": {"n_features": 16, "k": 2}}
