@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import saelab
 from saelab.activations.cache.reader import open_cache
+from saelab.analysis.model_diff import ModelDiff
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
 from saelab.lm.settings import ModelSettings
@@ -87,11 +88,17 @@ def test_a_planted_difference_is_a_feature_of_the_second_model(config: dict[str,
     site = "blocks.0.hook_resid_pre"
     config |= {"site": site, "more_sites": [f"{site}@second"], "sae": {"n_features": 16, "k": 2}}
     config["training"] |= {"tokens": 20_000, "lr": 2e-2, "checkpoint": {}}
-    sae = saelab.load(saelab.train(config))
+    run = saelab.train(config)
+    sae = saelab.load(run)
     shares = site_shares(sae)[:, 1]
     exclusive, others = shares.argmax(), shares.sort().values[:-1]
     assert shares[exclusive] > 0.7 and others.max() < 0.6
     assert F.cosine_similarity(sae.W_dec[exclusive, 32:], planted_direction(), dim=0) > 0.97
+    diff = saelab.analyse(run, "model_diff", ["analysis.model_diff.tokens=2000"])
+    assert isinstance(diff, ModelDiff) and diff.models == (str(model_folder("gpt2")), str(planted_folder()))
+    np.testing.assert_allclose(diff.relative_norm, shares, atol=1e-6)
+    # the planted direction is in no token of the first model; what the feature has there is that its tokens differ
+    assert abs(diff.error_ratio[exclusive]) < 0.3 and diff.shared.sum() > 0
 
 
 @pytest.mark.slow
