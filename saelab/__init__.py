@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from saelab.analysis.fidelity import Fidelity, fidelity
     from saelab.analysis.matching import assign_decoders, match_decoders
     from saelab.analysis.meta_structure import meta_structure
+    from saelab.analysis.model_diff import model_diff
     from saelab.analysis.pareto import plot_pareto
     from saelab.analysis.settings import EvalSettings, Intervention
     from saelab.analysis.similarities import similarities
@@ -127,6 +128,7 @@ _HOME = {
     "match_decoders": "saelab.analysis.matching",
     "mean_absolute_cosine": "saelab.analysis.decoder",
     "meta_structure": "saelab.analysis.meta_structure",
+    "model_diff": "saelab.analysis.model_diff",
     "new_autoencoder": "saelab.sae.new",
     "neuron_run": "saelab.runs.controls",
     "next_token_loss": "saelab.analysis.attribution",
@@ -207,6 +209,7 @@ __all__ = [
     "match_decoders",
     "mean_absolute_cosine",
     "meta_structure",
+    "model_diff",
     "neuron_run",
     "new_autoencoder",
     "next_token_loss",

@@ -261,7 +261,9 @@ def index(run: Annotated[Path, typer.Argument(help="a run folder")], overrides: 
 @app.command()
 def analyse(
     run: Annotated[Path, typer.Argument(help="a run folder")],
-    name: Annotated[str, typer.Argument(help="attention, dark_matter, dead, explanations, similarity or steering")],
+    name: Annotated[
+        str, typer.Argument(help="attention, dark_matter, dead, explanations, model_diff, similarity or steering")
+    ],
     overrides: _Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="make it again, even if it is up to date")] = False,
 ) -> None:

@@ -129,3 +129,13 @@ def test_the_demo_model_is_trained_resumed_and_written_as_a_hugging_face_folder(
     assert measured["training_tokens"] == 8192 and 0 < measured["sample_loss"] < 10
     lm = load_language_model(ModelSettings(str(out)), "cpu")
     assert lm.width("blocks.2.hook_resid_post") == 256 and lm.tokenizer.bos_token_id == 0
+
+
+def test_the_demo_model_is_fine_tuned_for_a_crosscoder_of_two_models(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "tune_demo_lm.py")
+    said = output([sys.executable, script, "--out", "runs/tuned_lm", "--steps", "2"], tmp_path)
+    assert "before: loss on held-out topics" in said and "after 2 steps" in said
+    small = ["training.tokens=8192", "sae.n_features=64", "sae.k=4", "eval.tokens=2000", "eval.ce_tokens=1000"]
+    check("train", "two_models", *small, cwd=tmp_path)
+    tokens = "analysis.model_diff.tokens=5000"
+    assert "median relative norm" in check("analyse", "runs/two_models", "model_diff", tokens, cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -94,6 +95,25 @@ def model_folder(kind: str, width: int = 32) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def planted_folder() -> Path:
+    """The GPT-2, except that the embedding of every seventh token has a common `planted_direction` added to it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(_root().name) / "planted"
+    shutil.copytree(model_folder("gpt2"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[::7] += planted_direction()
+    model.save_pretrained(folder)
+    return folder
+
+
+def planted_direction(width: int = 32) -> torch.Tensor:
+    """Some vector six times as long as an embedding of the GPT-2, ``[width]``."""
+    return torch.randn(width, generator=torch.Generator().manual_seed(7)) / 2
 
 
 @functools.cache

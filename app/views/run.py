@@ -148,6 +148,10 @@ def draw_evaluation() -> None:
     rows += [(name, with_interval(found, name), "", "") for name in new]
     for each in sites:
         rows.append((f"FVU at {each['site']}", shown(each["fvu"]), "", "of this site's part of the reconstruction"))
+        if each.get("ce_clean") != sites[0].get("ce_clean"):
+            rows.append(
+                (f"CE, clean, of {each['site']}", shown(each["ce_clean"]), "nats per token", "of its own model")
+            )
         rows.append(
             (f"delta CE at {each['site']}", shown(each["delta_ce"]), "nats per token", "with this site spliced in")
         )

@@ -1,4 +1,5 @@
-"""The sites of an autoencoder: where its input is read, and what its reconstruction stands for."""
+"""The sites of an autoencoder: where its input is read, and what its reconstruction stands for. Sites of a second model
+end in ``@second``."""
 
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class Sites(NamedTuple):
     def __str__(self) -> str:
         read = " + ".join(self.inputs)
         return read if self.target is None else f"{read} -> {self.target}"
+
+
+def models_in_words(model: str, second: str | None) -> str:
+    """The models that sites are of, as one text."""
+    return model if second is None else f"{model} (@second: {second})"
 
 
 def as_sites(site: str | Sites) -> Sites:

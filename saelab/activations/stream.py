@@ -173,9 +173,13 @@ def nothing_kept(rows: str, gradients: bool) -> SaelabError:
 
 def provenance(lm: LanguageModel, corpus: Corpus, *, special_tokens: bool = False) -> dict[str, Any]:
     """The facts that decide the activations of a corpus, apart from sites, order and the size of a pass."""
+    second = {}
+    for other in lm.models[1:]:
+        second = {"second_weights": other.fingerprint, "second_model_dtype": str(other.dtype).removeprefix("torch.")}
     return {
         "weights": lm.fingerprint,
         "model_dtype": str(lm.dtype).removeprefix("torch."),
+        **second,
         "tokenizer": corpus.identity["tokenizer"],
         "corpus": {name: fact for name, fact in corpus.identity.items() if name not in ("tokenizer", "context")},
         "context": corpus.context,

@@ -3,9 +3,9 @@
 Definitions (every figure over ordinary tokens only: BOS and other special tokens are in none of them):
 
 x              the activation that the reconstruction xhat stands for; of a transcoder, that at the target site
-sites          of a crosscoder: FVU at each site, and CE with the reconstruction spliced in at that site only. The other
-               figures take the activations of all sites side by side, each scaled as in training; CE and KL are those
-               of the first site
+sites          of a crosscoder: FVU at each site, and CE with the reconstruction spliced in at that site only, in the
+               site's own model if there are two (ce_clean is that model's). The other figures take the activations of
+               all sites side by side, each scaled as in training; CE and KL are those of the first site
 FVU            sum ||x - xhat||^2 / sum ||x - mean x||^2, both pooled over all evaluated tokens, sums in float64
 L0             mean number of active features per token
 cosine         mean cosine between x and xhat
@@ -108,7 +108,7 @@ class Fidelity:
     counts: Tensor = field(repr=False, compare=False)
     """Number of evaluated tokens on which each feature is active, ``[n_features]`` int64; not in `to_dict`."""
     sites: tuple[dict[str, Any], ...] = ()
-    """For each site of a crosscoder: site, fvu, delta_ce, loss_recovered_zero and loss_recovered_mean."""
+    """For each site of a crosscoder: site, fvu, ce_clean, delta_ce, loss_recovered_zero and loss_recovered_mean."""
 
     @property
     def delta_ce(self) -> float:
@@ -297,6 +297,7 @@ class Evaluation:
             yield {
                 "site": site,
                 "fvu": whole.figures[2 + i].item() / deviations[i] if deviations[i] else float("nan"),
+                "ce_clean": ce["clean"],
                 "delta_ce": ce["spliced"] - ce["clean"],
                 "loss_recovered_zero": _recovered(ce["clean"], ce["spliced"], ce["zero_ablated"]),
                 "loss_recovered_mean": _recovered(ce["clean"], ce["spliced"], ce["mean_ablated"]),
@@ -348,7 +349,8 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
         mean = mean / first._factors
     losses, start = [], 0
     for site in first._sites.outputs:
-        columns = slice(start, start + lm.width(site))
+        of, there = lm.owner(site)
+        columns = slice(start, start + of.width(there))
         start = columns.stop
         blocks = [
             Spliced(
@@ -359,7 +361,7 @@ def results(evaluations: Sequence[Evaluation], track: Track = silent) -> list[Fi
             )
             for i, (first_row, rows, _, norms) in enumerate(first._ce_blocks)
         ]
-        losses.append(spliced_losses(lm, site, blocks, mean[columns], track))
+        losses.append(spliced_losses(of, there, blocks, mean[columns], track))
     return [each._figures(own) for each, own in zip(evaluations, zip(*losses, strict=True), strict=True)]
 
 

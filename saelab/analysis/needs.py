@@ -72,8 +72,12 @@ def _loss_needs(
     rows = settings.rows_per_forward
     tokens = rows * context
     kept = min(settings.tokens, settings.ce_tokens) + tokens
-    logits, record = 4 * tokens * len(lm.unembedding), 2 * 4 * tokens * max(widths.values())
-    losses = record + max(logits_bytes(lm, rows, context) + 2 * logits, _LOSS_TENSORS * logits)
+    record = 2 * 4 * tokens * max(widths.values())
+    losses = 0
+    for model in lm.models:  # one after the other
+        logits = 4 * tokens * len(model.unembedding)
+        needed = max(logits_bytes(model, rows, context) + 2 * logits, _LOSS_TENSORS * logits)
+        losses = max(losses, record + needed)
     return [
         Need("reconstructions", 4 * kept * d_out, where, f"{kept:,} tokens for CE x {d_out:,} x 4 bytes"),
         pass_need(lm, list(widths), rows, context, where, phases=(ENCODING,)),

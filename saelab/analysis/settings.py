@@ -161,6 +161,19 @@ class ExplanationsSettings:
 
 
 @dataclass(frozen=True)
+class ModelDiffSettings:
+    """Settings of `saelab.analysis.model_diff`."""
+
+    tokens: int = 300_000
+    """Held-out tokens."""
+    rows_per_forward: int = 16
+    """Rows in one forward pass of each model."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tokens", "rows_per_forward")
+
+
+@dataclass(frozen=True)
 class AnalysisSettings:
     """A section for each analysis of `saelab.runs.analyses`, by its name."""
 
@@ -176,3 +189,5 @@ class AnalysisSettings:
     """How much of the autoencoder comes back in other runs."""
     explanations: ExplanationsSettings = field(default_factory=ExplanationsSettings)
     """How similar the features' explanations are to those of other runs."""
+    model_diff: ModelDiffSettings = field(default_factory=ModelDiffSettings)
+    """Which features of a crosscoder of two models are in both."""

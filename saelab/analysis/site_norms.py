@@ -16,6 +16,7 @@ import numpy as np
 from saelab.analysis.intervals import Interval
 from saelab.analysis.result import Result
 from saelab.errors import SaelabError
+from saelab.lm.settings import SECOND, is_second
 from saelab.sae.model import SparseAutoencoder
 from saelab.sae.side_by_side import site_shares
 
@@ -58,7 +59,10 @@ def site_norms(sae: SparseAutoencoder) -> SiteNorms:
     """The shares of each site in the rows of `sae`. Raises SaelabError unless it is a crosscoder."""
     if len(sae.site_widths) < 2:
         raise SaelabError("site_norms: takes a crosscoder, and this autoencoder has one site")
-    names = sae.metadata.get("hook_names")
+    names, second = sae.metadata.get("hook_names"), sae.metadata.get("second_model_name")
     if not isinstance(names, list) or len(names) != len(sae.site_widths):
         names = [f"site {i}" for i in range(len(sae.site_widths))]
+    if second is not None:
+        models = (sae.metadata.get("model_name"), second)
+        names = [f"{site.removesuffix(SECOND)} of {models[is_second(site)]}" for site in map(str, names)]
     return SiteNorms(tuple(map(str, names)), site_shares(sae).float().cpu().numpy())

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saelab.activations.sites import Sites
+from saelab.activations.sites import Sites, models_in_words
 from saelab.errors import printable
 from saelab.features import card
 from saelab.features.arrays import Arrays, open_arrays
@@ -175,7 +175,8 @@ class Database:
 
     @property
     def model(self) -> str:
-        return self.arrays.manifest["model"]
+        """The name of the model, or the names of two."""
+        return models_in_words(self.arrays.manifest["model"], self.arrays.manifest.get("second_model"))
 
     @property
     def of_array(self) -> bool:

@@ -80,9 +80,11 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = None
-        if not isinstance(self.lm, Array) and not self.sites.more:
-            lens = direct_lens(self.lm, self.sites.outputs[0])
+        lens = second = None
+        if not isinstance(self.lm, Array):
+            second = next((model.name for model in self.lm.models[1:]), None)
+            if not self.sites.more:
+                lens = direct_lens(self.lm, self.sites.outputs[0])
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
         manifest = {
             "format": FORMAT,
@@ -95,6 +97,7 @@ class Index:
             **({} if self.sites.target is None else {"target": self.sites.target}),
             **({"more_sites": list(self.sites.more)} if self.sites.more else {}),
             "model": self.lm.name,
+            **({} if second is None else {"second_model": second}),
             "d_in": self.sae.d_in,
             "k": self.sae.k,
             "lens": lens and lens.words,

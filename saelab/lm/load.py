@@ -15,6 +15,7 @@ from saelab.lm.installers import no_installers
 from saelab.lm.model import LanguageModel, ModelShape
 from saelab.lm.needs import site_widths
 from saelab.lm.outline import one_text_a_row, outline
+from saelab.lm.pair import ModelPair
 from saelab.lm.pretrained import fingerprint, model_folder
 from saelab.lm.selfcheck import site_meanings
 from saelab.lm.settings import ModelSettings
@@ -52,20 +53,25 @@ def load_language_model(settings: ModelSettings, device: str = "auto") -> Langua
 
 
 @contextmanager
-def outlined_language_model(settings: ModelSettings) -> Iterator[LanguageModel]:
-    """The model of `settings` without its weights. Inside the context it runs on rows of any shape, and tensors have
-    shapes but no numbers.
+def outlined_language_model(settings: ModelSettings, second: ModelSettings | None = None) -> Iterator[LanguageModel]:
+    """The model of `settings` without its weights; with a `second`, both as a `ModelPair`. Inside the context it runs
+    on rows of any shape, and tensors have shapes but no numbers.
 
-    Reads only the model's small files, and downloads them if necessary. Raises SaelabError if it cannot be loaded.
+    Reads only the models' small files, and downloads them if necessary. Raises SaelabError if one cannot be loaded.
     """
-    folder = model_folder(settings.name, weights=False)
-    with _loading(settings):
-        architecture, tokenizer = read_architecture(folder, settings.attention), _tokenizer(folder)
-        sites = _sites(folder, architecture)
+    found = []
+    for each in (settings, *([second] if second else [])):
+        folder = model_folder(each.name, weights=False)
+        with _loading(each):
+            architecture, tokenizer = read_architecture(folder, each.attention), _tokenizer(folder)
+            found.append((each, folder, tokenizer, _sites(folder, architecture)))
     with no_numbers(), one_text_a_row():
-        with _loading(settings):
-            model = outline(folder, getattr(torch, settings.dtype), settings.attention)
-        yield LanguageModel(settings.name, model, tokenizer, sites, "", self_check=False)
+        models = []
+        for each, folder, tokenizer, sites in found:
+            with _loading(each):
+                model = outline(folder, getattr(torch, each.dtype), each.attention)
+            models.append(LanguageModel(each.name, model, tokenizer, sites, "", self_check=False))
+        yield ModelPair(*models) if second else models[0]
 
 
 def model_shape(settings: ModelSettings, sites: Iterable[str] = ()) -> ModelShape:

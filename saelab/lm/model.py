@@ -101,6 +101,15 @@ class LanguageModel:
         """How attention is computed: sdpa or eager."""
         return getattr(_text_config(self.model.config), "_attn_implementation", "eager")
 
+    @property
+    def models(self) -> tuple["LanguageModel", ...]:
+        """The model itself; of a `ModelPair` both."""
+        return (self,)
+
+    def owner(self, site: str) -> tuple["LanguageModel", str]:
+        """The model that `site` belongs to, and the name of the site there."""
+        return self, site
+
     def site(self, name: str) -> Site:
         """The module and side of the site `name`. Raises SaelabError, with the nearest names, if there is none."""
         if name not in self.sites:

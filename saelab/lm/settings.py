@@ -8,6 +8,13 @@ from saelab.files import expanded
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DEVICE_MAPS = ("auto", "balanced", "sequential")
 _ATTENTION = ("auto", "sdpa", "eager")
+SECOND = "@second"
+"""What the name of a site of the second model ends in."""
+
+
+def is_second(site: str) -> bool:
+    """Whether `site` is a site of the second model."""
+    return site.endswith(SECOND)
 
 
 def dtype_name(name: str) -> str:

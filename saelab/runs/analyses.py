@@ -20,12 +20,14 @@ from saelab.analysis.attention.overview import attention
 from saelab.analysis.attention.report import Attention
 from saelab.analysis.dark_matter import DarkMatter, dark_matter
 from saelab.analysis.dead import Dead, dead
+from saelab.analysis.model_diff import ModelDiff, model_diff
 from saelab.analysis.result import Result, rebuilt, stored
 from saelab.analysis.settings import (
     AttentionSettings,
     DarkMatterSettings,
     DeadSettings,
     ExplanationsSettings,
+    ModelDiffSettings,
     SimilaritySettings,
     SteeringSettings,
 )
@@ -170,6 +172,11 @@ def _explanations(subject: Subject, settings: ExplanationsSettings) -> Explanati
     return ExplanationSimilarities(subject.site, len(own.texts), own.explainers, embedder, tuple(found))
 
 
+def _model_diff(subject: Subject, settings: ModelDiffSettings) -> ModelDiff:
+    rows = subject.held_out(settings.tokens)
+    return model_diff(subject.sae, subject.blocks(rows, settings.rows_per_forward))
+
+
 def _described(run: Path, sae: SparseAutoencoder) -> Described:
     """Raises SaelabError if there are no explanations."""
     inputs = str(open_database(folder.features(run)).arrays.manifest["inputs"])
@@ -191,6 +198,7 @@ ANALYSES: dict[str, Analysis] = {
         lambda settings: settings.other,
         (f"{folder.AUTOINTERP}/{EXPLANATIONS}",),
     ),
+    "model_diff": Analysis(ModelDiff, _model_diff),
 }
 """By name; the name is also that of the section of settings, ``analysis.NAME``."""
 

@@ -96,9 +96,9 @@ def verify(out: str | Path, *, track: Track = silent) -> Manifest:
 def cache_identity(job: Job, tokens: int) -> dict[str, Any]:
     """The identity (FORMAT.md) of a cache that `job` writes."""
     settings, write = job.settings, job.settings.cache
-    local = Path(job.lm.name)
+    names = [Path(lm.name).name if Path(lm.name).is_dir() else lm.name for lm in job.lm.models]
     facts = (
-        {"model": local.name if local.is_dir() else job.lm.name}
+        dict(zip(("model", "second_model"), names, strict=False))
         | provenance(job.lm, job.corpus, special_tokens=settings.activations.special_tokens)
         | {
             "sites": {site: job.lm.width(site) for site in write.sites or settings.sites.all},

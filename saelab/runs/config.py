@@ -25,7 +25,7 @@ from saelab.corpus import CorpusSettings
 from saelab.errors import SaelabError, SettingError, did_you_mean
 from saelab.features.settings import FeatureSettings
 from saelab.files import expanded
-from saelab.lm.settings import ModelSettings
+from saelab.lm.settings import SECOND, ModelSettings, is_second
 from saelab.runs.yaml12 import parse
 from saelab.sae.settings import SaeSettings
 from saelab.training.settings import ParallelSettings, TrainingSettings
@@ -41,7 +41,8 @@ class RunSettings:
     target: str | None = None
     """A transcoder: the hook point that is reconstructed from the activations at `site`. null: `site` itself."""
     more_sites: tuple[str, ...] = ()
-    """A crosscoder: hook points that are read and reconstructed together with `site`, by one set of features."""
+    """A crosscoder: hook points that are read and reconstructed together with `site`, by one set of features. A name
+    that ends in ``@second`` is a hook point of `second_model`."""
     seed: int = 0
     """Seed of the order of the text, of the shuffling and of the initial weights."""
     device: str = "auto"
@@ -49,6 +50,9 @@ class RunSettings:
     context: int = 256
     """Tokens per row, BOS included."""
     model: ModelSettings = field(default_factory=ModelSettings)
+    second_model: ModelSettings | None = None
+    """A crosscoder of two models: the model, with the same vocabulary, whose sites `more_sites` names with
+    ``@second``."""
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     activations: ActivationSettings = field(default_factory=ActivationSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
@@ -89,7 +93,26 @@ class RunSettings:
             raise SettingError(
                 f"activations.inputs: {self.activations.inputs} goes with one site; use scale or centre with more_sites"
             )
+        self._check_second_model()
         object.__setattr__(self, "out", expanded(self.out, "out"))
+
+    def _check_second_model(self) -> None:
+        """Raises SettingError unless there are sites of a second model, as further sites, if and only if there is
+        one."""
+        for name in ("site", "target"):
+            if is_second(getattr(self, name) or ""):
+                raise SettingError(
+                    f"{name}: {getattr(self, name)} is a site of the second model; name it in more_sites, beside a "
+                    "site of `model`"
+                )
+        theirs = [site for site in (*self.more_sites, *self.cache.sites) if is_second(site)]
+        if theirs and self.second_model is None:
+            raise SettingError(f"second_model: is required: {theirs[0]} is a site of a second model")
+        if self.second_model is not None and not theirs:
+            raise SettingError(
+                f"more_sites: names no site of second_model; write, for example, more_sites=[{self.site}{SECOND}], or "
+                "remove second_model"
+            )
 
     def _check_array(self) -> None:
         """Names the site of an array. Raises SettingError for settings that need a language model."""
@@ -101,6 +124,8 @@ class RunSettings:
         for name in ("target", "more_sites"):
             if getattr(self, name):
                 raise SettingError(f"{name}: an array has one site; remove it")
+        if self.second_model is not None:
+            raise SettingError("second_model: an array needs no language model; remove it")
         if self.sae.needs_gradients:
             raise SettingError(
                 "sae.affinity: gradient needs the gradients of a language model, and an array has none; use activation"
@@ -128,6 +153,7 @@ class RunSettings:
 _ADAPTER = TypeAdapter(RunSettings)
 _SHORT = {
     "model": "name",
+    "second_model": "name",
     "corpus": "source",
     "activations": "array",
     "activations.array": "path",
@@ -226,12 +252,12 @@ def set_value(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
 
 
 def located(settings: RunSettings) -> RunSettings:
-    """`settings` with absolute paths of model, corpus, cache, array and checkpoint: the same from every folder.
+    """`settings` with absolute paths of models, corpus, cache, array and checkpoint: the same from every folder.
 
     A name that is no file or folder here stays as it is, and so does `demo`: it is embedded, or the id of something on
     the Hub. Where there is a folder with the name of a Hub id, the folder is what such a name means.
     """
-    model, corpus, activations = settings.model, settings.corpus, settings.activations
+    corpus, activations = settings.corpus, settings.activations
     if activations.cache is not None:
         cache = replace(activations.cache, path=str(Path(activations.cache.path).absolute()))
         activations = replace(activations, cache=cache)
@@ -240,14 +266,19 @@ def located(settings: RunSettings) -> RunSettings:
         labels = None if array.labels is None else str(Path(array.labels).absolute())
         array = replace(array, path=str(Path(array.path).absolute()), labels=labels)
         activations = replace(activations, array=array)
-    if model.name != "demo" and os.path.isdir(model.name):
-        model = replace(model, name=str(Path(model.name).absolute()))
+    model, second = _located(settings.model), settings.second_model and _located(settings.second_model)
     if corpus.source != "demo" and os.path.exists(corpus.source):
         corpus = replace(corpus, source=str(Path(corpus.source).absolute()))
     sae = settings.sae
     if sae.init_from is not None and os.path.exists(sae.init_from):
         sae = replace(sae, init_from=str(Path(sae.init_from).absolute()))
-    return replace(settings, model=model, corpus=corpus, activations=activations, sae=sae)
+    return replace(settings, model=model, second_model=second, corpus=corpus, activations=activations, sae=sae)
+
+
+def _located(model: ModelSettings) -> ModelSettings:
+    if model.name == "demo" or not os.path.isdir(model.name):
+        return model
+    return replace(model, name=str(Path(model.name).absolute()))
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -254,7 +254,7 @@ def _neurons(job: Job, out: Path, k: int) -> _Control:
     site = f"{block}.{SITE}"
     d = job.lm.width(site)
     sae = SaeSettings(n_features=d, k=min(k, d), aux=AuxSettings("none"))
-    settings = replace(job.settings, out=str(out), site=site, target=None, more_sites=(), sae=sae)
+    settings = replace(job.settings, out=str(out), site=site, target=None, more_sites=(), second_model=None, sae=sae)
     inputs = f"neurons of {job.lm.fingerprint} at {site}, k {sae.k}"
     return _Control("neurons", job.beside(settings, job.say), inputs, lambda made: made.save(neurons(d, sae.k)))
 

@@ -21,6 +21,8 @@ from saelab.errors import SaelabError
 from saelab.files import translate_read_errors
 from saelab.lm.load import load_language_model, resolve_device
 from saelab.lm.model import LanguageModel
+from saelab.lm.pair import ModelPair
+from saelab.lm.settings import ModelSettings
 from saelab.progress import Say, quiet
 from saelab.ranks import ALONE, Ranks
 from saelab.runs import folder
@@ -79,14 +81,19 @@ class Job:
                 f"{self.settings.out}: its activations come from an array, {self.settings.activations.array.path}, so "
                 "there is no language model and no text, which this needs"
             )
-        self.say(f"model: {self.settings.model.name}")
-        lm = load_language_model(self.settings.model, own_device(self.settings.device))
+        model, second = self.settings.model, self.settings.second_model
+        self.say(f"model: {model.name}" + (f", second model: {second.name}" if second else ""))
+        device = own_device(self.settings.device)
+        lm = load_language_model(model, device)
+        if second is not None:
+            lm = ModelPair(lm, load_language_model(second, device))
         check_model(lm, self.settings.sites.all, self.settings.context)
-        if lm.attention == "eager" and self.settings.model.attention == "auto":
-            self.say(
-                f"note: {lm.name} has no sdpa attention, so its attention is eager: the same values, with memory for a "
-                "score of each pair of positions"
-            )
+        for each, settings in zip(lm.models, (model, second), strict=False):
+            if settings and each.attention == "eager" and settings.attention == "auto":
+                self.say(
+                    f"note: {each.name} has no sdpa attention, so its attention is eager: the same values, with memory "
+                    "for a score of each pair of positions"
+                )
         return lm
 
     @property
@@ -124,8 +131,9 @@ class Job:
         if self.array is not None:
             vars(job).update(array=self.array)
             return job
-        check_model(self.lm, settings.sites.all, settings.context)
-        vars(job).update(lm=self.lm, corpus=self.corpus)
+        lm = self.lm if settings.second_model else self.lm.models[0]
+        check_model(lm, settings.sites.all, settings.context)
+        vars(job).update(lm=lm, corpus=self.corpus)
         return job
 
     def held_out(self, tokens: int) -> Tensor:
@@ -215,12 +223,13 @@ class Job:
         """What identifies the activations in the hashes."""
         if self.array is not None:
             return {"array": self.array.fingerprint}
-        return {
-            "dtype": self.settings.model.dtype,
-            "attention": self.lm.attention,
-            "model": self.lm.fingerprint,
-            "corpus": self.corpus.fingerprint,
-        }
+        found = _of_model(self.lm, self.settings.model) | {"corpus": self.corpus.fingerprint}
+        second = self.settings.second_model
+        return found if second is None else found | {"second": _of_model(self.lm.models[1], second)}
+
+
+def _of_model(lm: LanguageModel, settings: ModelSettings) -> dict[str, Any]:
+    return {"dtype": settings.dtype, "attention": lm.attention, "model": lm.fingerprint}
 
 
 def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
@@ -236,7 +245,7 @@ def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
 
 def check_spread(settings: RunSettings, processes: int) -> None:
     """Raises SaelabError if each of several processes would spread its model over all GPUs."""
-    if processes > 1 and settings.model.device_map is not None:
+    if processes > 1 and any(model and model.device_map for model in (settings.model, settings.second_model)):
         raise SaelabError(
             "model.device_map: it spreads one process over all GPUs, but under torchrun each process has one GPU; "
             "remove it, or run without torchrun"

@@ -193,12 +193,13 @@ def open_live(run: Path | str) -> Live:
     folder.check_run(run)
     job = Job(settings_of(run / folder.SETTINGS))
     sae = load(run, job.lm.device)
-    trained = (sae.metadata.get("saelab") or {}).get("model_fingerprint")
-    if trained not in (None, job.lm.fingerprint):
-        raise SaelabError(
-            f"{run}: the model {job.lm.name} is not what it was in training, so the autoencoder does not fit it; "
-            "restore its files"
-        )
+    trained = sae.metadata.get("saelab") or {}
+    for lm, name in zip(job.lm.models, ("model_fingerprint", "second_model_fingerprint"), strict=False):
+        if trained.get(name) not in (None, lm.fingerprint):
+            raise SaelabError(
+                f"{run}: the model {lm.name} is not what it was in training, so the autoencoder does not fit it; "
+                "restore its files"
+            )
     check_width(run, job, sae)
     return Live(job.lm, sae, job.settings.site, Encoder(job.lm.tokenizer), job.settings.target, job.settings.more_sites)
 

@@ -75,6 +75,8 @@ def card(about: About) -> str:
         others = (metadata.get("hook_names") or [])[1:]
         kind, x = "crosscoder", f"{x}, those of all sites side by side"
         title, of = (" + ".join([title, *map(_text, others)]), of + "".join(f", `{_code(name)}`" for name in others))
+        if second := metadata.get("second_model_name"):
+            of += f", of which those with `@second` are of the model `{_code(second)}`"
         note = (
             "FVU and cosine are of all sites side by side, each scaled as in training. For CE the reconstruction is in "
             f"place at `{_code(site)}` only. "

@@ -207,14 +207,20 @@ def _outlined(settings: RunSettings, sites: Sequence[str]) -> Iterator[tuple[Lan
         opened = open_array(array, settings.corpus.held_out)
         yield opened, dict.fromkeys(sites, opened.d_in)
         return
-    with outlined_language_model(settings.model) as lm:
+    with outlined_language_model(settings.model, settings.second_model) as lm:
         check_model(lm, sites, settings.context)
         yield lm, site_widths(lm, sites)
 
 
 def _weights(lm: LanguageModel | Array, settings: RunSettings, where: Place) -> list[Need]:
-    """Needs of the weights of a model; an array has none."""
-    return [] if isinstance(lm, Array) else weights_needs(lm, settings.model, where)
+    """Needs of the weights of a model, or of both; an array has none."""
+    if isinstance(lm, Array):
+        return []
+    found = weights_needs(lm.models[0], settings.model, where)
+    for second in lm.models[1:]:
+        theirs = weights_needs(second, settings.second_model or settings.model, where)
+        found += [replace(need, what=f"second {need.what}") for need in theirs]
+    return found
 
 
 def _pass(
@@ -278,10 +284,10 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, local: int = 1) ->
     """
     where, write, gradients, needs = _device_place(settings), settings.cache, settings.writes_gradients, []
     sites = write.sites or settings.sites.all
-    with outlined_language_model(settings.model) as lm:
+    with outlined_language_model(settings.model, settings.second_model) as lm:
         check_model(lm, sites, settings.context)
         widths = site_widths(lm, sites)
-        needs += weights_needs(lm, settings.model, where)
+        needs += _weights(lm, settings, where)
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))
     needs += writer_needs(write, widths, gradients, settings.context, tokens, out)
     needs += [*text_needs(), _libraries(250_000_000)]

@@ -25,22 +25,45 @@ _TAKES = {
         "device",
         "model.",
         "corpus.",
+        "second_model.",
         "activations.array.path",
         "site",
         "target",
         "more_sites",
         "context",
     ),
-    "index": ("features.", "device", "model.", "corpus.", "activations.array.path", "activations.array.labels"),
-    "analyse": ("analysis.", "device", "model.", "corpus."),
-    "controls": ("training.", "activations.", "features.rows_per_forward", "device", "model.", "corpus."),
+    "index": (
+        "features.",
+        "device",
+        "model.",
+        "corpus.",
+        "second_model.",
+        "activations.array.path",
+        "activations.array.labels",
+    ),
+    "analyse": ("analysis.", "device", "model.", "corpus.", "second_model."),
+    "controls": (
+        "training.",
+        "activations.",
+        "features.rows_per_forward",
+        "device",
+        "model.",
+        "corpus.",
+        "second_model.",
+    ),
 }
 """Settings that a stage takes; those that end in a dot are sections."""
 _IS = {"index": "the feature database is that", "analyse": "an analysis is", "controls": "a control is"}
-_NAMES = {"model": "model.name", "corpus": "corpus.source", "activations": "activations.array.path"}
+_NAMES = {
+    "model": "model.name",
+    "second_model": "second_model.name",
+    "corpus": "corpus.source",
+    "activations": "activations.array.path",
+}
 """What `model=NAME`, `corpus=NAME` and `activations=PATH` set here: the rest of the section, such as the share held
 out, stays."""
 _OF_TEXT = (("model", "model_fingerprint", "weights", "model.name"), ("corpus", "corpus", "corpus", "corpus."))
+_OF_SECOND = (("second_model", "second_model_fingerprint", "second_weights", "second_model.name"),)
 _OF_ARRAY = (("activations", "array", "array", "activations.array.path"),)
 """What a result is of, its names in the checkpoint and in `Job.provenance`, and the setting that gives another."""
 
@@ -135,9 +158,11 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
     now = job.provenance()
-    named = ("site", "target", "more_sites", "context", "model.dtype", "model.attention")
-    found = [name for name in changed if name in named]
-    for what, name, fact, section in _OF_TEXT if job.array is None else _OF_ARRAY:
+    named = ("site", "target", "more_sites", "context")
+    how = ("model.dtype", "model.attention", "second_model.dtype", "second_model.attention")
+    found = [name for name in changed if name in (*named, *how)]
+    facts = _OF_ARRAY if job.array is not None else _OF_TEXT + _OF_SECOND * (job.settings.second_model is not None)
+    for what, name, fact, section in facts:
         trained = recorded.get(name)
         given = [name for name in changed if name.startswith(section)]
         if trained is None:
@@ -147,6 +172,8 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
             found += given
         elif trained != now[fact]:
             path = job.settings.corpus.source if what == "corpus" else job.model.name
+            if what == "second_model":
+                path = job.lm.models[1].name
             raise SaelabError(
                 f"{run}: the {what} {path} is not what it was in training: its "
                 f"{difference({fact: now[fact]}, {fact: trained})}; restore it, or name a copy of it with {what}=PATH"

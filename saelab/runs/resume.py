@@ -28,6 +28,7 @@ FREE = frozenset(
         "device",
         "activations.array.labels",
         "model.self_check",
+        "second_model.self_check",
         "training.log",
         "training.log_every",
         "training.checkpoint.minutes",
@@ -43,6 +44,7 @@ RAISED = frozenset({"training.tokens"})
 _SAME = """
     site target more_sites seed context
     model.name model.dtype model.device_map model.attention
+    second_model second_model.name second_model.dtype second_model.device_map second_model.attention
     corpus.source corpus.text_column corpus.split corpus.subset corpus.revision corpus.held_out corpus.min_tokens
     corpus.max_tokens
     activations.stream.buffer_tokens activations.stream.rows_per_forward activations.cache activations.cache.path

@@ -73,7 +73,13 @@ def check_out(settings: RunSettings, force: bool) -> None:
     """
     run, cache, array = Path(settings.out), settings.activations.cache, settings.activations.array
     folder.check_free(run, force)
-    read = {"model": settings.model.name, "corpus": settings.corpus.source, "activations.cache": cache and cache.path}
+    second = settings.second_model and settings.second_model.name
+    read = {
+        "model": settings.model.name,
+        "second_model": second,
+        "corpus": settings.corpus.source,
+        "activations.cache": cache and cache.path,
+    }
     read |= {"activations.array": array.path, "activations.array.labels": array.labels} if array else {}
     for name, source in read.items():
         path = source and Path(source)
@@ -215,7 +221,9 @@ def _origin(lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
         return {"array": lm.identity}
     assert corpus is not None, "a language model reads text"
     found = provenance(lm, corpus)["corpus"]
-    return {"model_folded": False, "model_fingerprint": lm.fingerprint, "corpus": found}
+    names = ("model_fingerprint", "second_model_fingerprint")
+    prints = dict(zip(names, (each.fingerprint for each in lm.models), strict=False))
+    return {"model_folded": False, **prints, "corpus": found}
 
 
 def _metadata(settings: RunSettings, lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
@@ -229,6 +237,7 @@ def _metadata(settings: RunSettings, lm: LanguageModel | Array, corpus: Corpus |
         "hook_name": settings.site,
         **({} if settings.target is None else {"hook_name_out": settings.target}),
         **({"hook_names": list(settings.sites.inputs)} if settings.more_sites else {}),
+        **({} if settings.second_model is None else {"second_model_name": settings.second_model.name}),
         "context_size": settings.context,
         "prepend_bos": corpus.begins_with_bos,
         "dataset_path": settings.corpus.source,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab.activations.sites import Sites
+from saelab.activations.sites import Sites, models_in_words
 from saelab.errors import SaelabError
 from saelab.files import read_json, translate_read_errors
 from saelab.runs import folder, yaml12
@@ -22,7 +22,7 @@ class RunSummary:
     """Figures of a run; None for what is not known yet."""
 
     model: str | None
-    """Name of the model; of an array its file's."""
+    """Name of the model, or names of two; of an array its file's."""
     site: str | None
     """All sites in words, so that runs with the same text read and write the same."""
     n_features: int | None
@@ -50,7 +50,7 @@ class RunSummary:
     adopted: bool = False
     """Whether another trainer trained it (`saelab adopt`)."""
     fingerprint: str | None = None
-    """Fingerprint of the model's files, as the checkpoint has it."""
+    """Fingerprint of the model's files, or of two models', as the checkpoint has it."""
     of_array: bool = False
     """Whether the activations come from an array, so that there is no language model."""
     kind: str = "autoencoder"
@@ -84,7 +84,7 @@ def summarise(run: Path | str) -> RunSummary:
     sae, array = settings.get("sae"), _text(_at(_at(settings.get("activations"), "array"), "path"))
     record = run / folder.TRAINING
     return RunSummary(
-        model=Path(array).name if array else _text(_at(settings.get("model"), "name")),
+        model=Path(array).name if array else _model(settings),
         site=_sites(settings),
         n_features=_whole(figures.get("n_features")) or _whole(_at(sae, "n_features")),
         tokens=_whole(figures.get("tokens")),
@@ -99,7 +99,7 @@ def summarise(run: Path | str) -> RunSummary:
         unfinished=folder.unfinished(run),
         adopted=folder.adopted(run) is not None,
         curve=_curve(metrics["fvu"].dropna().tolist()) if metrics is not None and "fvu" in metrics else (),
-        fingerprint=_text(_at(_at(_at(tried(_checkpoint), "metadata"), "saelab"), "model_fingerprint")),
+        fingerprint=_fingerprint(tried(_checkpoint)),
         problem=" ".join(problems) or None,
         of_array=array is not None,
         kind="transcoder" if settings.get("target") else "crosscoder" if settings.get("more_sites") else "autoencoder",
@@ -149,6 +149,17 @@ def _sites(settings: Mapping[str, Any]) -> str | None:
     site, more = _text(settings.get("site")), settings.get("more_sites")
     more = tuple(map(str, more)) if isinstance(more, list) else ()
     return None if site is None else str(Sites(site, _text(settings.get("target")), more))
+
+
+def _model(settings: Mapping[str, Any]) -> str | None:
+    name = _text(_at(settings.get("model"), "name"))
+    return name and models_in_words(name, _text(_at(settings.get("second_model"), "name")))
+
+
+def _fingerprint(checkpoint: object) -> str | None:
+    ours = _at(_at(checkpoint, "metadata"), "saelab")
+    found = (_text(_at(ours, name)) for name in ("model_fingerprint", "second_model_fingerprint"))
+    return " ".join(filter(None, found)) or None
 
 
 def _checkpoint(run: Path) -> Mapping[str, Any]:

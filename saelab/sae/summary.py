@@ -57,6 +57,7 @@ def facts(sae: "SparseAutoencoder") -> list[tuple[str, str]]:
         ("further sites", _shown(", ".join(map(str, names[1:]))) if len(sae.site_widths) > 1 else ""),
         ("target", _shown(metadata.get("hook_name_out")) if sae.transcodes else ""),
         ("array" if "array" in ours else "model", _shown(metadata.get("model_name"))),
+        ("second model", _shown(metadata.get("second_model_name"))),
         ("text", _shown(metadata.get("dataset_path"))),
         ("method", _method(sae, ours)),
         ("input", "" if sae.normalisation is None else f"each token normalised ({sae.normalisation})"),

@@ -70,12 +70,14 @@ def test_a_crosscoder_has_figures_of_each_site(explorer, tmp_path):
     run = write_run(tmp_path / "run", features=False)
     path = run / "eval.json"
     each = {"fvu": 0.5, "delta_ce": 0.125, "loss_recovered_zero": 0.9, "loss_recovered_mean": 0.8}
-    sites = [{"site": "blocks.1.`a`", **each}, {"site": "blocks.2.<b>", **each, "delta_ce": None}]
+    each["ce_clean"] = 2.5
+    sites = [{"site": "blocks.1.`a`", **each}, {"site": "blocks.2.<b>", **each, "delta_ce": None, "ce_clean": 2.625}]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sites": sites}))
     app = explorer(run, page="run")
     shown = html(app)
     assert not app.exception and "delta CE at blocks.1.`a`" in shown and "0.125" in shown and "undefined" in shown
     assert "FVU at blocks.2.&lt;b&gt;" in shown and "loss_recovered_zero" not in shown
+    assert "CE, clean, of blocks.2.&lt;b&gt;" in shown and "2.625" in shown and "CE, clean, of blocks.1" not in shown
     assert any("spliced in" in each.value for each in app.caption)
 
 

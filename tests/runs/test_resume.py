@@ -164,6 +164,7 @@ def test_every_setting_is_free_raised_or_the_same(tmp_path: Path) -> None:
     """A new setting must be put into one of the three sets of runs/resume.py."""
     sources = [{"cache": {"path": "x"}}, {"array": {"path": "x"}}, {}]
     trees = [asdict(settings_from(small(tmp_path) | {"activations": source})) for source in sources]
+    trees.append(asdict(settings_from(small(tmp_path) | {"second_model": "x", "more_sites": ["y@second"]})))
     names = {name for tree in trees for name in leaves(tree)}
     assert {name for name in names if not name.startswith("analysis.")} == FREE | RAISED | SAME
     assert not (FREE & RAISED or FREE & SAME or RAISED & SAME)

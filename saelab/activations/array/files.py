@@ -97,9 +97,7 @@ def _open_npy(path: Path) -> Part:
         with path.open("rb") as file:
             start = file.read(12)  # 6 bytes of magic, 2 of the version, then the length of the header
         length = int.from_bytes(start[8 : 10 if start[6:7] == b"\x01" else 12], "little")
-        is_npy = (
-            start[:6] == np.lib.format.MAGIC_PREFIX
-        )  # numpy takes other files for pickles, and advises to load those
+        is_npy = start.startswith(np.lib.format.MAGIC_PREFIX)  # numpy advises to load other files as pickles
         if is_npy and length > _LONGEST_HEADER:
             raise ValueError(f"its header has {length:,} bytes")
         found = np.load(path, mmap_mode="r", allow_pickle=False) if is_npy else None

@@ -59,8 +59,9 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> Manifest | None:
     finished = read_manifest(folder) if (folder / MANIFEST).exists() else None
     unfinished = folder / UNFINISHED
     there = finished.identity if finished else _read_json(unfinished / IDENTITY, "delete the folder and write it again")
-    # `weights` identifies the model; its name does not matter.
-    differs = there and difference(there, {key: identity.get(key) for key in {**there, **identity} if key != "model"})
+    # `weights` and `second_weights` identify the models; their names do not matter.
+    facts = [key for key in {**(there or {}), **identity} if key not in ("model", "second_model")]
+    differs = there and difference(there, {key: identity.get(key) for key in facts})
     if differs and (finished or any(unfinished.glob("*-[0-9]*.json"))):
         raise SaelabError(
             f"{folder}: holds a cache of something else: its {differs}; choose another --out, or delete the folder"

@@ -41,7 +41,7 @@ def batch(database: Database, features: Sequence[int]) -> dict[str, Any]:
     """
     run = database.folder.resolve().parent
     return {
-        "model_id": database.model,
+        "model_id": database.arrays.manifest["model"],
         "layer": layer(database),
         "sae_set": run.name,
         "sae_id_suffix": None,
