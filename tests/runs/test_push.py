@@ -253,12 +253,6 @@ def test_a_card_of_a_crosscoder_names_all_sites() -> None:
     assert f"in place at `{SITE}` only. N is" in text and r"resid\_post + blocks.1.hook\_\`b\`" in text
     assert f"A sparse crosscoder of the activations of `m` at `{SITE}`, `blocks.1.hook_" in text and "_`b`" not in text
     assert "unscaled activations at the site, those of all sites side by side; `codes`" in text
-    figures = [{"site": site, "fvu": 0.5, "delta_ce": 0.75} for site in sites["hook_names"]]
-    text = card(about(checkpoint=config, evaluation=FIGURES | {"sites": figures}))
-    assert "FVU is that of all sites together, CE and KL are those of the first site." in text
-    assert (
-        f"| FVU at `{SITE}` | 0.5000 | 1,234 |" in text and "| delta CE at `blocks.1.hook_'b'` | 0.7500 | 567 |" in text
-    )
 
 
 def test_a_card_has_the_figures_without_sinks_if_there_are_sinks() -> None:
