@@ -48,10 +48,11 @@ def measure(
     cuda = command.device(device) != "cpu"
     run = Processes(threads, peers, tuple(dict.fromkeys(peer_step.DISTRIBUTIONS.values())))
     names = [name for name, distribution in peer_step.DISTRIBUTIONS.items() if distribution in run.peer_versions]
-    # sparsify turns TF32 on, so on a GPU the peers' fp32 is compared with ours with TF32 on
     precisions = (*PRECISIONS, "fp32_tf32") if cuda else tuple(PRECISIONS)
-    fp32, bf16 = "fp32_tf32" if cuda else "fp32", "bf16_selection"
-    against = {"as_shipped": bf16, "fp32_fused": fp32, "bf16_fused": bf16}
+    against: dict[str, dict[str, str]] = {}
+    for name in names:  # sparsify turns TF32 on, so on a GPU its fp32 is compared with ours with TF32 on
+        fp32 = "fp32_tf32" if cuda and name.startswith("sparsify") else "fp32"
+        against[name] = {"as_shipped": "bf16_selection", "fp32_fused": fp32, "bf16_fused": "bf16_selection"}
     dtype = "bfloat16" if cuda else "float32"
     given: Any = {"shape": shape, "steps": steps, "device": device}
 
@@ -73,7 +74,7 @@ def measure(
                     continue
                 with run.row(row):
                     ms = run.peer(peer_step.step, peer=name, variant=variant, **given)["step_ms"]
-                    theirs.setdefault((name, variant), []).append((ms, ms / block[against[variant]]))
+                    theirs.setdefault((name, variant), []).append((ms, ms / block[against[name][variant]]))
         for case in precisions:
             matmul[case].append(run.ours(ours_step.matmul, case=case, dtype=dtype, **given))
         block = {case: step_ms(case) for case in ALLOCATIONS}
@@ -156,15 +157,19 @@ def report(record: dict[str, Any]) -> str:
     ]
     if record["peers"]:
         rows = [
-            [f"{name}, {variant}", f"{row['tokens_per_s']:,.0f}", f"{row['ratio']:.2f}x", _listed(row["ratios"])]
+            [
+                f"{name}, {variant}",
+                f"{row['tokens_per_s']:,.0f}",
+                record["peer_against"][name][variant],
+                f"{row['ratio']:.2f}x",
+                _listed(row["ratios"]),
+            ]
             for name, variants in record["peers"].items()
             for variant, row in variants.items()
         ]
-        rows += [[name, "failed", "", ""] for name in record["failures"]]
-        against = ", ".join(f"{variant} with {case}" for variant, case in record["peer_against"].items())
+        rows += [[name, "failed", "", "", ""] for name in record["failures"]]
         notes = "\n".join(f"- {name}: {note}" for name, note in record["peer_notes"].items())
-        parts += [table(["peer", "tokens/s", "ours / peer", "of the rounds"], rows), failures(record)]
-        parts += [f"Compared: {against}.", notes]
+        parts += [table(["peer", "tokens/s", "ours", "ours / peer", "of the rounds"], rows), failures(record), notes]
     labels = {"gradient": "token_choice, gradient affinity"}
     rows = [[labels.get(name, name), f"{value:.3f}"] for name, value in record["allocations"].items()]
     parts.append(table(["allocation, bf16 selection", "tokens/s / token choice's"], rows))
