@@ -129,7 +129,7 @@ def draw_numbers(database: Database, feature: Feature) -> None:
         draw_lens(database, feature)
     draw_neighbours(feature.index)
     if feature.neurons:
-        sites = "the sites side by side" if " + " in database.site else "the site"
+        sites = "the sites side by side" if database.sites.more else "the site"
         help = f"dimensions of {sites} with the largest weights in its decoder row"
         st.subheader("Neurons", anchor=False, help=help)
         lines = [(f"{each.index}", f"{each.weight:+.3f}", f"{100 * each.share:.1f}%", "") for each in feature.neurons]

@@ -29,7 +29,8 @@ duplicate    the decoder row has a cosine of at least `duplicate` with that of a
 crowded      it exceeds the bar on some token, but other features win there
 bias         with their bias it exceeds the bar
 mean         with their s it exceeds the bar: its encoder row is anti-aligned with the mean
-norm         with an encoder row of their length it exceeds the bar: its own is shorter
+norm         with an encoder row of their length it exceeds the bar: its own is shorter (lengths and cosines of a
+             crosscoder's rows are those in the units of training)
 several      with all three it exceeds the bar
 direction    not even then: no token of the text lies far enough along its encoder row
 """
@@ -53,6 +54,7 @@ from saelab.errors import SaelabError
 from saelab.sae.allocation.capacity import ZipfFit, expected_densities, fit_zipf, ranks
 from saelab.sae.losses import under_used
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.side_by_side import comparable_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -323,7 +325,8 @@ def why_dead(
     """
     w, b, bar = sae.W_enc.double(), sae.b_enc.double(), bar.double().expand(sae.n_features)
     shift = w @ (mean.double() - sae.b_dec.double() if sae.centred else mean.double())
-    norm, highest = torch.linalg.vector_norm(w, dim=1), highest.double()
+    encoder, decoder = comparable_rows(sae)
+    norm, highest = torch.linalg.vector_norm(encoder.double(), dim=1), highest.double()
     along = highest - shift - b
     dead, some = ~alive, bool(alive.any())
 
@@ -338,7 +341,7 @@ def why_dead(
         scale * (along + shift) + b,
         scale * along + usual(shift) + usual(b),
     )
-    twin, cosine = _nearest(sae.W_dec[dead], sae.W_dec[alive])
+    twin, cosine = _nearest(decoder[dead], decoder[alive])
     tests = [cosine >= duplicate, *((each > bar)[dead] for each in changed), torch.ones_like(cosine, dtype=torch.bool)]
     reason = torch.stack(tests).int().argmax(0)
     living = alive.nonzero().squeeze(1)

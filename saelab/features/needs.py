@@ -59,6 +59,7 @@ def index_needs(
     with no_numbers():
         weights = sum(parameter.nbytes for parameter in bare_autoencoder(sae, *widths).parameters())
     encoding = encoding_bytes(sae, widths.d_in, forward, where)
+    columns = weight_bytes(n_features, widths.largest, vocabulary) + weights * (len(widths.sites) > 1)
     sorting = shard * _SORTED_BYTES
     merging = bucket * _BUCKET_ENTRY_BYTES + min(pairs, PAIRS + BUCKET) * _PAIR_BYTES + vocabulary * _WORD_BYTES
     filled = shard * _FILLED_BYTES
@@ -75,7 +76,7 @@ def index_needs(
             "merging", merging, "memory", f"{bucket:,} entries x {_BUCKET_ENTRY_BYTES} bytes, and pairs", ("merging",)
         ),
         Need("co-activation", coactivation_bytes(n_features), "memory", "of all features", ("co-activation",)),
-        Need("weights", weight_bytes(n_features, widths.largest, vocabulary), where, "their columns", ("weights",)),
+        Need("weights", columns, where, "their columns", ("weights",)),
         Need(
             "facts",
             files["tokens"] + files["by_feature"] + files["by_token"],

@@ -13,6 +13,7 @@ from torch import Tensor
 from saelab.features.layout import LIST_LENGTH, LOGIT_BINS, NEURONS, WEIGHTS
 from saelab.lm.lens import Lens
 from saelab.sae.model import SparseAutoencoder
+from saelab.sae.side_by_side import comparable_rows
 
 _ROWS = 1024
 """Most features whose columns are computed at once."""
@@ -32,14 +33,15 @@ def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[dict[s
     """Yields the columns of consecutive features, feature 0 first.
 
     `lens` is the `direct_lens` of the site that the autoencoder reconstructs. Without it, or if it is of another width,
-    columns of logits are empty. `encoder_decoder_cosine` is 0 if d_in and d_out differ.
+    columns of logits are empty. `encoder_decoder_cosine` is 0 if d_in and d_out differ. Rows of a crosscoder are those
+    of training (`comparable_rows`).
     """
     if lens is not None and lens.width != sae.d_out:
         lens = None
     rows = _rows(max(sae.d_in, sae.d_out), 0 if lens is None else len(lens.unembedding))
-    matrices = {"encoder": sae.W_enc, "decoder": sae.W_dec}
+    matrices = dict(zip(("encoder", "decoder"), comparable_rows(sae), strict=True))
     norms = {of: _norms(W, rows) for of, W in matrices.items()}
-    mean, axes = _principal_axes(sae.W_dec, norms["decoder"], rows)
+    mean, axes = _principal_axes(matrices["decoder"], norms["decoder"], rows)
     for first in range(0, sae.n_features, rows):
         block = slice(first, first + rows)
         units, columns = {of: _units(W[block], norms[of][block]) for of, W in matrices.items()}, {}
@@ -48,7 +50,7 @@ def weight_columns(sae: SparseAutoencoder, lens: Lens | None) -> Iterator[dict[s
             columns[f"{of}_cosines"], columns[f"{of}_neighbours"] = _nearest(units[of], W, norms[of], first)
         if sae.d_in == sae.d_out:
             columns["encoder_decoder_cosine"] = (units["encoder"] * units["decoder"]).sum(1)
-        decoder = sae.W_dec[block].float()
+        decoder = matrices["decoder"][block].float()
         columns |= _neurons(decoder)
         columns |= {} if lens is None else _logits(lens, decoder)
         columns["decoder_map"] = (units["decoder"].double() - mean) @ axes

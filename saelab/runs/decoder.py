@@ -6,11 +6,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from saelab.errors import SaelabError, brief
+from saelab.files import read_json, translate_read_errors
 from saelab.runs import folder
+from saelab.sae.layout import CONFIG
 
 
 def decoder_rows(run: Path | str) -> np.ndarray:
-    """W_dec ``[n_features, d]`` of a run's checkpoint. Raises SaelabError if there is none, or it is damaged."""
+    """W_dec ``[n_features, d]`` of a run's checkpoint, that of a crosscoder in the units of training.
+
+    Raises SaelabError if there is none, or it is damaged.
+    """
     path = folder.weights(Path(run))
     if not path.is_file():
         raise SaelabError(
@@ -23,4 +28,18 @@ def decoder_rows(run: Path | str) -> np.ndarray:
             raise ValueError(f"W_dec is of shape {list(rows.shape)}, or has values that are not finite")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise SaelabError(f"{path}: the decoder cannot be read ({brief(error)}); train the run again") from error
-    return rows
+    factors = _factors(path.with_name(CONFIG), rows.shape[1])
+    return rows if factors is None else rows * factors
+
+
+def _factors(config: Path, d: int) -> np.ndarray | None:
+    """The scale of each of `d` dimensions of a crosscoder in training, ``[d]`` float32; None for other autoencoders."""
+    remedy = "Train the run again."
+    found = read_json(config, remedy) if config.is_file() else {}
+    with translate_read_errors(config, "a checkpoint", remedy, (ValueError, TypeError, AttributeError)):
+        widths, scales = found.get("site_widths"), (found.get("metadata") or {}).get("saelab", {}).get("input_scale")
+        if widths is None or scales is None:
+            return None
+        if sum(widths) != d:
+            raise ValueError(f"its sites have {sum(widths)} dimensions, and W_dec {d}")
+        return np.repeat(np.array(scales, np.float32), widths)

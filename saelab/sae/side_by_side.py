@@ -83,12 +83,25 @@ def factors_of(sae: SparseAutoencoder) -> Tensor:
 
 
 @torch.no_grad()
+def comparable_rows(sae: SparseAutoencoder) -> tuple[Tensor, Tensor]:
+    """Encoder and decoder rows, of which lengths and cosines mean something: ``[n_features, d]`` each.
+
+    Those of a crosscoder are copies in the units of training, or the site with the largest activations would decide
+    about decoder rows, and the one with the smallest about encoder rows. Of one site they are the weights themselves.
+    """
+    if len(sae.site_widths) < 2:
+        return sae.W_enc, sae.W_dec
+    factors = factors_of(sae)
+    return sae.W_enc / factors, sae.W_dec * factors
+
+
+@torch.no_grad()
 def site_shares(sae: SparseAutoencoder) -> Tensor:
     """Share of each site in the length of each decoder row, ``[n_features, sites]``; each row adds up to 1.
 
     It is ||d_l|| / sum_l ||d_l|| with every site in the units of training, in which its mean square is 1 per dimension:
     1 for a feature of that site alone, and 1 / sites for one that is equally long at all. A row of zeros has shares 0.
     """
-    parts = (sae.W_dec * factors_of(sae)).split(list(sae.site_widths), 1)
+    parts = comparable_rows(sae)[1].split(list(sae.site_widths), 1)
     lengths = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], 1)
     return lengths / lengths.sum(1, keepdim=True).clamp_min(1e-12)

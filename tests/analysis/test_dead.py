@@ -1,5 +1,6 @@
 """Dead features: every figure equals its dense formula, and planted reasons are found."""
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -108,6 +109,31 @@ def test_a_changed_feature_reaches_what_its_reason_says() -> None:
         elif REASONS[code] in ("mean", "direction"):
             assert along + shift[feature] + usual_b <= bar
             assert (along + usual_shift + b[feature] > bar) == (REASONS[code] == "mean")
+
+
+def test_reasons_of_a_crosscoder_do_not_depend_on_the_scales_of_its_sites() -> None:
+    sae, x = made_up(threshold=True)
+    ordinary = torch.cat([x[:3, 1:], x[4:, 1:]]).flatten(0, 1)
+    assert sae.threshold is not None
+    alive = (sae.pre_activations(ordinary) > sae.threshold).any(0)
+    sae.W_enc.data[~alive] *= 0.2
+    sae.b_enc.data[~alive] = sae.b_enc[alive].median().item()
+
+    def why(factors: torch.Tensor) -> Why:
+        scaled = copy.deepcopy(sae)
+        scaled.W_enc.data.mul_(factors)
+        for table in (scaled.W_dec, scaled.b_dec):
+            table.data.div_(factors)
+        found = ordinary / factors
+        highest = scaled.pre_activations(found).amax(0)
+        scaled.site_widths, scaled.metadata = widths, {"saelab": {"input_scale": factors[[0, -1]].tolist()}}
+        return why_dead(scaled, alive, found.mean(0), highest, sae.threshold, 0.9)
+
+    widths = (sae.d_in // 2, sae.d_in - sae.d_in // 2)
+    one, other = (why(torch.tensor(scales).repeat_interleave(torch.tensor(widths))) for scales in ([1.0, 1], [1, 1e-3]))
+    assert one.reason.tolist() == other.reason.tolist() and one.twin.tolist() == other.twin.tolist()
+    assert one.twin_cosine == pytest.approx(other.twin_cosine, abs=1e-5)
+    assert one.reason.tolist().count(REASONS.index("norm")) > 2
 
 
 def test_blocks_of_any_size_give_the_same_and_intervals_are_those_of_rows() -> None:

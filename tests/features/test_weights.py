@@ -92,6 +92,17 @@ def test_a_transcoder_has_the_logits_of_what_it_reconstructs_and_no_cosine_betwe
     np.testing.assert_array_equal(found["encoder_neighbours"], dense.weights(W, W, None)["encoder_neighbours"])
 
 
+def test_columns_of_a_crosscoder_are_those_of_its_rows_in_the_units_of_training() -> None:
+    """The second site has activations a hundred times as large, so its decoder rows are as much longer."""
+    sae, factors = autoencoder(40, 12), np.repeat([1.0, 0.01], (8, 4)).astype(np.float32)
+    W_enc, W_dec = sae.W_enc.detach().numpy().copy(), sae.W_dec.detach().numpy().copy()
+    sae.site_widths, sae.metadata = (8, 4), {"saelab": {"input_scale": [1.0, 0.01]}}
+    with torch.no_grad():
+        sae.W_enc.mul_(torch.from_numpy(factors))
+        sae.W_dec.div_(torch.from_numpy(factors))
+    assert_equal(columns(sae, None), dense.weights(W_enc, W_dec, None))
+
+
 @pytest.mark.parametrize("of", [None, lens(30, 8)])
 def test_without_a_lens_or_with_one_of_another_width_logits_are_empty(of: Lens | None) -> None:
     sae = autoencoder(20, 16)

@@ -93,6 +93,13 @@ def test_the_rows_of_a_decoder_are_those_of_the_checkpoint(tmp_path):
     path = tmp_path / "sae" / "sae_weights.safetensors"
     save_file({"W_dec": rows}, path)
     assert np.array_equal(decoder_rows(tmp_path), rows)
+    config = {"site_widths": [1, 2], "metadata": {"saelab": {"input_scale": [4.0, 0.5]}}}
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(decoder_rows(tmp_path), rows * np.float32([4, 0.5, 0.5]))
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config | {"site_widths": [10**12, 2]}))
+    with pytest.raises(SaelabError, match="its sites have 1000000000002 dimensions, and W_dec 3"):
+        decoder_rows(tmp_path)
+    (tmp_path / "sae" / "cfg.json").unlink()
     for damaged in ({"W_enc": rows}, {"W_dec": rows * np.nan}, {"W_dec": rows[0]}):
         save_file(damaged, path)
         with pytest.raises(SaelabError, match=r"sae_weights\.safetensors: the decoder cannot be read"):
