@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from saelab.memory import peak_bytes
 from saelab.sae.allocation.methods import allocation_of
-from saelab.sae.checkpoint import save_sae
+from saelab.sae.checkpoint import load, save_sae
+from saelab.sae.init_from import start_from
+from saelab.sae.input_map import input_map
 from saelab.sae.layout import WEIGHTS
 from saelab.sae.model import Batch
 from saelab.sae.new import Widths, new_autoencoder
@@ -167,3 +169,21 @@ def test_a_resumed_training_reads_a_state_and_initialises_nothing() -> None:
     fresh, resumed = needs(RELU), needs(RELU, resumed=True)
     assert "state, while it is read" not in fresh and "initialisation" not in resumed
     assert resumed["state, while it is read"] == fresh["autoencoder"]
+
+
+@pytest.mark.parametrize("inputs", ["scale", "whiten"])
+@pytest.mark.parametrize("unit_norm", [True, False])
+def test_a_checkpoint_to_start_from_is_counted(inputs: str, unit_norm: bool, tmp_path: Path) -> None:
+    found = new_autoencoder(RELU, torch.randn(4096, D_IN), seed=0)
+    found.W_dec.data.mul_(2)
+    save_sae(found, tmp_path)
+    settings = dataclasses.replace(RELU, init_from=str(tmp_path), unit_norm=unit_norm)
+    x = torch.randn(4096, D_IN)
+    read = input_map(inputs, x)
+    sample = read(x)
+    counted = needs(settings)
+    made = peak_bytes(lambda: start_from(load(tmp_path), settings, sample, read))
+    assert "checkpoint to start from" not in needs(RELU) | needs(settings, resumed=True)
+    assert (
+        0.4 * counted["checkpoint to start from"] < made < counted["checkpoint to start from"] + counted["autoencoder"]
+    )
