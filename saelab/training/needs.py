@@ -18,8 +18,8 @@ from saelab.training.trainer import Trainer
 STATE_TEXT = 65_536
 """Most bytes of a state besides its tensors: names, counters, the position in the text (`saelab.corpus.rows`)."""
 _START = 6
-"""Bytes that the checkpoint and what `start_from` makes of it take for each byte of the weights: 1, and 2 for each of two
-copies in float64, the second of rows that get length 1; measured, with small ones, 5.03."""
+"""Bytes that the checkpoint and what `start_from` makes of it take for each byte of the weights: 1, 2 for each of two
+copies in float64, the second of rows that get length 1, and small ones (5.03 measured)."""
 
 
 def training_needs(
