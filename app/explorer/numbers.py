@@ -107,7 +107,11 @@ def draw_neighbours(index: int) -> None:
     rows = [
         Row(other.feature, score=f"{other.value:.2f}", note=note) for other, note in zip(found, jaccard, strict=True)
     ]
-    columns = [Column("id", "feature"), Column("score", SCORES[kind]), Column("tokens", "promotes / active on")]
+    columns = [
+        Column("id", "feature"),
+        Column("score", SCORES[kind]),
+        Column("tokens", "active on" if database.lens is None else "promotes / active on"),
+    ]
     link = feature_address(current_listing())
     draw_rows(
         database,

@@ -33,6 +33,8 @@ COLUMNS = [
     ),
     Column("text", "example", False, "the match, or the strongest activation, is framed"),
 ]
+ACTIVE_ON = Column("tokens", "active on", False, "tokens with most of its activation")
+"""The column of tokens if there are no logits."""
 SCORE = Column("score", "match", True, "share of its activation that lies on the match; for promotes:, the logit")
 # The column of the database that each column sorts by; "" is the order of the query.
 EXPLAINED = Column("text", "explanation and example", False, "the latest explanation; and an example")
@@ -82,7 +84,9 @@ def draw_filters(database: Database, listing: Listing) -> None:
     with search:
         st.text_input(
             "Search",
-            placeholder="text, /regex/, token:, promotes:, id:, explanation:",
+            placeholder="text, /regex/, token:, id:"
+            if database.of_array
+            else "text, /regex/, token:, promotes:, id:, explanation:",
             help=HELP,
             icon=":material/search:",
             **state.bound("q", "", clears=("page", "sort", "order")),
@@ -198,6 +202,8 @@ def draw_list(database: Database, listing: Listing, found: Listed, labels: Seque
     columns = [column for column in columns if column.key not in left_out]
     if explained.latest:
         columns[-1] = EXPLAINED
+    if database.lens is None:
+        columns = [ACTIVE_ON if column.key == "tokens" else column for column in columns]
 
     sorts = SORTS | {NUMBER + label: label for label in labels}
 
@@ -234,7 +240,8 @@ def page() -> None:
     found = listed(database, listing)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.caption(
-            f"{len(found.features):,} of {database.n_features:,} features, {len(explained.latest):,} explained; "
+            f"{len(found.features):,} of {database.n_features:,} features"
+            f"{'' if database.of_array else f', {len(explained.latest):,} explained'}; "
             f"densities are of {database.n_tokens:,} tokens"
         )
         st.download_button(

@@ -299,6 +299,10 @@ def page() -> None:
     except SaelabError as error:
         state.show_error(error)
         database = None
+    if database is None and state.of_array():
+        path = state.code(str(state.current_run().path))
+        st.info(f"This page shows rows of the feature database. `saelab index {path}` makes it.")
+        return
     source = draw_source(database)
     if source is None:
         st.caption("Nothing is typed yet." + (" Held-out text needs no model." if database else ""))

@@ -1,6 +1,8 @@
 """The pages of a run whose activations come from an array: rows and labels in place of text, and no language model."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,18 @@ def test_pages_that_need_text_say_that_there_is_none(explorer, folder, page: str
 @pytest.mark.parametrize("page", ["map", "compare"])
 def test_the_other_pages_work(explorer, folder, page: str) -> None:
     assert not explorer(folder, page=page, run="run").exception
+
+
+def test_without_a_database_no_text_is_asked_for(explorer, folder, tmp_path: Path) -> None:
+    bare = shutil.copytree(folder / "run", tmp_path / "bare")
+    shutil.rmtree(bare / "features")
+    app = explorer(bare, page="prompt", run="bare")
+    assert not app.error and not app.text_area and "saelab index" in app.info[0].value
+
+
+def test_the_list_offers_only_what_an_array_has(explorer, folder) -> None:
+    app = explorer(folder, page="features", run="run")
+    assert "promotes" not in app.text_input[0].placeholder
+    assert all("explained" not in caption.value for caption in app.caption)
+    (rows,) = (json.loads(each.proto.bytes) for each in app.get("bidi_component") if "rows" in each.proto.id)
+    assert ["tokens", "active on"] in [column[:2] for column in rows["columns"]]

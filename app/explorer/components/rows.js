@@ -61,7 +61,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     } else if (key === "bars") {
       cell.append(sparkline(row.bars));
     } else if (key === "tokens") {
-      row.tokens.forEach((tokens) => {
+      row.tokens.filter((tokens) => tokens.length).forEach((tokens) => {
         const list = cell.appendChild(make("span", "list"));
         tokens.forEach((token) => write(list.appendChild(make("span", "token")), token, 24, false));
       });
