@@ -20,13 +20,16 @@ from saelab.features.database import open_database
 from saelab.lm.settings import ModelSettings
 from saelab.lm.splice import SplicedRuns
 from saelab.runs import cache as caching
+from saelab.runs.controls import controls
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_cache, plan_training
 from saelab.runs.push import prepare
 from saelab.runs.summary import summarise
+from saelab.runs.sweep import sweep
 from saelab.sae.side_by_side import factors_of, site_shares
-from tests.runs.test_resume import config_of
+from tests.runs.test_resume import assert_same, config_of
+from tests.runs.test_sweep import alone, contents, runs_in
 from tests.runs.test_transcoder import assert_resumed_to_the_bit
 from tests.tiny import language_model, model_folder, planted_direction, planted_folder
 
@@ -214,6 +217,19 @@ def test_another_second_model_is_not_that_of_the_run(config: dict[str, Any], tmp
         saelab.evaluate(run)
     with pytest.raises(SaelabError, match=r"the model .*mine is not what it was in training"):
         open_live(run)
+
+
+@pytest.mark.slow
+def test_a_sweep_equals_runs_alone_and_controls_are_made(config: dict[str, Any], tmp_path: Path) -> None:
+    config["training"] |= {"tokens": 1200}
+    out = sweep(config | {"out": str(tmp_path / "sweep"), "sweep": {"sae.k": [2, 4]}})
+    run = runs_in(out)[1]
+    assert_same(contents(run), contents(alone(run)), run.name)
+    saelab.index(run)
+    made = controls(run, reseeds=1)
+    assert [path.name for path in made] == ["untrained", "neurons", "frozen_decoder", "frozen_encoder", "reseed1"]
+    neurons = settings_of(made[1] / "config.yaml")
+    assert neurons.second_model is None and neurons.site == "blocks.1.mlp.hook_post"
 
 
 def test_settings_of_two_models(config: dict[str, Any], tmp_path: Path) -> None:
