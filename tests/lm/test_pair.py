@@ -37,7 +37,7 @@ def test_each_site_is_that_of_its_model() -> None:
     for site, model in ((OURS, first), (THEIRS, second)):
         value, slope = model.activations_and_gradients(rows, [OURS])
         assert torch.equal(values[site], value[OURS]) and torch.equal(slopes[site], slope[OURS])
-    with pytest.raises(SaelabError, match=r"no 'blocks\.9\.hook_resid_post'"):
+    with pytest.raises(SaelabError, match=r"no site 'blocks\.9\.hook_resid_post'"):
         both.site("blocks.9.hook_resid_post@second")
 
 

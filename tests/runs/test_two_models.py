@@ -238,7 +238,7 @@ def test_settings_of_two_models(config: dict[str, Any], tmp_path: Path) -> None:
         (["second_model=null"], "second_model: is required"),
         ([f"site={SECOND}", f"more_sites=[{SITE}]"], r"site: .* is a site of the second model; name it in more_sites"),
         (["more_sites=[]", f"target={SECOND}"], r"target: .* is a site of the second model"),
-        ([f"more_sites=[{SECOND},{SECOND}]"], "names a site twice"),
+        ([f"more_sites=[{SECOND},{SECOND}]"], "@second is given twice"),
     ):
         with pytest.raises(SaelabError, match=message):
             settings_of(config, overrides)
