@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from saelab.features.settings import FeatureSettings
     from saelab.lm.load import load_language_model
     from saelab.lm.model import LanguageModel
+    from saelab.lm.pair import ModelPair
     from saelab.lm.settings import ModelSettings
     from saelab.progress import bar
     from saelab.runs.adopt import adopt
@@ -89,6 +90,7 @@ _HOME = {
     "InputMap": "saelab.sae.input_map",
     "Intervention": "saelab.analysis.settings",
     "LanguageModel": "saelab.lm.model",
+    "ModelPair": "saelab.lm.pair",
     "ModelSettings": "saelab.lm.settings",
     "PairedCodes": "saelab.analysis.cka",
     "RunSettings": "saelab.runs.config",
@@ -170,6 +172,7 @@ __all__ = [
     "InputMap",
     "Intervention",
     "LanguageModel",
+    "ModelPair",
     "ModelSettings",
     "PairedCodes",
     "RunSettings",

@@ -33,11 +33,6 @@ class Sites(NamedTuple):
         return read if self.target is None else f"{read} -> {self.target}"
 
 
-def models_in_words(model: str, second: str | None) -> str:
-    """The models that sites are of, as one text."""
-    return model if second is None else f"{model} (@second: {second})"
-
-
 def as_sites(site: str | Sites) -> Sites:
     """The sites of an autoencoder at one site, or of one whose `Sites` are given."""
     return Sites(site) if isinstance(site, str) else site

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saelab.activations.sites import Sites, models_in_words
+from saelab.activations.sites import Sites
 from saelab.errors import printable
 from saelab.features import card
 from saelab.features.arrays import Arrays, open_arrays
@@ -38,6 +38,7 @@ from saelab.features.ranges import (
 from saelab.features.search import Found, search
 from saelab.features.table import Table
 from saelab.features.vocabulary import Vocabulary
+from saelab.lm.settings import models_in_words
 
 NEIGHBOURS = {
     "decoder": ("decoder_neighbours", "decoder_cosines"),

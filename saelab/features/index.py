@@ -80,9 +80,9 @@ class Index:
         write_activations(writer, shards, totals, rows)
         mapped = writer.mapped("by_feature", "by_token")
         writer.write_columns(coactivation.COLUMNS, coactive_columns(mapped, totals.tokens))
-        lens = second = None
+        lens, names = None, [self.lm.name]
         if not isinstance(self.lm, Array):
-            second = next((model.name for model in self.lm.models[1:]), None)
+            names = [model.name for model in self.lm.models]
             if not self.sites.more:
                 lens = direct_lens(self.lm, self.sites.outputs[0])
         writer.write_columns(list(WEIGHTS), weight_columns(self.sae, lens))
@@ -96,8 +96,7 @@ class Index:
             "site": self.sites.input,
             **({} if self.sites.target is None else {"target": self.sites.target}),
             **({"more_sites": list(self.sites.more)} if self.sites.more else {}),
-            "model": self.lm.name,
-            **({} if second is None else {"second_model": second}),
+            **dict(zip(("model", "second_model"), names, strict=False)),
             "d_in": self.sae.d_in,
             "k": self.sae.k,
             "lens": lens and lens.words,

@@ -12,7 +12,7 @@ from saelab.corpus.encoder import Encoder
 from saelab.corpus.special import special_ids
 from saelab.errors import SaelabError
 from saelab.lm.model import LanguageModel
-from saelab.lm.settings import SECOND, is_second
+from saelab.lm.settings import SECOND, is_second, models_in_words
 from saelab.lm.sites import Site
 
 
@@ -28,6 +28,7 @@ class ModelPair(LanguageModel):
         _check_vocabulary(first, second)
         second.special_ids = first.special_ids.to(second.device)
         self._pair = (first, second)
+        self.name = models_in_words(first.name, second.name)
         contexts = [model.max_context for model in self.models if model.max_context is not None]
         self.max_context = min(contexts, default=None)
 

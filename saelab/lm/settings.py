@@ -17,6 +17,11 @@ def is_second(site: str) -> bool:
     return site.endswith(SECOND)
 
 
+def models_in_words(model: str, second: str | None) -> str:
+    """The names of a model and of the second one, if there is one, as one text."""
+    return model if second is None else f"{model} ({SECOND}: {second})"
+
+
 def dtype_name(name: str) -> str:
     """The long form of a dtype's name: ``bf16`` or ``bfloat16`` -> ``bfloat16``. Raises SettingError for others."""
     if name not in _DTYPES and name not in _DTYPES.values():

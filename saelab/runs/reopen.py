@@ -172,8 +172,8 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
             found += given
         elif trained != now[fact]:
             path = job.settings.corpus.source if what == "corpus" else job.model.name
-            if what == "second_model":
-                path = job.lm.models[1].name
+            if what in ("model", "second_model"):
+                path = job.lm.models[what == "second_model"].name
             raise SaelabError(
                 f"{run}: the {what} {path} is not what it was in training: its "
                 f"{difference({fact: now[fact]}, {fact: trained})}; restore it, or name a copy of it with {what}=PATH"

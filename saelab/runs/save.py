@@ -228,11 +228,11 @@ def _origin(lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
 
 def _metadata(settings: RunSettings, lm: LanguageModel | Array, corpus: Corpus | None) -> dict[str, Any]:
     """Where the checkpoint comes from, under SAELens' keys."""
-    if corpus is None:  # an array
+    if corpus is None or isinstance(lm, Array):
         own = {"model_name": lm.name, "hook_name": settings.site}
         return own | {"training_architecture": allocation_of(settings.sae).saelens}
     return {
-        "model_name": lm.name,
+        "model_name": lm.models[0].name,
         "model_class_name": "TransformerBridge",
         "hook_name": settings.site,
         **({} if settings.target is None else {"hook_name_out": settings.target}),

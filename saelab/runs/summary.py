@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab.activations.sites import Sites, models_in_words
+from saelab.activations.sites import Sites
 from saelab.errors import SaelabError
 from saelab.files import read_json, translate_read_errors
+from saelab.lm.settings import models_in_words
 from saelab.runs import folder, yaml12
 from saelab.sae.layout import CONFIG
 

@@ -31,12 +31,13 @@ def test_each_site_is_that_of_its_model() -> None:
     assert torch.equal(found[THEIRS], theirs[OURS]) and not torch.equal(found[THEIRS], found[OURS])
     assert torch.equal(found[WIDE], theirs["blocks.1.mlp.hook_post"])
     assert [both.width(site) for site in (OURS, THEIRS, WIDE)] == [32, 32, 128]
+    assert both.name == f"{first.name} (@second: {second.name})" and repr(second) in repr(both)
     assert both.owner(THEIRS) == (second, OURS) and both.owner(OURS) == (first, OURS)
     values, slopes = both.activations_and_gradients(rows, [THEIRS, OURS])
     for site, model in ((OURS, first), (THEIRS, second)):
         value, slope = model.activations_and_gradients(rows, [OURS])
         assert torch.equal(values[site], value[OURS]) and torch.equal(slopes[site], slope[OURS])
-    with pytest.raises(SaelabError, match=r"no 'blocks\.9\.hook_resid_post'"):
+    with pytest.raises(SaelabError, match=r"no site 'blocks\.9\.hook_resid_post'"):
         both.site("blocks.9.hook_resid_post@second")
 
 

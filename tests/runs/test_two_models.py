@@ -20,13 +20,16 @@ from saelab.features.database import open_database
 from saelab.lm.settings import ModelSettings
 from saelab.lm.splice import SplicedRuns
 from saelab.runs import cache as caching
+from saelab.runs.controls import controls
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_cache, plan_training
 from saelab.runs.push import prepare
 from saelab.runs.summary import summarise
+from saelab.runs.sweep import sweep
 from saelab.sae.side_by_side import factors_of, site_shares
-from tests.runs.test_resume import config_of
+from tests.runs.test_resume import assert_same, config_of
+from tests.runs.test_sweep import alone, contents, runs_in
 from tests.runs.test_transcoder import assert_resumed_to_the_bit
 from tests.tiny import language_model, model_folder, planted_direction, planted_folder
 
@@ -216,13 +219,26 @@ def test_another_second_model_is_not_that_of_the_run(config: dict[str, Any], tmp
         open_live(run)
 
 
+@pytest.mark.slow
+def test_a_sweep_equals_runs_alone_and_controls_are_made(config: dict[str, Any], tmp_path: Path) -> None:
+    config["training"] |= {"tokens": 1200}
+    out = sweep(config | {"out": str(tmp_path / "sweep"), "sweep": {"sae.k": [2, 4]}})
+    run = runs_in(out)[1]
+    assert_same(contents(run), contents(alone(run)), run.name)
+    saelab.index(run)
+    made = controls(run, reseeds=1)
+    assert [path.name for path in made] == ["untrained", "neurons", "frozen_decoder", "frozen_encoder", "reseed1"]
+    neurons = settings_of(made[1] / "config.yaml")
+    assert neurons.second_model is None and neurons.site == "blocks.1.mlp.hook_post"
+
+
 def test_settings_of_two_models(config: dict[str, Any], tmp_path: Path) -> None:
     for overrides, message in (
         (["more_sites=[blocks.2.hook_resid_post]"], r"more_sites: names no site of second_model; write, .*@second"),
         (["second_model=null"], "second_model: is required"),
         ([f"site={SECOND}", f"more_sites=[{SITE}]"], r"site: .* is a site of the second model; name it in more_sites"),
         (["more_sites=[]", f"target={SECOND}"], r"target: .* is a site of the second model"),
-        ([f"more_sites=[{SECOND},{SECOND}]"], "names a site twice"),
+        ([f"more_sites=[{SECOND},{SECOND}]"], "@second is given twice"),
     ):
         with pytest.raises(SaelabError, match=message):
             settings_of(config, overrides)
