@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--seeds", type=command.whole(1), default=3)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may come after the options
     settings = settings_of(args.config, args.overrides)
     if settings.sae.allocation.name != "token_choice":  # others may need thresholds from a calibration
         raise SaelabError("sae.allocation: this comparison is of token_choice only")
