@@ -271,8 +271,10 @@ def auxiliary(
         if alone is not None:
             changing = pattern.with_values(values * (alone & (pattern.features < size)))
             squares = squares + total(_changes_alone(forward, changing, error, unit_norm), ranks.every)
-        ratio = squares / squared_deviation(error, ranks.data, forward.batch)
-        ratios.append(torch.where(torch.isfinite(ratio) & any_filled, ratio, 0.0))
+        deviation = squared_deviation(error, ranks.data, forward.batch)
+        # a ratio over 0 that is replaced by 0 would still have a gradient of NaN
+        ratio = squares / torch.where(deviation > 0, deviation, 1.0)
+        ratios.append(torch.where(torch.isfinite(ratio) & (deviation > 0) & any_filled, ratio, 0.0))
     return ratios[0] if len(ratios) == 1 else torch.stack(ratios).mean()
 
 

@@ -230,6 +230,21 @@ def test_features_that_share_a_direction_shrink_together_and_grow_alone() -> Non
         assert sae.pre_activations(x)[:, 1:].mean().item() == pytest.approx(1.5 * expected, abs=0.03)
 
 
+def test_the_auxiliary_loss_of_no_error_has_no_gradient() -> None:
+    """Features 0 and 1 are the number and its opposite, so that the reconstruction is exact; feature 2 is the target."""
+    sae, x = SparseAutoencoder(1, 3, 1), torch.tensor([[1.0], [-2.0], [3.0]])
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0], [-1.0], [0.5]]))
+        sae.W_dec.copy_(torch.tensor([[1.0], [-1.0], [1.0]]))
+    forward, found = sae.training_pass(
+        Batch(x), TokenChoice(1), [Request(TokenChoice(1), torch.tensor([False, False, True]))]
+    )
+    assert torch.equal(forward.reconstruction, x)
+    loss = auxiliary(forward, found[0])
+    loss.backward()
+    assert loss == 0 and all(not parameter.grad.any() for parameter in sae.parameters() if parameter.grad is not None)
+
+
 def test_the_auxiliary_loss_of_no_feature_is_zero() -> None:
     sae, x = make_sae()
     assert aux_loss(sae, x, torch.zeros(F, dtype=torch.bool), 3)[1] == 0
