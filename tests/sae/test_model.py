@@ -231,7 +231,7 @@ def test_features_that_share_a_direction_shrink_together_and_grow_alone() -> Non
 
 
 def test_the_auxiliary_loss_of_no_error_has_no_gradient() -> None:
-    """Features 0 and 1 are the number and its opposite, so that the reconstruction is exact; feature 2 is the target."""
+    """Features 0 and 1 are the number and its opposite, so the reconstruction is exact; feature 2 is the target."""
     sae, x = SparseAutoencoder(1, 3, 1), torch.tensor([[1.0], [-2.0], [3.0]])
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0], [-1.0], [0.5]]))
