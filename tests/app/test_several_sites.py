@@ -35,7 +35,10 @@ def test_pages_about_one_site_say_that_the_run_is_no_autoencoder(explorer, folde
 
 
 def test_the_feature_page_says_why_there_is_no_logit_lens(explorer, folder) -> None:
-    for run, reason in (("crosscoder", "None: its row writes to several sites."), ("transcoder", "is neither the res")):
+    for run, reason in (
+        ("crosscoder", "a row of a crosscoder writes to several sites"),
+        ("transcoder", "is neither the res"),
+    ):
         app = explorer(folder, page="feature", run=run, feature="1")
         assert not app.error and any(reason in caption.value for caption in app.caption)
 
