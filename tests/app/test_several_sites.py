@@ -1,5 +1,6 @@
 """The pages of a transcoder and of a crosscoder, whose features do not write where they read."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,26 @@ from tests.app.shown import html
 from tests.app.synthetic_run import write_run
 
 READ, GIVEN = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
-SITES = {"transcoder": f"{READ} -> {GIVEN}", "crosscoder": f"{READ} + {GIVEN}"}
-SETTINGS = {"transcoder": f"target: {GIVEN}\n", "crosscoder": f"more_sites: [{GIVEN}]\n"}
+FURTHER = {"transcoder": {"target": GIVEN}, "crosscoder": {"more_sites": [GIVEN]}}
+"""What the settings and the database of a run of each kind name beside `READ`."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each kind, without logits, and another transcoder, `zoo`."""
     made = tmp_path_factory.mktemp("several_sites")
-    for name, kind in (("an_autoencoder", ""), *((kind, kind) for kind in SITES), ("zoo", "transcoder")):
-        run = write_run(made / name, site=SITES.get(kind, READ))
-        settings = (run / "config.yaml").read_text().replace(SITES.get(kind, READ), READ)
-        (run / "config.yaml").write_text(settings + SETTINGS.get(kind, ""))
+    for name, kind in (("an_autoencoder", ""), *((kind, kind) for kind in FURTHER), ("zoo", "transcoder")):
+        run, further = write_run(made / name, site=READ), FURTHER.get(kind, {})
+        settings, manifest = run / "config.yaml", run / "features" / "manifest.json"
+        settings.write_text(settings.read_text() + "".join(f"{key}: {each}\n" for key, each in further.items()))
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | further))
         tokens = run / "features" / "table.top_logit_tokens.npy"
         np.save(tokens, np.full_like(np.load(tokens), -1))
     return made
 
 
 @pytest.mark.parametrize("page", ["steer", "dark_matter"])
-@pytest.mark.parametrize("run", list(SITES))
+@pytest.mark.parametrize("run", list(FURTHER))
 def test_pages_about_one_site_say_that_the_run_is_no_autoencoder(explorer, folder, run: str, page: str) -> None:
     app = explorer(folder, page=page, run=run)
     assert not app.error and app.info[0].value.endswith(f"This run is a {run}.") and "analyse" not in html(app)
@@ -35,10 +37,7 @@ def test_pages_about_one_site_say_that_the_run_is_no_autoencoder(explorer, folde
 
 
 def test_the_feature_page_says_why_there_is_no_logit_lens(explorer, folder) -> None:
-    for run, reason in (
-        ("crosscoder", "a row of a crosscoder writes to several sites"),
-        ("transcoder", "is neither the res"),
-    ):
+    for run, reason in (("crosscoder", "of a crosscoder writes to several"), ("transcoder", "is neither the residual")):
         app = explorer(folder, page="feature", run=run, feature="1")
         assert not app.error and any(reason in caption.value for caption in app.caption)
 
