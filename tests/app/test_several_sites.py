@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.app.conftest import serving
 from tests.app.shown import html
 from tests.app.synthetic_run import write_run
 
@@ -47,3 +48,26 @@ def test_a_run_is_compared_with_one_of_the_same_sites_first(explorer, folder) ->
         app = explorer(folder, page="compare", run=run)
         assert app.selectbox(key="other").value == other
         assert any("saelab analyse" in each.value for each in app.caption) == (run == "transcoder")
+
+
+@pytest.mark.slow
+def test_long_names_fit_on_a_phone(browser, main_script, tmp_path: Path) -> None:
+    """The figures of each site, whose names have no blanks, and the origin of an adopted run, with its SHA-256."""
+    sites = [f"blocks.{i}.a_name_without_blanks.hook_resid_post" for i in range(2)]
+    figures = [{"site": site, "fvu": 0.5, "delta_ce": 0.25} for site in sites]
+    write_run(tmp_path / "figures")
+    evaluation = json.loads((tmp_path / "figures" / "eval.json").read_text()) | {"sites": figures}
+    (tmp_path / "figures" / "eval.json").write_text(json.dumps(evaluation))
+    write_run(tmp_path / "origin", features=False)
+    record = {"inputs": "adopted", "complete": True, "tokens": 0, "adopted": {"from": "/a/folder", "sha256": "0" * 64}}
+    (tmp_path / "origin" / "train.json").write_text(json.dumps(record))
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    with serving(main_script, tmp_path, tmp_path / "log.txt") as address:
+        for run in ("figures", "origin"):
+            page.goto(f"{address}/run?run={run}")
+            page.get_by_text("All figures, with definitions").click(timeout=60_000)
+            page.wait_for_selector("table.sl-facts", timeout=60_000)
+            page.wait_for_selector({"figures": "text=a_name_without", "origin": ".st-key-origin"}[run])
+            right = "[...document.querySelectorAll('table.sl-facts')].map((each) => each.getBoundingClientRect().right)"
+            assert all(edge <= 390 for edge in page.evaluate(right)), run
+    page.close()
