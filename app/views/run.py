@@ -204,7 +204,8 @@ def draw_origin(origin: dict) -> None:
     rows = [("Adopted from", str(origin.get("from")), "", ""), ("Written by", str(origin.get("trainer")), "", "")]
     rows += [(title, str(trained[name]), "", source) for name, title in said.items() if name in trained]
     rows.append(("SHA-256 of its weights", str(origin.get("sha256")), "", ""))
-    st.html(facts_html(rows))
+    with st.container(key="origin"):
+        st.html(facts_html(rows))
 
 
 @state.errors_shown()
