@@ -135,7 +135,8 @@ def test_the_demo_model_is_fine_tuned_for_a_crosscoder_of_two_models(tmp_path: P
     script = str(ROOT / "scripts" / "tune_demo_lm.py")
     said = output([sys.executable, script, "--out", "runs/tuned_lm", "--steps", "2"], tmp_path)
     assert "before: loss on held-out topics" in said and "after 2 steps" in said
-    small = ["training.tokens=8192", "sae.n_features=64", "sae.k=4", "eval.tokens=2000", "eval.ce_tokens=1000"]
+    small = ["training.tokens=4096", "sae.n_features=64", "sae.k=4", "eval.tokens=2000"]
+    small += ["activations.stream.buffer_tokens=4096", "activations.stream.rows_per_forward=8"]
     check("train", "two_models", *small, cwd=tmp_path)
     tokens = "analysis.model_diff.tokens=5000"
     assert "median relative norm" in check("analyse", "runs/two_models", "model_diff", tokens, cwd=tmp_path)
