@@ -35,6 +35,8 @@ _TAKES = (
     "seed",
     "device",
     "model.",
+    "second_model",
+    "second_model.",
     "corpus.",
     "eval.",
     "features.",
@@ -64,6 +66,7 @@ class _Known:
     """What a checkpoint says about its training, None or "" if it says nothing or something else than it should."""
 
     model_name: str
+    second_model_name: str
     hook_name: str
     hook_names: tuple[str, ...]
     """The sites of a crosscoder."""
@@ -90,11 +93,11 @@ def adopt(
     """Make a run folder of a checkpoint that `saelab.load` reads, local or on the Hub; returns the folder.
 
     What is not given is taken from the checkpoint's metadata, if it says it: the `model`, the `site`, the `target` of a
-    transcoder, the further sites of a crosscoder, the `corpus` (names as in a config), and the context. `out` is by
-    default ``runs/NAME``, with the name of the checkpoint's folder. `overrides` may set `context`, `device`, `seed`,
-    `more_sites` and the sections `model`, `corpus`, `eval`, `features` and `analysis`. The weights are copied, as
-    saelab writes them. `say` reports what the checkpoint was trained on if it differs from what is given. An existing
-    run is replaced only with `force`.
+    transcoder, the further sites and the second model of a crosscoder, the `corpus` (names as in a config), and the
+    context. `out` is by default ``runs/NAME``, with the name of the checkpoint's folder. `overrides` may set `context`,
+    `device`, `seed`, `more_sites` and the sections `model`, `second_model`, `corpus`, `eval`, `features` and
+    `analysis`. The weights are copied, as saelab writes them. `say` reports what the checkpoint was trained on if it
+    differs from what is given. An existing run is replaced only with `force`.
 
     Raises SaelabError if the checkpoint cannot be loaded, if something is neither given nor known (the message lists
     all of it), if the model has no such site or one of another width, and as `train` does for text and folders.
@@ -113,6 +116,8 @@ def adopt(
             tree[name] = found
     if len(sae.site_widths) > 1 and known.hook_names[:1] == (tree.get("site"),):
         tree["more_sites"] = list(known.hook_names[1:])
+        if known.second_model_name:
+            tree["second_model"] = known.second_model_name
     if known.context_size is not None:
         tree["context"] = known.context_size
     for override in overrides:
@@ -169,6 +174,7 @@ def _known(metadata: Mapping[str, Any]) -> _Known:
     names = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
     return _Known(
         _official(text("model_name")),
+        _official(text("second_model_name")),
         text("hook_name"),
         tuple(names),
         text("hook_name_out"),

@@ -278,6 +278,23 @@ def test_a_crosscoder_names_its_sites_itself(tmp_path: Path, book: str, model: s
         saelab.adopt(tmp_path / "given", model=model, site="blocks.0.hook_resid_post", corpus=book, overrides=SMALL)
 
 
+def test_a_crosscoder_of_two_models_names_both(tmp_path: Path, book: str, model: str) -> None:
+    sites, second = [SITE, "blocks.2.hook_resid_post@second"], shutil.copytree(model, tmp_path / "second")
+    sae = SparseAutoencoder(32, 24, 4)
+    sae.site_widths = (16, 16)
+    sae.metadata = {"model_name": model, "second_model_name": str(second), "hook_name": SITE, "hook_names": sites}
+    save_sae(sae, tmp_path / "given")
+    run = saelab.adopt(tmp_path / "given", corpus=book, out=tmp_path / "run", overrides=SMALL)
+    settings = settings_of(run / "config.yaml")
+    assert settings.second_model is not None and settings.second_model.name == str(second)
+    assert settings.sites.inputs == tuple(sites)
+    run = saelab.adopt(
+        tmp_path / "given", corpus=book, out=tmp_path / "other", overrides=[*SMALL, f"second_model={model}"]
+    )
+    settings = settings_of(run / "config.yaml")
+    assert settings.second_model is not None and settings.second_model.name == model
+
+
 def test_the_command(checkpoints: Callable[[str], Path], model: str, book: str, tmp_path: Path) -> None:
     given = ["--model", model, "--site", SITE, "--corpus", book, "--out", str(tmp_path / "run"), *SMALL]
     found = CliRunner().invoke(app, ["adopt", str(checkpoints("saelens_standard")), *given])
