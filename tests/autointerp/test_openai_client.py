@@ -19,6 +19,7 @@ from saelab.autointerp.llm.openai_client import OpenAIClient
 from saelab.autointerp.llm.protocol import Reply, Request, TemporaryError
 from saelab.autointerp.prompts import probabilities, verdicts
 from saelab.errors import SaelabError, SettingError
+from tests.autointerp import server as server_module
 from tests.autointerp.server import (
     Answer,
     Fault,
@@ -107,6 +108,23 @@ def test_a_server_without_logprobs_and_counts() -> None:
     with serving(lambda _: Answer("123456", usage=False)) as server:
         reply = OpenAIClient(server.url, "m").ask(ASKED)
     assert reply.answer_tokens == 2 and reply.prompt_tokens == 2 + 4 + 4 + 4, "estimated, so that a budget can count"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"usage": {"prompt_tokens": None, "completion_tokens": 3}},
+        {"usage": {"prompt_tokens": 3}},
+        {"choices": [{"message": {"content": "1"}, "logprobs": {"content": [{"token": "1", "logprob": None}]}}]},
+        {"choices": []},
+        {"choices": ["text"]},
+    ],
+)
+def test_an_answer_in_another_form_is_a_fault_that_may_pass(wrong: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = server_module.completion
+    monkeypatch.setattr(server_module, "completion", lambda body, answer: made(body, answer) | wrong)
+    with serving(right) as server, pytest.raises(TemporaryError, match="the answer is not in the chat protocol's form"):
+        OpenAIClient(server.url, "m").ask(ASKED)
 
 
 @pytest.mark.parametrize(

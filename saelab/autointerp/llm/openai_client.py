@@ -174,12 +174,13 @@ class OpenAIClient:
         logprobs = None
         if request.top_logprobs and listed:
             tokens = [
-                [(each["token"], each["logprob"]) for each in token.get("top_logprobs") or [token]] for token in listed
+                [(str(each["token"]), float(each["logprob"])) for each in token.get("top_logprobs") or [token]]
+                for token in listed
             ]
             logprobs = tuple(tuple(sorted(alternatives, key=lambda each: -each[1])) for alternatives in tokens)
         if not usage:
             return Reply(text, logprobs, prompt_tokens(self, request), self.count(text))
-        return Reply(text, logprobs, usage["prompt_tokens"], usage["completion_tokens"])
+        return Reply(text, logprobs, int(usage["prompt_tokens"]), int(usage["completion_tokens"]))
 
     def _quoted(self, error: BaseException) -> str:
         """The message of an error, the server's if it has one, on one line without the key."""
