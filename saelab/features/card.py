@@ -92,7 +92,7 @@ def _figures(feature: "Feature") -> str:
     return (
         f"density {100 * feature.density:.3g}% ({feature.n_active:,} of {feature.n_tokens:,} tokens), "
         f"mean activation {number(feature.mean)}, maximum {number(feature.maximum)}, "
-        f"entropy over token ids {feature.token_entropy:.1f} bits"
+        f"entropy over {'labels' if feature.database.of_array else 'token ids'} {feature.token_entropy:.1f} bits"
     )
 
 
@@ -183,7 +183,8 @@ def _example(example: "Example", feature: "Feature") -> str:
         _token(text, value, feature.usual_maximum, i == example.index)
         for i, (text, value) in enumerate(zip(example.tokens, example.activations.tolist(), strict=True))
     )
-    where = f"row {feature.database.first_row + example.row}, token {example.position}"
+    where = f"row {feature.database.first_row + example.row}"
+    where += "" if feature.database.of_array else f", token {example.position}"
     if example.repeats:
         where += f", and {example.repeats} more with the same tokens around it"
     return (

@@ -265,6 +265,7 @@ class Database:
 
         See `saelab.features.examples.find_examples`. Raises SaelabError if there is no such feature.
         """
+        distinct = distinct and not self.of_array  # rows with one label differ in what the label leaves out
         return find_examples(self.facts, self.table, self.vocabulary, feature, kind, n, window, low, high, distinct)
 
     def intervals(self, feature: int, n: int = 5, window: int = 32) -> list[Interval]:

@@ -127,6 +127,10 @@ def test_the_database_is_of_the_held_out_rows_and_their_labels(run: Path) -> Non
             assert token.value == pytest.approx(shares[token.text], rel=1e-4)
         best = database.examples(feature, n=1)[0]
         assert best.row == dense[:, feature].argmax() and best.tokens == [own[best.row]]
+        rows = [example.row for example in database.examples(feature)]
+        assert rows == [example.row for example in database.examples(feature, distinct=True)]
+        card = database.feature(feature)._repr_html_()
+        assert f">row {900 + best.row}<" in card and "token ids" not in card and "same tokens" not in card
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(run: Path, tmp_path: Path) -> None:
