@@ -108,10 +108,11 @@ def dark_matter(
     """The parts of the error of `sae` on held-out `rows` ``[rows, context]``, and what the settings ask for with them.
 
     `sources` are autoencoders at other sites, by name, each with its site; `wider` reads the same site. Settings that
-    name run folders are not read here. Raises SaelabError for a transcoder, if there are too few rows, and
-    as `saelab.encoded.encoded` does.
+    name run folders are not read here. Raises SaelabError for transcoders and crosscoders, if there are too few rows,
+    and as `saelab.encoded.encoded` does.
     """
-    check_reconstructs(sae, "dark_matter")
+    for each in (sae, *(of for of, _ in (sources or {}).values()), *([] if wider is None else [wider])):
+        check_reconstructs(each, "dark_matter")
     split, context, per_forward = split_rows(len(rows)), rows.shape[1], settings.rows_per_forward
 
     def blocks(numbers: np.ndarray) -> Iterator[Block]:

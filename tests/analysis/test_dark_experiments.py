@@ -198,3 +198,12 @@ def test_the_whole_analysis_on_a_model(lm: LanguageModel, rows: Tensor) -> None:
     assert repr(again) == repr(found) and again.decomposition.maps.keys() == found.decomposition.maps.keys()
     bare = dark_matter(sae, lm, rows, SITE, DarkMatterSettings(rows_per_forward=7, ce_tokens=200, pursuit_tokens=0))
     assert bare.pursuit is None and not bare.on_parts and not bare.from_sites and not bare.missing
+
+
+def test_transcoders_and_crosscoders_are_no_sources(lm: LanguageModel, rows: Tensor) -> None:
+    transcoder, crosscoder = SparseAutoencoder(32, 8, 2, d_out=32), SparseAutoencoder(32, 8, 2)
+    crosscoder.site_widths = (16, 16)
+    for other in (transcoder, crosscoder):
+        for options in ({"sources": {"below": (other, OTHER)}}, {"wider": other}):
+            with pytest.raises(SaelabError, match=r"^dark_matter: "):
+                dark_matter(autoencoder(), lm, rows, SITE, **options)  # type: ignore[arg-type]
