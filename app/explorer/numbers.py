@@ -16,6 +16,7 @@ from saelab.features.database import NEIGHBOURS, Database, Feature
 from saelab.features.export import circuit_tracer, html
 from saelab.features.layout import LOGIT_BINS
 from saelab.features.marks import number
+from saelab.runs.decoder import site_shares
 
 KINDS = {"decoder": "decoder", "encoder": "encoder", "coactive": "co-activation"}
 SCORES = {"decoder": "cosine", "encoder": "cosine", "coactive": "phi"}
@@ -66,6 +67,16 @@ def draw_facts(feature: Feature) -> None:
     if feature.encoder_decoder_cosine:  # 0 of a transcoder between sites of different widths
         facts["encoder-decoder cosine"] = f"{feature.encoder_decoder_cosine:.3f}"
     st.html(facts_html([(name, value, "", "") for name, value in facts.items()]))
+
+
+@state.errors_shown()
+def draw_sites(database: Database, feature: Feature) -> None:
+    """At which sites a feature of a crosscoder is."""
+    shares = state.read(site_shares, feature.index)
+    help = "share of each site in the length of its decoder row, in the units of training: 1 if it is at one site alone"
+    st.subheader("Sites", anchor=False, help=help)
+    pairs = zip(database.sites.inputs, shares.tolist(), strict=False)  # none if the weights are others by now
+    st.html(facts_html([(site, f"{share:.3f}", "", "") for site, share in pairs]))
 
 
 def draw_lens(database: Database, feature: Feature) -> None:
@@ -129,6 +140,8 @@ def draw_numbers(database: Database, feature: Feature) -> None:
         draw_facts(feature)
         st.subheader("Tokens with most of its activation", anchor=False)
         st.html(bars_html([token._replace(value=100 * token.value) for token in feature.top_tokens], "{:.1f}%"))
+    if database.sites.more:
+        draw_sites(database, feature)
     if not database.of_array:
         draw_lens(database, feature)
     draw_neighbours(feature.index)

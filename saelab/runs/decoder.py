@@ -11,10 +11,10 @@ from saelab.runs import folder
 from saelab.sae.layout import CONFIG
 
 
-def decoder_rows(run: Path | str) -> np.ndarray:
-    """W_dec ``[n_features, d]`` of a run's checkpoint, that of a crosscoder in the units of training.
+def decoder_rows(run: Path | str, features: slice = slice(None)) -> np.ndarray:
+    """W_dec ``[n_features, d]`` of a run's checkpoint, or its rows of some features.
 
-    Raises SaelabError if there is none, or it is damaged.
+    That of a crosscoder is in the units of training. Raises SaelabError if there is none, or it is damaged.
     """
     path = folder.weights(Path(run))
     if not path.is_file():
@@ -23,13 +23,28 @@ def decoder_rows(run: Path | str) -> np.ndarray:
         )
     try:
         with safe_open(path, framework="numpy") as tensors:
-            rows = tensors.get_tensor("W_dec")
+            rows = tensors.get_slice("W_dec")[features]
         if rows.ndim != 2 or not np.isfinite(rows).all():
             raise ValueError(f"W_dec is of shape {list(rows.shape)}, or has values that are not finite")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise SaelabError(f"{path}: the decoder cannot be read ({brief(error)}); train the run again") from error
     factors = _factors(path.with_name(CONFIG), rows.shape[1])
     return rows if factors is None else rows * factors
+
+
+def site_shares(run: Path | str, feature: int) -> np.ndarray:
+    """Share of each site in the length of a feature's decoder row, ``[sites]``, as in `saelab.site_norms`.
+
+    Empty for what is no crosscoder. Raises SaelabError as `decoder_rows`.
+    """
+    config = folder.weights(Path(run)).with_name(CONFIG)
+    widths = read_json(config, "Train the run again.").get("site_widths") if config.is_file() else None
+    rows = decoder_rows(run, slice(feature, feature + 1))
+    if not widths or not len(rows):
+        return np.zeros(0)
+    parts = np.split(rows[0].astype(np.float64), np.cumsum(widths)[:-1])
+    lengths = np.array([np.linalg.norm(part) for part in parts])
+    return lengths / max(lengths.sum(), 1e-12)
 
 
 def _factors(config: Path, d: int) -> np.ndarray | None:

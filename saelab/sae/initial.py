@@ -29,7 +29,9 @@ def initialise(
     reconstruction of the sample, of the entries that `rule` selects (None: the rule of inference), has the least
     squared error that a common factor can give, unless its rows are bound to those of the decoder. With `target`
     ``[tokens, d_out]``, b_dec is the centre of `target`, the encoder has other random unit rows, and b_enc centres
-    x; with `zero_decoder` the decoder is then 0, as sparsify has it, and the encoder keeps its unit rows.
+    x; with `zero_decoder` the decoder is then 0, as sparsify has it, and the encoder keeps its unit rows. So it does
+    with trained thresholds: random rows on either side explain next to nothing, and with the factor, some 0.01, every
+    pre-activation would be below the least threshold, half a bandwidth.
     """
     _draw(sae, sae.W_dec)
     sae.renormalise_decoder()
@@ -44,7 +46,8 @@ def initialise(
         sae.b_enc.copy_(-sae.W_enc @ sample.mean(0))
     if zero_decoder:
         sae.W_dec.zero_()
-    if sae.tied or sae.aligned or zero_decoder:
+    thresholds_of_transcoder = target is not None and sae.log_threshold is not None
+    if sae.tied or sae.aligned or zero_decoder or thresholds_of_transcoder:
         return
     rule = sae.rule if rule is None else rule
     tokens = 4096 if rule.slots(1) is not None else max(1, min(4096, MOST_ENTRIES // sae.all_features))

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from saelab.runs.decoder import decoder_rows
 from tests.app.conftest import serving
 from tests.app.shown import html
-from tests.app.synthetic_run import write_run
+from tests.app.synthetic_run import D_IN, write_run
 
 READ, GIVEN = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 FURTHER = {"transcoder": {"target": GIVEN}, "crosscoder": {"more_sites": [GIVEN]}}
@@ -24,6 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings, manifest = run / "config.yaml", run / "features" / "manifest.json"
         settings.write_text(settings.read_text() + "".join(f"{key}: {each}\n" for key, each in further.items()))
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | further))
+        if kind == "crosscoder":
+            checkpoint = run / "sae" / "cfg.json"
+            checkpoint.write_text(json.dumps(json.loads(checkpoint.read_text()) | {"site_widths": [D_IN - 4, 4]}))
         tokens = run / "features" / "table.top_logit_tokens.npy"
         np.save(tokens, np.full_like(np.load(tokens), -1))
     return made
@@ -41,6 +45,15 @@ def test_the_feature_page_says_why_there_is_no_logit_lens(explorer, folder) -> N
     for run, reason in (("crosscoder", "of a crosscoder writes to several"), ("transcoder", "is neither the residual")):
         app = explorer(folder, page="feature", run=run, feature="1")
         assert not app.error and any(reason in caption.value for caption in app.caption)
+        assert ("Sites" in [each.value for each in app.subheader]) == (run == "crosscoder")
+
+
+def test_the_feature_page_of_a_crosscoder_has_the_share_of_each_site(explorer, folder) -> None:
+    row = decoder_rows(folder / "crosscoder")[1].astype(float)
+    first, second = np.linalg.norm(row[: D_IN - 4]), np.linalg.norm(row[D_IN - 4 :])
+    page = html(explorer(folder, page="feature", run="crosscoder", feature="1"))
+    for site, length in ((READ, first), (GIVEN, second)):
+        assert f'<td>{site}</td><td class="sl-value">{length / (first + second):.3f}</td>' in page
 
 
 def test_a_run_is_compared_with_one_of_the_same_sites_first(explorer, folder) -> None:

@@ -14,6 +14,7 @@ import saelab
 from saelab.errors import SaelabError
 from saelab.features.database import open_database
 from saelab.lm.splice import SplicedRuns
+from saelab.runs.decoder import site_shares
 from saelab.runs.job import Job, settings_of
 from saelab.runs.live import open_live
 from saelab.runs.plan import plan_training
@@ -53,6 +54,7 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
     ordinary, found = lm.ordinary(rows), lm.activations(rows, SITES)
     x = torch.cat([found[site][ordinary] for site in SITES], 1)
     factors, columns = factors_of(sae), [slice(0, 32), slice(32, 64), slice(64, 192)]
+    np.testing.assert_allclose(site_shares(run, 3), saelab.site_norms(sae).shares[3], rtol=1e-5)
     xhat, scaled = sae(x), (x * factors).double()
     error, deviation = (scaled - xhat * factors).square(), (scaled - scaled.mean(0)).square()
     result = json.loads((run / "eval.json").read_text())

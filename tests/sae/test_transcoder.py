@@ -1,6 +1,7 @@
 """Transcoders with and without a skip connection: gradients, what they learn, and what is folded into saved weights."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_without_unit_norm_the_decoder_begins_at_zero_and_the_reconstruction_as_
     assert batch_fvu(y, sae(x)) < 0.15 and (sae.W_dec.norm(dim=1) > 0).all()
     frozen = SaeSettings(F, 4, unit_norm=False, freeze="decoder")
     assert new_autoencoder(frozen, x, seed=0, target=y).W_dec.any(dim=1).all()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_jumprelu_begins_with_the_l0_that_its_thresholds_are_fitted_to(skip: bool) -> None:
+    """In spaces of many dimensions, where random decoder rows explain next to nothing of the target."""
+    made = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2048, 64, generator=made) for _ in range(2))
+    settings = replace(METHODS["jumprelu"], n_features=256, sparsity=SparsitySettings("l0", target_l0=16), skip=skip)
+    sae = new_autoencoder(settings, x, seed=0, target=y)
+    assert sae.encode(x).l0().double().mean() == pytest.approx(16, rel=0.1)
+    torch.testing.assert_close(sae.W_enc.norm(dim=1), torch.ones(256))
 
 
 def test_resampling_and_a_new_trainer_keep_the_skip_connection() -> None:
