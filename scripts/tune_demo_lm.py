@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the finished Hugging Face folder")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the first step; it falls linearly to zero")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the first step; it falls linearly to zero")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)

@@ -37,9 +37,9 @@ from saelab.analysis.result import Result
 from saelab.encoded import Block
 from saelab.errors import SaelabError
 from saelab.kernels import sddmm
-from saelab.lm.settings import is_second
+from saelab.lm.settings import SECOND, is_second
 from saelab.sae.model import SparseAutoencoder
-from saelab.sae.side_by_side import factors_of, site_shares
+from saelab.sae.side_by_side import comparable_rows, factors_of, site_shares
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -56,7 +56,7 @@ class ModelDiff(Result):
     """What is defined at the head of this file; NaN where a feature is never active or writes nothing."""
 
     models: tuple[str, ...]
-    """Names of the first and of the second model."""
+    """Names of the first and of the second model; of two with one name, the second ends in @second."""
     tokens: int
     relative_norm: np.ndarray
     """``[n_features]`` float64"""
@@ -124,7 +124,7 @@ def model_diff(sae: SparseAutoencoder, blocks: Iterable[Block]) -> ModelDiff:
     """
     first, second = _columns_of_models(sae)
     factors = factors_of(sae)
-    rows = sae.W_dec.float() * factors
+    rows = comparable_rows(sae)[1].float()
     parts = [rows[:, first], rows[:, second]]
     shares = site_shares(sae).double().cpu()
     norm = (shares * _of_second(sae)).sum(1)
@@ -150,9 +150,9 @@ def model_diff(sae: SparseAutoencoder, blocks: Iterable[Block]) -> ModelDiff:
     beta[0] += torch.stack([(own * part).double().sum(1).cpu() for part in parts]) / length
     longer = (norm > 0.5).long()[None]
     ratios = [(each.gather(0, 1 - longer) / each.gather(0, longer))[0].numpy() for each in beta]
-    names = sae.metadata.get("model_name"), sae.metadata.get("second_model_name")
+    names = sae.metadata.get("model_name") or "first", sae.metadata.get("second_model_name") or "second"
     return ModelDiff(
-        models=tuple(str(name or default) for name, default in zip(names, ("first", "second"), strict=True)),
+        models=(str(names[0]), f"{names[1]}{SECOND}" if names[0] == names[1] else str(names[1])),
         tokens=tokens,
         relative_norm=norm.numpy(),
         cosine=F.cosine_similarity(*parts, dim=1).double().cpu().numpy(),

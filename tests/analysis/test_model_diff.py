@@ -108,6 +108,8 @@ def test_a_result_is_stored_drawn_and_escaped() -> None:
     assert again.models == ("base", "<b>tuned") and "&lt;b&gt;tuned" in found._repr_html_()
     bars: Any = found.plot().data[0]
     assert sum(bars.y) == N - 1  # one row is zero
+    same = model_diff(crosscoder(second_model_name="base"), blocks_of(torch.randn(20, 2 * D), torch.rand(20, N)))
+    assert same.models == ("base", "base@second") and len(same.figures()) == len(found.figures())
     assert site_norms(crosscoder()).sites == ("a of base", "a of <b>tuned")
 
 

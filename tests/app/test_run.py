@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from saelab.features.database import open_database
-from tests.app.shown import check_inert, html
+from tests.app.shown import check_inert, html, unescaped
 from tests.app.synthetic_run import NEVER_ACTIVE, SCRIPT, write_features, write_run
 
 
@@ -79,6 +79,18 @@ def test_a_crosscoder_has_figures_of_each_site(explorer, tmp_path):
     assert "FVU at blocks.2.&lt;b&gt;" in shown and "loss_recovered_zero" not in shown
     assert "CE, clean, of blocks.2.&lt;b&gt;" in shown and "2.625" in shown and "CE, clean, of blocks.1" not in shown
     assert any("spliced in" in each.value for each in app.caption)
+
+
+def test_pages_of_two_models_name_both(explorer, tmp_path):
+    run = write_run(tmp_path / "run")
+    path = run / "features" / "manifest.json"
+    second = {"more_sites": ["blocks.2.hook_resid_post@second"], "second_model": "<b>`tuned`"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | second))
+    for page in ("run", "feature"):
+        app = explorer(run, page=page)
+        assert not app.exception
+        where = unescaped(next(each.value for each in app.caption if "features" in each.value))
+        assert "hook_resid_post@second" in where and "(@second: <b>`tuned`)" in where
 
 
 def test_a_training_is_followed_while_its_files_change(explorer, tmp_path):
