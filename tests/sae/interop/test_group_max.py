@@ -44,7 +44,7 @@ def made_topk() -> SparseAutoencoder:
 
 def test_peers_without_it_say_so_and_unequal_groups_are_refused(tmp_path: Path) -> None:
     for peer in ("saelens", "dictionary_learning"):
-        with pytest.raises(SaelabError, match="has no groupmax"):
+        with pytest.raises(SaelabError, match="has no GroupMax"):
             WRITERS[peer](made(), tmp_path / peer)
     save_sae(made(), tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
