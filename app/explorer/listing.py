@@ -9,14 +9,18 @@ import numpy as np
 import streamlit as st
 
 from explorer import explanations, state
+from saelab.errors import SaelabError
 from saelab.features.database import Database
 from saelab.features.layout import MANIFEST
 from saelab.features.marks import typed
 from saelab.features.search import Found
 from saelab.features.table import SORTABLE
+from saelab.runs.decoder import site_shares
 
 SIZE = 200
 """Features on a page of the list."""
+MOST_SITES = 4
+"""Most sites of a crosscoder whose shares have room in the list."""
 SHOWN = ("active", "never", "all")
 
 
@@ -27,8 +31,8 @@ class Listing:
     q: str = ""
     """A query in the syntax of `saelab.features.search`, or `EXPLANATION` and a text."""
     sort: str = ""
-    """A column, or the label of a score; anything else, such as "": the order of the query, best first, or of the
-    indices."""
+    """A column, the label of a score or, of a crosscoder, a site; anything else, such as "": the order of the query,
+    best first, or of the indices."""
     order: str = "desc"
     density: tuple[float, float] = (0.0, 1.0)
     maximum: tuple[float, float] = (0.0, inf)
@@ -70,7 +74,25 @@ def current_listing() -> Listing:
 
 def listed(database: Database, listing: Listing) -> Listed:
     """The features of a list. Raises SaelabError if its query cannot be read."""
-    return _listed(database, (version(database), explanations.version(database)), listing)
+    shares = shares_at(database).get(listing.sort)
+    return _listed(database, (version(database), explanations.version(database)), listing, shares)
+
+
+def shares_at(database: Database) -> dict[str, np.ndarray]:
+    """Of a crosscoder, the share of each site but the first in the length of each decoder row, ``[n_features]``.
+
+    Empty if it has more than `MOST_SITES` sites, or if its decoder cannot be read: the page of a feature says why.
+    """
+    sites = database.sites.inputs
+    if not 1 < len(sites) <= MOST_SITES:
+        return {}
+    try:
+        shares = state.read(site_shares)
+    except SaelabError:
+        return {}
+    if shares.shape != (database.n_features, len(sites)):  # the run was trained again since
+        return {}
+    return dict(zip(sites[1:], shares.T[1:], strict=True))
 
 
 def version(database: Database) -> tuple:
@@ -79,7 +101,7 @@ def version(database: Database) -> tuple:
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def _listed(_database: Database, version: tuple, listing: Listing) -> Listed:
+def _listed(_database: Database, version: tuple, listing: Listing, _shares: np.ndarray | None) -> Listed:
     explained = explanations.known(_database)
     found = None
     if listing.q.startswith(EXPLANATION):
@@ -95,8 +117,9 @@ def _listed(_database: Database, version: tuple, listing: Listing) -> Listed:
     among = None if found is None else found.features
     order, falling = listing.sort if listing.sort in SORTABLE else None, listing.order == "desc"
     features = _database.table.page(ranges, among, order, falling, n=_database.n_features).features
-    if listing.sort in explained.columns:
-        scores = explained.columns[listing.sort][0][features]
+    scores = explained.columns[listing.sort][0] if listing.sort in explained.columns else _shares
+    if scores is not None:
+        scores = scores[features]
         features = features[np.argsort(-scores if falling else scores, kind="stable")]  # those without one come last
     return Listed(features, found)
 

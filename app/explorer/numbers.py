@@ -75,7 +75,8 @@ def draw_sites(database: Database, feature: Feature) -> None:
     shares = state.read(site_shares, feature.index)
     help = "share of each site in the length of its decoder row, in the units of training: 1 if it is at one site alone"
     st.subheader("Sites", anchor=False, help=help)
-    pairs = zip(database.sites.inputs, shares.tolist(), strict=False)  # none if the weights are others by now
+    row = shares[0].tolist() if len(shares) else []
+    pairs = zip(database.sites.inputs, row, strict=False)  # none if the weights are others by now
     st.html(facts_html([(site, f"{share:.3f}", "", "") for site, share in pairs]))
 
 

@@ -1,6 +1,6 @@
 """The features of a run: search, filter and sort them; each row opens one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,7 @@ import streamlit as st
 from explorer import explanations, state
 from explorer.components.histogram import draw_histogram
 from explorer.components.rows import NUMBER, Column, Row, draw_rows
-from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed, version
+from explorer.listing import SHOWN, SIZE, Listed, Listing, current_listing, feature_address, listed, shares_at, version
 
 from saelab.autointerp.overview import Overview
 from saelab.autointerp.tables import table_of
@@ -132,6 +132,12 @@ def draw_scores_shown(explained: Overview) -> list[str]:
     return shown
 
 
+def site_columns(shares: Iterable[str]) -> list[Column]:
+    """A column for each site of a crosscoder but the first."""
+    why = "in the length of the decoder row, in the units of training: 1 if it is at this site alone"
+    return [Column(NUMBER + site, f"site {i}", True, f"share of {site} {why}") for i, site in enumerate(shares, 2)]
+
+
 def score_columns(explained: Overview, labels: Sequence[str]) -> list[Column]:
     """A column for each of the chosen scores, named by the score, and by the judge if two have the same name."""
     names = {measure.label: measure.score for measure in explained.measures}
@@ -157,8 +163,15 @@ def numbers_of(explained: Overview, labels: Sequence[str], feature: int) -> dict
     }
 
 
-def rows_of(database: Database, found: Found | None, features: np.ndarray, labels: Sequence[str]) -> list[Row]:
-    """The rows of some features of the list: where each matches the query, or else is most active; and its scores."""
+def rows_of(
+    database: Database,
+    found: Found | None,
+    features: np.ndarray,
+    labels: Sequence[str],
+    shares: Mapping[str, np.ndarray],
+) -> list[Row]:
+    """The rows of some features of the list: where each matches the query, or else is most active; its share at the
+    sites of a crosscoder, and its scores."""
     explained = explanations.known(database)
     scored = found if has_scores(found) else None
     numbers: dict[int, int] = {}
@@ -168,7 +181,8 @@ def rows_of(database: Database, found: Found | None, features: np.ndarray, label
 
     def row(feature: int, top: int) -> Row:
         strongest = Match(top, top, top) if top >= 0 else None
-        own = numbers_of(explained, labels, feature)
+        own = {NUMBER + site: (f"{share[feature]:.3f}", "") for site, share in shares.items()}
+        own |= numbers_of(explained, labels, feature)
         if scored is None:
             return Row(feature, strongest, numbers=own)
         number = numbers[feature]
@@ -197,7 +211,8 @@ def draw_list(database: Database, listing: Listing, found: Listed, labels: Seque
     matched = has_scores(found.found)
     explained = explanations.known(database)
     columns = [*COLUMNS[:1], SCORE, *COLUMNS[1:]] if matched else [*COLUMNS]
-    columns[-2:-2] = score_columns(explained, labels)
+    shares = shares_at(database)
+    columns[-2:-2] = [*site_columns(shares), *score_columns(explained, labels)]
     left_out = ["bars", "tokens"][: max(0, len(labels) - 1)]  # so that the explanation keeps its room
     columns = [column for column in columns if column.key not in left_out]
     if explained.latest:
@@ -205,7 +220,7 @@ def draw_list(database: Database, listing: Listing, found: Listed, labels: Seque
     if database.lens is None:
         columns = [ACTIVE_ON if column.key == "tokens" else column for column in columns]
 
-    sorts = SORTS | {NUMBER + label: label for label in labels}
+    sorts = SORTS | {NUMBER + label: label for label in (*shares, *labels)}
 
     def sort_by(key: str) -> None:
         sort = sorts.get(key, "")
@@ -215,7 +230,7 @@ def draw_list(database: Database, listing: Listing, found: Listed, labels: Seque
 
     draw_rows(
         database,
-        rows_of(database, found.found, found.features[first : first + SIZE], labels),
+        rows_of(database, found.found, found.features[first : first + SIZE], labels, shares),
         columns,
         key="rows",
         link=feature_address(listing),

@@ -10,6 +10,9 @@ from saelab.files import read_json, translate_read_errors
 from saelab.runs import folder
 from saelab.sae.layout import CONFIG
 
+_AT_ONCE = 4096
+"""Rows that `site_shares` reads at a time."""
+
 
 def decoder_rows(run: Path | str, features: slice = slice(None)) -> np.ndarray:
     """W_dec ``[n_features, d]`` of a run's checkpoint, or its rows of some features.
@@ -32,19 +35,25 @@ def decoder_rows(run: Path | str, features: slice = slice(None)) -> np.ndarray:
     return rows if factors is None else rows * factors
 
 
-def site_shares(run: Path | str, feature: int) -> np.ndarray:
-    """Share of each site in the length of a feature's decoder row, ``[sites]``, as in `saelab.site_norms`.
+def site_shares(run: Path | str, feature: int | None = None) -> np.ndarray:
+    """Share of each site in the length of each feature's decoder row, ``[n_features, sites]``, as in
+    `saelab.site_norms`; or that of one `feature`, ``[1, sites]``, or ``[0, sites]`` if there is no such feature.
 
-    Empty for what is no crosscoder. Raises SaelabError as `decoder_rows`.
+    No columns for what is no crosscoder. Raises SaelabError as `decoder_rows`.
     """
     config = folder.weights(Path(run)).with_name(CONFIG)
-    widths = read_json(config, "Train the run again.").get("site_widths") if config.is_file() else None
-    rows = decoder_rows(run, slice(feature, feature + 1))
-    if not widths or not len(rows):
-        return np.zeros(0)
-    parts = np.split(rows[0].astype(np.float64), np.cumsum(widths)[:-1])
-    lengths = np.array([np.linalg.norm(part) for part in parts])
-    return lengths / max(lengths.sum(), 1e-12)
+    facts = read_json(config, "Train the run again.") if config.is_file() else {}
+    widths, n_features = facts.get("site_widths"), facts.get("d_sae")
+    if not widths or not isinstance(n_features, int):
+        return np.zeros((0, 0))
+    chosen = range(n_features) if feature is None else range(n_features)[feature : feature + 1]
+    found = []
+    for start in range(chosen.start, chosen.stop, _AT_ONCE):
+        rows = decoder_rows(run, slice(start, min(start + _AT_ONCE, chosen.stop)))
+        parts = np.split(rows.astype(np.float64), np.cumsum(widths)[:-1], axis=1)
+        lengths = np.stack([np.linalg.norm(part, axis=1) for part in parts], axis=1)
+        found.append(lengths / lengths.sum(1, keepdims=True).clip(1e-12))
+    return np.concatenate([np.zeros((0, len(widths))), *found])
 
 
 def _factors(config: Path, d: int) -> np.ndarray | None:

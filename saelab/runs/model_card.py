@@ -110,7 +110,7 @@ def _settings(about: About, *, adopted: bool) -> tuple[str, ...]:
     title, what = "How it was trained", named
     if adopted:
         title = "How it was evaluated"
-        what = f"{named} Another trainer trained it; how is not known here."
+        what = f"{named} It was trained elsewhere; how is not known here."
     return f"## {title}", f"`{about.path}/{SETTINGS}`: {what}", _fenced(about.settings, "yaml")
 
 

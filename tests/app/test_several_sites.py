@@ -10,6 +10,7 @@ from saelab.runs.decoder import decoder_rows
 from tests.app.conftest import serving
 from tests.app.shown import html
 from tests.app.synthetic_run import D_IN, write_run
+from tests.app.test_run import component
 
 READ, GIVEN = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
 FURTHER = {"transcoder": {"target": GIVEN}, "crosscoder": {"more_sites": [GIVEN]}}
@@ -54,6 +55,19 @@ def test_the_feature_page_of_a_crosscoder_has_the_share_of_each_site(explorer, f
     page = html(explorer(folder, page="feature", run="crosscoder", feature="1"))
     for site, length in ((READ, first), (GIVEN, second)):
         assert f'<td>{site}</td><td class="sl-value">{length / (first + second):.3f}</td>' in page
+
+
+def test_the_list_of_a_crosscoder_has_the_share_of_the_second_site_and_sorts_by_it(explorer, folder) -> None:
+    rows = decoder_rows(folder / "crosscoder").astype(float)
+    first, second = np.linalg.norm(rows[:, : D_IN - 4], axis=1), np.linalg.norm(rows[:, D_IN - 4 :], axis=1)
+    shares = second / (first + second)
+    for order, expected in (("desc", np.argsort(-shares)), ("asc", np.argsort(shares))):
+        app = explorer(folder, page="features", run="crosscoder", sort=GIVEN, order=order, show="all")
+        found = component(app, "rows")["rows"]
+        assert not app.error and [each["id"] for each in found[:5]] == expected[:5].tolist()
+        assert [each[f"number:{GIVEN}"][0] for each in found[:5]] == [f"{shares[i]:.3f}" for i in expected[:5]]
+    other = component(explorer(folder, page="features", run="an_autoencoder", sort=GIVEN), "rows")
+    assert GIVEN not in str(other["columns"])
 
 
 def test_a_run_is_compared_with_one_of_the_same_sites_first(explorer, folder) -> None:

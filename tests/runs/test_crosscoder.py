@@ -54,7 +54,9 @@ def test_all_stages_of_a_crosscoder(config: dict[str, Any]) -> None:
     ordinary, found = lm.ordinary(rows), lm.activations(rows, SITES)
     x = torch.cat([found[site][ordinary] for site in SITES], 1)
     factors, columns = factors_of(sae), [slice(0, 32), slice(32, 64), slice(64, 192)]
-    np.testing.assert_allclose(site_shares(run, 3), saelab.site_norms(sae).shares[3], rtol=1e-5)
+    shares = saelab.site_norms(sae).shares
+    np.testing.assert_allclose(site_shares(run), shares, rtol=1e-5)
+    np.testing.assert_allclose(site_shares(run, 3), shares[3:4], rtol=1e-5)
     xhat, scaled = sae(x), (x * factors).double()
     error, deviation = (scaled - xhat * factors).square(), (scaled - scaled.mean(0)).square()
     result = json.loads((run / "eval.json").read_text())

@@ -275,7 +275,7 @@ def test_a_card_of_an_array_and_of_an_adopted_checkpoint() -> None:
         "| model and text of its training | `gpt2`, `the/pile` |",
         "| text of the evaluation | `here.txt` |",
         "## How it was evaluated",
-        "Another trainer trained it",
+        "It was trained elsewhere",
     ):
         assert line in text
     assert "How it was trained" not in text and "trained with saelab" not in text
