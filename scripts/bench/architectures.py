@@ -55,6 +55,7 @@ COEFFICIENTS: dict[str, dict[int, float]] = {
     "relu": {16: 0.307, 32: 0.193, 64: 0.112},
     "gated": {16: 0.436, 32: 0.261, 64: 0.158},
     "relu_tanh": {16: 0.00686, 32: 0.00354, 64: 0.00161},
+    "relu_lp": {16: 0.0363, 32: 0.0194, 64: 0.0106},
 }
 """Weight of the sparsity loss by L0, found with --tune."""
 PILOTS = {
