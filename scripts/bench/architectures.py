@@ -224,7 +224,7 @@ def speed(options: Options, name: str) -> float:
     begin = time.process_time()
     for step in range(SPEED_STEPS):
         rows = slice(step * size, (step + 1) * size)
-        trainer.step(saelab.Batch(x[rows], g[rows] if settings.sae.needs_gradients else None))
+        trainer.step(saelab.Batch(x[rows], gradients=g[rows] if settings.sae.needs_gradients else None))
     return SPEED_STEPS * size / (time.process_time() - begin)
 
 
