@@ -138,7 +138,7 @@ def draw_evaluation() -> None:
             st.metric(HEADLINE[name], with_interval(found, name) + more, width="content")
     on = f" on {found['tokens']:,} held-out tokens" if isinstance(found.get("tokens"), int) else ""
     special = "; no figure includes BOS or other special tokens" if of_text else ""
-    sites = found.get("sites") or []  # of a crosscoder
+    sites = figures_of_sites(found)
     st.caption(f"Evaluated{on} in inference mode{special}.")
     if sites:
         st.caption(f"FVU is that of all sites together. CE is that with {state.plain(sites[0]['site'])} spliced in.")
@@ -157,6 +157,13 @@ def draw_evaluation() -> None:
         )
     with st.expander("All figures, with definitions"):
         st.html(facts_html(rows))
+
+
+def figures_of_sites(found: dict) -> list[dict]:
+    """The figures of each site of a crosscoder; a file that somebody damaged may have others, which are left out."""
+    sites = found.get("sites")
+    needed = {"site", "fvu", "delta_ce"}
+    return [each for each in sites if isinstance(each, dict) and needed <= set(each)] if isinstance(sites, list) else []
 
 
 def followed() -> bool:

@@ -79,6 +79,10 @@ def test_a_crosscoder_has_figures_of_each_site(explorer, tmp_path):
     assert "FVU at blocks.2.&lt;b&gt;" in shown and "loss_recovered_zero" not in shown
     assert "CE, clean, of blocks.2.&lt;b&gt;" in shown and "2.625" in shown and "CE, clean, of blocks.1" not in shown
     assert any("spliced in" in each.value for each in app.caption)
+    for damaged in (5, [1, {"site": "a"}], {"site": "a"}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sites": damaged}))
+        app = explorer(run, page="run")
+        assert not app.exception and not app.error and "FVU at" not in html(app)
 
 
 def test_pages_of_two_models_name_both(explorer, tmp_path):
