@@ -53,7 +53,7 @@ def open_site(model: nn.Module, name: str) -> OpenSite:
     if name not in sites:
         raise SaelabError(f"{what} has no site {name!r}.{did_you_mean(name, sites)}")
     if problem := _disputed(model).get(general_name(name)):
-        raise SaelabError(f"site: {name} of {what} is not what its name says: {problem}; choose another site")
+        raise SaelabError(f"{name} of {what} is not what its name says: {problem}; choose another site")
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
     special = torch.tensor([*named_ids(model)], dtype=ids.dtype, device=ids.device)
@@ -70,7 +70,7 @@ def open_site(model: nn.Module, name: str) -> OpenSite:
         raise SaelabError(f"site: a forward pass of {what} does not run {name}; choose another site")
     layout = layout_of(before, after)
     if isinstance(layout, str):
-        raise SaelabError(f"site: {name} of {what} {layout}; choose another site")
+        raise SaelabError(f"{name} of {what} {layout}; choose another site")
     return OpenSite(name, sites[name], layout, layout.flatten(before, ROWS, POSITIONS).shape[-1], before.device)
 
 

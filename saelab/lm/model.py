@@ -115,7 +115,7 @@ class LanguageModel:
         if name not in self.sites:
             raise SaelabError(f"{self.name} has no site {name!r}.{did_you_mean(name, self.sites)}")
         if problem := self._disputed.get(general_name(name)):
-            raise SaelabError(f"site: {name} of {self.name} is not what its name says: {problem}; choose another site")
+            raise SaelabError(f"{name} of {self.name} is not what its name says: {problem}; choose another site")
         return self.sites[name]
 
     def width(self, site: str) -> int:

@@ -87,7 +87,7 @@ class Job:
         lm = load_language_model(model, device)
         if second is not None:
             lm = ModelPair(lm, load_language_model(second, device))
-        check_model(lm, self.settings.sites.all, self.settings.context)
+        check_model(lm, self.settings)
         for each, settings in zip(lm.models, (model, second), strict=False):
             if settings and each.attention == "eager" and settings.attention == "auto":
                 self.say(
@@ -132,7 +132,7 @@ class Job:
             vars(job).update(array=self.array)
             return job
         lm = self.lm if settings.second_model else self.lm.models[0]
-        check_model(lm, settings.sites.all, settings.context)
+        check_model(lm, settings)
         vars(job).update(lm=lm, corpus=self.corpus)
         return job
 
@@ -232,10 +232,17 @@ def _of_model(lm: LanguageModel, settings: ModelSettings) -> dict[str, Any]:
     return {"dtype": settings.dtype, "attention": lm.attention, "model": lm.fingerprint}
 
 
-def check_model(lm: LanguageModel, sites: Iterable[str], context: int) -> None:
-    """Raises SaelabError if `lm` lacks one of the sites, or does not take rows of `context` tokens."""
-    for site in sites:
-        lm.site(site)
+def check_model(lm: LanguageModel, settings: RunSettings, sites: Iterable[str] | None = None) -> None:
+    """Raises SaelabError, with the name of the setting, if `lm` lacks one of the sites, by default those of `settings`,
+    or does not take rows of its context."""
+    named = {"site": (settings.site,), "target": (settings.target,), "more_sites": settings.more_sites}
+    for site in settings.sites.all if sites is None else sites:
+        try:
+            lm.site(site)
+        except SaelabError as error:
+            setting = next((name for name, theirs in named.items() if site in theirs), "cache.sites")
+            raise SaelabError(f"{setting}: {error}") from error
+    context = settings.context
     if lm.max_context is not None and context > lm.max_context:
         raise SaelabError(
             f"context: {lm.name} takes at most {lm.max_context} tokens, not {context}; set context={lm.max_context} or "

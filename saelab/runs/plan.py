@@ -208,7 +208,7 @@ def _outlined(settings: RunSettings, sites: Sequence[str]) -> Iterator[tuple[Lan
         yield opened, dict.fromkeys(sites, opened.d_in)
         return
     with outlined_language_model(settings.model, settings.second_model) as lm:
-        check_model(lm, sites, settings.context)
+        check_model(lm, settings, sites)
         yield lm, site_widths(lm, sites)
 
 
@@ -285,7 +285,7 @@ def plan_cache(settings: RunSettings, out: Path, tokens: int, local: int = 1) ->
     where, write, gradients, needs = _device_place(settings), settings.cache, settings.writes_gradients, []
     sites = write.sites or settings.sites.all
     with outlined_language_model(settings.model, settings.second_model) as lm:
-        check_model(lm, sites, settings.context)
+        check_model(lm, settings, sites)
         widths = site_widths(lm, sites)
         needs += _weights(lm, settings, where)
         needs.append(pass_need(lm, sites, write.rows_per_forward, settings.context, where, gradients=gradients))

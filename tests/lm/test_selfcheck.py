@@ -106,7 +106,7 @@ def test_a_name_that_leads_to_another_module_is_disputed(monkeypatch: pytest.Mon
     disputed = site_meanings(lm.model).disputed
     assert set(disputed) == {"blocks.N.hook_mlp_out"}
     lm = LanguageModel("wrong", lm.model, lm.tokenizer, lm.sites, "", disputed=disputed)
-    with pytest.raises(SaelabError, match=r"site: blocks\.2\.hook_mlp_out of wrong is not what its name says: its mod"):
+    with pytest.raises(SaelabError, match=r"blocks\.2\.hook_mlp_out of wrong is not what its name says: its mod"):
         lm.activations(random_rows(lm, 1), ["blocks.2.hook_mlp_out"])
     assert lm.width("blocks.2.hook_attn_out") == 32
 
@@ -176,7 +176,7 @@ def test_the_check_of_a_site_takes_two_passes_of_fourteen_tokens_once() -> None:
 @pytest.mark.parametrize("site", ["hook_pos_embed", "pos_embed.hook_out"])
 def test_a_site_that_does_not_depend_on_the_tokens_is_refused(site: str) -> None:
     lm = language_model("gpt2")
-    with pytest.raises(SaelabError, match=rf"site: {site} of .* choose another site"):
+    with pytest.raises(SaelabError, match=rf"{site} of .* choose another site"):
         lm.spliced_logits(random_rows(lm, 2), site, lambda x: x)
 
 

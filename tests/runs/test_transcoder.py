@@ -216,7 +216,9 @@ def test_settings_that_contradict_a_target_are_named(
         (["target=null", "sae.skip=true"], "sae.skip: W_skip of an autoencoder would be the identity"),
         (["sae.encoder=tied"], "sae.encoder: tied: encoder and decoder rows of a transcoder"),
         (["sae.affinity=gradient"], "sae.affinity: gradient: its gradients are those at one site"),
-        (["target=blocks.1.hook_mlp_outt"], ".* has no site 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
+        (["target=2026-01-02"], "target: .* has no site '2026-01-02'"),
+        (["target=null", "sae.skip=false", "more_sites=[up]"], "more_sites: .* has no site 'up'"),
+        (["target=blocks.1.hook_mlp_outt"], "target: .* has no site 'blocks.1.hook_mlp_outt'.*blocks.1.hook_mlp_out"),
     ):
         with pytest.raises(SaelabError, match=message):
             Job(settings_of(config, overrides)).lm  # noqa: B018
