@@ -15,6 +15,7 @@ from saelab.features.layout import MANIFEST
 from saelab.features.marks import typed
 from saelab.features.search import Found
 from saelab.features.table import SORTABLE
+from saelab.runs import folder
 from saelab.runs.decoder import site_shares
 
 SIZE = 200
@@ -74,14 +75,17 @@ def current_listing() -> Listing:
 
 def listed(database: Database, listing: Listing) -> Listed:
     """The features of a list. Raises SaelabError if its query cannot be read."""
-    shares = shares_at(database).get(listing.sort)
-    return _listed(database, (version(database), explanations.version(database)), listing, shares)
+    at_site = listing.sort in database.sites.more  # only then is the whole decoder read
+    shares = shares_at(database).get(listing.sort) if at_site else None
+    weights = None if shares is None else state.stamp([folder.weights(state.current_run().path)])
+    return _listed(database, (version(database), explanations.version(database), weights), listing, shares)
 
 
 def shares_at(database: Database) -> dict[str, np.ndarray]:
-    """Of a crosscoder, the share of each site but the first in the length of each decoder row, ``[n_features]``.
+    """The share of each site of a crosscoder, but the first, in the length of each decoder row, ``[n_features]``.
 
-    Empty if it has more than `MOST_SITES` sites, or if its decoder cannot be read: the page of a feature says why.
+    Empty for what is no crosscoder, if it has more than `MOST_SITES` sites, or if its decoder cannot be read: the page
+    of a feature says why.
     """
     sites = database.sites.inputs
     if not 1 < len(sites) <= MOST_SITES:

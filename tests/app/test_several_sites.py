@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import streamlit as st
 
 from saelab.runs.decoder import decoder_rows
 from tests.app.conftest import serving
@@ -68,6 +69,20 @@ def test_the_list_of_a_crosscoder_has_the_share_of_the_second_site_and_sorts_by_
         assert [each[f"number:{GIVEN}"][0] for each in found[:5]] == [f"{shares[i]:.3f}" for i in expected[:5]]
     other = component(explorer(folder, page="features", run="an_autoencoder", sort=GIVEN), "rows")
     assert GIVEN not in str(other["columns"])
+
+
+def test_a_feature_of_a_crosscoder_reads_no_other_row_of_the_decoder(explorer, folder, monkeypatch) -> None:
+    """A decoder may have gigabytes."""
+    read = []
+
+    def counted(run, features=slice(None)):
+        read.append(features)
+        return decoder_rows(run, features)
+
+    monkeypatch.setattr("saelab.runs.decoder.decoder_rows", counted)
+    st.cache_data.clear()
+    app = explorer(folder, page="feature", run="crosscoder", feature="2")
+    assert not app.error and read == [slice(2, 3)]
 
 
 def test_a_run_is_compared_with_one_of_the_same_sites_first(explorer, folder) -> None:
