@@ -158,9 +158,9 @@ def _differences(run: Path, job: Job, sae: SparseAutoencoder, changed: dict[str,
     """The part of `changed` that makes the result another than the run's own."""
     recorded = sae.metadata.get("saelab") or {}
     now = job.provenance()
-    named = ("site", "target", "more_sites", "context")
-    how = ("model.dtype", "model.attention", "second_model.dtype", "second_model.attention")
-    found = [name for name in changed if name in (*named, *how)]
+    how = (f"{model}.{name}" for model in ("model", "second_model") for name in ("dtype", "attention"))
+    named = ("site", "target", "more_sites", "context", *how)
+    found = [name for name in changed if name in named]
     facts = _OF_ARRAY if job.array is not None else _OF_TEXT + _OF_SECOND * (job.settings.second_model is not None)
     for what, name, fact, section in facts:
         trained = recorded.get(name)

@@ -78,7 +78,7 @@ def test_every_figure_equals_the_dense_least_squares() -> None:
 
 
 def test_shrinkage_decoupling_and_a_true_difference_are_told_apart() -> None:
-    """Of three orthogonal features with no row at the first model, the first is not there, the second is there and
+    """Three orthogonal features have no row at the first model: the first feature is not there, the second is there and
     left in the error, and another feature, active on the same tokens, reconstructs the third."""
     sae = crosscoder(saelab={})
     one = torch.eye(D)

@@ -37,9 +37,8 @@ def read(stored: Stored) -> SparseAutoencoder:
     config = Config.read(path) if path.is_file() else Config(path, {})
     place = stored.path.absolute().parent.parts  # the names of links, as in the Hub's cache, not of their targets
     kinds = [part for part in place if re.search(r"transcoder|(?:^|-)(?:res|mlp|att)$", part) or _kind(part) in _SITES]
-    transcodes = bool(config.text("hf_hook_point_out")) or "transcoder" in "".join(
-        kinds[-1:]
-    )  # the nearest folder says
+    nearest = kinds[-1] if kinds else ""
+    transcodes = bool(config.text("hf_hook_point_out")) or "transcoder" in nearest
     small = "w_enc" in stored.kinds
     names = {
         "W_enc": From("w_enc" if small else "W_enc", turned=True),
