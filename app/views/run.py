@@ -150,7 +150,7 @@ def draw_evaluation() -> None:
         rows.append((f"FVU at {each['site']}", shown(each["fvu"]), "", "of this site's part of the reconstruction"))
         if each.get("ce_clean") != sites[0].get("ce_clean"):
             rows.append(
-                (f"CE, clean, of {each['site']}", shown(each["ce_clean"]), "nats per token", "of its own model")
+                (f"CE, clean, of {each['site']}", shown(each.get("ce_clean")), "nats per token", "of its own model")
             )
         rows.append(
             (f"delta CE at {each['site']}", shown(each["delta_ce"]), "nats per token", "with this site spliced in")
