@@ -31,7 +31,14 @@ from tests.tiny import CONTEXT, model_folder, text
 SITE = "blocks.1.hook_resid_post"
 MLP = {"site": "blocks.1.mlp.hook_in", "target": "blocks.1.hook_mlp_out"}
 NORMALISATIONS = ("layer_norm", "constant_norm_rescale")
-SMALL = (f"context={CONTEXT}", "corpus.held_out=0.2", "eval.tokens=600", "eval.ce_tokens=300", "features.tokens=600")
+SMALL = (
+    "device=cpu",
+    f"context={CONTEXT}",
+    "corpus.held_out=0.2",
+    "eval.tokens=600",
+    "eval.ce_tokens=300",
+    "features.tokens=600",
+)
 FAST = ("layer_norm", "saelens_jumprelu", "sparsify_skip_transcoder")
 
 
